@@ -1,0 +1,131 @@
+"""The wheel holds what the checkout holds, and the reference needs nothing that only a GPU machine has."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"reference": "linmu/reference", "optimized": "linmu/optimized"}
+IMPORT_FROM = "import sys; sys.path.insert(0, {path!r}); import linmu.reference, linmu.optimized\n"
+
+
+def run_python(code: str, cwd: Path) -> str:
+    """Run code in a fresh isolated interpreter; return its stdout, or fail with its stderr."""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def package_files(folder: str) -> list[Path]:
+    """Every file of one package folder that belongs to it, bytecode left out."""
+    files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    return sorted(path for path in files if "__pycache__" not in path.parts)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built, without network, from a copy of the files that setuptools reads."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", str(tree)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = (tree / "dist").glob("*.whl")
+    return built
+
+
+def test_wheel_holds_exactly_the_files_of_the_packages(wheel):
+    expected = {
+        f"{installed}/{path.relative_to(ROOT / folder).as_posix()}": path.read_bytes()
+        for folder, installed in FOLDERS.items()
+        for path in package_files(folder)
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        packed = {name: archive.read(name) for name in names}
+    assert sorted(packed) == sorted(expected)
+    assert [name for name in packed if packed[name] != expected[name]] == []
+
+
+def test_wheel_adds_one_top_level_name_only(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"linmu"}
+
+
+def test_unpacked_wheel_imports_on_its_own(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        IMPORT_FROM.format(path=str(tmp_path)) + "print(linmu.reference.__file__, linmu.optimized.__file__)"
+    )
+    for file in run_python(code, tmp_path).split():
+        assert Path(file).is_relative_to(tmp_path)
+
+
+def imported_modules(source: str) -> set[str]:
+    """Top-level names that a module imports, anywhere in its body, literal `import_module` calls included."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                names |= {alias.name for alias in node.names}
+            case ast.ImportFrom(level=0):
+                names.add(node.module)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module" | "find_spec")
+                | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                names.add(name)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import triton",
+        "def f():\n    from triton import language",
+        "import importlib\nimportlib.import_module('triton.language')",
+        "x = __import__('triton')",
+    ],
+)
+def test_the_import_reader_finds_triton_however_it_is_written(source):
+    assert "triton" in imported_modules(source)
+
+
+def test_no_file_of_the_reference_imports_triton():
+    sources = [path for path in package_files("reference") if path.suffix == ".py"]
+    assert sources
+    assert [path.name for path in sources if "triton" in imported_modules(path.read_text())] == []
+
+
+def test_reference_works_where_triton_is_not_installed(tmp_path):
+    code = """
+        import sys
+        sys.modules["triton"] = None  # from here on `import triton` raises ImportError
+        import torch
+        from linmu import reference
+        x, dt, A, B = torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1), -torch.ones(1), torch.ones(1, 2, 1, 4)
+        print(reference.selective_scan(x, dt, A, B, B)[0].shape)
+    """
+    lines = "\n".join(line.strip() for line in code.splitlines())
+    assert run_python(lines, tmp_path) == "torch.Size([1, 2, 1, 3])\n"
+
+
+def test_dependencies_are_ranges_and_each_gives_its_reason():
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+    for requirement in project["dependencies"]:
+        assert ">=" in requirement, f"{requirement}: must name the oldest version that works"
+        (line,) = (line for line in text.splitlines() if line.startswith(f'  "{requirement}",'))
+        assert "# " in line, f"{requirement}: must say in a comment why it is needed"
