@@ -1,0 +1,39 @@
+"""LinMU in plain PyTorch loops: the code to read, and the oracle that every faster backend must equal.
+
+Read in this order:
+    layout            where tokens sit: Rotary-Major Scan order, 3-D windows
+    scan              the recurrence, both ways, one step, the short convolution
+    window_attention  softmax inside each window
+    flex_ma           the global branch
+    local_swin        the local branch
+    m_mate            the block: both branches, mixed per token
+    losses            what the three distillation stages minimise
+"""
+
+from .config import LinMUConfig
+from .flex_ma import FlexMA, FlexMAState
+from .layout import VisionLayout, inverse_order, scan_order, window_ids
+from .local_swin import LocalSwin
+from .losses import hidden_loss, logit_loss
+from .m_mate import MMATE
+from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
+from .window_attention import window_attention
+
+__all__ = [
+    "MMATE",
+    "FlexMA",
+    "FlexMAState",
+    "LinMUConfig",
+    "LocalSwin",
+    "VisionLayout",
+    "bidirectional_scan",
+    "causal_conv",
+    "hidden_loss",
+    "inverse_order",
+    "logit_loss",
+    "scan_order",
+    "scan_step",
+    "selective_scan",
+    "window_attention",
+    "window_ids",
+]

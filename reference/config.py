@@ -1,0 +1,104 @@
+"""Every size and option of an M-MATE block, in one frozen dataclass.
+
+Letters used throughout the package, as in the specification:
+    B batch · L tokens · D model width · H query heads · G key/value groups (head h reads group h // (H/G))
+    N state size (= head dim of q and k) · P head dim of v (N = P here) · K conv taps · grid (T, Y, X)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .checks import require
+
+SIZES = ("width", "heads", "groups", "head_dim", "qkv_bias", "output_bias", "qk_norm", "norm_eps")
+
+
+@dataclass(frozen=True)
+class LinMUConfig:
+    """Sizes (taken from the teacher's attention) and options (ours) of `FlexMA`, `LocalSwin` and `MMATE`.
+
+    Args:
+        width: D, model width.
+        heads: H, query heads.
+        groups: G, key/value heads; must divide `heads`.
+        head_dim: N = P, width of one head; even, for RoPE.
+        qkv_bias: whether the teacher's q, k, v projections have biases (Qwen2 family: yes).
+        output_bias: whether its output projection has one.
+        qk_norm: whether it applies an RMS norm per head to q and k (Qwen3 family: yes).
+        norm_eps: added to mean squares before their root.
+        window_thw: Local-Swin window in tokens (T, Y, X). Choice: (4, 8, 8).
+        conv_kernel: K, taps of the causal convolution on [x, B, C]; 0 leaves it out (ablation).
+        half_life: tokens after which the fastest- and the slowest-forgetting head have lost half of a write,
+            at dt = 1; the other heads are log-spaced between the two. Choice: 64 to 8192.
+        scan_rope: ablation: apply the teacher's RoPE to B and C of Flex-MA.
+        output_gate: ablation: Mamba2's z gate, y * silu(z), initialised so that silu(z) = 1.
+        head_norm: RMS norm per head after the scan, in the place of softmax's denominator.
+        backward_scan: the right-to-left half of the scan.
+        rotary_major: rotate the scan's order with the layer; off means raster order (t, y, x) in all layers.
+    Raises:
+        ValueError: if a size is not positive, `heads` is no multiple of `groups`, or `head_dim` is odd.
+    """
+
+    width: int
+    heads: int
+    groups: int
+    head_dim: int
+    qkv_bias: bool = True
+    output_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    window_thw: tuple[int, int, int] = (4, 8, 8)
+    conv_kernel: int = 4
+    half_life: tuple[float, float] = (64.0, 8192.0)
+    scan_rope: bool = False
+    output_gate: bool = False
+    head_norm: bool = True
+    backward_scan: bool = True
+    rotary_major: bool = True
+
+    def __post_init__(self) -> None:
+        where = "LinMUConfig"
+        for name in ("width", "heads", "groups", "head_dim"):
+            require(getattr(self, name) >= 1, where, f"{name} must be at least 1", getattr(self, name))
+        require(
+            self.heads % self.groups == 0,
+            where,
+            "heads must be a multiple of groups",
+            f"H={self.heads}, G={self.groups}",
+        )
+        require(self.head_dim % 2 == 0, where, "head_dim must be even", self.head_dim)
+        require(self.conv_kernel >= 0, where, "conv_kernel must be 0 (none) or more", self.conv_kernel)
+        object.__setattr__(self, "window_thw", tuple(self.window_thw))  # JSON gives lists back
+        object.__setattr__(self, "half_life", tuple(self.half_life))
+        require(
+            len(self.window_thw) == 3 and min(self.window_thw) >= 1,
+            where,
+            "window_thw must be three positive sizes (T, Y, X)",
+            self.window_thw,
+        )
+        require(
+            len(self.half_life) == 2 and min(self.half_life) > 0 and all(map(math.isfinite, self.half_life)),
+            where,
+            "half_life must be two positive token counts",
+            self.half_life,
+        )
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution's input [x, B, C]: G·P + G·N + H·N."""
+        return (2 * self.groups + self.heads) * self.head_dim
+
+    def options(self) -> dict[str, Any]:
+        """What a student's `config.json` keeps: all that the teacher's own configuration does not say."""
+        return {name: value for name, value in asdict(self).items() if name not in SIZES}
+
+    @classmethod
+    def check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse option names that do not exist, instead of ignoring a misspelt one."""
+        known = {field.name for field in fields(cls)} - set(SIZES)
+        unknown = sorted(set(options) - known)
+        require(not unknown, "LinMUConfig", f"options must be among {sorted(known)}", unknown)
+        return options

@@ -1,0 +1,219 @@
+"""Flex-MA: the global branch, a masked bidirectional Mamba2 that starts from the attention it replaces.
+
+Letters: B batch, L tokens, D width, H heads, G groups, N state size = P head dim, K conv taps. Input u (B, L,
+D): the layer's normed hidden states.
+
+    C = N^-½ · W_q u      B = W_k u      x = W_v u              with the teacher's biases and q/k norms    (1)
+    [x, B, C] = causal_conv([x, B, C] in scan order)                                                       (2)
+    dt = softplus(W_dt u + b_dt)    A = -exp(A_log)    gate = sigmoid(W_g u + b_g)      in float32         (3)
+    y = bidirectional_scan(x, dt, A, B, C, gate) back in token order                                       (4)
+    y = W_o (w · y / rms(y)), the root mean square per head                                                (5)
+
+LinMU, arXiv 2601.01322: both branches start from the attention weights, C from q, B from k, x from v. Choice:
+no activation after (2), which starts as the identity; dt starts at 1 and the gate at ½; half-lives are
+log-spaced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import require, require_mask, require_shape
+from .config import LinMUConfig
+from .layout import VisionLayout, permute_tokens
+from .precision import accumulation_dtype, without_autocast
+from .projections import HeadProjections, apply_rope, split_heads
+from .scan import bidirectional_scan, causal_conv, scan_step
+
+
+class FlexMAState(NamedTuple):
+    """What decoding keeps of one layer, constant in size, float32 (float64 for a float64 model).
+
+    Args:
+        conv: (B, K-1, channels), the last valid inputs of the convolution in scan order, oldest first.
+        scan: (B, H, N, P), the forward scan's state.
+    """
+
+    conv: Tensor
+    scan: Tensor
+
+
+class FlexMA(HeadProjections):
+    """The global branch of M-MATE (LinMU, arXiv 2601.01322), eqs. (1) to (5).
+
+    Args:
+        config: sizes and options.
+        layer_index: index of the decoder layer; it chooses the scan order.
+    """
+
+    def __init__(self, config: LinMUConfig, layer_index: int) -> None:
+        super().__init__(config, layer_index)
+        heads, inner = config.heads, config.heads * config.head_dim
+        self.dt_proj = nn.Linear(config.width, heads)
+        self.scan_gate_proj = nn.Linear(config.width, heads)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        if config.conv_kernel:
+            self.conv_weight = nn.Parameter(torch.empty(config.conv_channels, config.conv_kernel))
+            self.conv_bias = nn.Parameter(torch.empty(config.conv_channels))
+        if config.head_norm:
+            self.norm_weight = nn.Parameter(torch.empty(inner))
+        if config.output_gate:
+            self.z_proj = nn.Linear(config.width, inner)
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Start of every parameter that the teacher does not have, by name, float32 (Choice: SPEC section 4).
+
+        dt = 1, gate = ½, D = 0, identity convolution, norm weight 1, half-lives log-spaced over the heads,
+        and, with `output_gate`, silu(z) = 1.
+        """
+        config = self.config
+        inverse_softplus_of_one = math.log(math.expm1(1.0))
+        half_life = torch.logspace(*(math.log10(tokens) for tokens in config.half_life), config.heads)
+        values = {
+            "dt_proj.weight": torch.zeros(config.heads, config.width),
+            "dt_proj.bias": torch.full((config.heads,), inverse_softplus_of_one),
+            "scan_gate_proj.weight": torch.zeros(config.heads, config.width),
+            "scan_gate_proj.bias": torch.zeros(config.heads),
+            "A_log": torch.log(math.log(2) / half_life),
+            "D": torch.zeros(config.heads),
+        }
+        if config.conv_kernel:
+            identity = F.pad(torch.ones(config.conv_channels, 1), (config.conv_kernel - 1, 0))
+            values |= {"conv_weight": identity, "conv_bias": torch.zeros(config.conv_channels)}
+        if config.head_norm:
+            values["norm_weight"] = torch.ones(config.heads * config.head_dim)
+        if config.output_gate:
+            inner = config.heads * config.head_dim
+            silu_is_one = 1.2784645427610738  # z · sigmoid(z) = 1
+            values |= {
+                "z_proj.weight": torch.zeros(inner, config.width),
+                "z_proj.bias": torch.full((inner,), silu_is_one),
+            }
+        return values
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout | None = None,
+        *,
+        valid: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        state: FlexMAState | None = None,
+    ) -> tuple[Tensor, FlexMAState]:
+        """Mix all tokens of the sequence; eqs. (1) to (5).
+
+        Args:
+            hidden_states: u, (B, L, D).
+            layout: where the vision tokens of these L positions are; None = all text.
+            valid: (B, L) bool, True = not padding; None = all valid.
+            position_embeddings: the teacher's (cos, sin), each (B or 1, L, N); read with `scan_rope` only.
+            state: what the tokens before left; None = there were none.
+        Returns:
+            (B, L, D) in the dtype of `hidden_states`, and the state after the last token.
+        Raises:
+            ValueError: for shapes or dtypes that do not fit.
+        """
+        self.check_inputs(hidden_states, layout, valid)
+        taken, dt, gate = self.project(hidden_states, position_embeddings)
+        order = None if layout is None else layout.order(self.scan_axes)
+        if order is not None:
+            taken, dt, gate = (permute_tokens(tensor, order) for tensor in (taken, dt, gate))
+        taken, conv_state = self.convolve(taken, valid, state)
+        y, scan_state = self.scan(taken, dt, gate, layout, valid, state)
+        if order is not None:
+            y = permute_tokens(y, layout.inverse(self.scan_axes))
+        return self.project_out(y, hidden_states), FlexMAState(conv_state, scan_state)
+
+    @property
+    def scan_axes(self) -> int:
+        """The layer index whose scan order this layer uses: its own, or 0 with `rotary_major` off."""
+        return self.layer_index if self.config.rotary_major else 0
+
+    def project(self, u: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
+        """Eqs. (1) and (3): [x, B, C] as (B, L, channels); dt and gate, (B, L, H), at least float32."""
+        C, B, x = self.project_heads(u)
+        if self.config.scan_rope:
+            C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
+        C = C * self.config.head_dim**-0.5
+        taken = torch.cat([tensor.flatten(2) for tensor in (x, B, C)], dim=-1)  # (B, L, G·P + G·N + H·N)
+        dt = F.softplus(full_precision_linear(u, self.dt_proj))  # eq. (3)
+        gate = torch.sigmoid(full_precision_linear(u, self.scan_gate_proj))  # eq. (3)
+        return taken, dt, gate
+
+    def convolve(
+        self, taken: Tensor, valid: Tensor | None, state: FlexMAState | None
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. (2): (B, L, channels) -> the same, and the convolution's state (B, K-1, channels)."""
+        if not self.config.conv_kernel:
+            return taken, taken.new_zeros(taken.shape[0], 0, taken.shape[2])
+        start = None if state is None else state.conv
+        return causal_conv(taken, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)
+
+    def scan(
+        self,
+        taken: Tensor,
+        dt: Tensor,
+        gate: Tensor,
+        layout: VisionLayout | None,
+        valid: Tensor | None,
+        state: FlexMAState | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. (4) in scan order: (B, L, H, P) and the state (B, H, N, P)."""
+        x, B, C = self.split(taken)
+        A = -torch.exp(self.A_log.to(dt.dtype))  # eq. (3)
+        start = None if state is None else state.scan
+        if layout is None and start is not None and taken.shape[1] == 1:
+            valid_row = None if valid is None else valid[:, 0]
+            y, end = scan_step(start, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=self.D, valid=valid_row)
+            return y[:, None], end
+        segment = layout.segment if layout is not None and self.config.backward_scan else None
+        return bidirectional_scan(
+            x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=self.D, initial_state=start
+        )
+
+    def split(self, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, channels) -> x (B, L, G, P), B (B, L, G, N), C (B, L, H, N)."""
+        heads, groups, dim = self.config.heads, self.config.groups, self.config.head_dim
+        x, B, C = taken.split((groups * dim, groups * dim, heads * dim), dim=-1)
+        return split_heads(x, groups), split_heads(B, groups), split_heads(C, heads)
+
+    def project_out(self, y: Tensor, u: Tensor) -> Tensor:
+        """Eq. (5): y (B, L, H, P) in token order -> (B, L, D)."""
+        if self.config.head_norm:
+            y = rms_norm_per_head(y, self.norm_weight, self.config.norm_eps)
+        y = y.flatten(2)  # (B, L, H·P)
+        if self.config.output_gate:
+            y = y * F.silu(self.z_proj(u))
+        return self.o_proj(y)
+
+    def check_inputs(self, hidden_states: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> None:
+        """The shapes that the operators cannot name in the caller's words."""
+        require_shape("FlexMA", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
+        batch, length, _ = hidden_states.shape
+        require_mask("FlexMA", "valid", valid, (batch, length), "B, L")
+        if layout is not None:
+            same = tuple(layout.coords.shape[:2]) == (batch, length)
+            got = f"{tuple(layout.coords.shape[:2])} for {(batch, length)}"
+            require(same, "FlexMA", "layout must describe the same (B, L) as hidden_states", got)
+
+
+@without_autocast
+def full_precision_linear(u: Tensor, linear: nn.Linear) -> Tensor:
+    """W u + b, (B, L, D) -> (B, L, H), in at least float32: a dt rounded to bf16 would blur long memories."""
+    dtype = accumulation_dtype(u.dtype)
+    return F.linear(u.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+
+
+@without_autocast
+def rms_norm_per_head(y: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w · y / sqrt(mean(y²) + eps), the mean over P: y (B, L, H, P), weight (H·P,) -> (B, L, H, P)."""
+    wide = y.to(accumulation_dtype(y.dtype))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)

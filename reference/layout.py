@@ -1,0 +1,174 @@
+"""Where every token sits: Rotary-Major Scan order and 3-D windows (LinMU, arXiv 2601.01322).
+
+    coords (B, L, 4) int64 = [segment, t, y, x]; text and padding are -1 in all four.
+
+A *segment* is one image or one whole video; its tokens lie on a (T, Y, X) grid, row by row of the prompt,
+possibly with newline or timestamp text between them. A segment's *block* is everything from its first to its
+last token.
+
+Choice: the four sort keys of the scan, layer_index % 4 ->
+    0: (t, y, x)    1: (t, x, y)    2: (y, x, t)    3: (x, y, t)
+
+Two tokens of a segment share a window  <=>  floor((c + s) / w) agrees on all three axes,                  (1)
+with shift s = w // 2 in odd layers on axes longer than w, else 0 (Swin's rule; border windows are smaller).
+
+These loops run over rows and segments, O(L log L) each, and ask the device for values: build once per
+forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .checks import require, require_int64
+
+SCAN_AXES = ((1, 2, 3), (1, 3, 2), (2, 3, 1), (3, 2, 1))  # columns of coords, most significant first
+
+
+def check_coords(coords: Tensor, where: str = "coords") -> None:
+    """Raise ValueError unless `coords` is (B, L, 4) int64, -1 throughout on text, no segments interleaved."""
+    require_int64(where, "coords", coords, (None, None, 4), "B, L, 4")
+    is_text = (coords == -1).all(-1)
+    is_vision = (coords >= 0).all(-1)
+    require(
+        bool((is_text | is_vision).all()),
+        where,
+        "coords must be -1 in all four columns (text) or >= 0 in all four (vision)",
+        coords[~(is_text | is_vision)][:1].tolist(),
+    )
+    for row in range(coords.shape[0]):
+        last_end, last_id = -1, -1
+        for segment, positions in segments(coords, row):
+            start, end = int(positions[0]), int(positions[-1])
+            require(
+                start > last_end,
+                where,
+                "two segments must never interleave",
+                f"row {row}: segment {segment} starts at {start} before segment {last_id} ends at {last_end}",
+            )
+            last_end, last_id = end, segment
+
+
+def segments(coords: Tensor, row: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (segment id, positions (n,) ascending) of one row, in order of first appearance."""
+    ids = coords[row, :, 0]
+    seen = [int(i) for i in dict.fromkeys(ids.tolist()) if i >= 0]
+    for segment in seen:
+        yield segment, (ids == segment).nonzero().squeeze(-1)
+
+
+def scan_order(coords: Tensor, layer_index: int) -> Tensor:
+    """Rotary-Major Scan (LinMU, arXiv 2601.01322; the keys are a Choice): which token each position holds.
+
+    Text and padding keep their position. The tokens of a segment share out the positions they occupy, sorted by the
+    key of `layer_index % 4`; ties keep their order.
+
+    Args:
+        coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
+        layer_index: index of the decoder layer, >= 0.
+    Returns:
+        (B, L) int64: position i of the scan holds token `order[b, i]`.
+    Raises:
+        ValueError: if coords are malformed or two segments interleave.
+    """
+    check_coords(coords, "scan_order")
+    require(layer_index >= 0, "scan_order", "layer_index must be >= 0", layer_index)
+    batch, length, _ = coords.shape
+    axes = SCAN_AXES[layer_index % 4]
+    order = torch.arange(length).repeat(batch, 1)  # (B, L)
+    for row in range(batch):
+        for _, positions in segments(coords, row):
+            keys = coords[row, positions][:, axes].tolist()
+            ranked = sorted(range(len(keys)), key=keys.__getitem__)
+            order[row, positions.cpu()] = positions.cpu()[ranked]
+    return order.to(coords.device)
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`: (B, L) int64 -> (B, L) int64, inverse[b, order[b, i]] = i."""
+    require_int64("inverse_order", "order", order, (None, None), "B, L")
+    return order.argsort(dim=1)
+
+
+def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
+    """Gather along the token axis: tensor (B, L, ...), order (B, L) -> out[b, i] = tensor[b, order[b, i]]."""
+    rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    return tensor[rows, order]
+
+
+def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
+    """Number the 3-D windows of every row (Swin's regular and shifted partition, in three axes); eq. (1).
+
+    Args:
+        coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
+        window_thw: window size in tokens (T, Y, X), each >= 1.
+        shifted: move the partition by half a window on every axis on which the segment is longer than the window.
+    Returns:
+        (B, L) int64, -1 on text; equal in one row iff the tokens share segment and window.
+    Raises:
+        ValueError: if coords are malformed or a window size is below 1.
+    """
+    check_coords(coords, "window_ids")
+    sizes_valid = len(window_thw) == 3 and min(window_thw) >= 1
+    require(sizes_valid, "window_ids", "window_thw must be three sizes >= 1 (T, Y, X)", window_thw)
+    ids = torch.full(coords.shape[:2], -1, dtype=torch.int64)
+    for row in range(coords.shape[0]):
+        numbers: dict[tuple[int, ...], int] = {}
+        for segment, positions in segments(coords, row):
+            grid = coords[row, positions, 1:]  # (n, 3)
+            extent = (grid.amax(0) - grid.amin(0) + 1).tolist()
+            shift = [w // 2 if shifted and e > w else 0 for w, e in zip(window_thw, extent, strict=True)]
+            for position, cell in zip(positions.tolist(), grid.tolist(), strict=True):
+                key = tuple((c + s) // w for c, s, w in zip(cell, shift, window_thw, strict=True))  # eq. (1)
+                ids[row, position] = numbers.setdefault((segment, *key), len(numbers))
+    return ids.to(coords.device)
+
+
+@dataclass(frozen=True, eq=False)
+class VisionLayout:
+    """The layout of one forward pass, shared by all layers: orders and windows are computed once each.
+
+    Args:
+        coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
+    Raises:
+        ValueError: if coords are malformed or two segments interleave.
+    """
+
+    coords: Tensor
+    _memo: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_coords(self.coords, "VisionLayout")
+
+    @property
+    def segment(self) -> Tensor:
+        """(B, L) int64 segment ids, -1 on text; the same in token order and in every scan order."""
+        return self.coords[..., 0]
+
+    @property
+    def is_vision(self) -> Tensor:
+        """(B, L) bool, True on vision tokens."""
+        return self.segment >= 0
+
+    def order(self, layer_index: int) -> Tensor:
+        """`scan_order` of this layer, (B, L) int64."""
+        return self._once(("order", layer_index % 4), lambda: scan_order(self.coords, layer_index))
+
+    def inverse(self, layer_index: int) -> Tensor:
+        """The inverse of `order(layer_index)`, (B, L) int64."""
+        return self._once(("inverse", layer_index % 4), lambda: inverse_order(self.order(layer_index)))
+
+    def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
+        """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
+        shifted = layer_index % 2 == 1
+        key = ("windows", window_thw, shifted)
+        return self._once(key, lambda: window_ids(self.coords, window_thw, shifted))
+
+    def _once(self, key: tuple, make) -> Tensor:
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]

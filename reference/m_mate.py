@@ -1,0 +1,88 @@
+"""M-MATE: the block that takes the place of a decoder layer's `self_attn`.
+
+Letters: B batch, L tokens, D width. Input u (B, L, D): the layer's normed hidden states.
+
+    m = sigmoid(W_m u + b_m)                                                   (1)   (B, L, 1), ½ at the start
+    y = m · FlexMA(u) + (1 - m) · LocalSwin(u)   on vision,      y = FlexMA(u)   on text   (2)
+
+LinMU, arXiv 2601.01322: two branches, interpolated per token. Choice: text is pinned to Flex-MA.
+Cost: linear in L. Decoding: a `FlexMAState` per layer, the same size at every length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import LinMUConfig
+from .flex_ma import FlexMA, FlexMAState, full_precision_linear
+from .layout import VisionLayout
+from .local_swin import LocalSwin
+
+
+class MMATE(nn.Module):
+    """Masked-bidirectional-Mamba2 and windowed attention, mixed per token; eqs. (1) and (2).
+
+    Args:
+        config: sizes and options.
+        layer_index: index of the decoder layer: scan order, window shift and cache slot follow from it.
+    """
+
+    flex_ma_class: type[FlexMA] = FlexMA
+    local_swin_class: type[LocalSwin] = LocalSwin
+
+    def __init__(self, config: LinMUConfig, layer_index: int) -> None:
+        super().__init__()
+        self.config, self.layer_index = config, layer_index
+        self.flex_ma = self.flex_ma_class(config, layer_index)
+        self.local_swin = self.local_swin_class(config, layer_index)
+        self.mix_proj = nn.Linear(config.width, 1)
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Start of every parameter that the teacher does not have, by name, float32."""
+        own = {"mix_proj.weight": torch.zeros(1, self.config.width), "mix_proj.bias": torch.zeros(1)}
+        return own | {f"flex_ma.{name}": value for name, value in self.flex_ma.initial_values().items()}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter that the teacher does not have to its start."""
+        for name, value in self.initial_values().items():
+            self.get_parameter(name).copy_(value)
+
+    def copy_attention(self, attention: nn.Module) -> None:
+        """Start both branches from an attention layer's weights and biases (LinMU, arXiv 2601.01322)."""
+        self.flex_ma.copy_attention(attention)
+        self.local_swin.copy_attention(attention)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout | None = None,
+        *,
+        valid: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        state: FlexMAState | None = None,
+    ) -> tuple[Tensor, FlexMAState]:
+        """Mix the sequence; eq. (2).
+
+        Args:
+            hidden_states: u, (B, L, D).
+            layout: where the vision tokens of these L positions are; None = all text.
+            valid: (B, L) bool, True = not padding; None = all valid.
+            position_embeddings: the teacher's (cos, sin), each (B or 1, L, N); needed where there is vision.
+            state: what the tokens before left; None = there were none.
+        Returns:
+            (B, L, D) in the dtype of `hidden_states`, and the state after the last token.
+        Raises:
+            ValueError: for shapes or dtypes that do not fit.
+        """
+        y, state = self.flex_ma(
+            hidden_states, layout, valid=valid, position_embeddings=position_embeddings, state=state
+        )
+        if layout is None:
+            return y, state
+        local = self.local_swin(hidden_states, layout, position_embeddings=position_embeddings)
+        mix = torch.sigmoid(full_precision_linear(hidden_states, self.mix_proj))  # eq. (1)
+        mixed = mix * y + (1 - mix) * local
+        return torch.where(layout.is_vision[..., None], mixed.to(y.dtype), y), state  # eq. (2)

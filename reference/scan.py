@@ -1,0 +1,290 @@
+"""The selective scan, both ways, one token at a time, and the causal convolution in front of it.
+
+Letters: B batch, L tokens, H query heads, G groups, N state size, P head dim, K conv taps. Head h reads group
+h // (H/G) of x and B, as attention's query heads read key/value heads.
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t B_t ⊗ x_t                                    (1)   state, (N, P) per head
+    y_t = S_tᵀ C_t                                                                  (2)
+    y   = gate · y_f + (1 - gate) · y_b + D x   on vision,   y = y_f + D x  on text  (3)
+    out_t = Σ_k weight[k] · u_{t-K+1+k} + bias                                    (4)   over valid tokens only
+
+(1) and (2) are Mamba2's recurrence (arXiv 2405.21060) with the names x, dt, A, B, C, D; (3) is Flex-MA
+(LinMU, arXiv 2601.01322). Cost: L steps of a few small torch calls each, and autograd keeps every state:
+O(L·H·N·P) memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import require, require_float, require_int64, require_mask, require_one_device, require_shape
+from .precision import accumulation_dtype, without_autocast
+
+
+@without_autocast
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    mask: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scan the sequence once, left to right or right to left; eqs. (1) and (2) (Mamba2, arXiv 2405.21060).
+
+    Args:
+        x: (B, L, G, P) input, any float dtype.
+        dt: (B, L, H) step size, > 0 (softplus already applied).
+        A: (H,) decay rate per unit of dt, < 0.
+        B: (B, L, G, N) write direction.
+        C: (B, L, H, N) read direction.
+        mask: (B, L) bool, True = takes part; elsewhere the state passes unchanged, y is 0, no gradient flows.
+        initial_state: (B, H, N, P); zeros if None.
+        reverse: run from the last token to the first.
+    Returns:
+        y: (B, L, H, P) in the dtype of `x`.
+        final_state: (B, H, N, P) in float32, or float64 if `x` is.
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, or L = 0.
+    """
+    check_scan("selective_scan", x, dt, A, B, C, mask=mask, initial_state=initial_state)
+    heads, length = C.shape[2], C.shape[1]
+    accumulate = accumulation_dtype(x.dtype)
+    dtype = x.dtype
+    x, dt, A, B, C = (tensor.to(accumulate) for tensor in (x, dt, A, B, C))
+    if mask is not None:  # dt = 0 is the exact identity: decay exp(0) = 1, write 0
+        x, B, C = (keep(tensor, mask[:, :, None, None]) for tensor in (x, B, C))
+        dt = keep(dt, mask[:, :, None])
+    x, B = repeat_groups(x, heads), repeat_groups(B, heads)  # (B, L, H, P), (B, L, H, N)
+    state = initial_scan_state(x, B) if initial_state is None else initial_state.to(accumulate)
+    outputs: list[Tensor] = []
+    for t in reversed(range(length)) if reverse else range(length):
+        state, y_t = advance(state, x[:, t], dt[:, t], A, B[:, t], C[:, t])
+        outputs.append(y_t)
+    y = torch.stack(outputs[::-1] if reverse else outputs, dim=1)  # (B, L, H, P)
+    return y.to(dtype), state
+
+
+def advance(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: state (B, H, N, P), x (B, H, P), dt (B, H), A (H,), B, C (B, H, N) -> (state, y (B, H, P))."""
+    decay = torch.exp(dt * A)  # (B, H)
+    write = (dt[..., None] * B)[..., :, None] * x[..., None, :]  # (B, H, N, P)
+    state = decay[..., None, None] * state + write  # eq. (1)
+    y = torch.einsum("bhn,bhnp->bhp", C, state)  # eq. (2)
+    return state, y
+
+
+@without_autocast
+def bidirectional_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    gate: Tensor,
+    segment: Tensor | None = None,
+    valid: Tensor | None = None,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan forward over all tokens and backward inside each segment; eq. (3) (LinMU, arXiv 2601.01322).
+
+    Choice: the backward scan starts from zero in every segment. One state across segments would let text between two
+    images train on the second, and prefill in chunks would differ from prefill in one piece.
+
+    Args:
+        x, dt, A, B, C: as for `selective_scan`, already in scan order.
+        gate: (B, L, H) in [0, 1], share of the forward direction on vision tokens; unused on text.
+        segment: (B, L) int64, segment id of each position, -1 on text; None = all text.
+        valid: (B, L) bool, True = not padding; None = all valid.
+        D: (H,) skip weight of x; None = no skip.
+        initial_state: (B, H, N, P) of the forward direction; zeros if None.
+    Returns:
+        y: (B, L, H, P) in the dtype of `x`, 0 on padding.
+        final_state: (B, H, N, P) of the forward direction, float32, or float64 if `x` is.
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, or L = 0.
+    """
+    where = "bidirectional_scan"
+    check_scan(where, x, dt, A, B, C, mask=valid, initial_state=initial_state, mask_name="valid")
+    check_bidirectional(where, C, gate, segment, D)
+    dtype = x.dtype
+    x, gate = x.to(accumulation_dtype(dtype)), gate.to(accumulation_dtype(dtype))
+    y, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)  # y_f
+    if segment is not None:
+        is_vision = segment >= 0 if valid is None else (segment >= 0) & valid
+        y_b = backward_scan(x, dt, A, B, C, segment, is_vision)
+        g = gate[..., None]  # (B, L, H, 1)
+        y = torch.where(is_vision[..., None, None], g * y + (1 - g) * y_b, y)  # eq. (3)
+    if D is not None:
+        skip = D.to(y.dtype)[:, None] * repeat_groups(x, C.shape[2])  # (B, L, H, P)
+        y = y + (skip if valid is None else keep(skip, valid[..., None, None]))
+    return y.to(dtype), final_state
+
+
+def backward_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment: Tensor, is_vision: Tensor
+) -> Tensor:
+    """y_b of eq. (3), (B, L, H, P): each segment alone, right to left, from a zero state; 0 on text."""
+    batch, length, heads, _ = C.shape
+    total = x.new_zeros(batch, length, heads, x.shape[3])
+    for segment_id in segment[is_vision].unique().tolist():
+        mask = (segment == segment_id) & is_vision
+        columns = mask.any(0).nonzero().squeeze(-1)
+        span = slice(int(columns[0]), int(columns[-1]) + 1)  # the block; text in it is masked
+        y, _ = selective_scan(
+            x[:, span], dt[:, span], A, B[:, span], C[:, span], mask=mask[:, span], reverse=True
+        )
+        total = total + torch.nn.functional.pad(y, (0, 0, 0, 0, span.start, length - span.stop))
+    return total
+
+
+@without_autocast
+def scan_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One text token of decoding: eqs. (1) and (2), and the skip of eq. (3).
+
+    Args:
+        state: (B, H, N, P), float32, or float64 if `x` is.
+        x: (B, G, P); dt: (B, H), > 0; A: (H,), < 0; B: (B, G, N); C: (B, H, N): as for `selective_scan`.
+        D: (H,) skip weight of x; None = no skip.
+        valid: (B,) bool, True = takes part; other rows keep their state and give 0. None = all.
+    Returns:
+        y: (B, H, P) in the dtype of `x`.
+        state: (B, H, N, P), the new state; the argument is left as it was.
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
+    """
+    where = "scan_step"
+    for name, tensor, letters in (
+        ("x", x, "B, G, P"),
+        ("dt", dt, "B, H"),
+        ("B", B, "B, G, N"),
+        ("C", C, "B, H, N"),
+    ):
+        require_shape(where, name, tensor, (None,) * (letters.count(",") + 1), letters)
+    require_mask(where, "valid", valid, (x.shape[0],), "B")
+    x, dt, B, C = (tensor.unsqueeze(1) for tensor in (x, dt, B, C))  # L = 1
+    mask = None if valid is None else valid[:, None]
+    check_scan(where, x, dt, A, B, C, mask=mask, initial_state=state, mask_name="valid")
+    unused_gate = C.new_ones(C.shape[:3])
+    y, state = bidirectional_scan(x, dt, A, B, C, gate=unused_gate, valid=mask, D=D, initial_state=state)
+    return y[:, 0], state
+
+
+@without_autocast
+def causal_conv(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over valid tokens; eq. (4) (Mamba2's, without its activation).
+
+    Args:
+        u: (B, L, channels) input, any float dtype.
+        weight: (channels, K); the last tap meets the current token.
+        bias: (channels,) or None.
+        mask: (B, L) bool, True = takes part; other tokens are skipped as if absent, and give 0.
+        initial_state: (B, K-1, channels), the K-1 inputs before the first, oldest first; zeros if None.
+    Returns:
+        out: (B, L, channels) in the dtype of `u`.
+        final_state: (B, K-1, channels), the last K-1 valid inputs, in float32, or float64 if `u` is.
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, K = 0 or L = 0.
+    """
+    check_conv("causal_conv", u, weight, bias, mask, initial_state)
+    dtype, accumulate = u.dtype, accumulation_dtype(u.dtype)
+    batch, length, channels = u.shape
+    taps = weight.shape[1]
+    u, weight = u.to(accumulate), weight.to(accumulate)
+    if mask is not None:
+        u = keep(u, mask[..., None])
+    start = u.new_zeros(batch, taps - 1, channels) if initial_state is None else initial_state
+    window = start.to(accumulate)  # (B, K-1, channels)
+    outputs: list[Tensor] = []
+    for t in range(length):
+        seen = torch.cat([window, u[:, t : t + 1]], dim=1)  # (B, K, channels)
+        out_t = (seen * weight.T).sum(1)  # eq. (4)
+        out_t = out_t if bias is None else out_t + bias.to(accumulate)
+        outputs.append(out_t if mask is None else keep(out_t, mask[:, t, None]))
+        window = seen[:, 1:] if mask is None else torch.where(mask[:, t, None, None], seen[:, 1:], window)
+    return torch.stack(outputs, dim=1).to(dtype), window
+
+
+def keep(tensor: Tensor, mask: Tensor) -> Tensor:
+    """`tensor` where `mask`, else 0, whatever (NaN included) stood there; no gradient flows there either."""
+    return torch.where(mask, tensor, tensor.new_zeros(()))
+
+
+def repeat_groups(tensor: Tensor, heads: int) -> Tensor:
+    """(B, L, G, ·) -> (B, L, H, ·): head h is given group h // (H/G)."""
+    return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+
+
+def initial_scan_state(x: Tensor, B: Tensor) -> Tensor:
+    """Zeros (B, H, N, P) for x (B, L, H, P) and B (B, L, H, N)."""
+    return x.new_zeros(x.shape[0], x.shape[2], B.shape[3], x.shape[3])
+
+
+def check_scan(where: str, x, dt, A, B, C, *, mask, initial_state, mask_name: str = "mask") -> None:
+    """Shapes, dtypes and devices of the scan's arguments."""
+    require_float(where, x=x, dt=dt, A=A, B=B, C=C, initial_state=initial_state)
+    require_shape(where, "x", x, (None, None, None, None), "B, L, G, P")
+    batch, length, groups, head_dim = x.shape
+    require(length >= 1, where, "L must be at least 1", length)
+    require_shape(where, "C", C, (batch, length, None, None), "B, L, H, N")
+    heads, state = C.shape[2:]
+    ratio = f"H={heads}, G={groups}"
+    require(groups >= 1 and heads % groups == 0, where, "heads must be a multiple of groups", ratio)
+    require_shape(where, "dt", dt, (batch, length, heads), "B, L, H")
+    require_shape(where, "A", A, (heads,), "H")
+    require_shape(where, "B", B, (batch, length, groups, state), "B, L, G, N")
+    require_mask(where, mask_name, mask, (batch, length), "B, L")
+    if initial_state is not None:
+        require_shape(where, "initial_state", initial_state, (batch, heads, state, head_dim), "B, H, N, P")
+    require_one_device(where, x=x, **{mask_name: mask})
+
+
+def check_bidirectional(where: str, C: Tensor, gate, segment, D) -> None:
+    """Shapes, dtypes and devices of what `bidirectional_scan` adds to the scan."""
+    batch, length, heads, _ = C.shape
+    require_float(where, C=C, gate=gate, D=D)
+    require_shape(where, "gate", gate, (batch, length, heads), "B, L, H")
+    require_int64(where, "segment", segment, (batch, length), "B, L")
+    require_one_device(where, C=C, segment=segment)
+    if D is not None:
+        require_shape(where, "D", D, (heads,), "H")
+
+
+def check_conv(where: str, u, weight, bias, mask, initial_state) -> None:
+    """Shapes, dtypes and devices of the convolution's arguments."""
+    require_float(where, u=u, weight=weight, bias=bias, initial_state=initial_state)
+    require_shape(where, "u", u, (None, None, None), "B, L, channels")
+    batch, length, channels = u.shape
+    require(length >= 1, where, "L must be at least 1", length)
+    require_shape(where, "weight", weight, (channels, None), "channels, K")
+    taps = weight.shape[1]
+    require(taps >= 1, where, "weight must have at least one tap", taps)
+    if bias is not None:
+        require_shape(where, "bias", bias, (channels,), "channels")
+    require_mask(where, "mask", mask, (batch, length), "B, L")
+    require_one_device(where, u=u, mask=mask)
+    if initial_state is not None:
+        require_shape(where, "initial_state", initial_state, (batch, taps - 1, channels), "B, K-1, channels")

@@ -1,0 +1,76 @@
+"""Softmax attention inside each 3-D window, one window at a time.
+
+Letters: B batch, L tokens, H query heads, G groups, N head dim of q and k, P head dim of v. Head h reads
+group h // (H/G).
+
+    o_i = Σ_j softmax_j(scale · q_i·k_j) v_j     over all j of the same row with the id of i, later ones too  (1)
+
+Local-Swin's attention (LinMU, arXiv 2601.01322), after Swin (arXiv 2103.14030) in three axes and without a mask
+for cyclic shifts: windows are sets of tokens with one id, so a border window is simply smaller. Cost: a loop
+over ids.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import require, require_float, require_int64, require_one_device, require_shape
+from .precision import accumulation_dtype, without_autocast
+from .scan import repeat_groups
+
+
+@without_autocast
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Attend, without causal mask, to the tokens of the same row with the same window id; eq. (1).
+
+    Args:
+        q: (B, L, H, N), any float dtype.
+        k: (B, L, G, N).
+        v: (B, L, G, P).
+        window_id: (B, L) int64; -1 = in no window.
+        scale: factor on q·k; None = N**-0.5.
+    Returns:
+        (B, L, H, P) in the dtype of `q`; 0 where the id is -1. Softmax and sums run in float32, or float64 if
+    `q` is. Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
+    """
+    check_window_attention("window_attention", q, k, v, window_id)
+    heads, dtype = q.shape[2], q.dtype
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    q, k, v = (tensor.to(accumulation_dtype(dtype)) for tensor in (q, k, v))
+    k, v = repeat_groups(k, heads), repeat_groups(v, heads)  # (B, L, H, N), (B, L, H, P)
+    output = q.new_zeros(*q.shape[:3], v.shape[3])
+    for window in window_id[window_id >= 0].unique().tolist():
+        member = window_id == window  # (B, L)
+        columns = member.any(0).nonzero().squeeze(-1)  # (n,): tokens in this window in at least one row
+        attended = attend(q[:, columns], k[:, columns], v[:, columns], member[:, columns], scale)
+        output = output.index_add(1, columns, attended)
+    return output.to(dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, member: Tensor, scale: float) -> Tensor:
+    """Eq. (1) for one window: q, k (B, n, H, N), v (B, n, H, P), member (B, n) bool -> (B, n, H, P), 0
+    outside."""
+    q, k, v = (torch.where(member[..., None, None], tensor, tensor.new_zeros(())) for tensor in (q, k, v))
+    scores = scale * torch.einsum("bihn,bjhn->bhij", q, k)
+    lowest = torch.finfo(scores.dtype).min  # finite, so that rows without members give no NaN
+    scores = torch.where(member[:, None, None, :], scores, scores.new_full((), lowest))
+    output = torch.einsum("bhij,bjhp->bihp", scores.softmax(-1), v)  # eq. (1)
+    return torch.where(member[..., None, None], output, output.new_zeros(()))
+
+
+def check_window_attention(where: str, q, k, v, window_id) -> None:
+    """Shapes, dtypes and devices of the attention's arguments."""
+    require_float(where, q=q, k=k, v=v)
+    require_shape(where, "q", q, (None, None, None, None), "B, L, H, N")
+    batch, length, heads, state = q.shape
+    require_shape(where, "k", k, (batch, length, None, state), "B, L, G, N")
+    groups = k.shape[2]
+    ratio = f"H={heads}, G={groups}"
+    require(groups >= 1 and heads % groups == 0, where, "heads must be a multiple of groups", ratio)
+    require_shape(where, "v", v, (batch, length, groups, None), "B, L, G, P")
+    require_int64(where, "window_id", window_id, (batch, length), "B, L")
+    require_one_device(where, q=q, window_id=window_id)
