@@ -64,8 +64,8 @@ def segments(coords: Tensor, row: int) -> Iterator[tuple[int, Tensor]]:
 def scan_order(coords: Tensor, layer_index: int) -> Tensor:
     """Rotary-Major Scan (LinMU, arXiv 2601.01322; the keys are a Choice): which token each position holds.
 
-    Text and padding keep their position. The tokens of a segment share out the positions they occupy, sorted by the
-    key of `layer_index % 4`; ties keep their order.
+    Text and padding keep their position. The tokens of a segment share out the positions they occupy, sorted
+    by the key of `layer_index % 4`; ties keep their order.
 
     Args:
         coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
@@ -106,7 +106,7 @@ def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) 
     Args:
         coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
         window_thw: window size in tokens (T, Y, X), each >= 1.
-        shifted: move the partition by half a window on every axis on which the segment is longer than the window.
+        shifted: move the partition by half a window on each axis on which the segment exceeds the window.
     Returns:
         (B, L) int64, -1 on text; equal in one row iff the tokens share segment and window.
     Raises:

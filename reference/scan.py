@@ -70,7 +70,7 @@ def selective_scan(
 
 
 def advance(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """One token: state (B, H, N, P), x (B, H, P), dt (B, H), A (H,), B, C (B, H, N) -> (state, y (B, H, P))."""
+    """One token: state (B, H, N, P), x (B, H, P), dt (B, H), B and C (B, H, N) -> (state, y (B, H, P))."""
     decay = torch.exp(dt * A)  # (B, H)
     write = (dt[..., None] * B)[..., :, None] * x[..., None, :]  # (B, H, N, P)
     state = decay[..., None, None] * state + write  # eq. (1)
@@ -94,8 +94,8 @@ def bidirectional_scan(
 ) -> tuple[Tensor, Tensor]:
     """Scan forward over all tokens and backward inside each segment; eq. (3) (LinMU, arXiv 2601.01322).
 
-    Choice: the backward scan starts from zero in every segment. One state across segments would let text between two
-    images train on the second, and prefill in chunks would differ from prefill in one piece.
+    Choice: the backward scan starts from zero in every segment. One state across segments would let text
+    between two images see the second, and prefill in chunks would differ from prefill in one piece.
 
     Args:
         x, dt, A, B, C: as for `selective_scan`, already in scan order.

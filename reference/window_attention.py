@@ -3,11 +3,11 @@
 Letters: B batch, L tokens, H query heads, G groups, N head dim of q and k, P head dim of v. Head h reads
 group h // (H/G).
 
-    o_i = Σ_j softmax_j(scale · q_i·k_j) v_j     over all j of the same row with the id of i, later ones too  (1)
+    o_i = Σ_j softmax_j(scale · q_i·k_j) v_j     over all j of the row with the id of i, later ones too    (1)
 
-Local-Swin's attention (LinMU, arXiv 2601.01322), after Swin (arXiv 2103.14030) in three axes and without a mask
-for cyclic shifts: windows are sets of tokens with one id, so a border window is simply smaller. Cost: a loop
-over ids.
+Local-Swin's attention (LinMU, arXiv 2601.01322), after Swin (arXiv 2103.14030) in three axes and without a
+mask for cyclic shifts: windows are sets of tokens with one id, so a border window is simply smaller. Cost: a
+loop over ids.
 """
 
 from __future__ import annotations
