@@ -8,9 +8,16 @@ Read in this order:
     local_swin        the local branch
     m_mate            the block: both branches, mixed per token
     losses            what the three distillation stages minimise
+    grids             from a prompt's placeholder tokens to coordinates
+    cache             what decoding keeps of a layer
+    hosted_mixer      the block as a decoder layer calls it, and which backend computes it
+    hosting           a Hugging Face model whose decoder holds M-MATE: forward and generate()
+    families          Qwen2-VL and Qwen2.5-VL, known to the Auto classes
+    convert           a teacher in, a student out; a student's folder opened again
 """
 
 from .config import LinMUConfig
+from .convert import convert, load
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
 from .local_swin import LocalSwin
@@ -28,8 +35,10 @@ __all__ = [
     "VisionLayout",
     "bidirectional_scan",
     "causal_conv",
+    "convert",
     "hidden_loss",
     "inverse_order",
+    "load",
     "logit_loss",
     "scan_order",
     "scan_step",

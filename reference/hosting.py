@@ -1,0 +1,292 @@
+"""A Hugging Face vision-language model whose decoder layers hold M-MATE: its construction, forward and
+generate().
+
+Put before a family's class:  class LinMUQwen2VL...(LinMUModel, Qwen2VLForConditionalGeneration)
+
+Where the vision tokens are travels like this: forward matches placeholder tokens to grids, makes one
+    `VisionLayout`
+of the coordinates and passes it to every layer as the keyword `linmu_layout`. generate() does the matching
+before Hugging Face encodes the images, which takes the grids away, and hands coordinates (B, L, 4) on as
+`linmu_coords`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers import initialization as init
+
+from .attention import ATTENTION
+from .checks import require
+from .config import LinMUConfig
+from .grids import MODALITIES, Placement, cuts_a_block, find_placements, placement_coords
+from .hosted_mixer import backend_name, current_mixer, hosted
+from .layout import VisionLayout
+from .m_mate import MMATE
+
+PRECISE = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
+VERSION = 1
+PIXELS = {"image": ("pixel_values", ()), "video": ("pixel_values_videos", ("second_per_grid_ts",))}
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers of a teacher or student, PEFT's wrapping included; each has a `self_attn`."""
+    return model.get_decoder().layers
+
+
+def mixers(model: nn.Module) -> dict[int, MMATE]:
+    """Return the M-MATE blocks that stand directly at `self_attn`, by layer index."""
+    blocks = {index: layer.self_attn for index, layer in enumerate(decoder_layers(model))}
+    return {index: block for index, block in blocks.items() if isinstance(block, MMATE)}
+
+
+def with_vision_layout(forward: Callable) -> Callable:
+    """Make of a family's forward one that tells the layers where the vision tokens are.
+
+    It takes one argument more: `linmu_coords`, (B, L, 4) int64 as in `VisionLayout`, for those who pass
+    `inputs_embeds`; by default the coordinates come from `input_ids` and the grids.
+    """
+    base = inspect.signature(forward)
+
+    @wraps(forward)
+    def forward_with_layout(self, *args, linmu_coords: Tensor | None = None, **kwargs):
+        kwargs = base.bind_partial(self, *args, **kwargs).arguments
+        kwargs |= kwargs.pop("kwargs", {})
+        del kwargs["self"]
+        kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs)
+        return forward(self, **kwargs)
+
+    own = inspect.Parameter("linmu_coords", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *named, wildcard = base.parameters.values()
+    forward_with_layout.__signature__ = base.replace(parameters=[*named, own, wildcard])
+    return forward_with_layout
+
+
+class LinMUModel:
+    """What all families share. The configuration's `linmu` says which layers are converted, and with what
+    options.
+
+    Attributes:
+        linmu_backend: the package that computes the mixers, as "linmu.reference".
+    Raises:
+        ValueError: if the configuration has no `linmu`, or one of a newer version.
+    """
+
+    _keep_in_fp32_modules_strict = PRECISE
+    _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
+
+    def __init__(self, config) -> None:
+        check_settings(config.linmu)
+        super().__init__(config)
+        mixer_class = current_mixer()
+        self.linmu_backend = backend_name(mixer_class)
+        layers = decoder_layers(self)
+        for index in config.linmu["layers"]:
+            layers[index].self_attn = hosted(mixer_class)(mixer_config(config), index)
+        self.set_attn_implementation({"text_config": ATTENTION})
+        self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Start the parameters that no checkpoint brought, the mixers' own included."""
+        super().initialize_weights()
+        for mixer in mixers(self).values():
+            for name, value in mixer.initial_values().items():
+                init.copy_(mixer.get_parameter(name), value)  # leaves loaded tensors alone
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Open a student's folder, as any Hugging Face model is opened.
+
+        Raises:
+            ValueError: if the folder's tensors are not exactly this model's.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(map(str, info.get(kind) or ()))
+            listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            where, must = (
+                f"{cls.__name__}.from_pretrained",
+                "the folder must hold exactly this student's tensors",
+            )
+            require(not names, where, must, f"{kind.replace('_', ' ')}: {listing}", "save the student again")
+        return (model, info) if output_loading_info else model
+
+    def vision_layout(self, coords: Tensor | None, kwargs: dict[str, Any]) -> VisionLayout | None:
+        """Return the layout of one forward's tokens; None = all text.
+
+        Args:
+            coords: (B, L, 4) int64 if the caller knows them.
+            kwargs: the forward's arguments.
+        Raises:
+            ValueError: if `coords` are missing for `inputs_embeds`, or tokens and grids do not fit.
+        """
+        input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens = input_ids if embeds is None else embeds
+        if coords is None:
+            where, must = type(self).__name__, "linmu_coords must come with inputs_embeds"
+            hint = "-1 throughout for text; coords are (B, L, 4) [segment, t, y, x]"
+            require(input_ids is not None, where, must, None, hint)
+            if is_decoding_step(tokens, kwargs):
+                return None
+            coords = placement_coords(self.placements(input_ids, kwargs), tokens.shape[:2], tokens.device)
+        coords = coords.to(tokens.device)
+        return VisionLayout(coords) if bool((coords >= 0).any()) else None
+
+    def placements(self, input_ids: Tensor, kwargs: dict[str, Any]) -> list[Placement]:
+        """Match the placeholder tokens in `input_ids` (B, L) to the grids in `kwargs`."""
+        return find_placements(
+            input_ids,
+            kwargs.get("image_grid_thw"),
+            kwargs.get("video_grid_thw"),
+            image_token_id=self.config.image_token_id,
+            video_token_id=self.config.video_token_id,
+            merge_size=self.config.vision_config.spatial_merge_size,
+        )
+
+    def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
+        """Generate as Hugging Face does, with a cache of constant size.
+
+        A later turn continues from `past_key_values` with the whole conversation's `input_ids`, grids and
+        pixels; what the cache has seen is not encoded again.
+
+        Raises:
+            ValueError: for assisted decoding, prompt lookup and caches that are not dynamic, and for prefill
+                in chunks that cut an image or video.
+        """
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        has_grids = any(kwargs.get(f"{modality}_grid_thw") is not None for modality in MODALITIES)
+        if has_grids and input_ids is not None:
+            placements = self.placements(input_ids, kwargs)
+            if kwargs.get("linmu_coords") is None:
+                coords = placement_coords(placements, input_ids.shape, input_ids.device)
+                kwargs["linmu_coords"] = coords
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                self._continue_from(cache.get_seq_length(), input_ids, placements, kwargs)
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    def _continue_from(self, past: int, input_ids: Tensor, placements, kwargs: dict[str, Any]) -> None:
+        """Prepare a later turn with vision: positions for the whole conversation, pixels for what is new."""
+        mask = kwargs.get("attention_mask")
+        mask = kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
+        must = f"input_ids must be the whole conversation, more than the {past} tokens of the cache"
+        whole = input_ids.shape == mask.shape and input_ids.shape[1] > past
+        require(whole, "generate", must, f"{tuple(input_ids.shape)}, attention_mask {tuple(mask.shape)}")
+        if kwargs.get("position_ids") is None:
+            self.base_model.rope_deltas = None  # of an earlier call, perhaps on another prompt
+            kwargs["position_ids"] = self._prepare_position_ids_for_generation(input_ids, kwargs)
+        for modality in MODALITIES:
+            keep_new(modality, placements, past, self.config.vision_config.spatial_merge_size, kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Prepare one forward of generate(): Hugging Face's arguments, and the coordinates of the tokens in
+        it.
+
+        Raises:
+            ValueError: if the forward would begin or end inside an image or video.
+        """
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        coords = model_inputs.pop("linmu_coords", None)
+        reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
+        if coords is None or not reads_prompt:
+            return model_inputs
+        tokens = model_inputs.get("inputs_embeds")
+        length = (model_inputs["input_ids"] if tokens is None else tokens).shape[1]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return model_inputs | {"linmu_coords": coords_between(coords, past, past + length)}
+
+    def _validate_generation_mode(self, generation_mode, generation_config: GenerationConfig, kwargs) -> None:
+        super()._validate_generation_mode(generation_mode, generation_config, kwargs)
+        implementation = generation_config.cache_implementation
+        dynamic = implementation in (None, "dynamic", "dynamic_full")
+        require(dynamic, "generate", "cache_implementation must be dynamic", implementation)
+        encodes_first = "mm_encoder_outputs" in inspect.signature(self.forward).parameters
+        require(
+            generation_config.prefill_chunk_size is None or encodes_first,
+            "generate",
+            "prefill_chunk_size needs a transformers that encodes images before the prefill",
+            generation_config.prefill_chunk_size,
+            "upgrade transformers, or prefill through forward",
+        )
+
+
+def check_settings(settings: dict[str, Any] | None) -> None:
+    """Raise ValueError unless `settings`, a configuration's `linmu`, is one that this code can build."""
+    where, hint = "LinMUModel", "turn a vanilla model into a student with convert()"
+    require(isinstance(settings, dict), where, "config.linmu must hold a student's settings", settings, hint)
+    version = settings.get("version")
+    must = f"config.linmu['version'] must be {VERSION}"
+    require(version == VERSION, where, must, version, "upgrade linmu")
+
+
+def mixer_config(config) -> LinMUConfig:
+    """Return the sizes of a Qwen2 decoder's attention with the options of its configuration's `linmu`."""
+    text = config.get_text_config(decoder=True)
+    return LinMUConfig(
+        width=text.hidden_size,
+        heads=text.num_attention_heads,
+        groups=text.num_key_value_heads,
+        head_dim=text.hidden_size // text.num_attention_heads,
+        qkv_bias=True,
+        output_bias=False,
+        norm_eps=text.rms_norm_eps,
+        **LinMUConfig.check_options(config.linmu["options"]),
+    )
+
+
+def is_decoding_step(tokens: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Say whether this forward is one generated token: text, whatever its id."""
+    cache = kwargs.get("past_key_values")
+    has_grids = any(kwargs.get(f"{modality}_grid_thw") is not None for modality in MODALITIES)
+    return tokens.shape[1] == 1 and not has_grids and cache is not None and cache.get_seq_length() > 0
+
+
+def coords_between(coords: Tensor, start: int, end: int) -> Tensor:
+    """Return coords (B, L, 4) of the positions [start, end): -1 beyond L, where generated text is."""
+    for position in (start, end):
+        must = "prefill must not be split inside an image or video"
+        whole = not cuts_a_block(coords, position)
+        hint = "choose another prefill_chunk_size"
+        require(whole, "generate", must, f"a split before position {position}", hint)
+    return F.pad(coords, (0, 0, 0, max(0, end - coords.shape[1])), value=-1)[:, start:end]
+
+
+def keep_new(modality: str, placements: list[Placement], past: int, merge_size: int, kwargs: dict) -> None:
+    """Drop the pixels and grids of what lies before position `past` from generate()'s arguments."""
+    pixels, per_item = PIXELS[modality]
+    grids = f"{modality}_grid_thw"
+    if kwargs.get(grids) is None:
+        return
+    own = [placement for placement in placements if placement.modality == modality]
+    is_new = torch.tensor([placement.start >= past for placement in own], dtype=torch.bool)
+    rows = torch.tensor([placement.length * merge_size**2 for placement in own])
+    keep = {grids: is_new, pixels: is_new.repeat_interleave(rows)} | dict.fromkeys(per_item, is_new)
+    for name, kept in keep.items():
+        if (value := kwargs.get(name)) is not None:
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            kwargs[name] = value[kept.to(value.device)] if bool(kept.any()) else None
