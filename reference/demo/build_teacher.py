@@ -94,6 +94,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=token("<|im_end|>"),
         pad_token_id=token("<|endoftext|>"),
+        initializer_range=0.08,
         tie_word_embeddings=True,
     )
     vision = dict(
@@ -108,6 +109,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         fullatt_block_indexes=[2],
         out_hidden_size=text["hidden_size"],
         tokens_per_second=1,
+        initializer_range=0.08,
     )
     return Qwen2_5_VLConfig(
         text_config=text,

@@ -1,0 +1,64 @@
+"""How often a model answers the demo's questions, kind by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ..processing import IGNORED, ChatCollator
+from .questions import KINDS, DigitsQuestions
+
+
+@torch.no_grad()
+def answered(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    items: Sequence[Mapping[str, Any]],
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Say which items the model would answer word for word by greedy decoding, end of turn included.
+
+    All tokens of an answer are the likeliest given the ones before exactly if greedy decoding produces the answer, so
+    one forward pass decides.
+
+    Returns:
+        (items,) bool on the CPU.
+    """
+    collate = ChatCollator(processor)
+    right = []
+    for start in range(0, len(items), batch_size):
+        batch = {k: v.to(model.device) for k, v in collate(items[start : start + batch_size]).items()}
+        labels = batch.pop("labels")[:, 1:]
+        guesses = model(**batch).logits[:, :-1].argmax(-1)
+        right.append(((guesses == labels) | (labels == IGNORED)).all(1).cpu())
+    return torch.cat(right)
+
+
+def heldout_accuracy(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples_per_kind: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    split: str = "heldout",
+) -> dict[str, float]:
+    """Return the accuracy of each kind on fresh questions about held-out digits."""
+    model.eval()
+    accuracy = {}
+    for kind in KINDS:
+        items = DigitsQuestions(split, seed, kinds=(kind,)).__getitems__(range(samples_per_kind))
+        accuracy[kind] = answered(model, processor, items, batch_size).double().mean().item()
+    return accuracy
+
+
+def best_guess(kind: str, samples: int = 2000, seed: int = 1) -> float:
+    """Return the accuracy of the best constant answer to one kind: what blindness would score."""
+    answers = [
+        item["messages"][1]["content"][0]["text"]
+        for item in DigitsQuestions("heldout", seed, kinds=(kind,)).__getitems__(range(samples))
+    ]
+    return max(answers.count(answer) for answer in set(answers)) / samples
