@@ -1,1 +1,42 @@
-"""LinMU with Triton kernels: the public names of `linmu.reference`, the same results, less time."""
+"""LinMU, fast: the public names of `linmu.reference`, the same results, less time.
+
+engine            Triton kernels or torch: which one runs, and how to force one
+scan              chunks of tokens as matrix products, both directions from one C Bᵀ
+window_attention  windows batched, or gathered by the kernel
+layout, losses    no loop over tokens, no float32 logits
+flex_ma, local_swin, m_mate, convert    the reference's modules on these operators
+"""
+
+from .config import LinMUConfig
+from .convert import convert, load
+from .engine import get_engine, set_engine
+from .flex_ma import FlexMA, FlexMAState
+from .layout import VisionLayout, inverse_order, scan_order, window_ids
+from .local_swin import LocalSwin
+from .losses import hidden_loss, logit_loss
+from .m_mate import MMATE
+from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
+from .window_attention import window_attention
+
+__all__ = [
+    "MMATE",
+    "FlexMA",
+    "FlexMAState",
+    "LinMUConfig",
+    "LocalSwin",
+    "VisionLayout",
+    "bidirectional_scan",
+    "causal_conv",
+    "convert",
+    "get_engine",
+    "hidden_loss",
+    "inverse_order",
+    "load",
+    "logit_loss",
+    "scan_order",
+    "scan_step",
+    "selective_scan",
+    "set_engine",
+    "window_attention",
+    "window_ids",
+]

@@ -1,0 +1,32 @@
+"""`reference/convert.py` with the fast M-MATE in the decoder layers; folders are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..reference.convert import build_student, load_student
+from ..reference.hosting import LinMUModel
+from .config import LinMUConfig
+from .m_mate import MMATE
+
+__all__ = ["convert", "load"]
+
+
+def convert(
+    teacher: PreTrainedModel,
+    config: LinMUConfig | dict[str, Any] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+) -> LinMUModel:
+    """`linmu.reference.convert`: arguments, parameters and errors are the same, computed by
+    `linmu.optimized`.
+    """
+    return build_student(teacher, config, layers, MMATE)
+
+
+def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:
+    """`linmu.reference.load`: arguments and errors are the same, computed by `linmu.optimized`."""
+    return load_student(folder, MMATE, **from_pretrained_kwargs)

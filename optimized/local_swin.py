@@ -1,0 +1,38 @@
+"""`reference/local_swin.py` on the fast window attention: same constructor, parameters, names and results.
+
+Letters: B batch, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from .checks import require, require_shape
+from .layout import VisionLayout, fast
+from .projections import apply_rope
+from .window_attention import window_attention
+
+__all__ = ["LocalSwin"]
+
+
+class LocalSwin(reference.LocalSwin):
+    """The local branch of M-MATE: `linmu.reference.LocalSwin`, the same state dict."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """`linmu.reference.LocalSwin.forward`: arguments, result and errors are the same."""
+        require_shape("LocalSwin", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
+        got = f"{tuple(layout.coords.shape[:2])} for {tuple(hidden_states.shape[:2])}"
+        same = layout.coords.shape[:2] == hidden_states.shape[:2]
+        require(same, "LocalSwin", "layout must describe the same (B, L) as hidden_states", got)
+        q, k, v = self.project_heads(hidden_states)
+        q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
+        windows = fast(layout).windows(self.config.window_thw, self.layer_index)
+        output = self.o_proj(window_attention(q, k, v, windows).flatten(2))
+        return output * layout.is_vision[..., None]

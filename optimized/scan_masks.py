@@ -1,0 +1,55 @@
+"""What both engines of the scan need to know about segments: (B, L) integers, a few torch calls, no loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def vision_mask(segment: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """(B, L) bool, True on vision tokens that are not padding; None if there is no segment at all."""
+    if segment is None:
+        return None
+    return segment >= 0 if valid is None else (segment >= 0) & valid
+
+
+def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
+    """The segment of the first vision token at or after the start of each chunk, and after the end.
+
+    A chunk's tokens of segment `next_segment[k + 1]` read the backward state that enters from its right;
+    those of segment `next_segment[k]` write to what leaves at its left; it passes through where the two are
+    equal.
+
+    Args:
+        segment: (B, L) int64; no two segments interleave.
+        vision: (B, L) bool.
+        chunk: tokens per chunk.
+    Returns:
+        (B, K + 1) int64, -1 where no vision token follows.
+    """
+    length = segment.shape[1]
+    position = torch.arange(length, device=segment.device)
+    position = torch.where(vision, position, length)
+    following = position.flip(1).cummin(1).values.flip(1)  # (B, L): the next vision token, or L
+    starts = torch.arange(0, length, chunk, device=segment.device)
+    following = torch.nn.functional.pad(following[:, starts], (0, 1), value=length)  # (B, K + 1)
+    return torch.nn.functional.pad(segment, (0, 1), value=-1).gather(1, following)
+
+
+def interleaved_row(segment: Tensor, valid: Tensor | None = None) -> int | None:
+    """The first row in which a segment goes on after another has begun, or None. Waits for the device."""
+    vision = vision_mask(segment, valid)
+    unlike_before = starts_run(segment, vision)  # runs of equal ids, text left out
+    ids = torch.where(vision, segment, -1).sort(dim=1).values
+    fresh = starts_run(ids, ids >= 0)
+    bad = (unlike_before.sum(1) != fresh.sum(1)).nonzero()
+    return int(bad[0]) if len(bad) else None
+
+
+def starts_run(segment: Tensor, vision: Tensor) -> Tensor:
+    """(B, L) bool: vision tokens whose previous vision token, if any, has another id."""
+    position = torch.arange(segment.shape[1], device=segment.device)
+    last = torch.where(vision, position, -1).cummax(1).values  # (B, L): the vision token at or before
+    last = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    previous = torch.where(last >= 0, segment.gather(1, last.clamp_min(0)), -1)
+    return vision & (previous != segment)
