@@ -153,7 +153,7 @@ def make_pictures(jsonl: str, folder: Path) -> None:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone to what the README does in one; tests run in it."""
-    for name in ("distill.py", "pyproject.toml"):
+    for name in ("distill.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(
         ROOT / "conformance", tmp_path / "conformance", ignore=shutil.ignore_patterns("__pycache__")
