@@ -88,7 +88,7 @@ def test_each_command_makes_an_environment_installs_and_does_its_job(marker, job
 
 def test_the_map_names_every_file_of_the_reference():
     (tree_map,) = (block.source for block in BLOCKS if block.source.startswith("reference/"))
-    named = [line.split()[0] for line in tree_map.splitlines()]
+    named = [line.split()[0] for line in tree_map.splitlines() if line]
     assert [name for name in named if not (ROOT / name).exists()] == []
     files = {f"reference/{path.name}" for path in (ROOT / "reference").glob("*.py")} - {
         "reference/__init__.py"
