@@ -1,0 +1,578 @@
+"""Distil a vision-language model into LinMU, in three stages (LinMU, arXiv 2601.01322).
+
+    python distill.py                                          the bundled teacher, on a CPU, in minutes
+    python distill.py --teacher DIR_OR_HUB_ID --data FILE.jsonl --preset vlm --output runs/mine
+
+    i    Flex-MA and the gates learn to mix as attention does, layer by layer, on the teacher's hidden states
+    ii   Local-Swin learns too; first on the teacher's hidden states, then on the student's own
+    iii  everything in M-MATE and LoRA adapters on the decoder's MLPs learn the teacher's answers, end to end
+
+A line of FILE.jsonl is {"messages": [...], "kind": "optional name"}, messages as chat templates take them,
+with {"type": "image", "image": PATH} and {"type": "video", "video": [FRAME_PATH, ...]} blocks, paths relative
+to FILE.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    AutoModelForImageTextToText,
+    HfArgumentParser,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from linmu.reference.conversations import Conversations, InOrder
+from linmu.reference.demo import TEACHER, DigitsQuestions
+from linmu.reference.evaluation import evaluate, plot_losses, table
+from linmu.reference.lesson import Lesson, Objective, attach_teacher, calibrate_norms, detach_teacher
+from linmu.reference.processing import ChatCollator, load_processor
+from linmu.reference.stage_trainer import Progress, Stage, StageTrainer, load_taught, taught_tensors
+
+STAGES = ("i", "ii", "iii")
+MLP_LAYERS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
+ENDLESS = 2**40  # questions counted in the demo data, which makes them as they are asked for
+
+
+def about(help: str, default: Any) -> Any:
+    """A field of `Config` with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; each is a flag of the same name."""
+
+    preset: Literal["demo", "smoke", "vlm"] = about(
+        "defaults of all other flags: demo (bundled teacher, minutes on a CPU), smoke (all of it in a minute, "
+        "to try the machinery), vlm (a real teacher on a GPU)",
+        "demo",
+    )
+    teacher: str = about("'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model", "demo")
+    data: str = about("'demo', or a JSONL file of conversations", "demo")
+    eval_data: str = about("JSONL file of held-out conversations; '' = every 20th line of --data", "")
+    output: str = about("folder of the run", "runs/demo")
+    stages: str = about("stages to run, in order", "i,ii,iii")
+    steps: str = about("optimizer steps of stages i, ii and iii", "100,100,450")
+    backend: Literal["reference", "optimized"] = about(
+        "whose M-MATE runs: linmu.reference or linmu.optimized", "reference"
+    )
+    seed: int = about("of data order, adapters and everything else drawn", 0)
+    resume: bool = about("go on where the run in --output was killed", False)
+    overwrite: bool = about("empty --output first", False)
+    allow_missing_stage: bool = about("start a stage although the one before it has not been run", False)
+    batch_size: int = about("conversations per device and step", 32)
+    gradient_accumulation: int = about("batches per step", 1)
+    gradient_checkpointing: bool = about("recompute layers in the backward pass, to save memory", False)
+    dtype: Literal["float32", "bfloat16"] = about(
+        "of the teacher's weights; what is trained is kept in float32", "float32"
+    )
+    window: str = about("Local-Swin window in tokens: T,Y,X", "2,4,4")
+    layers: str = about("decoder layers to convert: 'all' or numbers, like 0,1,2", "all")
+    lr_new: float = about("stage i, tensors that the teacher does not have", 4e-3)
+    lr_copied: float = about("stage i, tensors copied from the teacher; stage ii takes half of both", 1e-3)
+    lr_student: float = about("stage iii, M-MATE", 1e-3)
+    lr_lora: float = about("stage iii, adapters", 1e-3)
+    lora_rank: int = about("of the adapters", 16)
+    warmup: float = about("share of a stage's steps in which its learning rate rises", 0.05)
+    temperature: float = about("of the logit loss", 1.0)
+    calibration_batches: int = about(
+        "batches that set Flex-MA's norms to the teacher's head outputs; 0 = leave at 1", 4
+    )
+    eval_samples: int = about("held-out conversations to evaluate on", 512)
+    save_every: int = about("steps between checkpoints", 100)
+    log_every: int = about("steps between lines of metrics.jsonl", 10)
+    workers: int = about("processes that prepare batches; 0 = the main one", 0)
+    on_broken: Literal["refuse", "skip"] = about(
+        "what to do about a sample that cannot be read; it is named either way", "refuse"
+    )
+    max_pixels: int = about(
+        "bound on the pixels of one image or frame, to save memory; 0 = the processor's own", 0
+    )
+    max_frames: int = about("bound on the frames of a video, evenly thinned; 0 = all", 0)
+    report_to: str = about("a logger that transformers knows, such as tensorboard or wandb", "none")
+    cpu: bool = about("stay on the CPU although there is a GPU", False)
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stage_list if stage not in STAGES]
+        check(not unknown and self.stage_list, "--stages must be among i,ii,iii", self.stages)
+        in_order = [stage for stage in STAGES if stage in self.stage_list]
+        check(list(self.stage_list) == in_order, "--stages must be in order, each once", self.stages)
+        check(
+            len(numbers("steps", self.steps)) == 3,
+            "--steps must be three numbers, like 100,100,400",
+            self.steps,
+        )
+        check(min(numbers("steps", self.steps)) >= 1, "--steps must be positive", self.steps)
+        check(len(self.window_thw) == 3, "--window must be three numbers, like 4,8,8", self.window)
+        check(not (self.resume and self.overwrite), "--resume and --overwrite must not both be given", "both")
+        check(
+            self.data == "demo" or self.teacher != "demo",
+            "--data must be demo for the demo teacher",
+            self.data,
+        )
+        check(
+            self.data != "demo" or not self.eval_data,
+            "--eval_data must come with --data FILE",
+            self.eval_data,
+        )
+        for name in (
+            "batch_size",
+            "gradient_accumulation",
+            "lora_rank",
+            "eval_samples",
+            "save_every",
+            "log_every",
+        ):
+            check(getattr(self, name) >= 1, f"--{name} must be at least 1", getattr(self, name))
+
+    @property
+    def stage_list(self) -> tuple[str, ...]:
+        """The stages to run."""
+        return tuple(self.stages.split(","))
+
+    @property
+    def window_thw(self) -> tuple[int, ...]:
+        """(T, Y, X) in tokens."""
+        return numbers("window", self.window)
+
+    @property
+    def layer_list(self) -> tuple[int, ...] | None:
+        """Layers to convert, None = all."""
+        return None if self.layers == "all" else numbers("layers", self.layers)
+
+    def steps_of(self, stage: str) -> int:
+        """Optimizer steps of a stage."""
+        return numbers("steps", self.steps)[STAGES.index(stage)]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "smoke": {
+        "steps": "4,4,8", "batch_size": 16, "calibration_batches": 1, "eval_samples": 64, "save_every": 4,
+        "log_every": 2,
+    },
+    "vlm": {
+        "steps": "2000,2000,10000", "batch_size": 1, "gradient_accumulation": 16, "dtype": "bfloat16",
+        "window": "4,8,8", "gradient_checkpointing": True, "lr_new": 1e-3, "lr_copied": 2e-4,
+        "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200, "save_every": 500, "workers": 4,
+        "backend": "optimized", "output": "runs/vlm",
+    },
+}  # fmt: skip
+
+
+def stage_of(name: str, config: Config) -> Stage:
+    """The three stages (LinMU, arXiv 2601.01322; weights and routes: Choice)."""
+    flex, local, mix = ".mixer.flex_ma.", ".mixer.local_swin.", ".mixer.mix_proj."
+    if name == "i":
+        return Stage(
+            name, (flex, mix), (Objective(mixer=1.0, inputs="teacher"),), config.lr_new, config.lr_copied
+        )
+    if name == "ii":
+        both = tuple(Objective(mixer=1.0, block=0.5, inputs=inputs) for inputs in ("teacher", "student"))
+        return Stage(name, (flex, local, mix), both, config.lr_new / 2, config.lr_copied / 2)
+    answers = Objective(logits=1.0, block=0.3, end_to_end=True, temperature=config.temperature)
+    trained = (flex, local, mix, "lora_")
+    return Stage(name, trained, (answers,), config.lr_student, config.lr_student, config.lr_lora)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run what the command line asks for; returns what `results.json` holds."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config = parse(sys.argv[1:] if arguments is None else arguments)
+    run = Run(config)
+    run.prepare()
+    for name in config.stage_list:
+        run.teach(stage_of(name, config))
+    return run.finish()
+
+
+
+
+class RefusedError(ValueError):
+    """Something the user can put right; printed without a traceback."""
+
+
+def check(holds: Any, must: str, got: Any, hint: str = "") -> None:
+    """Raise `RefusedError("distill: must, got …; hint")` unless `holds`."""
+    if not holds:
+        raise RefusedError(f"distill: {must}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """ "2,4,4" -> (2, 4, 4)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RefusedError(f"distill: --{flag} must be whole numbers, like 4,8,8, got {text!r}") from None
+
+
+def parse(arguments: list[str]) -> Config:
+    """The command line as a `Config`: a flag for every field, defaults from the preset, unknown flags
+    refused."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    preset = parser.parse_known_args(arguments)[0].preset
+    parser.set_defaults(**PRESETS[preset])
+    try:
+        return parser.parse_args_into_dataclasses(arguments)[0]
+    except RefusedError as error:
+        parser.error(str(error))
+
+
+
+
+def open_data(config: Config) -> tuple[Dataset, Dataset]:
+    """Training and held-out conversations."""
+    if config.data == "demo":
+        return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
+    options = (config.on_broken, config.max_frames)
+    training = Conversations(config.data, *options)
+    if config.eval_data:
+        return training, Conversations(config.eval_data, *options)
+    return training.split(every=20)
+
+
+class Run:
+    """One distillation, its folder, and its models.
+
+    The folder holds config.json, metrics.jsonl, results.json, loss.png, a folder per stage with its
+    checkpoints and, when it is done, `taught.safetensors`, and at the end the student.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.folder = config, Path(config.output)
+        self.backend = importlib.import_module(f"linmu.{config.backend}")
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
+        self.results: dict[str, Any] = {"rows": {}}
+        self.adapters: Any = None
+
+    def prepare(self) -> None:
+        """Claim the folder, load the teacher, convert it, and measure the student before any training."""
+        self.claim_folder()
+        set_seed(self.config.seed)
+        folder = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
+        options = {"max_pixels": self.config.max_pixels} if self.config.max_pixels else {}
+        self.processor = load_processor(folder, padding_side="right", **options)
+        self.collate = ChatCollator(self.processor)
+        self.student = self.convert(folder)
+        self.training, held_out = open_data(self.config)
+        self.eval_batches = self.batches(held_out, self.config.eval_samples)
+        self.describe()
+        self.lesson().close()
+        if "converted" not in self.results["rows"]:
+            self.calibrate()
+            self.evaluate("converted")
+        self.save_example(held_out)
+
+    def claim_folder(self) -> None:
+        """Start a folder, or go on in one whose run had the same settings."""
+        path = self.folder / "config.json"
+        settings = asdict(self.config)
+        if self.config.overwrite and path.is_file():
+            shutil.rmtree(self.folder)
+        if path.is_file():
+            hint = "--resume goes on in it, --overwrite empties it, --output names another"
+            may_enter = self.config.resume or self.config.stage_list[0] != "i"
+            check(may_enter, "--output must be a folder without a run", self.folder, hint)
+            free = {
+                "resume",
+                "overwrite",
+                "stages",
+                "allow_missing_stage",
+                "workers",
+                "log_every",
+                "report_to",
+            }
+            before = json.loads(path.read_text())
+            changed = [
+                k for k in settings if k not in free and before.get(k) != json.loads(json.dumps(settings[k]))
+            ]
+            check(
+                not changed,
+                "a run must go on with the settings it began with",
+                f"other values of {changed}",
+                hint,
+            )
+            results = self.folder / "results.json"
+            self.results = json.loads(results.read_text()) if results.is_file() else self.results
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+
+    def convert(self, folder: str) -> PreTrainedModel:
+        """Teacher -> student with the teacher beside it, on the run's device, all frozen, M-MATE in
+        float32."""
+        dtype = getattr(torch, self.config.dtype)
+        teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
+        options = {"window_thw": self.config.window_thw}
+        student = self.backend.convert(teacher, options, layers=self.config.layer_list)
+        attach_teacher(student, teacher)
+        student.requires_grad_(False)
+        self.saved_dtypes = {}
+        for name, parameter in student.named_parameters():
+            if ".mixer." in name:
+                self.saved_dtypes[name] = parameter.dtype
+                parameter.data = parameter.data.float()
+        if self.config.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        return student
+
+    def lesson(self, objective: Objective = Objective(mixer=1.0, inputs="teacher")) -> Lesson:  # noqa: B008
+        """The student as something that gives a loss."""
+        return self.backend.Lesson(self.student, objective)
+
+    def batches(self, data: Dataset, samples: int) -> list[tuple[list[str], dict[str, Any]]]:
+        """The kinds and tensors of the first `samples` conversations, in batches."""
+        loader = DataLoader(InOrder(data, min(samples, len(data))), self.config.batch_size, collate_fn=list)
+        return [([item["kind"] for item in items], self.collate(items)) for items in loader]
+
+    def calibrate(self) -> None:
+        """Set Flex-MA's norms to the teacher's head outputs."""
+        samples = self.config.calibration_batches * self.config.batch_size
+        if not samples:
+            return
+        lesson = self.lesson()
+        with self.autocast():
+            batches = (batch for _, batch in self.batches(self.training, samples))
+            calibrate_norms(
+                lesson,
+                ({name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches),
+            )
+        lesson.close()
+
+    def autocast(self):
+        """bfloat16 arithmetic where the teacher is bfloat16."""
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def evaluate(self, name: str) -> None:
+        """Measure the student and keep the row; the teacher's row comes with the first."""
+        started = time.perf_counter()
+        lesson = self.lesson()
+        with self.autocast():
+            measured = evaluate(lesson, self.eval_batches, self.device)
+        lesson.close()
+        self.results["rows"].setdefault("teacher", measured["teacher"])
+        self.results["rows"][name] = measured["student"]
+        self.write_results()
+        row = measured["student"]
+        print(
+            f"{name}: accuracy {row['accuracy']:.3f}, KL {row['kl']:.4f}, agreement {row['agreement']:.3f}, "
+            f"mixer error {row['mixer_error']:.3f}, block error {row['block_error']:.3f} "
+            f"({time.perf_counter() - started:.0f} s)",
+            flush=True,
+        )
+
+    def write_results(self) -> None:
+        """Keep the rows for the final table and for a resumed run."""
+        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
+
+    def teach(self, stage: Stage) -> None:
+        """Run one stage, or take over its result if it is done."""
+        folder = self.folder / f"stage_{stage.name}"
+        done = folder / "taught.safetensors"
+        if not done.is_file():
+            self.start_from_previous(stage)
+        if stage.lr_lora:
+            self.add_adapters()
+        if done.is_file():
+            load_taught(self.student, done)
+        else:
+            trainer = self.trainer(stage, folder)
+            trainer.train(resume_from_checkpoint=self.last_checkpoint(folder))
+            trainer.model.close()
+            save_file(taught_tensors(self.student), done)
+        if f"stage {stage.name}" not in self.results["rows"]:
+            self.evaluate(f"stage {stage.name}")
+
+    def start_from_previous(self, stage: Stage) -> None:
+        """Load the stage before, which must be done."""
+        position = STAGES.index(stage.name)
+        if position == 0:
+            return
+        before = self.folder / f"stage_{STAGES[position - 1]}" / "taught.safetensors"
+        if before.is_file():
+            load_taught(self.student, before)
+        hint = f"run --stages {STAGES[position - 1]} first, or give --allow_missing_stage"
+        allowed = before.is_file() or self.config.allow_missing_stage
+        check(
+            allowed, f"stage {stage.name} must start from stage {STAGES[position - 1]}", f"no {before}", hint
+        )
+
+    def last_checkpoint(self, folder: Path) -> str | None:
+        """Where a killed stage goes on."""
+        return get_last_checkpoint(str(folder)) if self.config.resume and folder.is_dir() else None
+
+    def add_adapters(self) -> None:
+        """LoRA on the decoder's MLPs."""
+        set_seed(self.config.seed)
+        lora = LoraConfig(
+            r=self.config.lora_rank, lora_alpha=self.config.lora_rank, target_modules=MLP_LAYERS
+        )
+        self.adapters = get_peft_model(self.student, lora)
+
+    def trainer(self, stage: Stage, folder: Path) -> StageTrainer:
+        """Freeze all but what the stage trains, and set the Trainer up."""
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(any(part in name for part in stage.trained))
+        self.describe_stage(stage)
+        config, steps = self.config, self.config.steps_of(stage.name)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            learning_rate=stage.lr_new,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, round(config.warmup * steps)),
+            max_grad_norm=1.0,
+            weight_decay=0.0,
+            bf16=config.dtype == "bfloat16",
+            use_cpu=config.cpu,
+            seed=config.seed,
+            save_steps=config.save_every,
+            save_total_limit=1,
+            logging_steps=config.log_every,
+            include_num_input_tokens_seen="non_padding",
+            dataloader_num_workers=config.workers,
+            dataloader_pin_memory=self.device.type == "cuda",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to=config.report_to,
+        )
+        per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
+        seen = sum(config.steps_of(before) for before in STAGES[: STAGES.index(stage.name)]) * per_step
+        order = None if config.data == "demo" else config.seed  # fresh samples need no shuffling
+        new_names = set(self.lesson().close().get_decoder().layers[0].self_attn.mixer.initial_values())
+        trainer = StageTrainer(
+            stage,
+            new_names,
+            model=self.lesson(stage.routes[0]),
+            args=arguments,
+            train_dataset=InOrder(self.training, steps * per_step, order, seen),
+            data_collator=self.collate,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Progress(trainer, self.folder / "metrics.jsonl"))
+        return trainer
+
+    def describe(self) -> None:
+        """Say how every kind of tensor in M-MATE started."""
+        mixers = [
+            layer.self_attn.mixer
+            for layer in self.student.get_decoder().layers
+            if hasattr(layer.self_attn, "mixer")
+        ]
+        total = sum(parameter.numel() for parameter in self.student.parameters())
+        taught = sum(parameter.numel() for mixer in mixers for parameter in mixer.parameters())
+        print(
+            f"{self.config.teacher}: {len(mixers)} layers converted, M-MATE from linmu.{self.config.backend}, "
+            f"{taught:,} parameters beside the teacher's {total - taught:,}, on {self.device}"
+        )
+        for name, parameter in mixers[0].named_parameters():
+            print(f"  {name:32} {tuple(parameter.shape)!s:12} {start_of(name)}")
+
+    def describe_stage(self, stage: Stage) -> None:
+        """Say what a stage trains, and what it leaves alone."""
+        trained, frozen = defaultdict(int), defaultdict(int)
+        for name, parameter in self.student.named_parameters():
+            (trained if parameter.requires_grad else frozen)[part_of(name)] += parameter.numel()
+        for verb, parts in (("trains", trained), ("freezes", frozen)):
+            listing = ", ".join(f"{part} {count:,}" for part, count in sorted(parts.items()))
+            print(f"stage {stage.name} {verb} {sum(parts.values()):,}: {listing}", flush=True)
+
+    def save_example(self, data: Dataset) -> None:
+        """Write one held-out picture with its question, for the command that asks the student."""
+        for index in range(min(100, len(data))):
+            item = data[index]
+            blocks = item["messages"][0]["content"]
+            images = [block["image"] for block in blocks if block["type"] == "image"]
+            if len(images) == 1:
+                images[0].save(self.folder / "example.png")
+                self.question = " ".join(block["text"] for block in blocks if block["type"] == "text")
+                self.answer = item["messages"][1]["content"][0]["text"]
+                return
+        self.question = self.answer = ""
+
+    def finish(self) -> dict[str, Any]:
+        """Save the student, plot the losses, print the table and what to do next."""
+        folder = self.folder / "student"
+        student = self.adapters.merge_and_unload() if self.adapters else self.student
+        for name, parameter in student.named_parameters():
+            if name in self.saved_dtypes:
+                parameter.data = parameter.data.to(self.saved_dtypes[name])
+        detach_teacher(student)
+        student.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
+        print("\n" + table(self.results["rows"]))
+        print(
+            f"\nlosses {self.folder / 'loss.png'}, metrics {self.folder / 'metrics.jsonl'}, student {folder}"
+        )
+        if self.question:
+            print(f"Ask it (the answer should be {self.answer}):")
+            print(
+                f"  python -m linmu.reference.demo.ask {folder} {self.folder / 'example.png'} {self.question!r}"
+            )
+        return self.results
+
+
+
+STARTS = {
+    "flex_ma.q_proj": "copied from the teacher's q_proj, makes C",
+    "flex_ma.k_proj": "copied from the teacher's k_proj, makes B",
+    "flex_ma.v_proj": "copied from the teacher's v_proj, makes x",
+    "flex_ma.o_proj": "copied from the teacher's o_proj",
+    "local_swin": "copied from the teacher",
+    "flex_ma.dt_proj": "weight 0, bias so that dt = 1",
+    "flex_ma.scan_gate_proj": "0: forward and backward scan weigh the same",
+    "flex_ma.A_log": "half-lives log-spaced over the heads",
+    "flex_ma.D": "0: no skip",
+    "flex_ma.conv": "identity",
+    "flex_ma.norm_weight": "the teacher's head outputs, root mean square by channel",
+    "flex_ma.z_proj": "weight 0, bias so that silu(z) = 1",
+    "flex_ma.q_norm": "copied from the teacher",
+    "flex_ma.k_norm": "copied from the teacher",
+    "mix_proj": "0: both branches weigh the same",
+}
+
+
+def start_of(name: str) -> str:
+    """How a tensor of M-MATE was initialised."""
+    return next(start for prefix, start in STARTS.items() if name.startswith(prefix))
+
+
+def part_of(name: str) -> str:
+    """The part of the student that a tensor belongs to."""
+    if ".mixer." in name:
+        return name.split(".mixer.")[1].split(".")[0]
+    parts = {
+        "lora_": "LoRA",
+        ".attention.": "teacher's attention",
+        ".visual.": "vision tower",
+        ".mlp.": "MLPs",
+    }
+    return next((part for key, part in parts.items() if key in name), "embeddings, norms and head")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RefusedError as error:
+        sys.exit(str(error))

@@ -1,0 +1,99 @@
+"""How well a student stands in for its teacher on held-out conversations, as numbers, a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from .lesson import Lesson, Objective, judged, supervised
+
+
+def evaluate(
+    lesson: Lesson, batches: list[tuple[list[str], dict[str, Any]]], device: torch.device
+) -> dict[str, Any]:
+    """Measure student and teacher on held-out batches.
+
+    Returns:
+        {"student": row, "teacher": row}. A row holds `accuracy` (share of conversations whose supervised
+        tokens are
+        all the most likely ones: what greedy decoding would answer), `kinds` (the same by kind), `kl` (nats
+        per supervised token), `agreement` (share of supervised tokens with the teacher's most likely one),
+        `mixer_error` (relative, on the teacher's hidden states) and `block_error` (relative, on the student's
+        own).
+    """
+    alone = Objective(mixer=1.0, inputs="teacher")
+    together = Objective(block=1.0, logits=1.0, end_to_end=True)
+    sums: dict[str, float] = defaultdict(float)
+    correct: dict[str, dict[str, list[bool]]] = {"student": defaultdict(list), "teacher": defaultdict(list)}
+    for kinds, batch in batches:
+        inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+        labels, valid = batch["labels"].to(device), inputs["attention_mask"].bool()
+        positions, mask = supervised(labels)
+        with judged(lesson, alone):
+            mixer_error = lesson(**inputs)["mixer"]
+        with judged(lesson, together):
+            logits = {role: lesson.run(role, inputs, positions) for role in ("teacher", "student")}
+            block_error = lesson.hidden_terms(valid)["block"]
+            divergence = lesson.logit_loss(logits["student"], logits["teacher"], mask)
+        answers = {role: values.argmax(-1) for role, values in logits.items()}
+        for role, answer in answers.items():
+            right = ((answer == labels[:, positions + 1]) | ~mask).all(1)
+            for kind, is_right in zip(kinds, right.tolist(), strict=True):
+                correct[role][kind].append(is_right)
+        tokens = int(mask.sum())
+        sums["tokens"] += tokens
+        sums["batches"] += 1
+        sums["kl"] += float(divergence) * tokens
+        sums["agreement"] += float(((answers["student"] == answers["teacher"]) & mask).sum())
+        sums["mixer_error"] += float(mixer_error)
+        sums["block_error"] += float(block_error)
+    per = {"kl": "tokens", "agreement": "tokens", "mixer_error": "batches", "block_error": "batches"}
+    student = {name: sums[name] / sums[count] for name, count in per.items()}
+    teacher = {"kl": 0.0, "agreement": 1.0, "mixer_error": 0.0, "block_error": 0.0}
+    return {"student": student | scores(correct["student"]), "teacher": teacher | scores(correct["teacher"])}
+
+
+def scores(correct: dict[str, list[bool]]) -> dict[str, Any]:
+    """Accuracy overall and by kind."""
+    every = [right for rights in correct.values() for right in rights]
+    kinds = {kind: sum(rights) / len(rights) for kind, rights in sorted(correct.items())}
+    return {"accuracy": sum(every) / len(every), "kinds": kinds}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The measurements of `evaluate` side by side."""
+    kinds = list(rows["teacher"]["kinds"])
+    measures = {
+        "accuracy": "accuracy",
+        "KL": "kl",
+        "agree": "agreement",
+        "mixer err": "mixer_error",
+        "block err": "block_error",
+    }
+    lines = [f"{'held-out':12}" + "".join(f"{title:>11}" for title in [*measures, *kinds])]
+    for name, row in rows.items():
+        values = [row[key] for key in measures.values()] + [row["kinds"][kind] for kind in kinds]
+        lines.append(f"{name:12}" + "".join(f"{value:11.3f}" for value in values))
+    return "\n".join(lines)
+
+
+def plot_losses(metrics: Path, image: Path) -> None:
+    """Draw the loss of every stage over its steps, logarithmically."""
+    logged = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    stages = list(dict.fromkeys(line["stage"] for line in logged))
+    figure = Figure(figsize=(4 * max(1, len(stages)), 3), layout="tight")
+    for place, stage in enumerate(stages, start=1):
+        axis = figure.add_subplot(1, len(stages), place)
+        lines = {line["step"]: line for line in logged if line["stage"] == stage}  # repeated after a resume
+        for term in ("loss", "mixer", "block", "logits"):
+            points = [(step, line[term]) for step, line in sorted(lines.items()) if term in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=term)
+        axis.set(title=f"stage {stage}", xlabel="step", yscale="log")
+        axis.legend()
+    figure.savefig(image, dpi=120)
