@@ -81,6 +81,7 @@ def build_teacher(family: str = "qwen2_5_vl", *, tied: bool = False, **text: Any
     teacher.generation_config.pad_token_id = PAD
     teacher.generation_config.eos_token_id = None  # tests count steps
     teacher.generation_config.max_length = None
+    teacher.generation_config.suppress_tokens = list(range(FIRST_WORD))  # a drawn placeholder has no picture
     return teacher
 
 

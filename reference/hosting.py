@@ -33,6 +33,7 @@ from .m_mate import MMATE
 
 PRECISE = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
 VERSION = 1
+GRIDS = tuple(f"{modality}_grid_thw" for modality in MODALITIES)
 PIXELS = {"image": ("pixel_values", ()), "video": ("pixel_values_videos", ("second_per_grid_ts",))}
 
 
@@ -162,8 +163,7 @@ class LinMUModel:
                 in chunks that cut an image or video.
         """
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        has_grids = any(kwargs.get(f"{modality}_grid_thw") is not None for modality in MODALITIES)
-        if has_grids and input_ids is not None:
+        if input_ids is not None and has_grids(kwargs):
             placements = self.placements(input_ids, kwargs)
             if kwargs.get("linmu_coords") is None:
                 coords = placement_coords(placements, input_ids.shape, input_ids.device)
@@ -213,7 +213,9 @@ class LinMUModel:
         )
         coords = model_inputs.pop("linmu_coords", None)
         reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if coords is None or not reads_prompt:
+        if not reads_prompt:  # some versions of transformers keep passing the prompt's grids
+            return {name: value for name, value in model_inputs.items() if name not in GRIDS}
+        if coords is None:
             return model_inputs
         tokens = model_inputs.get("inputs_embeds")
         length = (model_inputs["input_ids"] if tokens is None else tokens).shape[1]
@@ -262,8 +264,12 @@ def mixer_config(config) -> LinMUConfig:
 def is_decoding_step(tokens: Tensor, kwargs: dict[str, Any]) -> bool:
     """Say whether this forward is one generated token: text, whatever its id."""
     cache = kwargs.get("past_key_values")
-    has_grids = any(kwargs.get(f"{modality}_grid_thw") is not None for modality in MODALITIES)
-    return tokens.shape[1] == 1 and not has_grids and cache is not None and cache.get_seq_length() > 0
+    return tokens.shape[1] == 1 and not has_grids(kwargs) and cache is not None and cache.get_seq_length() > 0
+
+
+def has_grids(kwargs: dict[str, Any]) -> bool:
+    """Say whether the arguments of a forward bring images or videos."""
+    return any(kwargs.get(name) is not None for name in GRIDS)
 
 
 def coords_between(coords: Tensor, start: int, end: int) -> Tensor:
@@ -287,6 +293,7 @@ def keep_new(modality: str, placements: list[Placement], past: int, merge_size: 
     rows = torch.tensor([placement.length * merge_size**2 for placement in own])
     keep = {grids: is_new, pixels: is_new.repeat_interleave(rows)} | dict.fromkeys(per_item, is_new)
     for name, kept in keep.items():
-        if (value := kwargs.get(name)) is not None:
-            value = value if isinstance(value, Tensor) else torch.as_tensor(value)
-            kwargs[name] = value[kept.to(value.device)] if bool(kept.any()) else None
+        value = kwargs.pop(name, None)
+        if value is not None and bool(kept.any()):
+            value = torch.as_tensor(value)
+            kwargs[name] = value[kept.to(value.device)]
