@@ -1,0 +1,136 @@
+"""Command line, backends under test, hypothesis profiles, expected failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from backends import NAMES, OWN, Backend, load, machine, own_backends
+from hypothesis import HealthCheck, settings
+
+EXAMPLES = 20
+THOROUGH = 25  # times as many
+BACKENDS = pytest.StashKey[list[Backend]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("linmu", "LinMU conformance")
+    group.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="test this module instead of our own backends (repeatable); it exports names of "
+        + ", ".join(NAMES),
+    )
+    group.addoption("--xfails", metavar="FILE", help="tests expected to fail: one `test-id reason` per line")
+    group.addoption(
+        "--thorough", action="store_true", help=f"{THOROUGH} times as many random cases, fresh ones"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    needs = "needs(*names): what the test uses of the backend; a third party's backend may lack it"
+    config.addinivalue_line("markers", needs)
+    config.addinivalue_line(
+        "markers", "trial_of_the_reference: runs on the reference only, whatever is under test"
+    )
+    common = {
+        "deadline": None,
+        "database": None,
+        "print_blob": False,
+        "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    }
+    settings.register_profile("default run", max_examples=EXAMPLES, derandomize=True, **common)
+    settings.register_profile("thorough", max_examples=THOROUGH * EXAMPLES, **common)
+    settings.load_profile("thorough" if config.getoption("thorough") else "default run")
+    torch.set_float32_matmul_precision("highest")  # float32 means IEEE on every side
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    names = config.getoption("backend")
+    try:
+        config.stash[BACKENDS] = [load(name) for name in names] if names else own_backends()
+    except ImportError as error:
+        raise pytest.UsageError(f"--backend: must name an importable module, got {names}: {error}") from error
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    backends = [f"linmu backend: {backend.describe()}" for backend in config.stash[BACKENDS]]
+    silent = set(OWN) - {backend.name for backend in config.stash[BACKENDS]}
+    untested = [f"linmu backend: {name} not tested" for name in sorted(silent)]
+    return [f"linmu: {machine()}; {settings().max_examples} cases per property", *backends, *untested]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for backend in config.stash[BACKENDS]:
+        if backend.missing:
+            line = f"{backend.name}: not implemented, so not tested: {', '.join(backend.missing)}"
+            terminalreporter.write_line(line, yellow=True)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that takes a `backend` once per backend."""
+    explicit = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[:1]}
+    if "backend" in metafunc.fixturenames and "backend" not in explicit:
+        on_trial = metafunc.definition.get_closest_marker("trial_of_the_reference")
+        backends = [load("linmu.reference")] if on_trial else metafunc.config.stash[BACKENDS]
+        metafunc.parametrize("backend", backends, ids=repr, indirect=True)
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """The backend under test."""
+    return request.param
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        absent = missing_names(item)
+        if absent:
+            item.add_marker(pytest.mark.skip(reason=f"not implemented: {', '.join(absent)}"))
+    if config.getoption("xfails"):
+        mark_expected_failures(Path(config.getoption("xfails")), config, items)
+
+
+def missing_names(item: pytest.Item) -> list[str]:
+    """What the test needs and a third party's backend lacks; our own backends must have it all."""
+    callspec = getattr(item, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    if not isinstance(backend, Backend) or backend.name in OWN:
+        return []
+    needed = {name for mark in item.iter_markers("needs") for name in mark.args}
+    return sorted(needed & set(backend.missing))
+
+
+def mark_expected_failures(path: Path, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Strict xfail marks from `path`; an id without a reason, or one that matches no test, is an error."""
+    reasons = read_expected_failures(path)
+    by_id = {item.nodeid: item for item in items}
+    for test_id in reasons.keys() & by_id.keys():
+        by_id[test_id].add_marker(pytest.mark.xfail(reason=reasons[test_id], strict=True))
+    chosen_by_id = any("::" in argument for argument in config.args)
+    collected = {item.nodeid.split("::")[0] for item in items}
+    stale = [
+        test_id
+        for test_id in reasons.keys() - by_id.keys()
+        if test_id.split("::")[0] in collected or not (config.rootpath / test_id.split("::")[0]).exists()
+    ]
+    if stale and not chosen_by_id:
+        raise pytest.UsageError(f"--xfails: every id must match a test, got {sorted(stale)}; remove them")
+
+
+def read_expected_failures(path: Path) -> dict[str, str]:
+    """test id -> reason; blank lines and lines that start with # are comments."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise pytest.UsageError(f"--xfails: must be a readable file, got {path}: {error}") from error
+    reasons: dict[str, str] = {}
+    for line in (line.strip() for line in lines):
+        if not line or line.startswith("#"):
+            continue
+        test_id, _, reason = line.partition(" ")
+        if not reason.strip():
+            raise pytest.UsageError(f"--xfails: every line must be `test-id reason`, got {line!r}")
+        reasons[test_id] = reason.strip()
+    return reasons

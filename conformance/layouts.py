@@ -1,0 +1,166 @@
+"""Token layouts of prompts: text, images and videos on their grids, text between rows or frames, padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+TEXT = (-1, -1, -1, -1)
+MAX_LENGTH = 24
+
+
+@dataclass(frozen=True)
+class Text:
+    tokens: int
+
+    def cells(self) -> list[tuple[int, ...]]:
+        return [TEXT] * self.tokens
+
+
+@dataclass(frozen=True)
+class Pad(Text):
+    """Padding: the coordinates of text, and not valid."""
+
+
+@dataclass(frozen=True)
+class Vision:
+    """One segment in raster order; `gap` = "row" or "frame" puts a text token between those."""
+
+    segment: int
+    grid_thw: tuple[int, int, int]
+    gap: str = ""
+
+    def cells(self) -> list[tuple[int, ...]]:
+        frames, rows, columns = self.grid_thw
+        cells: list[tuple[int, ...]] = []
+        for t in range(frames):
+            for y in range(rows):
+                new_row, new_frame = bool(cells), bool(cells) and y == 0
+                if (self.gap == "row" and new_row) or (self.gap == "frame" and new_frame):
+                    cells.append(TEXT)
+                cells += [(self.segment, t, y, x) for x in range(columns)]
+        return cells
+
+
+Part = Text | Vision
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch of rows of equal length, each a tuple of parts."""
+
+    rows: tuple[tuple[Part, ...], ...]
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return len(self.rows), sum(len(part.cells()) for part in self.rows[0])
+
+    @cached_property
+    def coords(self) -> Tensor:
+        """(B, L, 4) int64."""
+        return torch.tensor([[cell for part in row for cell in part.cells()] for row in self.rows])
+
+    @cached_property
+    def segment(self) -> Tensor:
+        """(B, L) int64, -1 on text and padding."""
+        return self.coords[..., 0]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, L) bool."""
+        rows = [[not isinstance(part, Pad) for part in row for _ in part.cells()] for row in self.rows]
+        return torch.tensor(rows)
+
+    def blocks(self, row: int) -> list[tuple[int, int, int]]:
+        """(segment, first position, position after the last) of every segment of a row."""
+        spans, start = [], 0
+        for part in self.rows[row]:
+            stop = start + len(part.cells())
+            if isinstance(part, Vision):
+                spans.append((part.segment, start, stop))
+            start = stop
+        return spans
+
+    @cached_property
+    def block(self) -> Tensor:
+        """(B, L) int64: the segment whose block covers the token, text inside it included; -1 outside."""
+        covers = torch.full(self.shape, -1)
+        for row in range(self.shape[0]):
+            for segment, start, stop in self.blocks(row):
+                covers[row, start:stop] = segment
+        return covers
+
+    def cuts(self) -> list[int]:
+        """Positions c where splitting into [:c] and [c:] cuts no block of any row."""
+        inside = {c for row in range(self.shape[0]) for _, i, j in self.blocks(row) for c in range(i + 1, j)}
+        return [c for c in range(1, self.shape[1]) if c not in inside]
+
+    def sees(self) -> Tensor:
+        """(B, L, L) bool: whether token i may depend on token j, not after i or in the block of i."""
+        position = torch.arange(self.shape[1])
+        earlier = position[:, None] >= position[None, :]
+        same_block = (self.block[:, :, None] == self.block[:, None, :]) & (self.block >= 0)[:, :, None]
+        return (earlier | same_block) & self.valid[:, :, None] & self.valid[:, None, :]
+
+    def only(self, row: int) -> Layout:
+        """The layout of one row alone."""
+        return Layout((self.rows[row],))
+
+    def padded(self, left: int, right: int) -> Layout:
+        """The same rows with more padding on both sides."""
+        return Layout(tuple((Pad(left), *row, Pad(right)) for row in self.rows))
+
+    def renumbered(self, numbers: list[int]) -> Layout:
+        """The same rows with segment id i replaced by numbers[i]."""
+
+        def rename(part: Part) -> Part:
+            return replace(part, segment=numbers[part.segment]) if isinstance(part, Vision) else part
+
+        return Layout(tuple(tuple(map(rename, row)) for row in self.rows))
+
+
+GRIDS = (
+    (1, 1, 1),
+    (1, 2, 3),
+    (1, 3, 2),
+    (1, 1, 5),
+    (1, 3, 3),
+    (2, 2, 2),
+    (3, 1, 2),
+    (2, 3, 2),
+    (5, 1, 1),
+    (3, 2, 2),
+)
+VISIONS = st.builds(Vision, st.just(0), st.sampled_from(GRIDS), st.sampled_from(("", "row", "frame")))
+TEXTS = st.builds(Text, st.integers(1, 5))
+PADS = st.builds(Pad, st.integers(1, 3))
+
+
+@st.composite
+def rows_of_parts(draw: st.DrawFn) -> tuple[Part, ...]:
+    """Up to five parts and MAX_LENGTH tokens; the segments are numbered in any order."""
+    parts = draw(st.lists(st.one_of(VISIONS, TEXTS, VISIONS, PADS), min_size=1, max_size=5))
+    while sum(len(part.cells()) for part in parts) > MAX_LENGTH:
+        parts.pop()
+    segments = draw(st.permutations(range(sum(isinstance(part, Vision) for part in parts))))
+    numbers = iter(segments)
+    return tuple(replace(part, segment=next(numbers)) if isinstance(part, Vision) else part for part in parts)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, max_rows: int = 3) -> Layout:
+    """Rows of unequal length, padded left, right or on both sides."""
+    rows = draw(st.lists(rows_of_parts(), min_size=1, max_size=max_rows))
+    lengths = [sum(len(part.cells()) for part in row) for row in rows]
+    padded = []
+    for row, length in zip(rows, lengths, strict=True):
+        free = max(lengths) - length
+        left = draw(st.sampled_from((0, free, free // 2)))
+        around = ((Pad(left),) if left else ()), ((Pad(free - left),) if free - left else ())
+        padded.append((*around[0], *row, *around[1]))
+    return Layout(tuple(padded))
