@@ -1,4 +1,4 @@
-"""generate() of a student: what the cache gives is what the whole sequence gives, in logits and not in tokens."""
+"""generate() of a student: a cache gives what the whole sequence gives, in logits and not in tokens."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ Weights are random and large enough that every part of the model shows in the lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,7 +167,14 @@ def batch(rows: Sequence[dict[str, Tensor]], side: str = "left") -> dict[str, Te
     return {name: torch.cat(values) for name, values in joined.items()}
 
 
-def save(model: PreTrainedModel, folder: Path, **kwargs: Any) -> Path:
-    """Save a model, and return the folder."""
-    model.save_pretrained(folder, **kwargs)
-    return folder
+def every_kind(side: str = "left") -> dict[str, Tensor]:
+    """A batch of an image, a text and a video row."""
+    image = prompt(words(4, 0), picture(IMAGE, (1, 3, 2)), words(3, 1), seed=1)
+    video = prompt(words(2, 2), picture(VIDEO, (2, 2, 2)), words(5, 3), seed=2)
+    return batch([image, prompt(words(6, 4)), video], side)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """One forward, (B, L, vocabulary)."""
+    return model(**inputs, use_cache=False).logits
