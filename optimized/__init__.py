@@ -4,7 +4,7 @@ engine            Triton kernels or torch: which one runs, and how to force one
 scan              chunks of tokens as matrix products, both directions from one C Bᵀ
 window_attention  windows batched, or gathered by the kernel
 layout, losses    no loop over tokens, no float32 logits
-flex_ma, local_swin, m_mate, convert    the reference's modules on these operators
+flex_ma, local_swin, m_mate, convert, lesson    the reference's modules on these operators
 """
 
 from .config import LinMUConfig
@@ -12,6 +12,7 @@ from .convert import convert, load
 from .engine import get_engine, set_engine
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
+from .lesson import Lesson, Objective, attach_teacher, calibrate_norms, detach_teacher
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
@@ -22,12 +23,17 @@ __all__ = [
     "MMATE",
     "FlexMA",
     "FlexMAState",
+    "Lesson",
     "LinMUConfig",
     "LocalSwin",
+    "Objective",
     "VisionLayout",
+    "attach_teacher",
     "bidirectional_scan",
+    "calibrate_norms",
     "causal_conv",
     "convert",
+    "detach_teacher",
     "get_engine",
     "hidden_loss",
     "inverse_order",

@@ -14,12 +14,14 @@ Read in this order:
     hosting           a Hugging Face model whose decoder holds M-MATE: forward and generate()
     families          Qwen2-VL and Qwen2.5-VL, known to the Auto classes
     convert           a teacher in, a student out; a student's folder opened again
+    lesson            teacher and student in one model, and what each stage minimises
 """
 
 from .config import LinMUConfig
 from .convert import convert, load
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
+from .lesson import Lesson, Objective, attach_teacher, calibrate_norms, detach_teacher
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
@@ -30,12 +32,17 @@ __all__ = [
     "MMATE",
     "FlexMA",
     "FlexMAState",
+    "Lesson",
     "LinMUConfig",
     "LocalSwin",
+    "Objective",
     "VisionLayout",
+    "attach_teacher",
     "bidirectional_scan",
+    "calibrate_norms",
     "causal_conv",
     "convert",
+    "detach_teacher",
     "hidden_loss",
     "inverse_order",
     "load",
