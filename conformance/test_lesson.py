@@ -249,3 +249,12 @@ def test_gradient_checkpointing_changes_no_gradient(pair):
     pair.student.gradient_checkpointing_enable({"use_reentrant": False})
     for expected, got in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_pictures_are_encoded_once_for_both(pair):
+    calls = []
+    pair.student.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    pair.lesson(TOGETHER)(labels=pair.labels, **pair.inputs)
+    assert len(calls) == 2  # the images and the videos
+    pair.lesson(TOGETHER)(labels=pair.labels, **pair.inputs)
+    assert len(calls) == 4, "features of one batch must not serve the next"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from .lesson import Lesson, Objective, judged, supervised
+from .lesson import Lesson, Objective, judged, pictures_encoded_once, supervised
 
 
 def evaluate(
@@ -34,9 +34,9 @@ def evaluate(
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
         labels, valid = batch["labels"].to(device), inputs["attention_mask"].bool()
         positions, mask = supervised(labels)
-        with judged(lesson, alone):
+        with pictures_encoded_once(lesson.student.base_model), judged(lesson, alone):
             mixer_error = lesson(**inputs)["mixer"]
-        with judged(lesson, together):
+            lesson.objective = together
             logits = {role: lesson.run(role, inputs, positions) for role in ("teacher", "student")}
             block_error = lesson.hidden_terms(valid)["block"]
             divergence = lesson.logit_loss(logits["student"], logits["teacher"], mask)

@@ -122,9 +122,9 @@ def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) 
             grid = coords[row, positions, 1:]  # (n, 3)
             extent = (grid.amax(0) - grid.amin(0) + 1).tolist()
             shift = [w // 2 if shifted and e > w else 0 for w, e in zip(window_thw, extent, strict=True)]
-            for position, cell in zip(positions.tolist(), grid.tolist(), strict=True):
-                key = tuple((c + s) // w for c, s, w in zip(cell, shift, window_thw, strict=True))  # eq. (1)
-                ids[row, position] = numbers.setdefault((segment, *key), len(numbers))
+            windows = (grid + grid.new_tensor(shift)) // grid.new_tensor(window_thw)  # eq. (1)
+            found = [numbers.setdefault((segment, *window), len(numbers)) for window in windows.tolist()]
+            ids[row, positions.cpu()] = torch.tensor(found)
     return ids.to(coords.device)
 
 

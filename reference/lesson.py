@@ -20,7 +20,7 @@ With "student" and `end_to_end` off, gradients stop between layers, so a layer s
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,9 +178,10 @@ class Lesson(nn.Module):
             self.run("teacher", inputs, compare=True)
             return self.hidden_terms(valid)
         positions, mask = supervised(labels) if goal.logits else (None, None)
-        with torch.no_grad():
-            target = self.run("teacher", inputs, positions)
-        prediction = self.run("student", inputs, positions)
+        with pictures_encoded_once(self.student.base_model):
+            with torch.no_grad():
+                target = self.run("teacher", inputs, positions)
+            prediction = self.run("student", inputs, positions)
         terms = self.hidden_terms(valid)
         if goal.logits:
             terms["logits"] = self.logit_loss(prediction, target, mask, goal.temperature)
@@ -247,6 +248,30 @@ def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:
     mask = labels[:, 1:] != IGNORED_LABEL
     positions = mask.any(0).nonzero().squeeze(-1)
     return positions, mask[:, positions]
+
+
+@contextmanager
+def pictures_encoded_once(model: nn.Module) -> Iterator[None]:
+    """Within, the first pass encodes images and videos for all: the frozen tower would give the same again."""
+
+    def once(encode: Callable) -> Callable:
+        kept: list[Any] = []
+
+        def encode_or_recall(*args: Any, **kwargs: Any) -> Any:
+            if not kept:
+                kept.append(encode(*args, **kwargs))
+            return kept[0]
+
+        return encode_or_recall
+
+    names = ("get_image_features", "get_video_features")
+    for name in names:
+        setattr(model, name, once(getattr(model, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
 
 
 def first(output: Any) -> Tensor:

@@ -54,7 +54,7 @@ class HeadProjections(nn.Module):
         """Take over an attention layer's weights and biases (LinMU, arXiv 2601.01322).
 
         Args:
-            attention: a module with q_proj, k_proj, v_proj, o_proj and, if the config says so, q_norm, k_norm.
+            attention: a module with q_proj, k_proj, v_proj, o_proj and, where configured, q_norm, k_norm.
         Raises:
             ValueError: if a tensor is missing on either side, or has another shape.
         """
