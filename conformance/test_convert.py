@@ -235,6 +235,8 @@ def test_packed_sequences_are_refused(student):
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]).expand(4, 1, 8)
     with pytest.raises(ValueError, match="attention must be plain causal, got packed sequences"):
         student(input_ids=ids, position_ids=positions, use_cache=False)
+    with pytest.raises(ValueError, match="the batch must be padded, not packed"):
+        student(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 4, 8]), use_cache=False)
 
 
 def test_a_four_dimensional_mask_is_refused(student):

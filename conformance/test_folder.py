@@ -76,6 +76,15 @@ def test_a_student_reopened_is_the_student_bit_for_bit(student, folder):
     assert again.generation_config.suppress_tokens == student.generation_config.suppress_tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_student_reopened_has_the_dtypes_it_was_saved_with(family, tmp_path, dtype):
+    student = shake_mixers(convert(build_teacher(family).to(dtype), layers=[0]))
+    student.save_pretrained(tmp_path)
+    state, reopened = student.state_dict(), load(tmp_path).state_dict()
+    for name, tensor in state.items():
+        assert reopened[name].dtype == tensor.dtype and torch.equal(reopened[name], tensor), name
+
+
 def test_a_student_saved_in_shards_is_reopened_whole(student, tmp_path):
     student.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

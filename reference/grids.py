@@ -67,7 +67,7 @@ def find_placements(
     given = dict(zip(MODALITIES, (image_grid_thw, video_grid_thw), strict=True))
     grids = {modality: merged_grids(given[modality], merge_size) for modality in MODALITIES}
     placements = []
-    for row, ids in enumerate(input_ids):
+    for row, ids in enumerate(input_ids.cpu()):
         runs = [(start, end, m) for m in MODALITIES for start, end in placeholder_runs(ids == token_ids[m])]
         for start, end, modality in sorted(runs):
             placements += fill_run(row, start, end, modality, grids[modality])

@@ -26,6 +26,7 @@ from .m_mate import MMATE
 logger = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "LINMU_BACKEND"
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "cache")  # how attention is told of packed rows
 UNKNOWN = object()  # not None, which says that the tokens are all text
 
 _mixer_class: ContextVar[type[MMATE] | None] = ContextVar("mixer_class", default=None)
@@ -55,7 +56,7 @@ class HostedMixer:
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and None in the place of attention weights.
         Raises:
-            ValueError: if the layout is missing, or for shapes that do not fit.
+            ValueError: if the layout is missing, for packed batches, or for shapes that do not fit.
         """
         require(
             linmu_layout is not UNKNOWN,
@@ -64,6 +65,8 @@ class HostedMixer:
             "no such argument",
             "call the whole model, not an inner part of it",
         )
+        packing = [name for name in PACKING if unused.get(name) is not None]
+        require(not packing, "HostedMixer", "the batch must be padded, not packed", packing)
         slot = None if past_key_values is None else cache_slot(past_key_values, self.layer_index)
         y, state = super().forward(
             hidden_states,

@@ -109,6 +109,7 @@ class LinMUModel:
         Raises:
             ValueError: if the folder's tensors are not exactly this model's.
         """
+        kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(map(str, info.get(kind) or ()))
@@ -137,7 +138,10 @@ class LinMUModel:
             require(input_ids is not None, where, must, None, hint)
             if is_decoding_step(tokens, kwargs):
                 return None
-            coords = placement_coords(self.placements(input_ids, kwargs), tokens.shape[:2], tokens.device)
+            placements = self.placements(input_ids, kwargs)
+            if not placements:
+                return None
+            coords = placement_coords(placements, tokens.shape[:2], tokens.device)
         coords = coords.to(tokens.device)
         return VisionLayout(coords) if bool((coords >= 0).any()) else None
 
