@@ -5,8 +5,8 @@
 
 Letters: frames F, height and width in pixels; grid T Y X in patches, before the spatial merge m x m:
 `T = ceil(F / temporal_patch_size)`, `Y = height / patch_size`, `X = width / patch_size`. A row of
-`pixel_values_videos` is one patch, (C, temporal_patch_size, patch_size, patch_size) flattened, and rows run over
-(T, Y/m, X/m, m, m): the m*m patches that become one token are neighbours.
+`pixel_values_videos` is one patch, (C, temporal_patch_size, patch_size, patch_size) flattened, and rows run
+over (T, Y/m, X/m, m, m): the m*m patches that become one token are neighbours.
 
 The stock processors of Qwen2-VL and Qwen2.5-VL refuse to load without torchvision, because of videos alone.
 `FrameProcessor` does what their video processor does to frames already in memory, to the last bit, in torch.
@@ -186,7 +186,7 @@ def _patchify(frames: torch.Tensor, settings: Mapping[str, Any]) -> tuple[torch.
 
 
 class _WithFrames:
-    """Replaces the video part of a stock processor: `__init__` has no `video_processor`, so none is loaded."""
+    """Replaces a stock processor's video part: `__init__` takes no `video_processor`, so none is loaded."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
@@ -212,7 +212,7 @@ class _WithFrames:
         return [*super().model_input_names, *self.video_processor.model_input_names]
 
 
-class LinMUQwen2_5_VLProcessor(_WithFrames, Qwen2_5_VLProcessor):
+class LinMUQwen2_5_VLProcessor(_WithFrames, Qwen2_5_VLProcessor):  # noqa: N801 (named after its twin)
     """Qwen2_5_VLProcessor that takes videos as frames and needs no torchvision."""
 
 
@@ -225,14 +225,14 @@ STOCK_PROCESSORS = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen2_vl": Qwen2VLProces
 
 
 def load_processor(folder: str, *, padding_side: str | None = None, **kwargs: Any) -> ProcessorMixin:
-    """Open the processor of a teacher or student, with torchvision the stock one, otherwise its twin from here.
+    """Open the processor of a teacher or student: with torchvision the stock one, else its twin from here.
 
     Args:
         folder: local folder or Hub id of a Qwen2-VL or Qwen2.5-VL model, or of a student of one.
         padding_side: "left" or "right" for batches; None keeps the folder's.
         **kwargs: as for `from_pretrained`.
     Returns:
-        a processor whose `apply_chat_template` takes images, and videos as lists of frames or (F, height, width, 3).
+        a processor whose `apply_chat_template` takes images, and videos as lists of frames or arrays.
     Raises:
         ValueError: for a padding side that is neither.
     """
@@ -257,7 +257,7 @@ class ChatCollator:
         supervise: True: whole conversations with `labels`, -100 outside the assistant's answers; an answer's
             <|im_end|> belongs to it. False: prompts, cut before a final assistant turn, opened for an answer.
 
-    A video block may carry `fps`, the frames per second of the frames it holds; it becomes `second_per_grid_ts`.
+    A video block may carry `fps`, the frames per second of what it holds; it becomes `second_per_grid_ts`.
     """
 
     def __init__(self, processor: ProcessorMixin, *, supervise: bool = True):
@@ -272,7 +272,7 @@ class ChatCollator:
         self.end = tokenizer.convert_tokens_to_ids(TURN_END)
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask, mm_token_type_ids (B, L) int64, pixels, grids, and labels (B, L)."""
+        """Return input_ids, attention_mask, mm_token_type_ids, labels, all (B, L) int64, pixels and grids."""
         conversations = [list(item["messages"]) for item in items]
         if not self.supervise:
             conversations = [c[:-1] if c[-1]["role"] == "assistant" else c for c in conversations]
@@ -299,14 +299,18 @@ class ChatCollator:
         if (found != np.array(turns)).any():
             row = int(np.argmax(found != np.array(turns)))
             raise ValueError(
-                f"ChatCollator: every assistant turn must follow {ANSWER_HEADER!r}, got {found[row]} headers for "
-                f"{turns[row]} turns in item {row}; an answer must not begin with a line break"
+                f"ChatCollator: every assistant turn must follow {ANSWER_HEADER!r}, got {found[row]} headers "
+                f"for {turns[row]} turns in item {row}; an answer must not begin with a line break"
             )
         return torch.from_numpy(np.where(answers & (valid > 0), ids, IGNORED))
 
 
 def answer_mask(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the answers in ids (B, L): bool (B, L), True from after a header to its end token, and headers per row."""
+    """Find the answers in ids (B, L).
+
+    Returns:
+        (B, L) bool, True from after a header up to and including the end token, and (B,) headers found.
+    """
     batch, length = ids.shape
     follows = np.zeros((batch, length + 1), dtype=bool)
     if length >= len(header):

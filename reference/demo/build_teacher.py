@@ -1,7 +1,7 @@
 """The untrained teacher: a small but genuine Qwen2.5-VL folder, made without any download.
 
-Sizes are chosen so that one 8x8-pixel cell is one token: patches of 4x4 pixels, merged 2x2. The vision tower's
-window holds any picture of the demo whole, so its window attention sees all of a moment.
+Sizes are chosen so that one 8x8-pixel cell is one token: patches of 4x4 pixels, merged 2x2. The vision
+tower's window holds any picture of the demo whole, so its window attention sees all of a moment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 # Qwen2's rule: contractions, words with their leading space, single numerals, punctuation, white space.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PATCH, MERGE, TEMPORAL_PATCH = 4, 2, 2
 WINDOW = 8 * CELL  # pixels; pictures have at most 6 cells a side
 VOCABULARY = 448
@@ -79,7 +82,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """Return the sizes of the teacher: four decoder layers of width 128, below a million parameters in all."""
+    """Return the sizes of the teacher: four decoder layers of width 128, under a million parameters."""
     token = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=8 * -(-len(tokenizer) // 8),
@@ -90,8 +93,8 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         num_key_value_heads=2,
         max_position_embeddings=1024,
         rms_norm_eps=1e-6,
-        # Choice: a base of 2 turns every pair of channels by 0.5 to 1 radian a cell. The usual bases leave the x axis,
-        # which gets the slowest pairs, blind on grids of six columns.
+        # Choice: a base of 2 turns every pair of channels by 0.5 to 1 radian a cell. The usual bases leave
+        # the x axis, which gets the slowest pairs, blind on grids of six columns.
         rope_parameters={"rope_type": "default", "rope_theta": 2.0, "mrope_section": [4, 6, 6]},
         bos_token_id=token("<|endoftext|>"),
         eos_token_id=token("<|im_end|>"),
@@ -139,7 +142,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
 
 
 def write_preprocessing(folder: Path, tokenizer: Qwen2Tokenizer) -> None:
-    """Write tokenizer, chat template, and the settings of image and video processors, as hub repositories do."""
+    """Write tokenizer, chat template, and image and video processor settings, as hub repositories do."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     pixels = {

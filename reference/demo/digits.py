@@ -1,8 +1,9 @@
 """Real handwritten digits, and pictures made of them.
 
-The images are scikit-learn's copy of the UCI optical digits (1797 of 8x8 pixels, 17 grey levels, 43 writers).
-A picture is a (T, Y, X) grid of 8x8-pixel cells; a cell shows a digit or is blank (black). With patches of 4x4 pixels
-and a 2x2 merge one cell is one token of the language model; a moment t is shown for two frames, the temporal patch.
+The images are scikit-learn's copy of the UCI optical digits (1797 of 8x8 pixels, 17 grey levels).
+A picture is a (T, Y, X) grid of 8x8-pixel cells; a cell shows a digit or is blank (black). With patches of
+4x4 pixels and a 2x2 merge one cell is one token of the language model; a moment t lasts two frames, the
+temporal patch.
 
 Held-out images are the same ones in every run: a fifth of each digit's images, never shown in training.
 Letters: n samples, N cells, T Y X grid, F = 2 T frames.
@@ -61,7 +62,7 @@ class DigitBank:
         return np.repeat(np.arange(10), self.count)
 
     def choose(self, digits: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Return the scan of each digit that u in [0, 1) selects, evenly; same shape as `digits`, none blank."""
+        """Return the scan of each digit (none blank) that u in [0, 1) selects, evenly; any shape."""
         return self.first[digits] + (u * self.count[digits]).astype(np.int64)
 
 
@@ -133,8 +134,8 @@ def render(split: str, labels: np.ndarray, things: np.ndarray, draws: Draws, war
 
     Args:
         labels: (n, T, Y, X) int64, 0..9 or BLANK.
-        things: (n, T, Y, X) int64 >= 0; cells with the same thing show the same image (in a video, a digit that
-            stays or moves keeps its handwriting).
+        things: (n, T, Y, X) int64 >= 0; cells with the same thing show the same image, so that a digit that
+            stays or moves in a video keeps its handwriting.
         warp: variation of the digits, None for the images as they are.
     Returns:
         (n, T, Y * 8, X * 8) uint8.

@@ -1,7 +1,7 @@
 """Random numbers addressed by (seed, split, index): order, batching and workers change nothing.
 
-A counter-based generator: every number is a hash (the finaliser of SplitMix64) of its sample's key, the how-many-th
-draw it belongs to, and its place in that draw. Letters: n samples.
+A counter-based generator: every number is a hash (the finaliser of SplitMix64) of its sample's key, the
+number of draws before, and its place in the draw. Letters: n samples.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Draws:
         return (low + np.floor(self.uniform(*shape) * (np.asarray(high) - low))).astype(np.int64)
 
     def ranks(self, among: np.ndarray) -> np.ndarray:
-        """Rank the True entries of `among` (n, m) in random order: int64, 0 is first; False entries come last."""
+        """Rank the True entries of `among` (n, m) at random: int64 from 0; False entries come last."""
         order = np.argsort(np.where(among, self.uniform(among.shape[1]), 2.0), axis=1)
         ranks = np.empty_like(order)
         np.put_along_axis(ranks, order, np.arange(among.shape[1])[None], axis=1)

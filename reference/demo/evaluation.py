@@ -21,8 +21,8 @@ def answered(
 ) -> torch.Tensor:
     """Say which items the model would answer word for word by greedy decoding, end of turn included.
 
-    All tokens of an answer are the likeliest given the ones before exactly if greedy decoding produces the answer, so
-    one forward pass decides.
+    Greedy decoding produces an answer exactly if each of its tokens is the likeliest after the ones before,
+    so one forward pass decides.
 
     Returns:
         (items,) bool on the CPU.

@@ -1,8 +1,9 @@
 """Training on many small pictures at once: the vision tower's loops over pictures, done in one go.
 
-The stock tower lays out its positions and attends picture by picture in Python, which for hundreds of tiny pictures
-costs more than the arithmetic. Two hooks give the same numbers in batched operations. Training only; nothing of this
-is saved. Letters: S patches of all pictures, F moments (each attends within itself), T Y X grid in patches.
+The stock tower lays out its positions and attends picture by picture in Python, which for hundreds of tiny
+pictures costs more than the arithmetic. Batched operations give the same numbers. Training only; nothing of
+this is saved. Letters: S patches of all pictures, F moments (each attends within itself), T Y X grid in
+patches.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def packed_attention(
     max_length_q: int,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each moment: q, k, v (1, heads, S, dim) to (1, S, heads, dim), by padding to (F, longest)."""
+    """Attend within each moment, padded to (F, longest): q, k, v (1, heads, S, dim) to (1, S, heads, dim)."""
     starts = cu_seq_lens_q.long()
     lengths = starts.diff()
     moment = torch.repeat_interleave(lengths)

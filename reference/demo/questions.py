@@ -1,7 +1,7 @@
 """Endless questions about pictures and short videos of handwritten digits.
 
-Item i of a dataset is a pure function of (seed, split, i): any order, batch size or number of workers gives the same
-items. Asking for many at once (`__getitems__`, which torch's DataLoader uses) is much faster than one by one.
+Item i of a dataset is a pure function of (seed, split, i): any order, batch size or number of workers gives
+the same items. Asking for many at once (`__getitems__`, as torch's DataLoader does) is much faster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DigitsQuestions(Dataset):
         split: "train" (varied handwriting) or "heldout" (other images, as they are).
         seed: another seed, other questions.
         length: number of items, items beyond it exist but are not counted.
-        kinds: question kinds, drawn equally often.
+        kinds: question kinds, drawn equally often; one named twice is drawn twice as often.
         warp: variation of training digits; None shows the images as they are.
     Raises:
         ValueError: for an unknown split or kind, or a negative seed.

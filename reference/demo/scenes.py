@@ -1,8 +1,8 @@
 """The nine kinds of questions: what is on the grid, what is asked, what is the answer.
 
-Local detail: `cell`, `neighbour`, `read`. Global context: `count`, `frequent`, `extreme`. Time: `moved`, `moment`,
-`changed`. Each builder makes n scenes at once on grids padded to a common (T, Y, X). Rows, columns and moments are
-counted from 1. Letters: n samples, T Y X grid, M = Y X cells of a moment.
+Local detail: `cell`, `neighbour`, `read`. Global context: `count`, `frequent`, `extreme`. Time: `moved`,
+`moment`, `changed`. Each builder makes n scenes at once on grids padded to a common (T, Y, X). Rows, columns
+and moments are counted from 1. Letters: n samples, T Y X grid.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def extreme_scenes(draws: Draws) -> Scenes:
 
 
 def _background(draws: Draws, sizes: np.ndarray, absent: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels and things (n, T, Y, X) of a scene that stands still and never shows the digit `absent`."""
+    """Return labels and things (n, T, Y, X) of scenes that stand still and never show the digit `absent`."""
     inside = _inside(sizes, VIDEO_GRID)
     digits = draws.integers(0, 10, *VIDEO_GRID) if absent is None else _others(draws, absent, *VIDEO_GRID)
     still = _fill(draws, inside, digits)
@@ -183,7 +183,7 @@ def _background(draws: Draws, sizes: np.ndarray, absent: np.ndarray | None) -> t
 
 
 def _walk(draws: Draws, sizes: np.ndarray, way: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (y, x) paths (n, T) of something that takes at least one step, all one way, within the grid."""
+    """Return paths y, x (n, T) of something that takes at least one step, all one way, within the grid."""
     n, step = len(draws), STEPS[way]
     sideways = way < 2
     room = np.where(sideways, sizes[:, 2], sizes[:, 1]) - 1

@@ -2,8 +2,8 @@
 
     python -m linmu.reference.demo.train_teacher --output DIR
 
-The weights that come with this package, the command that made them and their accuracy on held-out handwriting are in
-`teacher/` (accuracy.json). Ten minutes on one H100 with 16 CPU cores, mostly spent on composing fresh pictures.
+The weights that come with this package are in `teacher/`; accuracy.json there has the commands that made
+them and their accuracy on held-out handwriting.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TrainingCollator:
 
 
 class Clock(TrainerCallback):
-    """Measures progress in steps or in minutes, whichever is further, and ends training when it is complete."""
+    """Measures progress in steps or minutes, whichever is further, and ends training when it is complete."""
 
     def __init__(self, steps: int, minutes: float):
         self.steps, self.seconds = steps, 60 * minutes
@@ -90,7 +90,7 @@ class Clock(TrainerCallback):
 
 
 class ClockTrainer(Trainer):
-    """Trainer whose learning rate rises over the first `warmup` steps and falls as a cosine of the clock's progress."""
+    """Trainer whose learning rate rises for `warmup` steps and falls as a cosine of the clock's progress."""
 
     def __init__(self, *args: Any, clock: Clock, warmup: int, **kwargs: Any):
         super().__init__(*args, callbacks=[clock], **kwargs)
@@ -113,6 +113,8 @@ def train(options: argparse.Namespace) -> int:
     set_seed(options.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
+    if options.start:
+        model.load_state_dict(AutoModelForImageTextToText.from_pretrained(options.start).state_dict())
     write_preprocessing(options.output, tokenizer)
     model.save_pretrained(options.output)  # the folder is whole from the start: its processor is read back
     pack_vision(model)
@@ -148,14 +150,23 @@ def train(options: argparse.Namespace) -> int:
         data_collator=TrainingCollator(options.output, MERGE),
     )
     trainer.train()
+    model.config.use_cache = True  # the trainer switches it off
     model.save_pretrained(options.output)
     return trainer.state.global_step
 
 
+def earlier_runs(start: Path | None) -> list[dict[str, Any]]:
+    """Return the runs that made the weights this one started from."""
+    return json.loads((start / "accuracy.json").read_text())["runs"] if start else []
+
+
 def report(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Evaluate the saved folder on held-out digits and write accuracy.json beside the weights."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(options.output).to(device)
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else platform.machine()
+    command = shlex.join(["python", "-m", "linmu.reference.demo.train_teacher", *sys.argv[1:]])
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = AutoModelForImageTextToText.from_pretrained(options.output).to("cuda" if cuda else "cpu")
     processor = load_processor(options.output)
     kinds = heldout_accuracy(model, processor, options.eval_per_kind, seed=options.eval_seed)
     result = {
@@ -165,11 +176,9 @@ def report(options: argparse.Namespace, steps: int) -> dict[str, Any]:
         "best_constant_answer": {kind: best_guess(kind) for kind in KINDS},
         "samples_per_kind": options.eval_per_kind,
         "evaluation_seed": options.eval_seed,
-        "command": shlex.join(["python", "-m", "linmu.reference.demo.train_teacher", *sys.argv[1:]]),
-        "steps": steps,
+        "runs": [*earlier_runs(options.start), {"command": command, "steps": steps, "on": device}],
         "parameters": sum(p.numel() for p in model.parameters()),
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     (options.output / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -180,6 +189,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
+    parser.add_argument("--start", type=Path, help="teacher to train further; default: fresh weights")
     parser.add_argument("--steps", type=int, default=12_000, help="optimiser steps")
     parser.add_argument(
         "--max-minutes", type=float, default=1e9, help="end, learning rate and all, by this time"
@@ -190,7 +200,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that compose pictures")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="questions to train on")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="one named twice is asked twice as often"
+    )
     parser.add_argument("--log-every", type=int, default=100, help="steps between loss lines")
     parser.add_argument("--eval-per-kind", type=int, default=1000, help="held-out questions of each kind")
     parser.add_argument("--eval-seed", type=int, default=1234)
