@@ -22,20 +22,26 @@ def run_python(code: str, cwd: Path) -> str:
     return done.stdout
 
 
-def package_files(folder: str) -> list[Path]:
+def package_files(tree: Path, folder: str) -> list[Path]:
     """Every file of one package folder that belongs to it, bytecode left out."""
-    files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    files = (path for path in (tree / folder).rglob("*") if path.is_file())
     return sorted(path for path in files if "__pycache__" not in path.parts)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built, without network, from a copy of the files that setuptools reads."""
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that setuptools reads, so that building leaves nothing behind in the checkout."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """A wheel of that tree, built without network."""
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", str(tree)]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,11 +49,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_wheel_holds_exactly_the_files_of_the_packages(wheel):
+def test_wheel_holds_exactly_the_files_of_the_packages(tree, wheel):
     expected = {
-        f"{installed}/{path.relative_to(ROOT / folder).as_posix()}": path.read_bytes()
+        f"{installed}/{path.relative_to(tree / folder).as_posix()}": path.read_bytes()
         for folder, installed in FOLDERS.items()
-        for path in package_files(folder)
+        for path in package_files(tree, folder)
     }
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
@@ -104,7 +110,7 @@ def test_the_import_reader_finds_triton_however_it_is_written(source):
 
 
 def test_no_file_of_the_reference_imports_triton():
-    sources = [path for path in package_files("reference") if path.suffix == ".py"]
+    sources = [path for path in package_files(ROOT, "reference") if path.suffix == ".py"]
     assert sources
     assert [path.name for path in sources if "triton" in imported_modules(path.read_text())] == []
 
