@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from linmu.reference import LinMUConfig, convert
+from linmu.reference.attention import causal_attention
 from linmu.reference.hosting import PRECISE, decoder_layers, mixers
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -179,6 +180,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher):
     assert plain.keys() == checkpointed.keys()
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-5, atol=1e-7)
+
+
+def test_padding_attends_to_itself_where_attention_stays():
+    """A row of nothing but padding would otherwise be undefined, and is on some kernels."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 4, generator=generator)
+    valid = torch.tensor([[False, False, True, True, True]])
+    output, _ = causal_attention(nn.Module(), query, key, value, valid)
+    torch.testing.assert_close(output[0, :2], value[0, :, :2].transpose(0, 1))
+    alone, _ = causal_attention(nn.Module(), *(tensor[:, :, 2:] for tensor in (query, key, value)), None)
+    torch.testing.assert_close(output[:, 2:], alone)
 
 
 def test_hidden_states_of_all_layers_are_returned(student):
