@@ -44,14 +44,7 @@ TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """Train a byte-level BPE on the questions, in which every word of theirs is one token."""
-    items = DigitsQuestions("train").__getitems__(range(2000))
-    corpus = [
-        block["text"]
-        for item in items
-        for turn in item["messages"]
-        for block in turn["content"]
-        if "text" in block
-    ]
+    corpus = [text for pair in DigitsQuestions("train").texts(range(2000)) for text in pair]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

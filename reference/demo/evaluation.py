@@ -57,8 +57,5 @@ def heldout_accuracy(
 
 def best_guess(kind: str, samples: int = 2000, seed: int = 1) -> float:
     """Return the accuracy of the best constant answer to one kind: what blindness would score."""
-    answers = [
-        item["messages"][1]["content"][0]["text"]
-        for item in DigitsQuestions("heldout", seed, kinds=(kind,)).__getitems__(range(samples))
-    ]
+    answers = [answer for _, answer in DigitsQuestions("heldout", seed, kinds=(kind,)).texts(range(samples))]
     return max(answers.count(answer) for answer in set(answers)) / samples

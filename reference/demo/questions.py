@@ -6,16 +6,16 @@ the same items. Asking for many at once (`__getitems__`, as torch's DataLoader d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .digits import FRAMES_PER_MOMENT, SPLITS, Warp, render
+from .digits import CELL, FRAMES_PER_MOMENT, SPLITS, Warp, render
 from .draws import Draws, sample_keys
-from .scenes import BUILDERS
+from .scenes import BUILDERS, Scenes
 
 KINDS = tuple(BUILDERS)
 FRAMES_PER_SECOND = 2.0  # with a temporal patch of two frames: one second a moment
@@ -44,8 +44,8 @@ class DigitsQuestions(Dataset):
     ):
         if split not in SPLITS:
             raise ValueError(f"DigitsQuestions: split must be one of {SPLITS}, got {split!r}")
-        if unknown := sorted(set(kinds) - set(KINDS)) or not kinds:
-            raise ValueError(f"DigitsQuestions: kinds must be among {KINDS}, got {unknown or 'none'}")
+        if not kinds or set(kinds) - set(KINDS):
+            raise ValueError(f"DigitsQuestions: kinds must be among {KINDS}, got {tuple(kinds)}")
         if seed < 0:
             raise ValueError(f"DigitsQuestions: seed must be >= 0, got {seed}")
         self.split, self.seed, self.length = split, seed, length
@@ -66,32 +66,40 @@ class DigitsQuestions(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return the items of several indices."""
-        return [item for item, _ in self._build(indices)]
+        built: list[Any] = [None] * len(indices)
+        for rows, kind, scenes, draws in self._scenes(indices):
+            pictures = render(self.split, scenes.labels, scenes.things, draws, self.warp)
+            for n, row in enumerate(rows):
+                t, y, x = scenes.sizes[n]
+                block = _vision_block(pictures[n, :t, : y * CELL, : x * CELL])
+                messages = conversation(block, scenes.questions[n], scenes.answers[n])
+                built[row] = {"kind": kind, "messages": messages}
+        return built
 
     def grids(self, indices: Sequence[int]) -> list[np.ndarray]:
         """Return what the pictures of several items show: each (T, Y, X) int64, -1 in blank cells."""
-        return [grid for _, grid in self._build(indices)]
-
-    def _build(self, indices: Sequence[int]) -> list[tuple[dict[str, Any], np.ndarray]]:
-        draws = Draws(sample_keys(self.seed, SPLITS.index(self.split), np.asarray(indices, np.int64)))
-        which = draws.integers(0, len(self.asked))
         built: list[Any] = [None] * len(indices)
-        for place in np.unique(which):
-            rows = np.flatnonzero(which == place)
-            for row, pair in zip(rows, self._build_kind(self.asked[place], draws.take(rows)), strict=True):
-                built[row] = pair
+        for rows, _, scenes, _ in self._scenes(indices):
+            for row, labels, (t, y, x) in zip(rows, scenes.labels, scenes.sizes, strict=True):
+                built[row] = labels[:t, :y, :x]
         return built
 
-    def _build_kind(self, kind: str, draws: Draws) -> list[tuple[dict[str, Any], np.ndarray]]:
-        scenes = BUILDERS[kind](draws)
-        pictures = render(self.split, scenes.labels, scenes.things, draws, self.warp)
-        cell = pictures.shape[2] // scenes.labels.shape[2]
-        pairs = []
-        for n, (t, y, x) in enumerate(scenes.sizes):
-            block = _vision_block(pictures[n, :t, : y * cell, : x * cell])
-            messages = conversation(block, scenes.questions[n], scenes.answers[n])
-            pairs.append(({"kind": kind, "messages": messages}, scenes.labels[n, :t, :y, :x]))
-        return pairs
+    def texts(self, indices: Sequence[int]) -> list[tuple[str, str]]:
+        """Return question and answer of several items, without drawing their pictures."""
+        built: list[Any] = [None] * len(indices)
+        for rows, _, scenes, _ in self._scenes(indices):
+            for row, question, answer in zip(rows, scenes.questions, scenes.answers, strict=True):
+                built[row] = question, answer
+        return built
+
+    def _scenes(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, str, Scenes, Draws]]:
+        """Yield, kind by kind, places among the indices, the kind, its scenes, and draws for their pictures."""
+        draws = Draws(sample_keys(self.seed, SPLITS.index(self.split), np.asarray(indices, np.int64)))
+        which = draws.integers(0, len(self.asked))
+        for place in np.unique(which):
+            rows = np.flatnonzero(which == place)
+            own = draws.take(rows)
+            yield rows, self.asked[place], BUILDERS[self.asked[place]](own), own
 
 
 def _vision_block(moments: np.ndarray) -> dict[str, Any]:
