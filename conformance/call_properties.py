@@ -1,4 +1,4 @@
-"""Properties that hold however an operator is called: strides, autocast, in-place writes, gradients asked for.
+"""Properties that hold however an operator is called: strides, autocast, in-place writes, which gradients.
 
 Each takes a backend and a case of any operator; the files of the operators turn them into tests.
 """

@@ -16,11 +16,17 @@ from compare import (
     evaluate,
     in_float64,
 )
-from layouts import Layout, Vision
+from layouts import Layout, Pad, Text, Vision
 from strategies import DTYPES, BidirectionalCase, bidirectional_cases, holds
 
 from linmu import reference
 
+LONG = Layout(
+    (
+        (Text(50), Vision(1, (1, 5, 6), "row"), Text(3), Vision(0, (4, 2, 9), "frame"), Text(6)),
+        (Pad(9), Vision(0, (1, 3, 3)), Vision(1, (1, 3, 3)), Text(141)),
+    )
+)
 PER_TOKEN = ("x", "dt", "B", "C", "gate")
 both = partial(holds, "bidirectional_scan")
 
@@ -49,6 +55,15 @@ def test_both_directions_match_the_reference_in_every_dtype(backend, case: Bidir
 @both(case=bidirectional_cases(DTYPES))
 def test_gradients_of_both_directions_match_the_reference(backend, case: BidirectionalCase):
     """P9, P15: every input's gradient, gate, skip and initial state included."""
+    inputs = case.inputs()
+    truth = evaluate(reference.bidirectional_scan, in_float64(inputs), gradients=True)
+    own = evaluate(reference.bidirectional_scan, inputs, gradients=True)
+    assert_matches(evaluate(backend.bidirectional_scan, inputs, gradients=True), truth, own, case)
+
+
+@both(case=bidirectional_cases(layout=LONG), share=0.2)
+def test_long_prompts_match_the_reference(backend, case: BidirectionalCase):
+    """P2, P6: blocks that begin and end in the middle of a chunk, and one longer than a chunk."""
     inputs = case.inputs()
     truth = evaluate(reference.bidirectional_scan, in_float64(inputs), gradients=True)
     own = evaluate(reference.bidirectional_scan, inputs, gradients=True)

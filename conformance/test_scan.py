@@ -17,10 +17,12 @@ from compare import (
     in_float64,
     quarters,
 )
+from hypothesis import strategies as st
 from strategies import DTYPES, EXACT, ScanCase, holds, scan_cases
 
 from linmu import reference
 
+LONG = (63, 64, 65, 97, 131)  # around and beyond the chunks that fast implementations work in
 PER_TOKEN = ("x", "dt", "B", "C")
 FORWARD = partial(scan_cases, reverse=False)
 scan = partial(holds, "selective_scan")
@@ -50,6 +52,15 @@ def test_scan_matches_the_reference_in_every_dtype(backend, case: ScanCase):
 @scan(case=scan_cases(DTYPES))
 def test_scan_gradients_match_the_reference(backend, case: ScanCase):
     """P9: the gradient of every input, the initial state's and through the final state included."""
+    inputs = case.inputs()
+    truth = evaluate(reference.selective_scan, in_float64(inputs), gradients=True)
+    own = evaluate(reference.selective_scan, inputs, gradients=True)
+    assert_matches(evaluate(backend.selective_scan, inputs, gradients=True), truth, own, case)
+
+
+@scan(case=st.sampled_from(LONG).flatmap(lambda length: scan_cases(length=length)), share=0.4)
+def test_long_scans_match_the_reference(backend, case: ScanCase):
+    """P2, P6: more tokens than a chunk, the last one ragged; values, state and gradients."""
     inputs = case.inputs()
     truth = evaluate(reference.selective_scan, in_float64(inputs), gradients=True)
     own = evaluate(reference.selective_scan, inputs, gradients=True)
