@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from linmu.reference.demo import KINDS, TEACHER, DigitsQuestions, train_teacher
 from linmu.reference.demo.ask import ask
@@ -258,13 +258,13 @@ def test_a_teacher_is_trained_from_nothing_and_further(tmp_path, monkeypatch):
 # --- the bundled teacher
 
 
-def test_the_bundled_folder_is_small_and_complete(teacher):
+def test_the_bundled_folder_is_small_and_complete(teacher, processor):
     assert sum(file.stat().st_size for file in TEACHER.iterdir()) < 4_000_000
     assert type(teacher).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert teacher.dtype == torch.float32 and teacher.config.model_type == "qwen2_5_vl"
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     assert tokenizer.chat_template == train_teacher.build_tokenizer().chat_template
-    assert AutoImageProcessor.from_pretrained(TEACHER).patch_size == 4
+    assert processor.image_processor.patch_size == processor.video_processor.patch_size == 4
 
 
 def test_the_vocabulary_is_small_and_has_every_word_whole(processor):

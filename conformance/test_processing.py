@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from linmu.reference import processing
 from linmu.reference.demo import TEACHER, DigitsQuestions
@@ -83,7 +84,7 @@ def test_a_picture_is_a_video_of_two_equal_frames(seed, height, width):
     Where it resizes, it rounds to grey levels elsewhere than the stock video processor does: one level in
     the root mean square is allowed.
     """
-    stock = AutoImageProcessor.from_pretrained(TEACHER)
+    stock = Qwen2VLImageProcessorPil.from_pretrained(TEACHER)
     frames = FrameProcessor(**{**stock.to_dict(), "size": dict(stock.size)})
     picture = np.kron(noise(seed, -(-height // 4), -(-width // 4), 3), np.ones((4, 4, 1), np.uint8))
     picture = picture[:height, :width]

@@ -93,7 +93,7 @@ class DigitsQuestions(Dataset):
         return built
 
     def _scenes(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, str, Scenes, Draws]]:
-        """Yield, kind by kind, places among the indices, the kind, its scenes, and draws for their pictures."""
+        """Yield, kind by kind: places among the indices, the kind, its scenes, draws for their pictures."""
         draws = Draws(sample_keys(self.seed, SPLITS.index(self.split), np.asarray(indices, np.int64)))
         which = draws.integers(0, len(self.asked))
         for place in np.unique(which):
