@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -22,7 +23,8 @@ from tiny_checkpoint import (
 )
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from linmu.reference import MMATE, convert, load
+from linmu.reference import MMATE, LinMUConfig, convert, load
+from linmu.reference.convert import load_student
 from linmu.reference.demo.build_teacher import build_tokenizer, write_preprocessing
 from linmu.reference.hosted_mixer import BACKEND_VARIABLE, backend_mixer, current_mixer
 from linmu.reference.hosting import PRECISE, mixers
@@ -58,7 +60,9 @@ def test_the_configuration_says_what_was_converted(teacher, family, tmp_path):
     assert config["model_type"] == f"linmu_{family}"
     assert config["linmu"]["version"] == 1
     assert config["linmu"]["layers"] == [0, 2]
-    assert config["linmu"]["options"] == options | {"window_thw": [2, 4, 4]}
+    written = config["linmu"]["options"]
+    assert written.keys() == LinMUConfig(width=4, heads=1, groups=1, head_dim=4).options().keys()
+    assert {name: written[name] for name in options} == options | {"window_thw": [2, 4, 4]}
     assert {index: mixer.config.window_thw for index, mixer in mixers(load(tmp_path)).items()} == {
         0: (2, 4, 4),
         2: (2, 4, 4),
@@ -147,6 +151,19 @@ def test_the_backend_is_chosen_by_the_environment_and_said(monkeypatch, caplog):
         assert current_mixer() is MMATE
         current_mixer()
     assert caplog.text.count("LinMU runs on linmu.reference") == 1
+
+
+@pytest.mark.needs("MMATE")
+def test_a_folder_never_says_which_backend_wrote_it(backend, student, folder, tmp_path):
+    opened = load_student(folder, backend.MMATE)
+    assert opened.linmu_backend == backend.MMATE.__module__.rpartition(".")[0]
+    load(folder).save_pretrained(tmp_path / "reference")
+    opened.save_pretrained(tmp_path / "other")
+    for path in (tmp_path / "reference").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
+    inputs = every_kind()
+    got, want = (logits_of(model.double(), inputs) for model in (opened, copy.deepcopy(student)))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * want.abs().max().item())
 
 
 def test_load_refuses_a_vanilla_folder_and_says_what_to_do(teacher, tmp_path):

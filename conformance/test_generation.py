@@ -10,7 +10,9 @@ import torch
 from tiny_checkpoint import IMAGE, VIDEO, batch, build_teacher, picture, prompt, shake_mixers, words
 from torch import Tensor
 
-from linmu.reference import convert
+from linmu.reference.convert import build_student
+
+pytestmark = pytest.mark.needs("MMATE")
 
 STUDENTS = {
     "qwen2_5_vl": ("qwen2_5_vl", None),
@@ -43,15 +45,15 @@ PROMPTS = {"image": image_prompt, "video": video_prompt, "album": album_prompt, 
 
 
 @pytest.fixture(scope="module", params=STUDENTS.values(), ids=STUDENTS.keys())
-def student(request):
+def student(backend, request):
     family, layers = request.param
-    return shake_mixers(convert(build_teacher(family).double(), layers=layers))
+    return shake_mixers(build_student(build_teacher(family).double(), None, layers, backend.MMATE))
 
 
 @pytest.fixture(scope="module")
-def converted():
+def converted(backend):
     """One student with all layers converted, for what does not depend on the family."""
-    return shake_mixers(convert(build_teacher().double()))
+    return shake_mixers(build_student(build_teacher().double(), None, None, backend.MMATE))
 
 
 def assert_logits(got: Tensor, want: Tensor) -> None:

@@ -25,7 +25,7 @@ from .checks import require
 from .config import LinMUConfig
 from .families import FAMILIES, family_of
 from .hosted_mixer import use_mixer
-from .hosting import PRECISE, VERSION, LinMUModel, decoder_layers, mixers
+from .hosting import PRECISE, VERSION, LinMUModel, decoder_layers, mixer_config, mixers
 from .m_mate import MMATE
 from .precision import accumulation_dtype
 
@@ -81,11 +81,11 @@ def build_student(
     """Do the work of `convert` for the backend of `mixer_class`."""
     family = family_of(teacher)
     check_teacher(teacher)
-    options = LinMUConfig.check_options(config.options() if isinstance(config, LinMUConfig) else config or {})
+    options = config.options() if isinstance(config, LinMUConfig) else config or {}
     settings = {
         "version": VERSION,
         "layers": layer_indices(layers, len(decoder_layers(teacher))),
-        "options": jsonable(options),
+        "options": jsonable(mixer_config(teacher.config, options).options()),
     }
     given = teacher.config.to_dict()
     kept = {key: value for key, value in given.items() if key not in ("model_type", "architectures")}

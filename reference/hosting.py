@@ -90,7 +90,9 @@ class LinMUModel:
         self.linmu_backend = backend_name(mixer_class)
         layers = decoder_layers(self)
         for index in config.linmu["layers"]:
-            layers[index].self_attn = hosted(mixer_class)(mixer_config(config), index)
+            layers[index].self_attn = hosted(mixer_class)(
+                mixer_config(config, config.linmu["options"]), index
+            )
         self.set_attn_implementation({"text_config": ATTENTION})
         self.post_init()
 
@@ -250,8 +252,8 @@ def check_settings(settings: dict[str, Any] | None) -> None:
     require(version == VERSION, where, must, version, "upgrade linmu")
 
 
-def mixer_config(config) -> LinMUConfig:
-    """Return the sizes of a Qwen2 decoder's attention with the options of its configuration's `linmu`."""
+def mixer_config(config, options: dict[str, Any]) -> LinMUConfig:
+    """Return the sizes of a Qwen2 decoder's attention, from its model's configuration, with these options."""
     text = config.get_text_config(decoder=True)
     return LinMUConfig(
         width=text.hidden_size,
@@ -261,7 +263,7 @@ def mixer_config(config) -> LinMUConfig:
         qkv_bias=True,
         output_bias=False,
         norm_eps=text.rms_norm_eps,
-        **LinMUConfig.check_options(config.linmu["options"]),
+        **LinMUConfig.check_options(options),
     )
 
 
