@@ -10,6 +10,7 @@ Read in this order:
     losses            what the three distillation stages minimise
     grids             from a prompt's placeholder tokens to coordinates
     cache             what decoding keeps of a layer
+    attention         softmax attention for the layers that keep it, under the mask that M-MATE reads
     hosted_mixer      the block as a decoder layer calls it, and which backend computes it
     hosting           a Hugging Face model whose decoder holds M-MATE: forward and generate()
     families          Qwen2-VL and Qwen2.5-VL, known to the Auto classes
