@@ -169,18 +169,9 @@ def scan_step(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit.
     """
-    where = "scan_step"
-    for name, tensor, letters in (
-        ("x", x, "B, G, P"),
-        ("dt", dt, "B, H"),
-        ("B", B, "B, G, N"),
-        ("C", C, "B, H, N"),
-    ):
-        require_shape(where, name, tensor, (None,) * (letters.count(",") + 1), letters)
-    require_mask(where, "valid", valid, (x.shape[0],), "B")
+    check_step("scan_step", state, x, dt, A, B, C, D, valid)
     x, dt, B, C = (tensor.unsqueeze(1) for tensor in (x, dt, B, C))  # L = 1
     mask = None if valid is None else valid[:, None]
-    check_scan(where, x, dt, A, B, C, mask=mask, initial_state=state, mask_name="valid")
     unused_gate = C.new_ones(C.shape[:3])
     y, state = bidirectional_scan(x, dt, A, B, C, gate=unused_gate, valid=mask, D=D, initial_state=state)
     return y[:, 0], state
@@ -271,6 +262,25 @@ def check_bidirectional(where: str, C: Tensor, gate, segment, D) -> None:
     require_one_device(where, C=C, segment=segment)
     if D is not None:
         require_shape(where, "D", D, (heads,), "H")
+
+
+def check_step(where: str, state, x, dt, A, B, C, D, valid) -> None:
+    """Shapes, dtypes and devices of one token's arguments."""
+    require_float(where, state=state, x=x, dt=dt, A=A, B=B, C=C, D=D)
+    require_shape(where, "x", x, (None, None, None), "B, G, P")
+    batch, groups, head_dim = x.shape
+    require_shape(where, "C", C, (batch, None, None), "B, H, N")
+    heads, size = C.shape[1:]
+    ratio = f"H={heads}, G={groups}"
+    require(groups >= 1 and heads % groups == 0, where, "heads must be a multiple of groups", ratio)
+    require_shape(where, "dt", dt, (batch, heads), "B, H")
+    require_shape(where, "A", A, (heads,), "H")
+    require_shape(where, "B", B, (batch, groups, size), "B, G, N")
+    require_shape(where, "state", state, (batch, heads, size, head_dim), "B, H, N, P")
+    if D is not None:
+        require_shape(where, "D", D, (heads,), "H")
+    require_mask(where, "valid", valid, (batch,), "B")
+    require_one_device(where, x=x, valid=valid)
 
 
 def check_conv(where: str, u, weight, bias, mask, initial_state) -> None:
