@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -42,7 +43,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from linmu.reference.conversations import Conversations, InOrder
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.evaluation import evaluate, plot_losses, table
-from linmu.reference.lesson import Lesson, Objective, attach_teacher, calibrate_norms, detach_teacher
+from linmu.reference.lesson import (
+    Lesson,
+    Objective,
+    TaughtMixer,
+    attach_teacher,
+    calibrate_norms,
+    detach_teacher,
+)
 from linmu.reference.processing import ChatCollator, load_processor
 from linmu.reference.stage_trainer import Progress, Stage, StageTrainer, load_taught, taught_tensors
 
@@ -61,8 +69,8 @@ class Config:
     """Every setting of a run; each is a flag of the same name."""
 
     preset: Literal["demo", "smoke", "vlm"] = about(
-        "defaults of all other flags: demo (bundled teacher, minutes on a CPU), smoke (all of it in a minute, "
-        "to try the machinery), vlm (a real teacher on a GPU)",
+        "defaults of all other flags: demo (bundled teacher, minutes on a CPU), smoke (the same in a minute, to "
+        "try the machinery), vlm (a real teacher on a GPU)",
         "demo",
     )
     teacher: str = about("'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model", "demo")
@@ -84,7 +92,10 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = about(
         "of the teacher's weights; what is trained is kept in float32", "float32"
     )
-    window: str = about("Local-Swin window in tokens: T,Y,X", "2,4,4")
+    mixer: str = about(
+        "options of LinMUConfig as JSON, all others at their defaults",
+        '{"window_thw": [2, 4, 4], "half_life": [4, 256], "scan_rope": true}',
+    )
     layers: str = about("decoder layers to convert: 'all' or numbers, like 0,1,2", "all")
     lr_new: float = about("stage i, tensors that the teacher does not have", 4e-3)
     lr_copied: float = about("stage i, tensors copied from the teacher; stage ii takes half of both", 1e-3)
@@ -121,13 +132,10 @@ class Config:
             self.steps,
         )
         check(min(numbers("steps", self.steps)) >= 1, "--steps must be positive", self.steps)
-        check(len(self.window_thw) == 3, "--window must be three numbers, like 4,8,8", self.window)
+        check(isinstance(self.mixer_options, dict), "--mixer must be a JSON object", self.mixer)
         check(not (self.resume and self.overwrite), "--resume and --overwrite must not both be given", "both")
-        check(
-            self.data == "demo" or self.teacher != "demo",
-            "--data must be demo for the demo teacher",
-            self.data,
-        )
+        no_pair = "--teacher and --data must both be demo, or neither"
+        check((self.teacher == "demo") == (self.data == "demo"), no_pair, f"{self.teacher}, {self.data}")
         check(
             self.data != "demo" or not self.eval_data,
             "--eval_data must come with --data FILE",
@@ -149,9 +157,12 @@ class Config:
         return tuple(self.stages.split(","))
 
     @property
-    def window_thw(self) -> tuple[int, ...]:
-        """(T, Y, X) in tokens."""
-        return numbers("window", self.window)
+    def mixer_options(self) -> dict[str, Any]:
+        """Options of M-MATE, by name."""
+        try:
+            return json.loads(self.mixer)
+        except json.JSONDecodeError as error:
+            raise RefusedError(f"distill: --mixer must be JSON, got {self.mixer!r} ({error})") from None
 
     @property
     def layer_list(self) -> tuple[int, ...] | None:
@@ -171,7 +182,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "vlm": {
         "steps": "2000,2000,10000", "batch_size": 1, "gradient_accumulation": 16, "dtype": "bfloat16",
-        "window": "4,8,8", "gradient_checkpointing": True, "lr_new": 1e-3, "lr_copied": 2e-4,
+        "mixer": "{}", "gradient_checkpointing": True, "lr_new": 1e-3, "lr_copied": 2e-4,
         "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200, "save_every": 500, "workers": 4,
         "backend": "optimized", "output": "runs/vlm",
     },
@@ -204,8 +215,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return run.finish()
 
 
-
-
 class RefusedError(ValueError):
     """Something the user can put right; printed without a traceback."""
 
@@ -236,8 +245,6 @@ def parse(arguments: list[str]) -> Config:
         parser.error(str(error))
 
 
-
-
 def open_data(config: Config) -> tuple[Dataset, Dataset]:
     """Training and held-out conversations."""
     if config.data == "demo":
@@ -259,13 +266,18 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Path(config.output)
         self.backend = importlib.import_module(f"linmu.{config.backend}")
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
+        self.process = PartialState(cpu=config.cpu)
+        self.device = self.process.device
         self.results: dict[str, Any] = {"rows": {}}
         self.adapters: Any = None
 
     def prepare(self) -> None:
         """Claim the folder, load the teacher, convert it, and measure the student before any training."""
-        self.claim_folder()
+        if self.process.is_main_process:
+            self.claim_folder()
+        self.process.wait_for_everyone()
+        if (self.folder / "results.json").is_file():
+            self.results = json.loads((self.folder / "results.json").read_text())
         set_seed(self.config.seed)
         folder = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
         options = {"max_pixels": self.config.max_pixels} if self.config.max_pixels else {}
@@ -275,7 +287,6 @@ class Run:
         self.training, held_out = open_data(self.config)
         self.eval_batches = self.batches(held_out, self.config.eval_samples)
         self.describe()
-        self.lesson().close()
         if "converted" not in self.results["rows"]:
             self.calibrate()
             self.evaluate("converted")
@@ -310,8 +321,6 @@ class Run:
                 f"other values of {changed}",
                 hint,
             )
-            results = self.folder / "results.json"
-            self.results = json.loads(results.read_text()) if results.is_file() else self.results
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=1))
 
@@ -320,8 +329,7 @@ class Run:
         float32."""
         dtype = getattr(torch, self.config.dtype)
         teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
-        options = {"window_thw": self.config.window_thw}
-        student = self.backend.convert(teacher, options, layers=self.config.layer_list)
+        student = self.backend.convert(teacher, self.config.mixer_options, layers=self.config.layer_list)
         attach_teacher(student, teacher)
         student.requires_grad_(False)
         self.saved_dtypes = {}
@@ -370,18 +378,19 @@ class Run:
         lesson.close()
         self.results["rows"].setdefault("teacher", measured["teacher"])
         self.results["rows"][name] = measured["student"]
-        self.write_results()
+        if self.process.is_main_process:  # kept for the final table and for a resumed run
+            (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
         row = measured["student"]
-        print(
+        self.say(
             f"{name}: accuracy {row['accuracy']:.3f}, KL {row['kl']:.4f}, agreement {row['agreement']:.3f}, "
             f"mixer error {row['mixer_error']:.3f}, block error {row['block_error']:.3f} "
-            f"({time.perf_counter() - started:.0f} s)",
-            flush=True,
+            f"({time.perf_counter() - started:.0f} s)"
         )
 
-    def write_results(self) -> None:
-        """Keep the rows for the final table and for a resumed run."""
-        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
+    def say(self, line: str) -> None:
+        """Print one line, from one process."""
+        if self.process.is_main_process:
+            print(line, flush=True)
 
     def teach(self, stage: Stage) -> None:
         """Run one stage, or take over its result if it is done."""
@@ -397,7 +406,9 @@ class Run:
             trainer = self.trainer(stage, folder)
             trainer.train(resume_from_checkpoint=self.last_checkpoint(folder))
             trainer.model.close()
-            save_file(taught_tensors(self.student), done)
+            if self.process.is_main_process:
+                save_file(taught_tensors(self.student), done)
+            self.process.wait_for_everyone()
         if f"stage {stage.name}" not in self.results["rows"]:
             self.evaluate(f"stage {stage.name}")
 
@@ -474,19 +485,15 @@ class Run:
 
     def describe(self) -> None:
         """Say how every kind of tensor in M-MATE started."""
-        mixers = [
-            layer.self_attn.mixer
-            for layer in self.student.get_decoder().layers
-            if hasattr(layer.self_attn, "mixer")
-        ]
+        mixers = [module.mixer for module in self.student.modules() if isinstance(module, TaughtMixer)]
         total = sum(parameter.numel() for parameter in self.student.parameters())
         taught = sum(parameter.numel() for mixer in mixers for parameter in mixer.parameters())
-        print(
+        self.say(
             f"{self.config.teacher}: {len(mixers)} layers converted, M-MATE from linmu.{self.config.backend}, "
             f"{taught:,} parameters beside the teacher's {total - taught:,}, on {self.device}"
         )
         for name, parameter in mixers[0].named_parameters():
-            print(f"  {name:32} {tuple(parameter.shape)!s:12} {start_of(name)}")
+            self.say(f"  {name:32} {tuple(parameter.shape)!s:12} {start_of(name)}")
 
     def describe_stage(self, stage: Stage) -> None:
         """Say what a stage trains, and what it leaves alone."""
@@ -495,7 +502,7 @@ class Run:
             (trained if parameter.requires_grad else frozen)[part_of(name)] += parameter.numel()
         for verb, parts in (("trains", trained), ("freezes", frozen)):
             listing = ", ".join(f"{part} {count:,}" for part, count in sorted(parts.items()))
-            print(f"stage {stage.name} {verb} {sum(parts.values()):,}: {listing}", flush=True)
+            self.say(f"stage {stage.name} {verb} {sum(parts.values()):,}: {listing}")
 
     def save_example(self, data: Dataset) -> None:
         """Write one held-out picture with its question, for the command that asks the student."""
@@ -518,20 +525,19 @@ class Run:
             if name in self.saved_dtypes:
                 parameter.data = parameter.data.to(self.saved_dtypes[name])
         detach_teacher(student)
-        student.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-        plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
-        print("\n" + table(self.results["rows"]))
-        print(
+        if self.process.is_main_process:
+            student.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
+        self.say("\n" + table(self.results["rows"]))
+        self.say(
             f"\nlosses {self.folder / 'loss.png'}, metrics {self.folder / 'metrics.jsonl'}, student {folder}"
         )
         if self.question:
-            print(f"Ask it (the answer should be {self.answer}):")
-            print(
-                f"  python -m linmu.reference.demo.ask {folder} {self.folder / 'example.png'} {self.question!r}"
-            )
+            picture = self.folder / "example.png"
+            self.say(f"Ask it (the answer should be {self.answer}):")
+            self.say(f"  python -m linmu.reference.demo.ask {folder} {picture} {self.question!r}")
         return self.results
-
 
 
 STARTS = {

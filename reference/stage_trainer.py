@@ -90,8 +90,9 @@ class StageTrainer(Trainer):
         )  # InOrder has shuffled: a resumed run sees the same samples
 
     def _save(self, output_dir=None, state_dict=None):
-        os.makedirs(output_dir, exist_ok=True)
-        save_file(taught_tensors(self.model.student), Path(output_dir) / "taught.safetensors")
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            save_file(taught_tensors(self.model.student), Path(output_dir) / "taught.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_taught(self.model.student, Path(resume_from_checkpoint) / "taught.safetensors")
