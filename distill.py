@@ -56,6 +56,14 @@ from linmu.reference.stage_trainer import Progress, Stage, StageTrainer, load_ta
 
 STAGES = ("i", "ii", "iii")
 MLP_LAYERS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
+FREE = {
+    "resume",
+    "overwrite",
+    "stages",
+    "allow_missing_stage",
+    "workers",
+    "report_to",
+}  # may change on resume
 ENDLESS = 2**40  # questions counted in the demo data, which makes them as they are asked for
 
 
@@ -69,8 +77,8 @@ class Config:
     """Every setting of a run; each is a flag of the same name."""
 
     preset: Literal["demo", "smoke", "vlm"] = about(
-        "defaults of all other flags: demo (bundled teacher, minutes on a CPU), smoke (the same in a minute, to "
-        "try the machinery), vlm (a real teacher on a GPU)",
+        "defaults of all other flags: demo (bundled teacher, minutes on a CPU), smoke (the same in a minute, "
+        "to see it run), vlm (a real teacher on a GPU)",
         "demo",
     )
     teacher: str = about("'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model", "demo")
@@ -287,8 +295,8 @@ class Run:
         self.training, held_out = open_data(self.config)
         self.eval_batches = self.batches(held_out, self.config.eval_samples)
         self.describe()
+        self.calibrate()
         if "converted" not in self.results["rows"]:
-            self.calibrate()
             self.evaluate("converted")
         self.save_example(held_out)
 
@@ -302,31 +310,17 @@ class Run:
             hint = "--resume goes on in it, --overwrite empties it, --output names another"
             may_enter = self.config.resume or self.config.stage_list[0] != "i"
             check(may_enter, "--output must be a folder without a run", self.folder, hint)
-            free = {
-                "resume",
-                "overwrite",
-                "stages",
-                "allow_missing_stage",
-                "workers",
-                "log_every",
-                "report_to",
-            }
             before = json.loads(path.read_text())
             changed = [
-                k for k in settings if k not in free and before.get(k) != json.loads(json.dumps(settings[k]))
+                name for name, value in settings.items() if name not in FREE and before.get(name) != value
             ]
-            check(
-                not changed,
-                "a run must go on with the settings it began with",
-                f"other values of {changed}",
-                hint,
-            )
+            got = f"other values of {changed}"
+            check(not changed, "a run must go on with the settings it began with", got, hint)
         self.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=1))
 
     def convert(self, folder: str) -> PreTrainedModel:
-        """Teacher -> student with the teacher beside it, on the run's device, all frozen, M-MATE in
-        float32."""
+        """Teacher -> student with the teacher beside it, all frozen, M-MATE in float32."""
         dtype = getattr(torch, self.config.dtype)
         teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
         student = self.backend.convert(teacher, self.config.mixer_options, layers=self.config.layer_list)
@@ -489,7 +483,7 @@ class Run:
         total = sum(parameter.numel() for parameter in self.student.parameters())
         taught = sum(parameter.numel() for mixer in mixers for parameter in mixer.parameters())
         self.say(
-            f"{self.config.teacher}: {len(mixers)} layers converted, M-MATE from linmu.{self.config.backend}, "
+            f"{self.config.teacher}: {len(mixers)} layers converted to linmu.{self.config.backend}'s M-MATE, "
             f"{taught:,} parameters beside the teacher's {total - taught:,}, on {self.device}"
         )
         for name, parameter in mixers[0].named_parameters():
