@@ -44,6 +44,11 @@ def partition(ids: torch.Tensor) -> torch.Tensor:
     return (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]
 
 
+def four_layers(case: LayoutCase) -> range:
+    """The layer of the case and the three after it: one of each scan order."""
+    return range(case.layer_index, case.layer_index + 4)
+
+
 def gathered(coords: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """coords in scan order."""
     return coords.gather(1, order[..., None].expand_as(coords))
@@ -52,8 +57,9 @@ def gathered(coords: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 @orders()
 def test_scan_order_equals_sorting_plain_tuples(backend, case: LayoutCase):
     """Against a formulation without tensors."""
-    order = backend.scan_order(case.layout.coords, case.layer_index)
-    assert_exact(order, oracle.scan_order(case.layout.coords, case.layer_index), case, "order")
+    for layer in four_layers(case):
+        order = backend.scan_order(case.layout.coords, layer)
+        assert_exact(order, oracle.scan_order(case.layout.coords, layer), case, f"order of layer {layer}")
 
 
 @orders()
@@ -91,8 +97,9 @@ def test_scan_order_does_not_depend_on_how_a_segment_is_stored(backend, case: La
         for segment in range(int(coords[..., 0].max()) + 1):
             own = (coords[row, :, 0] == segment).nonzero().squeeze(-1)
             shuffled[row, own] = coords[row, own[torch.randperm(len(own), generator=generator)]]
-    stored, mixed = (gathered(c, backend.scan_order(c, case.layer_index)) for c in (coords, shuffled))
-    assert_exact(mixed, stored, case, "cells in scan order")
+    for layer in four_layers(case):
+        stored, mixed = (gathered(c, backend.scan_order(c, layer)) for c in (coords, shuffled))
+        assert_exact(mixed, stored, case, f"cells in the scan order of layer {layer}")
 
 
 @holds("scan_order", "inverse_order", case=CASES)
@@ -137,11 +144,12 @@ def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: 
 @partitions()
 def test_windows_equal_their_definition_pair_by_pair(backend, case: LayoutCase):
     """Same segment and the same floor((c + s) / w) on all three axes; -1 exactly on text and padding."""
-    ids = backend.window_ids(case.layout.coords, case.window_thw, case.shifted)
-    wanted = oracle.same_window(case.layout.coords, case.window_thw, case.shifted)
-    assert_exact(partition(ids), wanted, case, "windows")
-    assert_exact(ids == -1, case.layout.segment < 0, case, "tokens in no window")
-    assert ids.dtype == torch.int64, f"window ids must be int64, got {ids.dtype}: {case!r}"
+    for shifted in (False, True):
+        ids = backend.window_ids(case.layout.coords, case.window_thw, shifted)
+        wanted = oracle.same_window(case.layout.coords, case.window_thw, shifted)
+        assert_exact(partition(ids), wanted, case, f"windows, shifted {shifted}")
+        assert_exact(ids == -1, case.layout.segment < 0, case, "tokens in no window")
+        assert ids.dtype == torch.int64, f"window ids must be int64, got {ids.dtype}: {case!r}"
 
 
 @partitions()
