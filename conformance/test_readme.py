@@ -152,12 +152,11 @@ def make_pictures(jsonl: str, folder: Path) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like a clone to what the README does in one; tests run in it."""
-    for name in ("distill.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(
-        ROOT / "conformance", tmp_path / "conformance", ignore=shutil.ignore_patterns("__pycache__")
+    """A copy of the tree, so that what the README writes lands there; tests run in it."""
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "__pycache__", ".*_cache", "runs", "build", "*.egg-info"
     )
+    shutil.copytree(ROOT, tmp_path, ignore=ignored, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
