@@ -40,6 +40,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from linmu.reference.calibration import calibrate_norms
 from linmu.reference.conversations import Conversations, InOrder
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.evaluation import evaluate, plot_losses, table
@@ -48,7 +49,6 @@ from linmu.reference.lesson import (
     Objective,
     TaughtMixer,
     attach_teacher,
-    calibrate_norms,
     detach_teacher,
 )
 from linmu.reference.processing import ChatCollator, load_processor

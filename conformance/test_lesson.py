@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_checkpoint import build_teacher, every_kind, logits_of, shake_mixers
+from tiny_checkpoint import IMAGE, VIDEO, build_teacher, every_kind, logits_of, shake_mixers
 from torch import nn
 
 from linmu.reference import (
@@ -81,6 +81,16 @@ def mean(terms: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(terms).mean()
 
 
+def grouped_loss(student: torch.Tensor, teacher: torch.Tensor, pair: Pair, labelled: bool) -> torch.Tensor:
+    """The hidden loss of vision, of text and, if there are labels, of answering tokens, averaged."""
+    ids = pair.inputs["input_ids"]
+    vision = (ids == IMAGE) | (ids == VIDEO)
+    groups = [vision, ~vision & pair.valid]
+    if labelled:
+        groups.append(torch.nn.functional.pad(pair.labels[:, 1:] != -100, (0, 1)))
+    return mean([hidden_loss(student, teacher, group) for group in groups])
+
+
 def test_as_teacher_the_pair_gives_the_teachers_logits(pair):
     positions = torch.arange(pair.valid.shape[1])
     got = pair.lesson(ALONE).run("teacher", pair.inputs, positions)
@@ -103,22 +113,15 @@ def test_adapters_work_for_the_student_only(pair):
 
 
 def test_stage_i_compares_mixers_on_the_teachers_own_states(pair):
-    given = Heard(pair.teacher)
+    given, own = Heard(pair.teacher), Heard(pair.alone)
     with torch.no_grad():
         logits_of(pair.teacher, pair.inputs)
-        layout = Heard(pair.alone)
         logits_of(pair.alone, pair.inputs)
-        expected = [
-            hidden_loss(
-                layer.self_attn(**call | {"hidden_states": taught["hidden_states"]})[0], target, pair.valid
-            )
-            for layer, call, taught, target in zip(
-                decoder_layers(pair.alone), [*layout.mixer_calls], given.mixer_calls, given.mixer_outputs,
-                strict=True,
-            )
-        ]  # fmt: skip
-    got = pair.lesson(ALONE)(**pair.inputs)
-    torch.testing.assert_close(got["loss"], mean(expected))
+        own_calls, expected = [*own.mixer_calls], []
+        for index, layer in enumerate(decoder_layers(pair.alone)):
+            call = own_calls[index] | {"hidden_states": given.mixer_calls[index]["hidden_states"]}
+            expected.append(grouped_loss(layer.self_attn(**call)[0], given.mixer_outputs[index], pair, False))
+    torch.testing.assert_close(pair.lesson(ALONE)(**pair.inputs)["loss"], mean(expected))
 
 
 def test_stage_ii_compares_whole_layers_on_the_teachers_own_states(pair):
@@ -126,13 +129,12 @@ def test_stage_ii_compares_whole_layers_on_the_teachers_own_states(pair):
     with torch.no_grad():
         logits_of(pair.teacher, pair.inputs)
         logits_of(pair.alone, pair.inputs)
-        own_calls = [*own.layer_calls]
-        expected = []
+        own_calls, expected = [*own.layer_calls], []
         for index, layer in enumerate(decoder_layers(pair.alone)):
-            taught_args, _ = given.layer_calls[index]
-            output = layer(taught_args[0], *own_calls[index][0][1:], **own_calls[index][1])
-            expected.append(hidden_loss(output, given.layer_outputs[index], pair.valid))
-    got = pair.lesson(Objective(block=0.5, inputs="teacher"))(**pair.inputs)
+            (_, *others), named = own_calls[index]
+            output = layer(given.layer_calls[index][0][0], *others, **named)
+            expected.append(grouped_loss(output, given.layer_outputs[index], pair, True))
+    got = pair.lesson(Objective(block=0.5, inputs="teacher"))(pair.labels, **pair.inputs)
     torch.testing.assert_close(got["block"], mean(expected))
     torch.testing.assert_close(got["loss"], 0.5 * mean(expected))
 
@@ -141,14 +143,13 @@ def test_stage_iii_compares_the_students_run_with_the_teachers(pair):
     given, own = Heard(pair.teacher), Heard(pair.alone)
     with torch.no_grad():
         taught, answered = logits_of(pair.teacher, pair.inputs), logits_of(pair.alone, pair.inputs)
-    mask = torch.zeros_like(pair.valid)
-    mask[:, :-1] = pair.labels[:, 1:] != -100
-    mixer = mean(
-        [hidden_loss(s, t, pair.valid) for s, t in zip(own.mixer_outputs, given.mixer_outputs, strict=True)]
-    )
-    block = mean(
-        [hidden_loss(s, t, pair.valid) for s, t in zip(own.layer_outputs, given.layer_outputs, strict=True)]
-    )
+    mask = torch.nn.functional.pad(pair.labels[:, 1:] != -100, (0, 1))
+
+    def compare(students: list[torch.Tensor], teachers: list[torch.Tensor]) -> torch.Tensor:
+        return mean([grouped_loss(s, t, pair, True) for s, t in zip(students, teachers, strict=True)])
+
+    mixer = compare(own.mixer_outputs, given.mixer_outputs)
+    block = compare(own.layer_outputs, given.layer_outputs)
     logits = logit_loss(answered, taught, mask)
     got = pair.lesson(TOGETHER)(labels=pair.labels, **pair.inputs)
     for name, expected in (("mixer", mixer), ("block", block), ("logits", logits)):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from linmu.reference import lesson as reference
-from linmu.reference.lesson import Objective, attach_teacher, calibrate_norms, detach_teacher
+from linmu.reference.lesson import Objective, attach_teacher, detach_teacher
 
 from .losses import hidden_loss, logit_loss
 
-__all__ = ["Lesson", "Objective", "attach_teacher", "calibrate_norms", "detach_teacher"]
+__all__ = ["Lesson", "Objective", "attach_teacher", "detach_teacher"]
 
 
 class Lesson(reference.Lesson):

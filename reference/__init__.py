@@ -18,11 +18,12 @@ Read in this order:
     lesson            teacher and student in one model, and what each stage minimises
 """
 
+from .calibration import calibrate_norms
 from .config import LinMUConfig
 from .convert import convert, load
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
-from .lesson import Lesson, Objective, attach_teacher, calibrate_norms, detach_teacher
+from .lesson import Lesson, Objective, attach_teacher, detach_teacher
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE

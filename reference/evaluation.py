@@ -32,13 +32,13 @@ def evaluate(
     correct: dict[str, dict[str, list[bool]]] = {"student": defaultdict(list), "teacher": defaultdict(list)}
     for kinds, batch in batches:
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-        labels, valid = batch["labels"].to(device), inputs["attention_mask"].bool()
+        labels = batch["labels"].to(device)
         positions, mask = supervised(labels)
         with pictures_encoded_once(lesson.student.base_model), judged(lesson, alone):
-            mixer_error = lesson(**inputs)["mixer"]
+            mixer_error = lesson(labels, **inputs)["mixer"]
             lesson.objective = together
             logits = {role: lesson.run(role, inputs, positions) for role in ("teacher", "student")}
-            block_error = lesson.hidden_terms(valid)["block"]
+            block_error = lesson.hidden_terms(lesson.token_groups(inputs, labels))["block"]
             divergence = lesson.logit_loss(logits["student"], logits["teacher"], mask)
         answers = {role: values.argmax(-1) for role, values in logits.items()}
         for role, answer in answers.items():

@@ -6,10 +6,13 @@ While a student is taught, every converted layer keeps the teacher's attention b
 switch says which of the two mixes. All other weights serve both, adapters are off for the teacher: one copy
 of the weights.
 
-    mixer_l = hidden_loss(M-MATE_l(u), attention_l(u))                                                     (1)
-    block_l = hidden_loss(layer_l with M-MATE, layer_l with attention)                                     (2)
+    mixer_l = mean over groups of tokens of hidden_loss(M-MATE_l(u), attention_l(u))                       (1)
+    block_l = mean over groups of tokens of hidden_loss(layer_l with M-MATE, layer_l with attention)       (2)
     logits  = KL(teacher ‖ student) over the supervised positions                                          (3)
     loss    = Σ weights · (mean_l mixer_l, mean_l block_l, logits)                                         (4)
+
+The groups are vision, text, and the positions that predict an answer. Choice: they weigh the same, since most
+tokens are vision, while answers are made at the few that are not.
 
 Where (1) and (2) take their input from (LinMU, arXiv 2601.01322 for the stages; the routes are a Choice):
     "teacher"  layer l of both sees the teacher's hidden states; every layer learns on its own, in one pass
@@ -20,7 +23,7 @@ With "student" and `end_to_end` off, gradients stop between layers, so a layer s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +106,9 @@ def attach_teacher(student: nn.Module, teacher: nn.Module) -> None:
     converted = [i for i, layer in enumerate(layers) if hasattr(layer.self_attn, "flex_ma")]
     require(bool(converted), "attach_teacher", "student must have M-MATE layers", "none", "convert it first")
     for i in converted:
-        attention = copy.copy(taught[i].self_attn)  # same weights, but it must read the student's kind of mask
+        attention = copy.copy(
+            taught[i].self_attn
+        )  # same weights, but it must read the student's kind of mask
         attention.config = student.config.get_text_config(decoder=True)
         layers[i].self_attn = TaughtMixer(attention, layers[i].self_attn)
 
@@ -166,23 +171,22 @@ class Lesson(nn.Module):
             {"loss": eq. (4), "mixer": (1), "block": (2), "logits": (3)}: scalars, those with weight 0 left
             out.
         """
-        valid = inputs["attention_mask"].bool()
-        terms = self._follow(inputs, valid, labels)
+        terms = self._follow(inputs, labels)
         weights = {name: getattr(self.objective, name) for name in terms}
         return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
 
-    def _follow(self, inputs: dict[str, Tensor], valid: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def _follow(self, inputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
         """The terms of eq. (4) that have a weight, on the objective's route."""
-        goal = self.objective
+        goal, groups = self.objective, self.token_groups(inputs, labels)
         if goal.inputs == "teacher":
             self.run("teacher", inputs, compare=True)
-            return self.hidden_terms(valid)
+            return self.hidden_terms(groups)
         positions, mask = supervised(labels) if goal.logits else (None, None)
         with pictures_encoded_once(self.student.base_model):
             with torch.no_grad():
                 target = self.run("teacher", inputs, positions)
             prediction = self.run("student", inputs, positions)
-        terms = self.hidden_terms(valid)
+        terms = self.hidden_terms(groups)
         if goal.logits:
             terms["logits"] = self.logit_loss(prediction, target, mask, goal.temperature)
         return terms
@@ -206,20 +210,31 @@ class Lesson(nn.Module):
             layer.self_attn.compare = compare and not whole_layers
         set_adapters(self.student, role == "student")
 
-    def hidden_terms(self, valid: Tensor) -> dict[str, Tensor]:
+    def token_groups(self, inputs: dict[str, Tensor], labels: Tensor | None) -> list[Tensor]:
+        """Masks (B, L) of vision, text and answering tokens, padding in none; empty groups are left out."""
+        config, ids = self.student.config, inputs["input_ids"]
+        valid = inputs["attention_mask"].bool()
+        vision = (ids == config.image_token_id) | (ids == config.video_token_id)
+        answering = torch.zeros_like(valid)
+        if labels is not None:
+            answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+        return [group for group in (valid & vision, valid & ~vision, valid & answering) if group.any()]
+
+    def hidden_terms(self, groups: list[Tensor]) -> dict[str, Tensor]:
         """Eqs. (1) and (2), means over layers, from what the last passes left."""
         terms = {}
         if self.objective.mixer:
-            terms["mixer"] = self._mean_loss([layer.self_attn.heard for layer in self.layers], valid)
+            terms["mixer"] = self._mean_loss([layer.self_attn.heard for layer in self.layers], groups)
         if self.objective.block:
-            terms["block"] = self._mean_loss(self.blocks, valid)
+            terms["block"] = self._mean_loss(self.blocks, groups)
         return terms
 
-    def _mean_loss(self, pairs: list[dict[str, Tensor]], valid: Tensor) -> Tensor:
-        """Mean over layers of the hidden loss over valid tokens."""
-        return torch.stack(
-            [self.hidden_loss(pair["student"], pair["teacher"], valid) for pair in pairs]
-        ).mean()
+    def _mean_loss(self, pairs: list[dict[str, Tensor]], groups: list[Tensor]) -> Tensor:
+        """Mean of the hidden loss over layers and groups of tokens."""
+        losses = [
+            self.hidden_loss(pair["student"], pair["teacher"], group) for pair in pairs for group in groups
+        ]
+        return torch.stack(losses).mean()
 
     def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Stop gradients between layers, unless the student learns end to end."""
@@ -252,7 +267,7 @@ def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def pictures_encoded_once(model: nn.Module) -> Iterator[None]:
-    """Within, the first pass encodes images and videos for all: the frozen tower would give the same again."""
+    """Within, the first pass encodes images and videos for all: the frozen tower gives the same again."""
 
     def once(encode: Callable) -> Callable:
         kept: list[Any] = []
@@ -307,43 +322,3 @@ def judged(lesson: Lesson, objective: Objective) -> Iterator[Lesson]:
     finally:
         lesson.objective = trained
         lesson.train(was_training)
-
-
-@torch.no_grad()
-def calibrate_norms(lesson: Lesson, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Set each `norm_weight` to the root mean square of the teacher's own head outputs, channel by channel.
-
-    Choice: Flex-MA normalises every head, so without this its output would start at a scale of its own.
-
-    Args:
-        lesson: student with teacher attached.
-        batches: a few batches of model inputs, `attention_mask` among them.
-    Raises:
-        ValueError: if no batch is given.
-    """
-    sums: dict[int, Tensor] = {}
-    tokens = 0.0
-    valid = None
-
-    def listen(index: int):
-        def hook(module: nn.Module, args: tuple) -> None:
-            heads = args[0].float()[valid]  # (tokens, H·P)
-            sums[index] = sums.get(index, 0) + heads.square().sum(0)
-
-        return hook
-
-    mixers = [layer.self_attn for layer in lesson.layers]
-    hooks = [mixer.attention.o_proj.register_forward_pre_hook(listen(i)) for i, mixer in enumerate(mixers)]
-    for batch in batches:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        valid = inputs["attention_mask"].bool()
-        tokens += float(valid.sum())
-        lesson.run("teacher", inputs)
-    for hook in hooks:
-        hook.remove()
-    lesson.set_role("student")
-    require(tokens > 0, "calibrate_norms", "batches must hold at least one token", tokens)
-    for index, mixer in enumerate(mixers):
-        if mixer.mixer.config.head_norm:
-            weight = mixer.mixer.flex_ma.norm_weight
-            weight.copy_((sums[index] / tokens).sqrt().to(weight))
