@@ -5,8 +5,10 @@ Each takes a backend and a case of any operator; the files of the operators turn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from compare import assert_exact, assert_same, evaluate, is_float, quarters
@@ -90,3 +92,34 @@ def check_one_gradient_alone_equals_its_share_of_all(backend: Any, case: Any) ->
             alone = alone if given is None else given
         key = f"gradient of {name}"
         assert_same({key: alone}, {key: together[key]}, case)
+
+
+def check_uninitialised_memory_is_never_read(backend: Any, case: Any) -> None:
+    """P19, P23: the same results whatever `torch.empty` finds in memory: NaN, or a large number."""
+    operator, inputs = operator_of(backend, case), case.inputs()
+    wanted = evaluate(operator, inputs, gradients=True)
+    for garbage in (float("nan"), 1e30):
+        with poisoned_memory(garbage):
+            found = evaluate(operator, inputs, gradients=True)
+        assert_same(found, wanted, case)
+
+
+@contextmanager
+def poisoned_memory(garbage: float) -> Iterator[None]:
+    """Fill every tensor that is born without values with `garbage`."""
+
+    def filling(create: Callable) -> Callable:
+        def create_filled(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = create(*args, **kwargs)
+            if tensor.is_floating_point():
+                with torch.no_grad():
+                    tensor.fill_(garbage)
+            return tensor
+
+        return create_filled
+
+    makers = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+    with ExitStack() as stack:
+        for owner, name in makers:
+            stack.enter_context(mock.patch.object(owner, name, filling(getattr(owner, name))))
+        yield

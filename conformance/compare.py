@@ -9,6 +9,7 @@ its maximum are bounded, so that neither a small error everywhere nor one wrong 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -182,17 +183,26 @@ def edited(inputs: Mapping[str, Any], others: Mapping[str, Any], where: Tensor) 
 
 def report(line: str, case: Any) -> str:
     """The finding, the case, and a command that runs this case alone."""
-    file, _, test = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")
-    name, _, backend = test.partition(" ")[0].partition("[")
-    module = os.path.basename(file).removesuffix(".py") or "test_..."
-    code = "from backends import load; from layouts import *; from strategies import *; import " + module
-    call = (
-        f"{module}.{name or 'test_...'}.check(load({backend.rstrip(']') or 'linmu.reference'!r}), {case!r})"
+    return f"{line}\n  case: {case!r}\n  reproduce: {reproduction(case)}"
+
+
+def reproduction(case: Any) -> str:
+    """The check of the running test on this case; a test without drawn cases is run as a whole."""
+    test_id = os.environ.get("PYTEST_CURRENT_TEST", "a_file.py::a_test[linmu.reference] (call)").rpartition(
+        " "
+    )[0]
+    file, _, test = test_id.partition("::")
+    name, _, backend = test.rstrip("]").partition("[")
+    if "-" in backend:
+        return f"python -m pytest '{test_id}'"
+    module = os.path.basename(file).removesuffix(".py")
+    names = "; ".join(
+        f"from {source} import *" for source in ("backends", "layouts", "modules", "strategies", module)
     )
-    command = f"PYTHONPATH=conformance python -c {shell_quoted(code + '; ' + call)}"
-    return f"{line}\n  case: {case!r}\n  reproduce: {command}"
+    return shell_quoted(f"{names}; {name}.check(load({backend!r}), {case!r})")
 
 
 def shell_quoted(code: str) -> str:
-    """Between double quotes; reprs here hold single quotes only."""
-    return '"' + code.replace('"', '\\"') + '"'
+    """A command line; between double quotes, for reprs hold single ones only."""
+    quoted = code.replace('"', '\\"')
+    return f'PYTHONPATH=conformance:$PYTHONPATH {sys.executable} -c "{quoted}"'

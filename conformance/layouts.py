@@ -124,6 +124,12 @@ class Layout:
         return Layout(tuple(tuple(map(rename, row)) for row in self.rows))
 
 
+LONG_PROMPTS = Layout(
+    (
+        (Text(50), Vision(1, (1, 5, 6), "row"), Text(3), Vision(0, (4, 2, 9), "frame"), Text(6)),
+        (Pad(9), Vision(0, (1, 3, 3)), Vision(1, (1, 3, 3)), Text(141)),
+    )
+)
 GRIDS = (
     (1, 1, 1),
     (1, 2, 3),

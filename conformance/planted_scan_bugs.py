@@ -221,6 +221,13 @@ def the_steps_are_scaled_in_place(sound, x, dt, A, *tensors, **rest):
     return result
 
 
+@planted("selective_scan", one.test_uninitialised_memory_is_never_read)
+def a_workspace_is_not_cleared(sound, x, *tensors, **rest):
+    y, state = sound(x, *tensors, **rest)
+    workspace = torch.empty(y.shape, dtype=y.dtype)
+    return y + torch.zeros_like(workspace) * workspace, state
+
+
 @planted("selective_scan", one.test_autocast_changes_nothing)
 def autocast_rounds_the_inputs(sound, x, dt, *tensors, **rest):
     dt = dt.bfloat16().to(dt.dtype) if torch.is_autocast_enabled("cpu") else dt

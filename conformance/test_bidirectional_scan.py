@@ -16,17 +16,11 @@ from compare import (
     evaluate,
     in_float64,
 )
-from layouts import Layout, Pad, Text, Vision
+from layouts import LONG_PROMPTS, Layout, Vision
 from strategies import DTYPES, BidirectionalCase, bidirectional_cases, holds
 
 from linmu import reference
 
-LONG = Layout(
-    (
-        (Text(50), Vision(1, (1, 5, 6), "row"), Text(3), Vision(0, (4, 2, 9), "frame"), Text(6)),
-        (Pad(9), Vision(0, (1, 3, 3)), Vision(1, (1, 3, 3)), Text(141)),
-    )
-)
 PER_TOKEN = ("x", "dt", "B", "C", "gate")
 both = partial(holds, "bidirectional_scan")
 
@@ -61,7 +55,7 @@ def test_gradients_of_both_directions_match_the_reference(backend, case: Bidirec
     assert_matches(evaluate(backend.bidirectional_scan, inputs, gradients=True), truth, own, case)
 
 
-@both(case=bidirectional_cases(layout=LONG), share=0.2)
+@both(case=bidirectional_cases(layout=LONG_PROMPTS), share=0.2)
 def test_long_prompts_match_the_reference(backend, case: BidirectionalCase):
     """P2, P6: blocks that begin and end in the middle of a chunk, and one longer than a chunk."""
     inputs = case.inputs()
@@ -352,4 +346,7 @@ test_autocast_changes_nothing = both(case=bidirectional_cases(("bfloat16", "floa
 )
 test_one_gradient_alone_equals_its_share_of_all = both(case=bidirectional_cases())(
     call_properties.check_one_gradient_alone_equals_its_share_of_all
+)
+test_uninitialised_memory_is_never_read = both(case=bidirectional_cases(), share=0.5)(
+    call_properties.check_uninitialised_memory_is_never_read
 )

@@ -160,3 +160,6 @@ test_autocast_changes_nothing = conv(case=conv_cases(("bfloat16", "float32")))(
 test_one_gradient_alone_equals_its_share_of_all = conv(case=conv_cases())(
     call_properties.check_one_gradient_alone_equals_its_share_of_all
 )
+test_uninitialised_memory_is_never_read = conv(case=conv_cases(), share=0.5)(
+    call_properties.check_uninitialised_memory_is_never_read
+)

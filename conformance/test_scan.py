@@ -298,3 +298,6 @@ test_autocast_changes_nothing = scan(case=scan_cases(("bfloat16", "float32")))(
 test_one_gradient_alone_equals_its_share_of_all = scan(case=scan_cases())(
     call_properties.check_one_gradient_alone_equals_its_share_of_all
 )
+test_uninitialised_memory_is_never_read = scan(case=scan_cases(), share=0.5)(
+    call_properties.check_uninitialised_memory_is_never_read
+)

@@ -163,3 +163,6 @@ test_autocast_changes_nothing = windows(case=window_cases(("bfloat16", "float32"
 test_one_gradient_alone_equals_its_share_of_all = windows(case=window_cases())(
     call_properties.check_one_gradient_alone_equals_its_share_of_all
 )
+test_uninitialised_memory_is_never_read = windows(case=window_cases(), share=0.5)(
+    call_properties.check_uninitialised_memory_is_never_read
+)
