@@ -94,9 +94,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float) ->
 
 @without_autocast
 def backward(
-    o_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float
+    o_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_id: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (2): the gradients of q, k and v, in their dtypes."""
+    """Eq. (2): the gradients of q, k and v, in their dtypes; `o` and `lse` are what `forward` gave."""
     accumulate, heads, groups = accumulation_dtype(q.dtype), q.shape[2], k.shape[2]
     q_grad, k_grad, v_grad = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for windows in batches(window_id, heads):

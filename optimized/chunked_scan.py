@@ -23,11 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import accumulation_dtype, without_autocast
-from .scan_masks import next_segment, vision_mask
+from .scan_decays import Decays, cut_tokens, join_tokens, scan_decays
 
 CHUNK = 64
 SLAB_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of one (C, C) score matrix per chunk and head
@@ -35,24 +34,12 @@ SLAB_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of one (C, C) score matrix per 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The inputs in the accumulation dtype, cut into K chunks: tokens (B, K, C, ·), per-head scalars (B, K,
-    H, C).
-    """
+    """The tokens in the accumulation dtype, cut into K chunks, and their scalars."""
 
     x: Tensor  # (B, K, C, G, P)
     B: Tensor  # (B, K, C, G, N)
     C: Tensor  # (B, K, C, H, N)
-    dt: Tensor  # (B, K, H, C), 0 where masked
-    A: Tensor  # (H,)
-    forward_sum: Tensor  # f of eq. (1)
-    backward_sum: Tensor | None  # b of eq. (1); None = no vision at all
-    backward_total: Tensor | None  # b_end, (B, K, H, 1)
-    forward_gate: Tensor  # gF
-    backward_gate: Tensor | None  # gB
-    segment: Tensor | None  # (B, K, 1, C)
-    opens: (
-        Tensor | None
-    )  # (B, K+1): segment of the first vision token at or after each chunk's start, else -1
+    decays: Decays
 
     @property
     def heads(self) -> int:
@@ -71,36 +58,6 @@ class Chunks:
         part = tensor[:, slab].transpose(2, 3)
         return part.repeat_interleave(self.heads // part.shape[2], dim=2)
 
-    def forward_write(self, slab: slice) -> Tensor:
-        """e^{f_end - f_j} dt_j of eq. (4), (B, slab, H, C, 1)."""
-        return (forward_reach(self, slab) * self.dt[:, slab])[..., None]
-
-    def backward_write(self, slab: slice) -> Tensor:
-        """e^{b_j} dt_j of eq. (5), 0 outside the segment that leaves at its start, (B, slab, H, C, 1)."""
-        return (backward_reach(self, slab) * self.dt[:, slab])[..., None]
-
-    def forward_read(self, slab: slice) -> Tensor:
-        """e^{f_i} of eq. (3), without the gate, (B, slab, H, C, 1)."""
-        return self.forward_sum[:, slab].exp()[..., None]
-
-    def backward_read(self, slab: slice) -> Tensor:
-        """e^{b_end - b_i} of eq. (3), without the gate, 0 outside the segment entering at its end."""
-        reads = self.segment[:, slab] == self.opens[:, 1:][:, slab, None, None]
-        decay = (self.backward_total[:, slab] - self.backward_sum[:, slab]).clamp_max(0).exp()
-        return (decay * reads)[..., None]
-
-
-def forward_reach(chunks: Chunks, slab: slice) -> Tensor:
-    """e^{f_end - f_j}: what is left of token j's write at the end of its chunk, (B, slab, H, C)."""
-    total = chunks.forward_sum[:, slab, :, -1:]
-    return (total - chunks.forward_sum[:, slab]).clamp_max(0).exp()
-
-
-def backward_reach(chunks: Chunks, slab: slice) -> Tensor:
-    """e^{b_j}: what is left of token j's write at the start of its chunk, (B, slab, H, C)."""
-    writes = chunks.segment[:, slab] == chunks.opens[:, :-1][:, slab, None, None]
-    return chunks.backward_sum[:, slab].exp() * writes
-
 
 def cut(
     x: Tensor,
@@ -112,108 +69,46 @@ def cut(
     segment: Tensor | None,
     valid: Tensor | None,
 ) -> Chunks:
-    """Mask, pad with masked tokens and cut into chunks; eq. (1)."""
-    accumulate = accumulation_dtype(x.dtype)
-    length = x.shape[1]
-    chunk = CHUNK if length > CHUNK else length
-    vision = vision_mask(segment, valid)
-
-    def tokens(tensor: Tensor, mask: Tensor | None = None, fill: float = 0) -> Tensor:
-        tensor = tensor.to(accumulate)
-        if mask is not None:
-            tensor = torch.where(unsqueeze_like(mask, tensor), tensor, tensor.new_tensor(fill))
-        return split_tokens(tensor, chunk, fill)
-
-    def scalars(tensor: Tensor, mask: Tensor | None = None, fill: float = 0) -> Tensor:
-        return tokens(tensor, mask, fill).transpose(2, 3).contiguous()
-
-    dt_chunks, A = scalars(dt, valid), A.to(accumulate)
-    step = dt_chunks * A[:, None]  # (B, K, H, C)
-    directions = dict.fromkeys(("backward_sum", "backward_total", "backward_gate", "segment", "opens"))
-    forward_gate = torch.ones_like(step[:, :, :, :1])
-    if vision is not None:
-        is_vision = split_tokens(vision, chunk, False)[:, :, None]  # (B, K, 1, C)
-        inclusive = (step * is_vision).cumsum(-1)
-        forward_gate = scalars(gate, vision, fill=1)
-        directions = {
-            "backward_sum": F.pad(inclusive[..., :-1], (1, 0)),
-            "backward_total": inclusive[..., -1:],
-            "backward_gate": (1 - forward_gate) * is_vision,
-            "segment": split_tokens(torch.where(vision, segment, -1), chunk, -1)[:, :, None],
-            "opens": next_segment(segment, vision, chunk),
-        }
-    return Chunks(
-        x=tokens(x, valid),
-        B=tokens(B, valid),
-        C=tokens(C, valid),
-        dt=dt_chunks,
-        A=A,
-        forward_sum=step.cumsum(-1),
-        forward_gate=forward_gate,
-        **directions,
-    )
+    """Mask, pad with masked tokens and cut into chunks."""
+    dtype, chunk = accumulation_dtype(x.dtype), min(CHUNK, x.shape[1])
+    tokens = (cut_tokens(tensor, valid, chunk, dtype) for tensor in (x, B, C))
+    return Chunks(*tokens, scan_decays(dt, A, gate, segment, valid, chunk, dtype))
 
 
-def split_tokens(tensor: Tensor, chunk: int, fill: float) -> Tensor:
-    """(B, L, ...) -> (B, K, C, ...), the last chunk padded with `fill`."""
-    missing = -tensor.shape[1] % chunk
-    if missing:
-        tail = tensor.new_full((tensor.shape[0], missing, *tensor.shape[2:]), fill)
-        tensor = torch.cat([tensor, tail], dim=1)
-    return tensor.unflatten(1, (-1, chunk))
-
-
-def join_tokens(tensor: Tensor, length: int) -> Tensor:
-    """(B, K, C, ...) -> (B, L, ...): the inverse of `split_tokens`."""
-    return tensor.flatten(1, 2)[:, :length]
-
-
-def unsqueeze_like(mask: Tensor, tensor: Tensor) -> Tensor:
-    """(B, L) -> (B, L, 1, ...) with the axes of `tensor`."""
-    return mask.reshape(*mask.shape, *(1,) * (tensor.ndim - 2))
-
-
-def decay_matrix(chunks: Chunks, slab: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+def decay_matrix(decays: Decays, slab: slice) -> tuple[Tensor, Tensor, Tensor | None]:
     """The exponentials of eq. (2), (B, slab, H, C, C), and where the two directions use them, (C, C) and
     (B, slab, 1, C, C).
     """
-    forward = chunks.forward_sum[:, slab]
+    forward = decays.forward_sum[:, slab]
     size = forward.shape[-1]
     before = torch.ones(size, size, dtype=torch.bool, device=forward.device).tril()  # j ≤ i
     exponent = forward[..., :, None] - forward[..., None, :]
-    if chunks.segment is None:
+    if decays.segment is None:
         return exponent.clamp_max_(0).exp_().mul_(before), before, None
-    backward, segment = chunks.backward_sum[:, slab], chunks.segment[:, slab]
+    backward, segment = decays.backward_sum[:, slab], decays.segment[:, slab]
     exponent = torch.where(before, exponent, backward[..., None, :] - backward[..., :, None])
     together = (segment[..., :, None] == segment[..., None, :]) & before.T
     return exponent.clamp_max_(0).exp_(), before, together
 
 
-def gates(chunks: Chunks, slab: slice, before: Tensor, together: Tensor | None) -> Tensor:
+def gates(decays: Decays, slab: slice, before: Tensor, together: Tensor | None) -> Tensor:
     """gF_i [j≤i] + gB_i [j≥i, one segment] of eq. (2), (B, slab, H, C, C)."""
-    weight = chunks.forward_gate[:, slab, :, :, None] * before
+    weight = decays.forward_gate[:, slab, :, :, None] * before
     if together is None:
         return weight
-    return weight.addcmul_(chunks.backward_gate[:, slab, :, :, None], together.to(weight.dtype))
+    return weight.addcmul_(decays.backward_gate[:, slab, :, :, None], together.to(weight.dtype))
 
 
 def forward_states(chunks: Chunks, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Eq. (4): the state before every chunk, (B, K, H, N, P), and the one after the last, (B, H, N, P)."""
-    states = local_states(chunks, chunks.forward_write)
-    decay = chunks.forward_sum[..., -1].exp()  # (B, K, H)
-    return carry(states, decay, initial_state)
+    states = local_states(chunks, chunks.decays.forward_write)
+    return carry(states, chunks.decays.forward_kept(), initial_state)
 
 
 def backward_states(chunks: Chunks) -> Tensor:
     """Eq. (5): the state after every chunk, (B, K, H, N, P)."""
-    states = local_states(chunks, chunks.backward_write)
-    return carry(states, carried_over(chunks), None, reverse=True)[0]
-
-
-def carried_over(chunks: Chunks) -> Tensor:
-    """Factor of S_R in eq. (5), (B, K, H): 0 where another segment opens inside the chunk."""
-    same = chunks.opens[:, 1:] == chunks.opens[:, :-1]
-    return chunks.backward_total[..., 0].exp() * same[..., None]
+    states = local_states(chunks, chunks.decays.backward_write)
+    return carry(states, chunks.decays.backward_kept(), None, reverse=True)[0]
 
 
 def local_states(chunks: Chunks, write) -> Tensor:
@@ -223,7 +118,7 @@ def local_states(chunks: Chunks, write) -> Tensor:
     states = chunks.x.new_empty(batch, count, *sizes)
     for slab in chunks.slabs:
         B, x = chunks.per_head(chunks.B, slab), chunks.per_head(chunks.x, slab)
-        states[:, slab] = (B * write(slab)).mT @ x
+        states[:, slab] = (B * write(slab)[..., None]).mT @ x
     return states
 
 
@@ -265,19 +160,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Eq. (3): y (B, L, H, P) in the dtype of `x` and the final forward state (B, H, N, P)."""
     chunks = cut(x, dt, A, B, C, gate, segment, valid)
+    decays = chunks.decays
     forward_state, final_state = forward_states(chunks, initial_state)
-    backward_state = None if chunks.segment is None else backward_states(chunks)
+    backward_state = None if decays.segment is None else backward_states(chunks)
     outputs = []
     for slab in chunks.slabs:
         q, k, v = (chunks.per_head(tensor, slab) for tensor in (chunks.C, chunks.B, chunks.x))
-        decay, before, together = decay_matrix(chunks, slab)
-        weights = decay.mul_(gates(chunks, slab, before, together)).mul_(chunks.dt[:, slab, :, None])
+        decay, before, together = decay_matrix(decays, slab)
+        weights = decay.mul_(gates(decays, slab, before, together)).mul_(decays.dt[:, slab, :, None])
         y = (q @ k.mT).mul_(weights) @ v  # (B, slab, H, C, P)
-        read = chunks.forward_read(slab) * chunks.forward_gate[:, slab, ..., None]
-        y += (q * read) @ forward_state[:, slab]
+        read = decays.forward_read(slab) * decays.forward_gate[:, slab]
+        y += (q * read[..., None]) @ forward_state[:, slab]
         if backward_state is not None:
-            read = chunks.backward_read(slab) * chunks.backward_gate[:, slab, ..., None]
-            y += (q * read) @ backward_state[:, slab]
+            read = decays.backward_read(slab) * decays.backward_gate[:, slab]
+            y += (q * read[..., None]) @ backward_state[:, slab]
         if D is not None:
             y += v * D.to(v.dtype)[:, None, None]
         outputs.append(y.transpose(2, 3).to(x.dtype))  # (B, slab, C, H, P)

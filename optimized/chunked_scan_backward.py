@@ -18,22 +18,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .chunked_scan import (
-    Chunks,
-    backward_reach,
-    backward_states,
-    carried_over,
-    carry,
-    cut,
-    decay_matrix,
-    forward_reach,
-    forward_states,
-    gates,
-    join_tokens,
-    split_tokens,
-    unsqueeze_like,
-)
+from .chunked_scan import Chunks, backward_states, carry, cut, decay_matrix, forward_states, gates
 from .precision import without_autocast
+from .scan_decays import join_tokens, reverse_cumsum, split_tokens, unsqueeze_like
 from .scan_masks import vision_mask
 
 
@@ -88,12 +75,12 @@ def backward(
         y_grad = torch.where(unsqueeze_like(valid, y_grad), y_grad, y_grad.new_zeros(()))
     y_grad = split_tokens(y_grad, chunks.x.shape[2], 0)  # (B, K, C, H, P)
     forward_side, initial_grad = forward_carried(chunks, y_grad, final_grad, initial_state)
-    backward_side = None if chunks.segment is None else backward_carried(chunks, y_grad)
+    backward_side = None if chunks.decays.segment is None else backward_carried(chunks, y_grad)
     total = Gradients.join(
         [slab_gradients(chunks, slab, y_grad, forward_side, backward_side, D) for slab in chunks.slabs]
     )
-    dt_grad = total.dt + total.a * chunks.A[:, None]
-    rate_grad = (total.a * chunks.dt).sum((0, 1, 3))
+    dt_grad = total.dt + total.a * chunks.decays.A[:, None]
+    rate_grad = (total.a * chunks.decays.dt).sum((0, 1, 3))
     skip_grad = None if D is None else skip_gradient(chunks, y_grad)
 
     def tokens(grad: Tensor) -> Tensor:
@@ -128,26 +115,25 @@ def forward_carried(
     """The forward states and their gradients, eq. (2), and the gradient of the initial state."""
     entering, _ = forward_states(chunks, initial_state)
     reads = read_gradients(chunks, y_grad, forward_weight(chunks))
-    decay = chunks.forward_sum[..., -1].exp()
-    leaving, initial_grad = carry(reads, decay, final_grad, reverse=True)
+    leaving, initial_grad = carry(reads, chunks.decays.forward_kept(), final_grad, reverse=True)
     return Carried(entering, leaving), initial_grad
 
 
 def backward_carried(chunks: Chunks, y_grad: Tensor) -> Carried:
     """The backward states and their gradients, eq. (2) the other way."""
     reads = read_gradients(chunks, y_grad, backward_weight(chunks))
-    leaving, _ = carry(reads, carried_over(chunks), None)
+    leaving, _ = carry(reads, chunks.decays.backward_kept(), None)
     return Carried(backward_states(chunks), leaving)
 
 
 def forward_weight(chunks: Chunks):
     """gF_i e^{f_i} of one slab."""
-    return lambda slab: chunks.forward_read(slab) * chunks.forward_gate[:, slab, ..., None]
+    return lambda slab: chunks.decays.forward_read(slab) * chunks.decays.forward_gate[:, slab]
 
 
 def backward_weight(chunks: Chunks):
     """gB_i e^{b_end - b_i} of one slab."""
-    return lambda slab: chunks.backward_read(slab) * chunks.backward_gate[:, slab, ..., None]
+    return lambda slab: chunks.decays.backward_read(slab) * chunks.decays.backward_gate[:, slab]
 
 
 def read_gradients(chunks: Chunks, y_grad: Tensor, weight) -> Tensor:
@@ -157,7 +143,7 @@ def read_gradients(chunks: Chunks, y_grad: Tensor, weight) -> Tensor:
     states = chunks.x.new_empty(batch, count, *sizes)
     for slab in chunks.slabs:
         C, grad = chunks.per_head(chunks.C, slab), chunks.per_head(y_grad, slab)
-        states[:, slab] = (C * weight(slab)).mT @ grad
+        states[:, slab] = (C * weight(slab)[..., None]).mT @ grad
     return states
 
 
@@ -183,9 +169,9 @@ def slab_gradients(
 def inside_chunk(chunks: Chunks, slab: slice, y_grad: Tensor, D: Tensor | None) -> Gradients:
     """What tokens of one chunk owe each other; eqs. (1) and (3)."""
     q, k, v, grad = (chunks.per_head(t, slab) for t in (chunks.C, chunks.B, chunks.x, y_grad))
-    dt = chunks.dt[:, slab, :, None]  # (B, slab, H, 1, C)
-    decay, before, together = decay_matrix(chunks, slab)
-    gate = gates(chunks, slab, before, together)
+    dt = chunks.decays.dt[:, slab, :, None]  # (B, slab, H, 1, C)
+    decay, before, together = decay_matrix(chunks.decays, slab)
+    gate = gates(chunks.decays, slab, before, together)
     weights = decay * gate * dt
     scores, target = q @ k.mT, grad @ v.mT
     scores_grad = target * weights
@@ -213,10 +199,10 @@ def spanning(products: Tensor, chunks: Chunks, slab: slice, before: Tensor) -> T
     """Eq. (3): (B, slab, H, C, C) -> (B, slab, H, C)."""
     ones = before.to(products.dtype)
     from_left = (ones.T @ products * before.tril(-1)).sum(-1)  # Σ_{i≥k} Σ_{j<k}
-    if chunks.segment is None:
+    if chunks.decays.segment is None:
         return from_left
     from_right = (ones @ products * before.T.triu(1)).sum(-1)  # Σ_{i≤k} Σ_{j>k}
-    return from_left + from_right * (chunks.segment[:, slab] >= 0)
+    return from_left + from_right * (chunks.decays.segment[:, slab] >= 0)
 
 
 def through_forward_state(
@@ -224,16 +210,16 @@ def through_forward_state(
 ) -> None:
     """What passes through S_F: read at its chunk's tokens, written by them, handed on."""
     q, k, v, grad = (chunks.per_head(t, slab) for t in (chunks.C, chunks.B, chunks.x, y_grad))
-    read, write = chunks.forward_read(slab), chunks.forward_write(slab)
-    gate = chunks.forward_gate[:, slab]
+    read, write = chunks.decays.forward_read(slab), chunks.decays.forward_write(slab)
+    gate = chunks.decays.forward_gate[:, slab]
     spent = read_side(grads, q, grad, side.entering[:, slab], read, gate)
     grads.gate += spent
     grads.a += reverse_cumsum(spent * gate)
     written = write_side(grads, k, v, side.leaving_grad[:, slab], write)
-    grads.dt += written * forward_reach(chunks, slab)
-    written = written * write[..., 0]
+    grads.dt += written * chunks.decays.forward_reach(slab)
+    written = written * write
     grads.a += written.cumsum(-1) - written
-    grads.a += handed_on(side, slab) * chunks.forward_sum[:, slab, :, -1:].exp()
+    grads.a += handed_on(side, slab) * chunks.decays.forward_kept()[:, slab, :, None]
 
 
 def through_backward_state(
@@ -241,22 +227,22 @@ def through_backward_state(
 ) -> None:
     """What passes through S_R: the mirror image, over vision tokens only."""
     q, k, v, grad = (chunks.per_head(t, slab) for t in (chunks.C, chunks.B, chunks.x, y_grad))
-    read, write = chunks.backward_read(slab), chunks.backward_write(slab)
-    gate = chunks.backward_gate[:, slab]
+    read, write = chunks.decays.backward_read(slab), chunks.decays.backward_write(slab)
+    gate = chunks.decays.backward_gate[:, slab]
     spent = read_side(grads, q, grad, side.entering[:, slab], read, gate)
     grads.gate -= spent
     a_grad = (spent * gate).cumsum(-1)
     written = write_side(grads, k, v, side.leaving_grad[:, slab], write)
-    grads.dt += written * backward_reach(chunks, slab)
-    written = written * write[..., 0]
+    grads.dt += written * chunks.decays.backward_reach(slab)
+    written = written * write
     a_grad += reverse_cumsum(written) - written
-    a_grad += handed_on(side, slab) * carried_over(chunks)[:, slab, :, None]
-    grads.a += a_grad * (chunks.segment[:, slab] >= 0)
+    a_grad += handed_on(side, slab) * chunks.decays.backward_kept()[:, slab, :, None]
+    grads.a += a_grad * (chunks.decays.segment[:, slab] >= 0)
 
 
 def read_side(grads: Gradients, q: Tensor, grad: Tensor, state: Tensor, read: Tensor, gate: Tensor) -> Tensor:
     """Add to C̄ what its tokens read; return ȳ_i · read_i Sᵀ C_i, (B, slab, H, C), the gate left out."""
-    pulled = grad @ state.mT * read  # (B, slab, H, C, N)
+    pulled = grad @ state.mT * read[..., None]  # (B, slab, H, C, N)
     grads.C += pulled * gate[..., None]
     return (q * pulled).sum(-1)
 
@@ -265,17 +251,12 @@ def write_side(grads: Gradients, k: Tensor, v: Tensor, state_grad: Tensor, write
     """Add to x̄ and B̄ what their tokens wrote; return B_jᵀ S̄ x_j, (B, slab, H, C), without the write
     weight.
     """
-    grads.x += k @ state_grad * write
+    grads.x += k @ state_grad * write[..., None]
     pulled = v @ state_grad.mT
-    grads.B += pulled * write
+    grads.B += pulled * write[..., None]
     return (k * pulled).sum(-1)
 
 
 def handed_on(side: Carried, slab: slice) -> Tensor:
     """<S, S̄> of the state that passes a chunk, (B, slab, H, 1), without its decay."""
     return (side.entering[:, slab] * side.leaving_grad[:, slab]).sum((-2, -1))[..., None]
-
-
-def reverse_cumsum(tensor: Tensor) -> Tensor:
-    """Σ_{i≥k} over the last axis, summed from the right: a total minus a prefix would cancel."""
-    return tensor.flip(-1).cumsum(-1).flip(-1)

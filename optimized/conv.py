@@ -1,55 +1,107 @@
-"""The causal convolution as K shifted products, over the valid tokens of a row moved together.
+"""The torch engine of the causal convolution: K shifted products, over the valid tokens of a row moved
+together.
 
-Letters: B batch, L tokens, K taps.
+Letters: B batch, L tokens, K taps. With s the state and then the valid inputs of a row:
+
+    out_t = Σ_k weight[k] s_{t+k} + bias     s̄_t = Σ_k weight[k] out̄_{t-k}     weight̄[k] = Σ_t out̄_t s_{t+k}
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .precision import accumulation_dtype
+from .precision import accumulation_dtype, without_autocast
 
 
-def convolve(
-    u: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None
+@dataclass(frozen=True)
+class Packing:
+    """Where the valid tokens of each row go: to its front, in their order; None = all are valid."""
+
+    mask: Tensor | None  # (B, L) bool
+    order: Tensor | None  # (B, L): the token that stands at each place, valid ones first
+    counts: Tensor | None  # (B, 1): valid tokens
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> Packing:
+        if mask is None:
+            return cls(None, None, None)
+        order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+        return cls(mask, order, mask.sum(1, keepdim=True))
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """(B, L, channels): valid tokens first, zeros after them."""
+        if self.mask is None:
+            return tensor
+        return torch.where(self.mask.gather(1, self.order)[..., None], take(tensor, self.order), 0)
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        """The inverse of `pack`, 0 where the mask is False."""
+        if self.mask is None:
+            return tensor
+        return torch.where(self.mask[..., None], take(tensor, self.order.argsort(dim=1)), 0)
+
+    def last(self, padded: Tensor, states: int) -> Tensor:
+        """(B, K-1): where the last K-1 inputs stand in the state followed by the packed tokens."""
+        place = torch.arange(states, device=padded.device)
+        start = padded.shape[1] - states if self.counts is None else self.counts
+        return (start + place).expand(padded.shape[0], states)
+
+
+@without_autocast
+def forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """All tokens valid: out (B, L, channels) in the dtype of `u`, and the last K-1 inputs."""
-    padded = with_start(u, weight, initial_state)
-    length = u.shape[1]
-    return shifted_products(padded, weight, bias, length).to(u.dtype), padded[:, length:].clone()
+    """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype."""
+    packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
+    padded = with_start(packing.pack(u), taps, initial_state)
+    wide = weight.to(padded.dtype)
+    out = padded[:, :length] * wide[:, 0]
+    for tap in range(1, taps):
+        out.addcmul_(padded[:, tap : tap + length], wide[:, tap])
+    if bias is not None:
+        out += bias.to(out.dtype)
+    return packing.unpack(out.to(u.dtype)), take(padded, packing.last(padded, taps - 1))
 
 
-def convolve_valid(
-    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Move valid tokens to the front, convolve, move the results back; 0 where the mask is False."""
-    length, taps = u.shape[1], weight.shape[1]
-    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # (B, L): valid tokens first
-    seen = mask.gather(1, order)[..., None]
-    packed = torch.where(seen, take(u, order), 0)
-    padded = with_start(packed, weight, initial_state)
-    out = shifted_products(padded, weight, bias, length).to(u.dtype)
-    out = torch.where(mask[..., None], take(out, order.argsort(dim=1)), 0)
-    last = mask.sum(1, keepdim=True) + torch.arange(taps - 1, device=u.device)  # (B, K-1)
-    return out, take(padded, last)
+@without_autocast
+def gradient(
+    out_grad: Tensor,
+    final_grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, weight, bias and initial_state in the accumulation dtype, none a view of another."""
+    packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
+    padded = with_start(packing.pack(u), taps, initial_state)
+    wide, grad = weight.to(padded.dtype), packing.pack(out_grad.to(padded.dtype))
+    padded_grad = torch.zeros_like(padded)
+    last = packing.last(padded, taps - 1)[..., None].expand(-1, -1, u.shape[2])
+    padded_grad.scatter_(1, last, final_grad.to(padded.dtype))
+    weight_grad = torch.empty_like(wide)
+    for tap in range(taps):
+        shifted = slice(tap, tap + length)
+        padded_grad[:, shifted].addcmul_(grad, wide[:, tap])
+        weight_grad[:, tap] = (grad * padded[:, shifted]).sum((0, 1))
+    return (
+        packing.unpack(padded_grad[:, taps - 1 :]).clone(),
+        weight_grad,
+        None if bias is None else grad.sum((0, 1)),
+        None if initial_state is None else padded_grad[:, : taps - 1].clone(),
+    )
 
 
-def with_start(u: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:
+def with_start(u: Tensor, taps: int, initial_state: Tensor | None) -> Tensor:
     """The K-1 inputs before the first in front, in the accumulation dtype: (B, K-1+L, channels)."""
     accumulate = accumulation_dtype(u.dtype)
     if initial_state is None:
-        initial_state = u.new_zeros(u.shape[0], weight.shape[1] - 1, u.shape[2])
+        initial_state = u.new_zeros(u.shape[0], taps - 1, u.shape[2])
     return torch.cat([initial_state.to(accumulate), u.to(accumulate)], dim=1)
-
-
-def shifted_products(padded: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:
-    """Σ_k weight[k] · padded[t + k] + bias, (B, L, channels)."""
-    weight = weight.to(padded.dtype)
-    out = padded[:, :length] * weight[:, 0]
-    for tap in range(1, weight.shape[1]):
-        out = torch.addcmul(out, padded[:, tap : tap + length], weight[:, tap])
-    return out if bias is None else out + bias.to(padded.dtype)
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:

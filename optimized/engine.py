@@ -17,7 +17,7 @@ from torch import Tensor
 from .checks import require
 
 ENGINES = ("triton", "torch")
-KERNELS: frozenset[str] = frozenset()  # the operators that have Triton kernels
+KERNELS = frozenset(("bidirectional_scan", "scan_step", "causal_conv", "window_attention", "logit_loss"))
 MAX_HEAD_DIM = 128  # larger tiles do not fit a multiprocessor's registers
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores
 

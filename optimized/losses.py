@@ -18,6 +18,7 @@ from torch import Tensor
 from ..reference.losses import check_pair, hidden_loss
 from .checks import require, require_mask, require_one_device
 from .engine import choose_engine
+from .operators import kernels
 from .precision import accumulation_dtype, without_autocast
 
 __all__ = ["hidden_loss", "logit_loss"]
@@ -41,7 +42,8 @@ def logit_loss(
 @torch.library.custom_op("linmu::logit_loss", mutates_args=())
 def loss_operator(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
     """Eq. (1), a scalar in the accumulation dtype."""
-    choose_engine("logit_loss", student)
+    if choose_engine("logit_loss", student) == "triton":
+        return kernels("loss_kernels").divergence(student, teacher, mask, temperature)
     return divergence(student, teacher, mask, temperature)
 
 
@@ -55,7 +57,8 @@ def loss_backward_operator(
     loss_grad: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
 ) -> Tensor:
     """The gradient of the student, in its dtype."""
-    choose_engine("logit_loss", student)
+    if choose_engine("logit_loss", student) == "triton":
+        return kernels("loss_kernels").divergence_gradient(loss_grad, student, teacher, mask, temperature)
     return divergence_gradient(loss_grad, student, teacher, mask, temperature)
 
 

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from ..reference.scan import check_bidirectional, check_conv, check_scan
-from . import chunked_scan, chunked_scan_backward
+from . import operators
 from .checks import require, require_mask, require_shape
-from .conv import convolve, convolve_valid
-from .engine import choose_engine
-from .precision import accumulation_dtype, without_autocast
+from .precision import without_autocast
 from .scan_masks import interleaved_row
-from .step import advance
 
 
 @without_autocast
@@ -39,7 +36,7 @@ def selective_scan(
     if reverse:
         x, dt, B, C = (tensor.flip(1) for tensor in (x, dt, B, C))
         mask = None if mask is None else mask.flip(1)
-    y, final_state = scan_operator(x, dt, A, B, C, None, None, mask, None, initial_state)
+    y, final_state = operators.scan(x, dt, A, B, C, None, None, mask, None, initial_state)
     return y.flip(1) if reverse else y, final_state
 
 
@@ -70,80 +67,7 @@ def bidirectional_scan(
     elif segment.device.type == "cpu" and not torch.compiler.is_compiling():
         row = interleaved_row(segment, valid)
         require(row is None, where, "two segments must never interleave", f"row {row}")
-    return scan_operator(x, dt, A, B, C, gate, segment, valid, D, initial_state)
-
-
-@torch.library.custom_op("linmu::scan", mutates_args=())
-def scan_operator(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    gate: Tensor | None,
-    segment: Tensor | None,
-    valid: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y and the final state; with `segment` None there is one direction and `gate` is None too."""
-    choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1])
-    return chunked_scan.forward(x, dt, A, B, C, gate, segment, valid, D, initial_state)
-
-
-@scan_operator.register_fake
-def _(x, dt, A, B, C, gate, segment, valid, D, initial_state):
-    batch, length, heads, state = C.shape
-    head_dim, dtype = x.shape[-1], accumulation_dtype(x.dtype)
-    y = x.new_empty(batch, length, heads, head_dim)
-    return y, x.new_empty(batch, heads, state, head_dim, dtype=dtype)
-
-
-@torch.library.custom_op("linmu::scan_backward", mutates_args=())
-def scan_backward_operator(
-    y_grad: Tensor,
-    final_grad: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    gate: Tensor | None,
-    segment: Tensor | None,
-    valid: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-) -> list[Tensor]:
-    """The gradients of x, dt, A, B, C and of those of gate, D, initial_state that are there, in their
-    dtypes.
-    """
-    inputs = (x, dt, A, B, C, gate, segment, valid, D, initial_state)
-    choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1])
-    grads = chunked_scan_backward.backward(y_grad, final_grad, *inputs)
-    pairs = zip(grads, (x, dt, A, B, C, gate, D, initial_state), strict=True)
-    return [grad.to(tensor.dtype).contiguous() for grad, tensor in pairs if tensor is not None]
-
-
-@scan_backward_operator.register_fake
-def _(y_grad, final_grad, x, dt, A, B, C, gate, segment, valid, D, initial_state):
-    tensors = (x, dt, A, B, C, gate, D, initial_state)
-    return [tensor.new_empty(tensor.shape) for tensor in tensors if tensor is not None]
-
-
-def _save_scan(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _scan_gradients(ctx, y_grad: Tensor, final_grad: Tensor):
-    inputs = ctx.saved_tensors
-    grads = iter(scan_backward_operator(y_grad, final_grad, *inputs))
-    masks = (6, 7)  # segment and valid have none
-    return tuple(
-        None if tensor is None or place in masks else next(grads) for place, tensor in enumerate(inputs)
-    )
-
-
-scan_operator.register_autograd(_scan_gradients, setup_context=_save_scan)
+    return operators.scan(x, dt, A, B, C, gate, segment, valid, D, initial_state)
 
 
 @without_autocast
@@ -172,7 +96,7 @@ def scan_step(
     one = [tensor.unsqueeze(1) for tensor in (x, dt, B, C)]  # L = 1
     check_scan(where, *one[:2], A, *one[2:], mask=mask, initial_state=state, mask_name="valid")
     check_bidirectional(where, one[3], one[3][..., 0], None, D)
-    return advance(state, x, dt, A, B, C, D, valid)
+    return operators.scan_step(state, x, dt, A, B, C, D, valid)
 
 
 @without_autocast
@@ -186,6 +110,4 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.causal_conv`: arguments, result and errors are the same."""
     check_conv("causal_conv", u, weight, bias, mask, initial_state)
-    if mask is None:
-        return convolve(u, weight, bias, initial_state)
-    return convolve_valid(u, weight, bias, mask, initial_state)
+    return operators.causal_conv(u, weight, bias, mask, initial_state)

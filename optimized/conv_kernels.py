@@ -1,0 +1,290 @@
+# ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
+"""Triton kernels for the causal convolution over valid tokens: forward, ∂u, and partial sums of ∂weight and
+∂bias.
+
+Letters: B batch, L tokens, K taps. With r the rank of a token among the valid ones of its row and s_r the
+input of that rank, the state standing at ranks 1-K … -1:
+
+    out_r = Σ_k weight[k] s_{r-K+1+k} + bias        ∂s_r = Σ_k weight[k] ∂out_{r+K-1-k}                    (1)
+
+`reference/scan.py`, eq. (4). A kernel finds a rank's token by index, so nothing is moved; without a mask rank
+and token are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .precision import without_autocast
+from .scan_states import rows_of
+
+ROWS, COLUMNS = 32, 64
+
+
+@triton.jit
+def forward_kernel(
+    U,
+    WEIGHT,
+    BIAS,
+    RANK,
+    TOKEN,
+    START,
+    OUT,
+    u_batch,
+    u_token,
+    length,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr,
+):
+    """Eq. (1), left: the loop of the reference's `causal_conv`; RANK is -1 on masked tokens."""
+    batch = tl.cast(tl.program_id(2), tl.int64)
+    token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = token < length
+    inside = channel < CHANNELS
+    rank = token
+    taken = real
+    if HAS_MASK:
+        rank = tl.load(RANK + batch * length + token, mask=real, other=-1)
+        taken = rank >= 0
+    out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tap in range(TAPS):
+        earlier = rank - (TAPS - 1) + tap
+        among = taken & (earlier >= 0)
+        where = earlier
+        if HAS_MASK:
+            where = tl.load(TOKEN + batch * length + earlier, mask=among, other=0)
+        tile = U + batch * u_batch + where[:, None] * u_token + channel[None, :]
+        seen = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if HAS_START:
+            before = taken & (earlier < 0)
+            tile = START + (batch * (TAPS - 1) + earlier + TAPS - 1)[:, None] * CHANNELS + channel[None, :]
+            seen += tl.load(tile, mask=before[:, None] & inside[None, :], other=0.0)
+        weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        out += seen * weight[None, :]
+    if HAS_BIAS:
+        out += tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    out = tl.where(taken[:, None], out, 0.0)
+    tile = OUT + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
+    tl.store(tile, out.to(OUT.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+@triton.jit
+def backward_kernel(
+    U,
+    WEIGHT,
+    OUT_GRAD,
+    RANK,
+    TOKEN,
+    COUNT,
+    START,
+    FINAL_GRAD,
+    U_GRAD,
+    WEIGHT_GRAD,
+    BIAS_GRAD,
+    u_batch,
+    u_token,
+    g_batch,
+    g_token,
+    length,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr,
+):
+    """Eq. (1), right, and what a block of tokens adds to the gradients of weight and bias."""
+    batch = tl.cast(tl.program_id(2), tl.int64)
+    token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = token < length
+    inside = channel < CHANNELS
+    rank = token
+    taken = real
+    count = tl.cast(length, tl.int64)
+    if HAS_MASK:
+        rank = tl.load(RANK + batch * length + token, mask=real, other=-1)
+        taken = rank >= 0
+        count = tl.load(COUNT + batch)
+    both = taken[:, None] & inside[None, :]
+    part = batch * tl.num_programs(0) + tl.program_id(0)
+    grad = tl.load(
+        OUT_GRAD + batch * g_batch + token[:, None] * g_token + channel[None, :], mask=both, other=0.0
+    )
+    grad = grad.to(tl.float32)
+    u_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tap in range(TAPS):
+        weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        later = rank + (TAPS - 1) - tap
+        among = taken & (later < count)
+        where = later
+        if HAS_MASK:
+            where = tl.load(TOKEN + batch * length + later, mask=among, other=0)
+        tile = OUT_GRAD + batch * g_batch + where[:, None] * g_token + channel[None, :]
+        reached = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        u_grad += reached * weight[None, :]
+        earlier = rank - (TAPS - 1) + tap
+        among = taken & (earlier >= 0)
+        where = earlier
+        if HAS_MASK:
+            where = tl.load(TOKEN + batch * length + earlier, mask=among, other=0)
+        tile = U + batch * u_batch + where[:, None] * u_token + channel[None, :]
+        seen = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if HAS_START:
+            before = taken & (earlier < 0)
+            tile = START + (batch * (TAPS - 1) + earlier + TAPS - 1)[:, None] * CHANNELS + channel[None, :]
+            seen += tl.load(tile, mask=before[:, None] & inside[None, :], other=0.0)
+        tl.store(WEIGHT_GRAD + (part * TAPS + tap) * CHANNELS + channel, tl.sum(seen * grad, 0), mask=inside)
+    kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+    among = taken & (kept >= 0)
+    tile = FINAL_GRAD + (batch * (TAPS - 1) + kept)[:, None] * CHANNELS + channel[None, :]
+    u_grad += tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0)
+    if HAS_BIAS:
+        tl.store(BIAS_GRAD + part * CHANNELS + channel, tl.sum(grad, 0), mask=inside)
+    u_grad = tl.where(taken[:, None], u_grad, 0.0)
+    tile = U_GRAD + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
+    tl.store(tile, u_grad.to(U_GRAD.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+def ranks(mask: Tensor | None) -> dict[str, Tensor | None]:
+    """RANK (B, L), -1 where masked; TOKEN (B, L), the token of each rank; COUNT (B,) of valid tokens."""
+    if mask is None:
+        return {"RANK": None, "TOKEN": None, "COUNT": None}
+    rank = torch.where(mask, mask.cumsum(1) - 1, -1)
+    token = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    return {"RANK": rank, "TOKEN": token, "COUNT": mask.sum(1)}
+
+
+def flags(taps: int, mask: Tensor | None, bias: Tensor | None, start: Tensor | None, channels: int) -> dict:
+    """The compile-time constants of both kernels."""
+    return {
+        "CHANNELS": channels,
+        "TAPS": taps,
+        "ROWS": ROWS,
+        "COLUMNS": COLUMNS,
+        "HAS_MASK": mask is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_START": start is not None and taps > 1,
+        "num_warps": 4,
+    }
+
+
+def grid(u: Tensor) -> tuple[int, int, int]:
+    """Blocks of tokens, blocks of channels, rows of the batch."""
+    return triton.cdiv(u.shape[1], ROWS), triton.cdiv(u.shape[2], COLUMNS), u.shape[0]
+
+
+@without_autocast
+def forward(
+    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`conv.forward` on a Triton kernel: out (B, L, channels) and the last K-1 valid inputs, float32."""
+    u = rows_of(u)
+    length, channels = u.shape[1:]
+    taps = weight.shape[1]
+    out = u.new_empty(u.shape)
+    start = None if initial_state is None else initial_state.float().contiguous()
+    index = ranks(mask)
+    forward_kernel[grid(u)](
+        u,
+        weight.contiguous(),
+        bias,
+        index["RANK"],
+        index["TOKEN"],
+        start,
+        out,
+        *u.stride()[:2],
+        length,
+        **flags(taps, mask, bias, start, channels),
+    )
+    return out, last_inputs(u, taps, index, start)
+
+
+def last_inputs(u: Tensor, taps: int, index: dict[str, Tensor | None], start: Tensor | None) -> Tensor:
+    """The last K-1 valid inputs, older ones from the state: (B, K-1, channels) float32."""
+    batch, length, _ = u.shape
+    place = torch.arange(taps - 1, device=u.device)
+    count = length if index["COUNT"] is None else index["COUNT"][:, None]
+    rank = (count - (taps - 1) + place).expand(batch, taps - 1)
+    token = rank.clamp_min(0)
+    if index["TOKEN"] is not None:
+        token = index["TOKEN"].gather(1, token)
+    row = torch.arange(batch, device=u.device)[:, None]
+    recent = u[row, token].float()
+    older = (
+        torch.zeros_like(recent)
+        if start is None
+        else start[row, (rank + taps - 1).clamp_max(max(taps - 2, 0))]
+    )
+    return torch.where((rank >= 0)[..., None], recent, older)
+
+
+@without_autocast
+def gradient(
+    out_grad: Tensor,
+    final_grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """`conv.gradient` on a Triton kernel; partial sums are added in a fixed order."""
+    u, out_grad = rows_of(u), rows_of(out_grad)
+    batch, length, channels = u.shape
+    taps, parts = weight.shape[1], triton.cdiv(length, ROWS) * batch
+    start = None if initial_state is None else initial_state.float().contiguous()
+    u_grad = u.new_empty(u.shape)
+    weight_grad = u.new_empty(parts, taps, channels, dtype=torch.float32)
+    bias_grad = None if bias is None else u.new_empty(parts, channels, dtype=torch.float32)
+    index = ranks(mask)
+    backward_kernel[grid(u)](
+        u,
+        weight.contiguous(),
+        out_grad,
+        index["RANK"],
+        index["TOKEN"],
+        index["COUNT"],
+        start,
+        final_grad.float().contiguous(),
+        u_grad,
+        weight_grad,
+        bias_grad,
+        *u.stride()[:2],
+        *out_grad.stride()[:2],
+        length,
+        **flags(taps, mask, bias, start, channels),
+    )
+    start_grad = None if start is None else start_gradient(out_grad, final_grad, weight, index, length)
+    bias_grad = None if bias is None else bias_grad.sum(0)
+    return u_grad, weight_grad.sum(0).T, bias_grad, start_grad
+
+
+def start_gradient(
+    out_grad: Tensor, final_grad: Tensor, weight: Tensor, index: dict[str, Tensor | None], length: int
+) -> Tensor:
+    """What the first K-1 valid tokens, and the final state if there are fewer, owe the initial state."""
+    batch, _, channels = out_grad.shape
+    taps = weight.shape[1]
+    grad = out_grad.new_zeros(batch, taps - 1, channels, dtype=torch.float32)
+    row = torch.arange(batch, device=out_grad.device)
+    count = torch.full_like(row, length) if index["COUNT"] is None else index["COUNT"]
+    for place in range(taps - 1):  # rank place - (K-1)
+        for rank in range(min(place + 1, length)):
+            token = torch.full_like(row, rank) if index["TOKEN"] is None else index["TOKEN"][:, rank]
+            reached = torch.where((count > rank)[:, None], out_grad[row, token].float(), 0)
+            grad[:, place] += weight[:, place - rank].float() * reached
+        kept = place - count
+        passed = final_grad.float()[row, kept.clamp_min(0)]
+        grad[:, place] += torch.where((kept >= 0)[:, None], passed, 0)
+    return grad

@@ -1,0 +1,258 @@
+"""The registered operators of `linmu::`, a forward and a backward pass each, on the engine of their tensors.
+
+They are opaque to torch.compile, which sees only the shapes and dtypes that the fake implementations promise,
+and they take their gradient from the operator of the backward pass, so that checkpointing and fullgraph
+compilation hold on both engines. Kernels are imported when the first tensor needs them: no other engine needs
+Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import batched_windows, chunked_scan, chunked_scan_backward, conv, step
+from .engine import choose_engine
+from .precision import accumulation_dtype
+
+
+def kernels(name: str) -> ModuleType:
+    """The module of this package that holds the Triton kernels called `name`."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def like_inputs(grads, tensors) -> list[Tensor]:
+    """The gradients of the tensors that are there, contiguous and in their dtypes."""
+    pairs = zip(grads, tensors, strict=True)
+    return [grad.to(tensor.dtype).contiguous() for grad, tensor in pairs if tensor is not None]
+
+
+def empty_like_inputs(tensors) -> list[Tensor]:
+    """What `like_inputs` promises."""
+    return [tensor.new_empty(tensor.shape) for tensor in tensors if tensor is not None]
+
+
+def in_place_of(inputs, grads: list[Tensor], without: tuple[int, ...] = ()) -> tuple[Tensor | None, ...]:
+    """One entry for each input: its gradient, or None if it is None or among the places `without` one."""
+    following = iter(grads)
+    has_none = (tensor is None or place in without for place, tensor in enumerate(inputs))
+    return tuple(None if nothing else next(following) for nothing in has_none)
+
+
+def save_inputs(ctx, inputs, output) -> None:
+    """Keep the inputs of an operator, tensors or None all of them."""
+    ctx.save_for_backward(*inputs)
+
+
+@torch.library.custom_op("linmu::scan", mutates_args=())
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    gate: Tensor | None,
+    segment: Tensor | None,
+    valid: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state; with `segment` None there is one direction and `gate` is None too."""
+    inputs = (x, dt, A, B, C, gate, segment, valid, D, initial_state)
+    engine = choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1])
+    return (chunked_scan if engine == "torch" else kernels("scan_output")).forward(*inputs)
+
+
+@scan.register_fake
+def _(x, dt, A, B, C, gate, segment, valid, D, initial_state):
+    batch, length, heads, state = C.shape
+    final_state = x.new_empty(batch, heads, state, x.shape[3], dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(batch, length, heads, x.shape[3]), final_state
+
+
+@torch.library.custom_op("linmu::scan_backward", mutates_args=())
+def scan_backward(
+    y_grad: Tensor,
+    final_grad: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    gate: Tensor | None,
+    segment: Tensor | None,
+    valid: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of x, dt, A, B, C and of those of gate, D, initial_state that are there."""
+    inputs = (x, dt, A, B, C, gate, segment, valid, D, initial_state)
+    engine = choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1])
+    module = chunked_scan_backward if engine == "torch" else kernels("scan_gradients")
+    grads = module.backward(y_grad, final_grad, *inputs)
+    return like_inputs(grads, (x, dt, A, B, C, gate, D, initial_state))
+
+
+@scan_backward.register_fake
+def _(y_grad, final_grad, x, dt, A, B, C, gate, segment, valid, D, initial_state):
+    return empty_like_inputs((x, dt, A, B, C, gate, D, initial_state))
+
+
+def _scan_gradients(ctx, y_grad: Tensor, final_grad: Tensor):
+    inputs = ctx.saved_tensors
+    return in_place_of(inputs, scan_backward(y_grad, final_grad, *inputs), without=(6, 7))
+
+
+scan.register_autograd(_scan_gradients, setup_context=save_inputs)
+
+
+@torch.library.custom_op("linmu::scan_step", mutates_args=())
+def scan_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the new state of one token."""
+    engine = choose_engine("scan_step", x, B.shape[-1], x.shape[-1])
+    return (step if engine == "torch" else kernels("step_kernels")).advance(state, x, dt, A, B, C, D, valid)
+
+
+@scan_step.register_fake
+def _(state, x, dt, A, B, C, D, valid):
+    y = x.new_empty(x.shape[0], C.shape[1], x.shape[2])
+    return y, state.new_empty(state.shape, dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.custom_op("linmu::scan_step_backward", mutates_args=())
+def scan_step_backward(
+    y_grad: Tensor,
+    new_state_grad: Tensor,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    valid: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of state, x, dt, A, B, C and, if it is there, D; in torch on both engines."""
+    grads = step.gradient(y_grad, new_state_grad, state, x, dt, A, B, C, D, valid)
+    return like_inputs(grads, (state, x, dt, A, B, C, D))
+
+
+@scan_step_backward.register_fake
+def _(y_grad, new_state_grad, state, x, dt, A, B, C, D, valid):
+    return empty_like_inputs((state, x, dt, A, B, C, D))
+
+
+def _scan_step_gradients(ctx, y_grad: Tensor, new_state_grad: Tensor):
+    inputs = ctx.saved_tensors
+    return in_place_of(inputs, scan_step_backward(y_grad, new_state_grad, *inputs), without=(7,))
+
+
+scan_step.register_autograd(_scan_step_gradients, setup_context=save_inputs)
+
+
+@torch.library.custom_op("linmu::causal_conv", mutates_args=())
+def causal_conv(
+    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out and the last K-1 valid inputs."""
+    engine = choose_engine("causal_conv", u)
+    module = conv if engine == "torch" else kernels("conv_kernels")
+    return module.forward(u, weight, bias, mask, initial_state)
+
+
+@causal_conv.register_fake
+def _(u, weight, bias, mask, initial_state):
+    final_state = u.new_empty(u.shape[0], weight.shape[1] - 1, u.shape[2], dtype=accumulation_dtype(u.dtype))
+    return u.new_empty(u.shape), final_state
+
+
+@torch.library.custom_op("linmu::causal_conv_backward", mutates_args=())
+def causal_conv_backward(
+    out_grad: Tensor,
+    final_grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of u, weight and of those of bias, initial_state that are there."""
+    engine = choose_engine("causal_conv", u)
+    module = conv if engine == "torch" else kernels("conv_kernels")
+    grads = module.gradient(out_grad, final_grad, u, weight, bias, mask, initial_state)
+    return like_inputs(grads, (u, weight, bias, initial_state))
+
+
+@causal_conv_backward.register_fake
+def _(out_grad, final_grad, u, weight, bias, mask, initial_state):
+    return empty_like_inputs((u, weight, bias, initial_state))
+
+
+def _causal_conv_gradients(ctx, out_grad: Tensor, final_grad: Tensor):
+    inputs = ctx.saved_tensors
+    return in_place_of(inputs, causal_conv_backward(out_grad, final_grad, *inputs), without=(3,))
+
+
+causal_conv.register_autograd(_causal_conv_gradients, setup_context=save_inputs)
+
+
+@torch.library.custom_op("linmu::window_attention", mutates_args=())
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o, and the logarithm of softmax's denominator, (B, L, H), that the backward pass starts from."""
+    engine = choose_engine("window_attention", q, q.shape[-1], v.shape[-1])
+    module = batched_windows if engine == "torch" else kernels("window_kernels")
+    return module.forward(q, k, v, window_id, scale)
+
+
+@window_attention.register_fake
+def _(q, k, v, window_id, scale):
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    return o, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+
+
+@torch.library.custom_op("linmu::window_attention_backward", mutates_args=())
+def window_attention_backward(
+    o_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_id: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """The gradients of q, k and v."""
+    engine = choose_engine("window_attention", q, q.shape[-1], v.shape[-1])
+    module = batched_windows if engine == "torch" else kernels("window_kernels")
+    return like_inputs(module.backward(o_grad, q, k, v, window_id, o, lse, scale), (q, k, v))
+
+
+@window_attention_backward.register_fake
+def _(o_grad, q, k, v, window_id, o, lse, scale):
+    return empty_like_inputs((q, k, v))
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    q, k, v, window_id, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, window_id, *output)
+
+
+def _attention_gradients(ctx, o_grad: Tensor, _):
+    return *window_attention_backward(o_grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+window_attention.register_autograd(_attention_gradients, setup_context=_save_attention)
