@@ -86,7 +86,7 @@ class Config:
     eval_data: str = about("JSONL file of held-out conversations; '' = every 20th line of --data", "")
     output: str = about("folder of the run", "runs/demo")
     stages: str = about("stages to run, in order", "i,ii,iii")
-    steps: str = about("optimizer steps of stages i, ii and iii", "100,100,450")
+    steps: str = about("optimizer steps of stages i, ii and iii", "100,500,250")
     backend: Literal["reference", "optimized"] = about(
         "whose M-MATE runs: linmu.reference or linmu.optimized", "reference"
     )
@@ -94,7 +94,7 @@ class Config:
     resume: bool = about("go on where the run in --output was killed", False)
     overwrite: bool = about("empty --output first", False)
     allow_missing_stage: bool = about("start a stage although the one before it has not been run", False)
-    batch_size: int = about("conversations per device and step", 32)
+    batch_size: int = about("conversations per device and step", 16)
     gradient_accumulation: int = about("batches per step", 1)
     gradient_checkpointing: bool = about("recompute layers in the backward pass, to save memory", False)
     dtype: Literal["float32", "bfloat16"] = about(
@@ -102,13 +102,13 @@ class Config:
     )
     mixer: str = about(
         "options of LinMUConfig as JSON, all others at their defaults",
-        '{"window_thw": [2, 4, 4], "half_life": [4, 256], "scan_rope": true}',
+        '{"window_thw": [2, 4, 4], "half_life": [4, 256], "scan_rope": true, "output_gate": true}',
     )
     layers: str = about("decoder layers to convert: 'all' or numbers, like 0,1,2", "all")
-    lr_new: float = about("stage i, tensors that the teacher does not have", 4e-3)
-    lr_copied: float = about("stage i, tensors copied from the teacher; stage ii takes half of both", 1e-3)
-    lr_student: float = about("stage iii, M-MATE", 1e-3)
-    lr_lora: float = about("stage iii, adapters", 1e-3)
+    lr_new: float = about("stage i, tensors that the teacher does not have", 1.2e-2)
+    lr_copied: float = about("stage i, tensors copied from the teacher; stage ii takes half of both", 4e-3)
+    lr_student: float = about("stage iii, M-MATE", 2e-4)
+    lr_lora: float = about("stage iii, adapters", 5e-4)
     lora_rank: int = about("of the adapters", 16)
     warmup: float = about("share of a stage's steps in which its learning rate rises", 0.05)
     temperature: float = about("of the logit loss", 1.0)
@@ -185,7 +185,7 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "smoke": {
-        "steps": "4,4,8", "batch_size": 16, "calibration_batches": 1, "eval_samples": 64, "save_every": 4,
+        "steps": "4,4,8", "calibration_batches": 1, "eval_samples": 64, "save_every": 4,
         "log_every": 2,
     },
     "vlm": {

@@ -52,29 +52,29 @@ def selective_scan(
         ValueError: for shapes, dtypes or devices that do not fit, or L = 0.
     """
     check_scan("selective_scan", x, dt, A, B, C, mask=mask, initial_state=initial_state)
-    heads, length = C.shape[2], C.shape[1]
-    accumulate = accumulation_dtype(x.dtype)
-    dtype = x.dtype
+    heads, dtype = C.shape[2], x.dtype
+    accumulate = accumulation_dtype(dtype)
     x, dt, A, B, C = (tensor.to(accumulate) for tensor in (x, dt, A, B, C))
     if mask is not None:  # dt = 0 is the exact identity: decay exp(0) = 1, write 0
         x, B, C = (keep(tensor, mask[:, :, None, None]) for tensor in (x, B, C))
         dt = keep(dt, mask[:, :, None])
     x, B = repeat_groups(x, heads), repeat_groups(B, heads)  # (B, L, H, P), (B, L, H, N)
     state = initial_scan_state(x, B) if initial_state is None else initial_state.to(accumulate)
+    tokens = list(zip(*(tensor.unbind(1) for tensor in (x, dt, B, C)), strict=True))
     outputs: list[Tensor] = []
-    for t in reversed(range(length)) if reverse else range(length):
-        state, y_t = advance(state, x[:, t], dt[:, t], A, B[:, t], C[:, t])
+    for token in reversed(tokens) if reverse else tokens:
+        state, y_t = advance(state, A, *token)
         outputs.append(y_t)
     y = torch.stack(outputs[::-1] if reverse else outputs, dim=1)  # (B, L, H, P)
     return y.to(dtype), state
 
 
-def advance(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def advance(state: Tensor, A: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """One token: state (B, H, N, P), x (B, H, P), dt (B, H), B and C (B, H, N) -> (state, y (B, H, P))."""
     decay = torch.exp(dt * A)  # (B, H)
     write = (dt[..., None] * B)[..., :, None] * x[..., None, :]  # (B, H, N, P)
     state = decay[..., None, None] * state + write  # eq. (1)
-    y = torch.einsum("bhn,bhnp->bhp", C, state)  # eq. (2)
+    y = (C[..., None, :] @ state).squeeze(-2)  # eq. (2), (B, H, P)
     return state, y
 
 
@@ -202,16 +202,15 @@ def causal_conv(
     """
     check_conv("causal_conv", u, weight, bias, mask, initial_state)
     dtype, accumulate = u.dtype, accumulation_dtype(u.dtype)
-    batch, length, channels = u.shape
-    taps = weight.shape[1]
+    batch, channels, taps = u.shape[0], *weight.shape
     u, weight = u.to(accumulate), weight.to(accumulate)
     if mask is not None:
         u = keep(u, mask[..., None])
     start = u.new_zeros(batch, taps - 1, channels) if initial_state is None else initial_state
     window = start.to(accumulate)  # (B, K-1, channels)
     outputs: list[Tensor] = []
-    for t in range(length):
-        seen = torch.cat([window, u[:, t : t + 1]], dim=1)  # (B, K, channels)
+    for t, u_t in enumerate(u.unbind(1)):
+        seen = torch.cat([window, u_t[:, None]], dim=1)  # (B, K, channels)
         out_t = (seen * weight.T).sum(1)  # eq. (4)
         out_t = out_t if bias is None else out_t + bias.to(accumulate)
         outputs.append(out_t if mask is None else keep(out_t, mask[:, t, None]))
