@@ -11,8 +11,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from compare import assert_exact, assert_same, evaluate, is_float, quarters
+from compare import assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float, quarters
 from torch import Tensor
+
+from linmu import reference
 
 
 def operator_of(backend: Any, case: Any) -> Callable:
@@ -23,6 +25,14 @@ def operator_of(backend: Any, case: Any) -> Callable:
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call
+
+
+def check_matches_the_reference(backend: Any, case: Any, gradients: bool = True) -> None:
+    """Values, states and, if asked, the gradient of every input, within the bounds of `assert_matches`."""
+    inputs, sound = case.inputs(), operator_of(reference, case)
+    truth = evaluate(sound, in_float64(inputs), gradients)
+    own = evaluate(sound, inputs, gradients)
+    assert_matches(evaluate(operator_of(backend, case), inputs, gradients), truth, own, case)
 
 
 def check_strides_do_not_matter(backend: Any, case: Any) -> None:

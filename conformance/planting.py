@@ -71,3 +71,8 @@ def blocks_filled(segment: Tensor) -> Tensor:
             own = (row == number).nonzero().squeeze(-1)
             row[own[0] : own[-1] + 1] = number
     return filled
+
+
+def per_head(tensor: Tensor, C: Tensor) -> Tensor:
+    """(B, L, G, ·) -> (B, L, H, ·)."""
+    return tensor.repeat_interleave(C.shape[2] // tensor.shape[2], dim=2)

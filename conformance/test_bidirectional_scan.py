@@ -9,17 +9,13 @@ import pytest
 import torch
 from compare import (
     assert_exact,
-    assert_matches,
     assert_same,
     assert_zero,
     edited,
     evaluate,
-    in_float64,
 )
 from layouts import LONG_PROMPTS, Layout, Vision
 from strategies import DTYPES, BidirectionalCase, bidirectional_cases, holds
-
-from linmu import reference
 
 PER_TOKEN = ("x", "dt", "B", "C", "gate")
 both = partial(holds, "bidirectional_scan")
@@ -40,28 +36,19 @@ def span(inputs: dict, part: slice) -> dict:
 @both(case=bidirectional_cases(DTYPES))
 def test_both_directions_match_the_reference_in_every_dtype(backend, case: BidirectionalCase):
     """P17: values and the forward state, float32 gates with bfloat16 inputs included."""
-    inputs = case.inputs()
-    truth = evaluate(reference.bidirectional_scan, in_float64(inputs))
-    own = evaluate(reference.bidirectional_scan, inputs)
-    assert_matches(evaluate(backend.bidirectional_scan, inputs), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case, gradients=False)
 
 
 @both(case=bidirectional_cases(DTYPES))
 def test_gradients_of_both_directions_match_the_reference(backend, case: BidirectionalCase):
     """P9, P15: every input's gradient, gate, skip and initial state included."""
-    inputs = case.inputs()
-    truth = evaluate(reference.bidirectional_scan, in_float64(inputs), gradients=True)
-    own = evaluate(reference.bidirectional_scan, inputs, gradients=True)
-    assert_matches(evaluate(backend.bidirectional_scan, inputs, gradients=True), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case)
 
 
 @both(case=bidirectional_cases(layout=LONG_PROMPTS), share=0.2)
 def test_long_prompts_match_the_reference(backend, case: BidirectionalCase):
     """P2, P6: blocks that begin and end in the middle of a chunk, and one longer than a chunk."""
-    inputs = case.inputs()
-    truth = evaluate(reference.bidirectional_scan, in_float64(inputs), gradients=True)
-    own = evaluate(reference.bidirectional_scan, inputs, gradients=True)
-    assert_matches(evaluate(backend.bidirectional_scan, inputs, gradients=True), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case)
 
 
 @both(case=bidirectional_cases())
@@ -300,16 +287,17 @@ def test_the_skip_adds_d_times_x(backend, case: BidirectionalCase):
 @both(case=bidirectional_cases())
 def test_absent_arguments_mean_their_neutral_values(backend, case: BidirectionalCase):
     """P18: no segment is all text, no valid is all valid, no state is zeros, no skip is a skip of zeros."""
-    inputs = case.inputs() | {"segment": None, "valid": None, "D": None, "initial_state": None}
-    y, state = backend.bidirectional_scan(**inputs)
-    neutral = {
-        "segment": torch.full(case.layout.shape, -1),
-        "valid": torch.ones(case.layout.shape, dtype=torch.bool),
-        "D": torch.zeros_like(inputs["A"]),
-        "initial_state": torch.zeros_like(state),
-    }
-    found = evaluate(backend.bidirectional_scan, inputs | neutral)
-    assert_same(found, {"output 0": y, "output 1": state}, case)
+    inputs = case.inputs() | {"valid": None, "D": None, "initial_state": None}
+    for segment in (inputs["segment"], None):
+        y, state = backend.bidirectional_scan(**inputs | {"segment": segment})
+        neutral = {
+            "segment": torch.full(case.layout.shape, -1) if segment is None else segment,
+            "valid": torch.ones(case.layout.shape, dtype=torch.bool),
+            "D": torch.zeros_like(inputs["A"]),
+            "initial_state": torch.zeros_like(state),
+        }
+        found = evaluate(backend.bidirectional_scan, inputs | neutral)
+        assert_same(found, {"output 0": y, "output 1": state}, case)
 
 
 @both(case=bidirectional_cases(DTYPES))

@@ -8,16 +8,12 @@ import call_properties
 import torch
 from compare import (
     assert_exact,
-    assert_matches,
     assert_same,
     assert_zero,
     edited,
     evaluate,
-    in_float64,
 )
 from strategies import DTYPES, ConvCase, conv_cases, holds
-
-from linmu import reference
 
 conv = partial(holds, "causal_conv")
 
@@ -25,10 +21,7 @@ conv = partial(holds, "causal_conv")
 @conv(case=conv_cases(DTYPES))
 def test_convolution_and_gradients_match_the_reference(backend, case: ConvCase):
     """P9, P17: values, state and every gradient, in every dtype."""
-    inputs = case.inputs()
-    truth = evaluate(reference.causal_conv, in_float64(inputs), gradients=True)
-    own = evaluate(reference.causal_conv, inputs, gradients=True)
-    assert_matches(evaluate(backend.causal_conv, inputs, gradients=True), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case)
 
 
 @conv(case=conv_cases())

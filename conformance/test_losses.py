@@ -88,6 +88,15 @@ def test_no_gradient_reaches_the_teacher(backend, case: LossCase):
         assert_zero(found["gradient of teacher"], case, "gradient of the teacher")
 
 
+@both(case=loss_cases(("bfloat16", "float16")))
+def test_losses_of_half_precision_inputs_are_exact_to_float32(backend, case: LossCase):
+    """P17: only the inputs were rounded; nothing inside is."""
+    inputs, ours, theirs = case.inputs(), losses_of(backend, case), losses_of(reference, case)
+    for name in ours:
+        truth = theirs[name](**in_float64(inputs)).item()
+        assert ours[name](**inputs).item() == pytest.approx(truth, rel=1e-4, abs=1e-5), f"{name}: {case!r}"
+
+
 @hidden(case=loss_cases())
 def test_hidden_loss_is_relative(backend, case: LossCase):
     """Predicting zero costs 1, doubling both changes nothing, doubling the error costs four times as much."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import planted_bugs  # noqa: F401  fills BUGS
+import planted_bidirectional_bugs  # noqa: F401  these four fill BUGS
+import planted_bugs  # noqa: F401
+import planted_module_bugs  # noqa: F401
+import planted_scan_bugs  # noqa: F401
 import pytest
 from backends import NAMES, load
 from planting import BUGS, Bug, run_quietly

@@ -43,28 +43,19 @@ def tokens(inputs: dict, span: slice) -> dict:
 @scan(case=scan_cases(DTYPES))
 def test_scan_matches_the_reference_in_every_dtype(backend, case: ScanCase):
     """P17: values, states and their dtypes, float32 step sizes with bfloat16 inputs included."""
-    inputs = case.inputs()
-    truth = evaluate(reference.selective_scan, in_float64(inputs))
-    own = evaluate(reference.selective_scan, inputs)
-    assert_matches(evaluate(backend.selective_scan, inputs), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case, gradients=False)
 
 
 @scan(case=scan_cases(DTYPES))
 def test_scan_gradients_match_the_reference(backend, case: ScanCase):
     """P9: the gradient of every input, the initial state's and through the final state included."""
-    inputs = case.inputs()
-    truth = evaluate(reference.selective_scan, in_float64(inputs), gradients=True)
-    own = evaluate(reference.selective_scan, inputs, gradients=True)
-    assert_matches(evaluate(backend.selective_scan, inputs, gradients=True), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case)
 
 
 @scan(case=st.sampled_from(LONG).flatmap(lambda length: scan_cases(length=length)), share=0.4)
 def test_long_scans_match_the_reference(backend, case: ScanCase):
     """P2, P6: more tokens than a chunk, the last one ragged; values, state and gradients."""
-    inputs = case.inputs()
-    truth = evaluate(reference.selective_scan, in_float64(inputs), gradients=True)
-    own = evaluate(reference.selective_scan, inputs, gradients=True)
-    assert_matches(evaluate(backend.selective_scan, inputs, gradients=True), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case)
 
 
 @scan(case=FORWARD())

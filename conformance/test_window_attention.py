@@ -8,16 +8,12 @@ import call_properties
 import torch
 from compare import (
     assert_exact,
-    assert_matches,
     assert_same,
     assert_zero,
     edited,
     evaluate,
-    in_float64,
 )
 from strategies import DTYPES, WindowCase, holds, window_cases
-
-from linmu import reference
 
 windows = partial(holds, "window_attention")
 
@@ -25,10 +21,7 @@ windows = partial(holds, "window_attention")
 @windows(case=window_cases(DTYPES))
 def test_attention_and_gradients_match_the_reference(backend, case: WindowCase):
     """P6, P17: values and every gradient, ragged windows, in every dtype."""
-    inputs = case.inputs()
-    truth = evaluate(reference.window_attention, in_float64(inputs), gradients=True)
-    own = evaluate(reference.window_attention, inputs, gradients=True)
-    assert_matches(evaluate(backend.window_attention, inputs, gradients=True), truth, own, case)
+    call_properties.check_matches_the_reference(backend, case)
 
 
 @windows(case=window_cases())
