@@ -86,7 +86,7 @@ class Config:
     eval_data: str = about("JSONL file of held-out conversations; '' = every 20th line of --data", "")
     output: str = about("folder of the run", "runs/demo")
     stages: str = about("stages to run, in order", "i,ii,iii")
-    steps: str = about("optimizer steps of stages i, ii and iii", "100,500,250")
+    steps: str = about("optimizer steps of stages i, ii and iii", "80,380,140")
     backend: Literal["reference", "optimized"] = about(
         "whose M-MATE runs: linmu.reference or linmu.optimized", "reference"
     )
@@ -115,7 +115,7 @@ class Config:
     calibration_batches: int = about(
         "batches that set Flex-MA's norms to the teacher's head outputs; 0 = leave at 1", 4
     )
-    eval_samples: int = about("held-out conversations to evaluate on", 512)
+    eval_samples: int = about("held-out conversations to evaluate on", 450)
     save_every: int = about("steps between checkpoints", 100)
     log_every: int = about("steps between lines of metrics.jsonl", 10)
     workers: int = about("processes that prepare batches; 0 = the main one", 0)
@@ -248,9 +248,12 @@ def parse(arguments: list[str]) -> Config:
     preset = parser.parse_known_args(arguments)[0].preset
     parser.set_defaults(**PRESETS[preset])
     try:
-        return parser.parse_args_into_dataclasses(arguments)[0]
+        config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     except RefusedError as error:
         parser.error(str(error))
+    if unknown:
+        parser.error(f"distill: flags must be among those of --help, got {' '.join(unknown)}")
+    return config
 
 
 def open_data(config: Config) -> tuple[Dataset, Dataset]:

@@ -58,7 +58,7 @@ class Conversations(Dataset):
             line = self.lines[(index + attempt) % len(self)]
             try:
                 return self.read(line)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, LookupError, TypeError) as error:
                 message = f"{self.path}, line {line + 1}: {type(error).__name__}: {error}"
                 if self.on_broken == "refuse":
                     raise ValueError(f"{message}; mend it, or skip broken lines (on_broken)") from error
