@@ -137,7 +137,7 @@ def backward(
     front, initial_grad = forward_passed(*tokens, decays, valid, initial_state, final_grad)
     back = backward_passed(*tokens, decays, valid) if has_vision else None
     back_state, back_grad = (back.entering, back.leaving_grad) if has_vision else (None, None)
-    pairs = read_gradients(*tokens, decays, valid, front.entering, back_state, D is not None)
+    pairs = read_gradients(*tokens, decays, valid, front.entering, back_state)
     x_grad, b_grad = write_gradients(*tokens, decays, valid, D, front.leaving_grad, back_grad)
     rate = rate_gradient(decays, pairs, front, back)
     dt_grad = pairs["DT_GRAD"] + front.written * decays.forward_reach() + rate * decays.A[:, None]
@@ -157,9 +157,20 @@ def backward(
         b_grad,
         pairs["C_GRAD"],
         scalars(gate_grad, vision_mask(segment, valid)) if has_vision else None,
-        None if D is None else pairs["SKIP_GRAD"].sum((0, 1, 3)),
+        None if D is None else skip_gradient(tokens[0], tokens[3], valid),
         None if initial_state is None else initial_grad,
     )
+
+
+def skip_gradient(x: Tensor, y_grad: Tensor, valid: Tensor | None) -> Tensor:
+    """The gradient of D, (H,) float32, one member of each group after the other."""
+    members = y_grad.unflatten(2, (x.shape[2], -1)).unbind(3)  # H/G times (B, L, G, P)
+    products = torch.stack(
+        [(member.float() * x.float()).sum(-1) for member in members], dim=-1
+    )  # (B, L, G, H/G)
+    if valid is not None:
+        products = torch.where(valid[:, :, None, None], products, 0)
+    return products.sum((0, 1)).flatten()
 
 
 def forward_passed(

@@ -38,7 +38,6 @@ def reader_kernel(
     C_GRAD,
     DT_GRAD,
     GATE_GRAD,
-    SKIP_GRAD,
     FORWARD_PAIRS,
     BACKWARD_PAIRS,
     x_batch,
@@ -64,7 +63,6 @@ def reader_kernel(
     CHUNK: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradient of C, and the scalars of a chunk's pairs: `inside_chunk` and `read_side` of the torch
@@ -112,8 +110,6 @@ def reader_kernel(
         CHUNK,
     )
     target = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    if HAS_SKIP:
-        tl.store(SKIP_GRAD + at, tl.sum(tl.where(place[:, None] == place[None, :], target, 0.0), 1))
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     spent = scores * target * decay
     scores_grad = (target * decay * gates * dt[None, :]).to(k.dtype)
@@ -152,13 +148,12 @@ def read_gradients(
     valid: Tensor | None,
     forward_state: Tensor,
     backward_state: Tensor | None,
-    has_skip: bool,
 ) -> dict[str, Tensor | None]:
     """Run `reader_kernel`.
 
     Returns:
         C_GRAD (B, L, H, N), and (B, K, H, C) float32: DT_GRAD at fixed dt A, GATE_GRAD without what passes
-        through the states, FORWARD_PAIRS and BACKWARD_PAIRS of eq. (3), SKIP_GRAD; None for what is not
+        through the states, FORWARD_PAIRS and BACKWARD_PAIRS of eq. (3); None for what is not
         asked.
     """
     has_vision = decays.segment is not None
@@ -167,7 +162,6 @@ def read_gradients(
         "FORWARD_PAIRS": True,
         "GATE_GRAD": has_vision,
         "BACKWARD_PAIRS": has_vision,
-        "SKIP_GRAD": has_skip,
     }
     results = {name: torch.empty_like(decays.dt) if wanted else None for name, wanted in asked.items()}
     results["C_GRAD"] = C.new_empty(C.shape)
@@ -192,7 +186,6 @@ def read_gradients(
         BLOCK_N=tile_size(state),
         BLOCK_P=tile_size(head_dim),
         CHUNK=chunk,
-        HAS_SKIP=has_skip,
         PRECISION=precision(x.dtype),
         num_warps=8,
         num_stages=1,

@@ -89,6 +89,7 @@ def attend_kernel(
         seen = other < high
         other_token = tl.load(TOKEN + other, mask=seen, other=0)
         other_window = tl.load(WINDOW + other, mask=seen, other=-2)
+        seen = seen & (other_window >= 0)  # between two rows lie tokens of no window
         k = rows_at(K + head // RATIO * k_head, other_token, length, k_batch, k_token, columns_n, seen, N)
         v = rows_at(V + head // RATIO * v_head, other_token, length, v_batch, v_token, columns_p, seen, P)
         together = window[:, None] == other_window[None, :]
@@ -164,6 +165,7 @@ def query_gradient_kernel(
         seen = other < high
         other_token = tl.load(TOKEN + other, mask=seen, other=0)
         other_window = tl.load(WINDOW + other, mask=seen, other=-2)
+        seen = seen & (other_window >= 0)  # between two rows lie tokens of no window
         k = rows_at(K + head // RATIO * k_head, other_token, length, k_batch, k_token, columns_n, seen, N)
         v = rows_at(V + head // RATIO * v_head, other_token, length, v_batch, v_token, columns_p, seen, P)
         together = window[:, None] == other_window[None, :]
@@ -235,6 +237,7 @@ def key_gradient_kernel(
             seen = other < high
             other_token = tl.load(TOKEN + other, mask=seen, other=0)
             other_window = tl.load(WINDOW + other, mask=seen, other=-2)
+            seen = seen & (other_window >= 0)  # between two rows lie tokens of no window
             together = window[:, None] == other_window[None, :]
             q = rows_at(Q + head * q_head, other_token, length, q_batch, q_token, columns_n, seen, N)
             grad = rows_at(O_GRAD + head * g_head, other_token, length, g_batch, g_token, columns_p, seen, P)
@@ -333,6 +336,7 @@ def backward(
     query_gradient_kernel[(q.shape[2] * blocks,)](
         q, k, v, o_grad, **tokens, **scores, Q_GRAD=grads[0], **arguments
     )
+    arguments["COLUMNS"] = 32  # it holds two gradients in its registers
     key_gradient_kernel[(k.shape[2] * blocks,)](
         q, k, v, o_grad, **tokens, **scores, K_GRAD=grads[1], V_GRAD=grads[2], **arguments
     )
