@@ -1,0 +1,156 @@
+"""Compile one Triton kernel of linmu.optimized for sm_90 and print what it takes, as JSON. No GPU, no driver.
+
+python compile_sm90.py KERNEL SIZE
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# fmt: off
+FLOAT32 = {
+    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_READ", "BACKWARD_WRITE", "BIAS_GRAD",
+    "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
+    "FORWARD_PAIRS", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
+    "NEW_STATE", "PRODUCT", "SKIP_GRAD", "START", "STATES", "WEIGHT_GRAD",
+}
+# fmt: on
+INT64 = set(["SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "COUNT"])
+MASKS = {"VALID", "MASK"}
+FLOATS = {"scale", "natural_scale", "inverse"}
+STRIDES = ("batch", "token", "head")
+
+SCAN = {"HEADS": 28, "RATIO": 7, "CHUNK": 64, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
+SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 16, "REVERSE": True, "HAS_START": True, "STORES": True}
+SWEEP |= {"LEAVES": True, "HAS_PARTNER": True}
+CONV = {
+    "CHANNELS": 4608,
+    "TAPS": 4,
+    "ROWS": 32,
+    "COLUMNS": 64,
+    "HAS_MASK": True,
+    "HAS_BIAS": True,
+    "HAS_START": True,
+}
+WINDOW = {"HEADS": 28, "RATIO": 7, "ROWS": 64, "COLUMNS": 64}
+LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
+
+# name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
+KERNELS = {
+    "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, 4, 2, {"WEIGHT": "*fp32"}),
+    "link": (
+        "scan_states",
+        "link_kernel",
+        {"HEADS": 28, "BLOCK": 1024, "REVERSE": True, "HAS_START": True},
+        4,
+        3,
+        {},
+    ),
+    "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
+    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, {}),
+    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, {}),
+    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, {}),
+    "probe": ("scan_gradients", "probe_kernel", SCAN | SWEEP, None, 1, {"OUT": "*fp32"}),
+    "attend": ("window_kernels", "attend_kernel", WINDOW, 8, 1, {}),
+    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW, 8, 1, {}),
+    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"COLUMNS": 32}, 8, 1, {}),
+    "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
+    "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
+    "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
+    "divergence_gradient": ("loss_kernels", "gradient_kernel", LOSS, 8, 3, {}),
+    "step": ("step_kernels", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
+}
+
+
+def constants(size: int, chosen: dict, names: list[str]) -> dict:
+    """The compile-time constants of one kernel at N = P = `size`."""
+    transposed = chosen.get("transposed", False)
+    sizes = dict.fromkeys(
+        ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_INNER", "BLOCK_OUTER"), size
+    )
+    strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
+    known = {"PRECISION": "tf32", "SIZE": size * size} | sizes | strides | chosen
+    blocks = {"sweep_kernel": 64, "step_kernel": 32}
+    known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
+    return {name: known[name] for name in names if name in known}
+
+
+def signature(names: list[str], fixed: dict, special: dict[str, str]) -> dict[str, str]:
+    """Types of all arguments: capitals are pointers, by default to bfloat16."""
+
+    def kind(name: str) -> str:
+        if name in fixed:
+            return "constexpr"
+        if name in FLOATS:
+            return "fp32"
+        if name.islower():
+            return "i32"
+        if name in special:
+            return special[name]
+        return (
+            "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*u8" if name in MASKS else "*bf16"
+        )
+
+    return {name: kind(name) for name in names}
+
+
+def assembler_report(ptx: str) -> str:
+    """What ptxas says about registers; triton 3.9's code needs the newer of its two assemblers."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "kernel.ptx"
+        source.write_text(ptx)
+        for assembler in ("ptxas", "ptxas-blackwell"):
+            command = [
+                folder / assembler,
+                "-v",
+                "-arch=sm_90a",
+                source,
+                "-o",
+                Path(temporary) / "kernel.cubin",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stderr
+    raise RuntimeError(done.stderr)
+
+
+def compile_kernel(name: str, size: int) -> dict[str, int]:
+    """Registers, spilled bytes, shared memory and instructions of one kernel."""
+    module, function, chosen, warps, stages, special = KERNELS[name]
+    kernel = getattr(importlib.import_module(f"linmu.optimized.{module}"), function)
+    fixed = constants(size, chosen | {"kernel": function}, kernel.arg_names)
+    types = signature(kernel.arg_names, fixed, special)
+    aligned = (n for n, kind in types.items() if kind[0] == "*" or (kind == "i32" and n.endswith(STRIDES)))
+    places = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
+    options = {"num_warps": warps or (8 if size > 64 else 4), "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx, report = built.asm["ptx"], assembler_report(built.asm["ptx"])
+    registers, stores, loads = (
+        int(re.search(pattern, report)[1])
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes spill loads")
+    )
+    return {
+        "registers": registers,
+        "spill_stores": stores,
+        "spill_loads": loads,
+        "shared": built.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma_sync": ptx.count("mma.sync"),
+        "linear_layouts": built.asm["ttgir"].count("ttg.linear"),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_kernel(sys.argv[1], int(sys.argv[2]))))

@@ -1,0 +1,226 @@
+"""Run linmu.optimized's Triton kernels in the interpreter, watched, against the reference. Started by
+test_kernels.py.
+
+    TRITON_INTERPRET=1 python trial.py OPERATOR DTYPE
+
+Chunks, runs and blocks are made small, so that short sequences cross all of them; the sequences are ragged,
+with padding, text inside segments, several segments, windows of any size, and NaN wherever nothing may be
+read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linmu import optimized, reference
+from linmu.optimized import conv_kernels, loss_kernels, scan_output, scan_states
+
+sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+from interpreter import mend_bfloat16, watch_memory
+
+# Root mean square: with bfloat16 tokens states are bfloat16 too, and in the gradient of A they cancel.
+FLOORS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+MAXIMUM_OVER_RMS = 8
+Arguments = dict[str, Any]
+
+
+def shrink_blocks() -> None:
+    """Chunks of 16 tokens, runs of 2 chunks, small blocks of tokens, channels and vocabulary."""
+    scan_output.CHUNKS.update(dict.fromkeys(scan_output.CHUNKS, 16))
+    scan_states.RUN = 2
+    conv_kernels.ROWS, conv_kernels.COLUMNS = 8, 16
+    loss_kernels.BLOCK = 16
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def scan_arguments(length: int, heads: int, groups: int, state: int, head_dim: int) -> Arguments:
+    batch = 2
+    return {
+        "x": numbers(batch, length, groups, head_dim),
+        "dt": torch.rand(batch, length, heads, dtype=torch.float64) + 0.05,
+        "A": -torch.rand(heads, dtype=torch.float64) * 2,
+        "B": numbers(batch, length, groups, state),
+        "C": numbers(batch, length, heads, state),
+        "initial_state": numbers(batch, heads, state, head_dim),
+    }
+
+
+def bidirectional_cases() -> Iterator[Arguments]:
+    for length, sizes in ((1, (2, 1, 3, 2)), (17, (2, 2, 4, 5)), (53, (4, 2, 5, 3))):
+        given = scan_arguments(length, *sizes)
+        position = torch.arange(length).expand(2, length)
+        segment = (position // 11 * 7 % 5).where(position % 11 > 1, -1)
+        segment = segment.where(torch.rand(2, length) < 0.9, -1)
+        valid = position >= torch.tensor([[length // 4], [0]])
+        gate = torch.rand(2, length, sizes[0], dtype=torch.float64)
+        everything = {"gate": gate, "segment": segment, "valid": valid, "D": numbers(sizes[0])}
+        yield spoil_at(given | everything, ("x", "dt", "B", "C", "gate"), valid)
+    yield given | {"gate": gate, "initial_state": None}
+
+
+def selective_cases() -> Iterator[Arguments]:
+    for reverse in (False, True):
+        mask = torch.rand(2, 35) < 0.7
+        yield spoil_at(scan_arguments(35, 2, 1, 4, 3), ("x", "dt", "B", "C"), mask) | {
+            "mask": mask,
+            "reverse": reverse,
+        }
+
+
+def step_cases() -> Iterator[Arguments]:
+    for valid in (None, torch.tensor([True, False])):
+        given = scan_arguments(1, 4, 2, 5, 3)
+        tokens = {name: given[name][:, 0] for name in ("x", "dt", "B", "C")}
+        yield tokens | {"A": given["A"], "D": numbers(4), "state": given["initial_state"], "valid": valid}
+
+
+def conv_cases() -> Iterator[Arguments]:
+    for taps, mask in ((4, torch.rand(2, 19) < 0.6), (3, None), (1, None)):
+        given = {"u": numbers(2, 19, 20), "weight": numbers(20, taps), "bias": numbers(20), "mask": mask}
+        start = {"initial_state": numbers(2, taps - 1, 20)}
+        yield spoil_at(given, ("u",), mask) | start
+
+
+def window_cases() -> Iterator[Arguments]:
+    for length, windows, (heads, groups) in (
+        (1, 1, (1, 1)),
+        (70, 9, (4, 2)),
+        (70, 1, (2, 1)),
+        (5, 0, (2, 2)),
+    ):
+        ids = torch.randint(-1, windows, (2, length))
+        given = {"q": numbers(2, length, heads, 5), "k": numbers(2, length, groups, 5)}
+        given |= {"v": numbers(2, length, groups, 3), "window_id": ids}
+        yield spoil_at(given, ("q", "k", "v"), ids >= 0)
+
+
+def loss_cases() -> Iterator[Arguments]:
+    for size, mask in (
+        (33, torch.tensor([[True, False, True]])),
+        (1, None),
+        (16, torch.zeros(1, 3, dtype=torch.bool)),
+    ):
+        yield {
+            "student": numbers(1, 3, size),
+            "teacher": numbers(1, 3, size),
+            "mask": mask,
+            "temperature": 2.0,
+        }
+
+
+def spoil_at(given: Arguments, names: tuple[str, ...], mask: Tensor | None) -> Arguments:
+    """Mark tensors whose tokens hold NaN where `mask` is False, in what the kernels are given."""
+    return given | {"spoil": (names, mask)}
+
+
+def spoilt(given: Arguments, names: tuple[str, ...], mask: Tensor | None) -> Arguments:
+    """NaN where `mask` is False."""
+    if mask is None:
+        return given
+
+    def spoil(tensor: Tensor) -> Tensor:
+        where = mask.view(*mask.shape, *(1,) * (tensor.ndim - 2))
+        return tensor.where(where, float("nan"))
+
+    return given | {name: spoil(given[name]) for name in names}
+
+
+CASES: dict[str, Callable[[], Iterator[Arguments]]] = {
+    "bidirectional_scan": bidirectional_cases,
+    "selective_scan": selective_cases,
+    "scan_step": step_cases,
+    "causal_conv": conv_cases,
+    "window_attention": window_cases,
+    "logit_loss": loss_cases,
+}
+WIDE = ("dt", "A", "gate", "D", "state", "initial_state")  # float32 whatever the dtype of the tokens
+
+
+def rounded(given: Arguments, dtype: torch.dtype, width: torch.dtype | None = None) -> Arguments:
+    """The arguments as a model in `dtype` has them; in `width`, if given, the same values."""
+
+    def cast(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        value = value.to(torch.float32 if name in WIDE else dtype)
+        return value if width is None else value.to(width)
+
+    return {name: cast(name, value) for name, value in given.items()}
+
+
+def results(function: Callable, given: Arguments) -> dict[str, Tensor]:
+    """Outputs and gradients by name; a gradient that does not exist is zero."""
+    floats = {
+        k: v.clone().requires_grad_()
+        for k, v in given.items()
+        if isinstance(v, Tensor) and v.is_floating_point()
+    }
+    floats.pop("teacher", None)
+    outputs = function(**{**given, **floats})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    steps = [quarters(output) for output in outputs]
+    asked = [(output, step) for output, step in zip(outputs, steps, strict=True) if output.requires_grad]
+    found = [None] * len(floats)
+    if asked:
+        held, given_grads = zip(*asked, strict=True)
+        found = torch.autograd.grad(held, list(floats.values()), given_grads, allow_unused=True)
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    for (name, leaf), grad in zip(floats.items(), found, strict=True):
+        named[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return named
+
+
+def quarters(like: Tensor) -> Tensor:
+    """Multiples of 1/4 from -2 to 2, exact in every dtype."""
+    return ((torch.arange(like.numel()) * 7 % 17 - 8) / 4).view(like.shape).to(like.dtype)
+
+
+def faults(got: dict[str, Tensor], want: dict[str, Tensor], floor: float) -> list[str]:
+    """What is further from `want` than `floor` allows."""
+    found = []
+    for name, truth in want.items():
+        if truth.numel() == 0:
+            continue
+        error = got[name].double() - truth
+        for kind, measure, bound in (("rms", rms, floor), ("maximum", maximum, MAXIMUM_OVER_RMS * floor)):
+            if not measure(error) <= bound * max(measure(truth), 1e-6):
+                found.append(f"{name}: {kind} error {measure(error):.2e} of {measure(truth):.2e}")
+    return found
+
+
+def rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def maximum(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
+
+
+def main(operator: str, dtype: torch.dtype) -> int:
+    """Number of cases that fail; each is printed."""
+    torch.manual_seed(0)
+    shrink_blocks()
+    mend_bfloat16()
+    optimized.set_engine("triton")
+    failed = 0
+    for number, given in enumerate(CASES[operator]()):
+        names, mask = given.pop("spoil", ((), None))
+        want = results(getattr(reference, operator), rounded(given, dtype, torch.float64))
+        with watch_memory():
+            got = results(getattr(optimized, operator), spoilt(rounded(given, dtype), names, mask))
+        for fault in faults(got, want, FLOORS[dtype]):
+            print(f"case {number}: {fault}")
+            failed += 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(sys.argv[1], getattr(torch, sys.argv[2]))))

@@ -1,0 +1,118 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU, equal the reference: values, states, every
+gradient.
+
+Guards P1 (offsets that wrap), P3 to P7 (exponents, ragged tails, masks), P9 (initial states), P11 (groups),
+P17 (dtypes), P19 (memory) and P23 (undefined values). Each operator runs in a process of its own:
+TRITON_INTERPRET is read when kernels are defined.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+OPERATORS = (
+    "bidirectional_scan",
+    "selective_scan",
+    "scan_step",
+    "causal_conv",
+    "window_attention",
+    "logit_loss",
+)
+
+
+def interpreted(*command: str, interpret: str = "1") -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpret,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(FOLDER),
+    }
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
+    done = interpreted(str(FOLDER / "interpreter" / "trial.py"), operator, dtype)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linmu.optimized: triton engine" in done.stderr
+
+
+FAULTY = """
+import torch, triton, triton.language as tl
+from interpreter import watch_memory
+
+@triton.jit
+def kernel(X, Y, size, SHIFT: tl.constexpr, SAME: tl.constexpr, MASKED: tl.constexpr):
+    place = tl.program_id(0) * 4 + tl.arange(0, 4)
+    if MASKED:
+        x = tl.load(X + place + SHIFT, mask=place < 6)
+    else:
+        x = tl.load(X + place + SHIFT)
+    if SAME:
+        place = tl.arange(0, 4)
+    tl.store(Y + place, x)
+
+x, y = torch.ones(8), torch.zeros(8)
+with watch_memory():
+    kernel[(2,)](x, y, 8, SHIFT={shift}, SAME={same}, MASKED={masked})
+print(int(y.isnan().sum()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("shift", "same", "masked", "complaint"),
+    [
+        (1, False, False, "outside every argument"),
+        (-(2**31), False, False, "outside every argument"),
+        (0, True, False, "stored by more than one program"),
+    ],
+)
+def test_the_interpreter_catches_what_a_gpu_lets_pass(tmp_path, shift, same, masked, complaint):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(shift=shift, same=same, masked=masked))
+    done = interpreted(str(script))
+    assert done.returncode != 0
+    assert complaint in done.stderr
+
+
+def test_the_interpreter_poisons_masked_loads_that_give_no_other_value(tmp_path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(FAULTY.format(shift=0, same=False, masked=True))
+    done = interpreted(str(script))
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+BFLOAT16 = """
+import torch, triton, triton.language as tl
+from interpreter import mend_bfloat16
+mend_bfloat16()
+
+@triton.jit
+def kernel(X, W, OUT, SUM):
+    row, column = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    x, w = tl.load(X + row * 16 + column), tl.load(W + row * 16 + column)
+    tl.store(OUT + row * 16 + column, tl.dot(x, w).to(tl.bfloat16))
+    tl.store(SUM + row * 16 + column, x + w)
+
+x, w = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+out, total = torch.empty_like(x), torch.empty_like(x)
+kernel[(1,)](x, w, out, total)
+assert torch.equal(total, x + w)
+assert torch.equal(out, (x.double() @ w.double()).float().bfloat16()) or (
+    (out.double() - x.double() @ w.double()).abs().max() <= 2**-8 * (x.double() @ w.double()).abs().max()
+)
+"""
+
+
+def test_bfloat16_in_the_interpreter_is_that_of_torch(tmp_path):
+    script = tmp_path / "bfloat16.py"
+    script.write_text(BFLOAT16)
+    done = interpreted(str(script))
+    assert done.returncode == 0, done.stderr
