@@ -161,7 +161,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> LinMUConfig:
         "width": WIDTH,
         "heads": heads,
         "groups": groups,
-        "head_dim": draw(st.sampled_from((2, 4))),
+        "head_dim": draw(st.sampled_from((2, 4, 6))),
         "qkv_bias": draw(st.booleans()),
         "output_bias": draw(st.booleans()),
         "qk_norm": draw(st.booleans()),

@@ -192,6 +192,15 @@ def test_more_padding_changes_nothing(backend, case: BidirectionalCase):
 
 
 @both(case=bidirectional_cases())
+def test_padding_with_a_segment_is_still_padding(backend, case: BidirectionalCase):
+    """`valid` decides: a segment id on padding changes nothing."""
+    inputs = case.inputs()
+    wanted = evaluate(backend.bidirectional_scan, inputs)
+    numbered = torch.where(case.layout.valid, case.layout.segment, 0)
+    assert_same(evaluate(backend.bidirectional_scan, {**inputs, "segment": numbered}), wanted, case)
+
+
+@both(case=bidirectional_cases())
 def test_padding_may_hold_anything(backend, case: BidirectionalCase):
     """P7: not even NaN gets from padding into values or the state."""
     inputs = case.inputs()

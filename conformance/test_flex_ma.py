@@ -183,7 +183,7 @@ def test_a_teacher_with_other_tensors_is_refused(backend, case: ModuleCase):
         {"qkv_bias": False},
         {"output_bias": False},
         {"qk_norm": not case.config.qk_norm},
-        {"head_dim": 6},
+        {"head_dim": 8},
     ):
         with pytest.raises(ValueError, match="must"):
             initial(backend, NAME, case).copy_attention(random_attention(case, **changes))
