@@ -115,6 +115,8 @@ def bidirectional_scan(
     check_bidirectional(where, C, gate, segment, D)
     dtype = x.dtype
     x, gate = x.to(accumulation_dtype(dtype)), gate.to(accumulation_dtype(dtype))
+    if valid is not None:
+        x, gate = keep(x, valid[..., None, None]), keep(gate, valid[..., None])
     y, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)  # y_f
     if segment is not None:
         is_vision = segment >= 0 if valid is None else (segment >= 0) & valid
@@ -122,8 +124,7 @@ def bidirectional_scan(
         g = gate[..., None]  # (B, L, H, 1)
         y = torch.where(is_vision[..., None, None], g * y + (1 - g) * y_b, y)  # eq. (3)
     if D is not None:
-        skip = D.to(y.dtype)[:, None] * repeat_groups(x, C.shape[2])  # (B, L, H, P)
-        y = y + (skip if valid is None else keep(skip, valid[..., None, None]))
+        y = y + D.to(y.dtype)[:, None] * repeat_groups(x, C.shape[2])  # (B, L, H, P)
     return y.to(dtype), final_state
 
 
