@@ -71,7 +71,7 @@ def test_ci_runs_exactly_the_two_commands_of_the_readme():
 
 
 @pytest.mark.parametrize(
-    ("marker", "job"), [("ci: distill", "python distill.py"), ("ci: test", "pytest conformance/")]
+    ("marker", "job"), [("ci: distill", "python distill.py"), ("ci: test", "pytest -n auto conformance/")]
 )
 def test_each_command_makes_an_environment_installs_and_does_its_job(marker, job):
     (block,) = blocks_marked(marker)
@@ -112,7 +112,7 @@ def test_the_citation_names_the_paper_and_invents_no_author():
 # What is appended to a shell command so that it ends in seconds, from the options that it documents itself.
 SHORTER = {
     "python distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu",
-    "pytest conformance/": "-k inverse",
+    "pytest -n auto conformance/": "-k inverse",
 }
 HUB_TEACHER = "Qwen/Qwen2.5-VL-3B-Instruct"
 

@@ -72,7 +72,7 @@ def cut(
     """Mask, pad with masked tokens and cut into chunks."""
     dtype, chunk = accumulation_dtype(x.dtype), min(CHUNK, x.shape[1])
     tokens = (cut_tokens(tensor, valid, chunk, dtype) for tensor in (x, B, C))
-    return Chunks(*tokens, scan_decays(dt, A, gate, segment, valid, chunk, dtype))
+    return Chunks(*tokens, scan_decays(dt, A, gate, segment, valid, chunk, dtype, torch.float64))
 
 
 def decay_matrix(decays: Decays, slab: slice) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -84,11 +84,11 @@ def decay_matrix(decays: Decays, slab: slice) -> tuple[Tensor, Tensor, Tensor | 
     before = torch.ones(size, size, dtype=torch.bool, device=forward.device).tril()  # j ≤ i
     exponent = forward[..., :, None] - forward[..., None, :]
     if decays.segment is None:
-        return exponent.clamp_max_(0).exp_().mul_(before), before, None
+        return decays.exp(exponent).mul_(before), before, None
     backward, segment = decays.backward_sum[:, slab], decays.segment[:, slab]
     exponent = torch.where(before, exponent, backward[..., None, :] - backward[..., :, None])
     together = (segment[..., :, None] == segment[..., None, :]) & before.T
-    return exponent.clamp_max_(0).exp_(), before, together
+    return decays.exp(exponent), before, together
 
 
 def gates(decays: Decays, slab: slice, before: Tensor, together: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.scan import check_bidirectional, check_conv, check_scan
+from ..reference.scan import check_bidirectional, check_conv, check_scan, check_step
 from . import operators
-from .checks import require, require_mask, require_shape
+from .checks import require
 from .precision import without_autocast
 from .scan_masks import interleaved_row
 
@@ -83,19 +83,7 @@ def scan_step(
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.scan_step`: arguments, result and errors are the same; `state` is left as it was."""
-    where = "scan_step"
-    for name, tensor, letters in (
-        ("x", x, "B, G, P"),
-        ("dt", dt, "B, H"),
-        ("B", B, "B, G, N"),
-        ("C", C, "B, H, N"),
-    ):
-        require_shape(where, name, tensor, (None,) * (letters.count(",") + 1), letters)
-    require_mask(where, "valid", valid, (x.shape[0],), "B")
-    mask = None if valid is None else valid[:, None]
-    one = [tensor.unsqueeze(1) for tensor in (x, dt, B, C)]  # L = 1
-    check_scan(where, *one[:2], A, *one[2:], mask=mask, initial_state=state, mask_name="valid")
-    check_bidirectional(where, one[3], one[3][..., 0], None, D)
+    check_step("scan_step", state, x, dt, A, B, C, D, valid)
     return operators.scan_step(state, x, dt, A, B, C, D, valid)
 
 

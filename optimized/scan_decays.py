@@ -7,7 +7,7 @@ token.
 
 The forward state that enters a chunk is read with e^{f_i} and written to with e^{f_end - f_j} dt_j; the
 backward state, which enters at its end, with e^{b_end - b_i} and e^{b_j} dt_j. All exponents are ≤ 0 and
-clamped there.
+clamped there. The torch engine sums in float64: in float32 one large step swallows the small ones after it.
 """
 
 from __future__ import annotations
@@ -39,33 +39,37 @@ class Decays:
         None  # (B, K+1): segment of the first vision token from each chunk's start on, or -1
     )
 
+    def exp(self, exponent: Tensor) -> Tensor:
+        """e to a difference of sums, at most 1, in the accumulation dtype."""
+        return exponent.to(self.dt.dtype).clamp_max(0).exp_()
+
     def forward_kept(self) -> Tensor:
         """e^{f_end}: what a chunk leaves of the state that enters it, (B, K, H)."""
-        return self.forward_sum[..., -1].exp()
+        return self.exp(self.forward_sum[..., -1])
 
     def backward_kept(self) -> Tensor:
         """e^{b_end}, 0 where another segment opens inside the chunk, (B, K, H)."""
         same = self.opens[:, 1:] == self.opens[:, :-1]
-        return self.backward_total[..., 0].exp() * same[..., None]
+        return self.exp(self.backward_total[..., 0]) * same[..., None]
 
     def forward_read(self, slab: slice = ALL) -> Tensor:
         """e^{f_i}, without the gate."""
-        return self.forward_sum[:, slab].exp()
+        return self.exp(self.forward_sum[:, slab])
 
     def backward_read(self, slab: slice = ALL) -> Tensor:
         """e^{b_end - b_i}, without the gate, 0 outside the segment that enters at the chunk's end."""
         reads = self.segment[:, slab] == self.opens[:, 1:][:, slab, None, None]
-        return (self.backward_total[:, slab] - self.backward_sum[:, slab]).clamp_max(0).exp() * reads
+        return self.exp(self.backward_total[:, slab] - self.backward_sum[:, slab]) * reads
 
     def forward_reach(self, slab: slice = ALL) -> Tensor:
         """e^{f_end - f_j}: what is left of token j's write at the end of its chunk."""
         total = self.forward_sum[:, slab, :, -1:]
-        return (total - self.forward_sum[:, slab]).clamp_max(0).exp()
+        return self.exp(total - self.forward_sum[:, slab])
 
     def backward_reach(self, slab: slice = ALL) -> Tensor:
         """e^{b_j}: what is left at the chunk's start, 0 outside the segment that leaves there."""
         writes = self.segment[:, slab] == self.opens[:, :-1][:, slab, None, None]
-        return self.backward_sum[:, slab].exp() * writes
+        return self.exp(self.backward_sum[:, slab]) * writes
 
     def forward_write(self, slab: slice = ALL) -> Tensor:
         """e^{f_end - f_j} dt_j."""
@@ -84,18 +88,19 @@ def scan_decays(
     valid: Tensor | None,
     chunk: int,
     dtype: torch.dtype,
+    sums: torch.dtype,
 ) -> Decays:
-    """Mask, pad with masked tokens and cut into chunks; eq. (1)."""
+    """Mask, pad with masked tokens and cut into chunks; eq. (1), summed in the dtype `sums`."""
     vision = vision_mask(segment, valid)
 
     def scalars(tensor: Tensor, mask: Tensor | None, fill: float = 0) -> Tensor:
         return cut_tokens(tensor, mask, chunk, dtype, fill).transpose(2, 3).contiguous()
 
     dt, A = scalars(dt, valid), A.to(dtype)
-    step = dt * A[:, None]  # (B, K, H, C)
+    step = dt.to(sums) * A.to(sums)[:, None]  # (B, K, H, C)
     forward_sum = step.cumsum(-1)
     if vision is None:
-        return Decays(dt, A, forward_sum, torch.ones_like(step[:, :, :1]))
+        return Decays(dt, A, forward_sum, torch.ones_like(dt[:, :, :1]))
     is_vision = split_tokens(vision, chunk, False)[:, :, None]  # (B, K, 1, C)
     inclusive = (step * is_vision).cumsum(-1)
     forward_gate = scalars(gate, vision, fill=1)

@@ -131,7 +131,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """`chunked_scan_backward.backward` on Triton kernels: gradients of x, dt, A, B, C, gate, D,
     initial_state."""
-    decays = scan_decays(dt, A, gate, segment, valid, CHUNKS[x.dtype], torch.float32)
+    decays = scan_decays(dt, A, gate, segment, valid, CHUNKS[x.dtype], torch.float32, torch.float32)
     tokens = tuple(rows_of(tensor.to(x.dtype)) for tensor in (x, B, C, y_grad))
     has_vision = decays.segment is not None
     front, initial_grad = forward_passed(*tokens, decays, valid, initial_state, final_grad)

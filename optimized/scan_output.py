@@ -182,7 +182,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`chunked_scan.forward` on Triton kernels: y (B, L, H, P) and the final forward state (B, H, N, P)."""
     B, C = B.to(x.dtype), C.to(x.dtype)
-    decays = scan_decays(dt, A, gate, segment, valid, CHUNKS[x.dtype], torch.float32)
+    decays = scan_decays(dt, A, gate, segment, valid, CHUNKS[x.dtype], torch.float32, torch.float32)
     forward_state, final_state, _ = sweep_states(
         B, x, decays.forward_write(), decays.forward_kept(), valid, initial_state
     )
