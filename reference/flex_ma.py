@@ -68,10 +68,10 @@ class FlexMA(HeadProjections):
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Start of every parameter that the teacher does not have, by name, float32 (Choice: SPEC section 4).
+        """Start of every parameter that the teacher does not have, by name, float32.
 
-        dt = 1, gate = ½, D = 0, identity convolution, norm weight 1, half-lives log-spaced over the heads,
-        and, with `output_gate`, silu(z) = 1.
+        Choice: neutral, so that the attention's weights decide: dt = 1, gate = ½, D = 0, identity
+        convolution, norm weight 1, half-lives log-spaced over the heads, and silu(z) = 1.
         """
         config = self.config
         inverse_softplus_of_one = math.log(math.expm1(1.0))
