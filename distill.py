@@ -56,14 +56,8 @@ from linmu.reference.stage_trainer import Progress, Stage, StageTrainer, load_ta
 
 STAGES = ("i", "ii", "iii")
 MLP_LAYERS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
-FREE = (
-    "resume",
-    "overwrite",
-    "stages",
-    "allow_missing_stage",
-    "workers",
-    "report_to",
-)  # may change on resume
+# settings that may change when a run goes on
+FREE = ("resume", "overwrite", "stages", "allow_missing_stage", "workers", "report_to")
 ENDLESS = 2**40  # questions counted in the demo data, which makes them as they are asked for
 
 
