@@ -112,7 +112,7 @@ def test_the_citation_names_the_paper_and_invents_no_author():
 # What is appended to a shell command so that it ends in seconds, from the options that it documents itself.
 SHORTER = {
     "python distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu",
-    "pytest -n auto conformance/": "-k inverse",
+    "pytest conformance/": "-k inverse",
 }
 HUB_TEACHER = "Qwen/Qwen2.5-VL-3B-Instruct"
 
