@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from linmu.reference import lesson as reference
-from linmu.reference.lesson import Objective, attach_teacher, detach_teacher
-
+from ..reference import lesson as reference
+from ..reference.lesson import Objective, attach_teacher, detach_teacher
 from .losses import hidden_loss, logit_loss
 
 __all__ = ["Lesson", "Objective", "attach_teacher", "detach_teacher"]
