@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import without_autocast
+from .launch import launching
 from .scan_decays import Decays, join_tokens, reverse_cumsum, scan_decays
 from .scan_masks import vision_mask
 from .scan_output import CHUNKS, stride_arguments
@@ -114,7 +114,7 @@ class Passed:
     written: Tensor  # B_jᵀ S̄ x_j, the write weight left out
 
 
-@without_autocast
+@launching
 def backward(
     y_grad: Tensor,
     final_grad: Tensor,

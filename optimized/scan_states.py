@@ -31,6 +31,13 @@ def load_tile(base, rows, stride, columns, mask, SIZE: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(tile):
+    """float32 to the nearest that tensor cores take: they would cut the other bits off, all downwards."""
+    bits = tile.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sweep_kernel(
     LEFT,
     RIGHT,
@@ -90,8 +97,11 @@ def sweep_kernel(
         rows = tl.cast(chunk, tl.int64) * CHUNK + place
         taken = rows < length
         if STORES:
+            stored = state
+            if LEFT.dtype.element_ty == tl.float16:
+                stored = rounded_to_tf32(state)
             where = ENTERING + at_chunk * (N * P) + tile
-            tl.store(where, state.to(ENTERING.dtype.element_ty), mask=inside)
+            tl.store(where, stored.to(ENTERING.dtype.element_ty), mask=inside)
         if HAS_PARTNER:
             partner = tl.load(PARTNER + at_chunk * (N * P) + tile, mask=inside, other=0.0)
             product = tl.sum(tl.sum(state * partner.to(tl.float32), 1), 0)
@@ -152,7 +162,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of stored states: a float16 could overflow, so its states stay float32."""
+    """The dtype of stored states: a float16 could overflow, so its states stay float32, rounded to tf32."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
