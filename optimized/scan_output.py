@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .launch import launching
 from .scan_decays import Decays, scan_decays
-from .scan_states import load_tile, precision, rounded_to_tf32, rows_of, sweep_states, tile_size
+from .scan_states import load_tile, precision, rows_of, sweep_states, tile_size
 
 CHUNKS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # tokens whose tiles fit the registers
 
@@ -71,10 +71,7 @@ def pair_weights(
 @triton.jit
 def scaled(tokens, weight, STATE):
     """Tokens times a weight each, as a product with states of STATE takes them."""
-    product = tokens.to(tl.float32) * weight[:, None]
-    if tokens.dtype == tl.float16:
-        product = rounded_to_tf32(product)
-    return product.to(STATE.dtype.element_ty)
+    return (tokens.to(tl.float32) * weight[:, None]).to(STATE.dtype.element_ty)
 
 
 @triton.jit
