@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from transformers import initialization as init
 
 from .attention import ATTENTION
+from .cache import CACHE_NAME, name_cache
 from .checks import require
 from .config import LinMUConfig
 from .grids import MODALITIES, Placement, cuts_a_block, find_placements, placement_coords
@@ -61,6 +62,7 @@ def with_vision_layout(forward: Callable) -> Callable:
         kwargs = base.bind_partial(self, *args, **kwargs).arguments
         kwargs |= kwargs.pop("kwargs", {})
         del kwargs["self"]
+        name_cache(kwargs)
         kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs)
         return forward(self, **kwargs)
 
@@ -161,7 +163,7 @@ class LinMUModel:
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
         """Generate as Hugging Face does, with a cache of constant size.
 
-        A later turn continues from `past_key_values` with the whole conversation's `input_ids`, grids and
+        A later turn continues from an earlier one's `cache` with the whole conversation's `input_ids`, grids and
         pixels; what the cache has seen is not encoded again.
 
         Raises:
@@ -169,12 +171,12 @@ class LinMUModel:
                 in chunks that cut an image or video.
         """
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        cache = name_cache(kwargs)
         if input_ids is not None and has_grids(kwargs):
             placements = self.placements(input_ids, kwargs)
             if kwargs.get("linmu_coords") is None:
                 coords = placement_coords(placements, input_ids.shape, input_ids.device)
                 kwargs["linmu_coords"] = coords
-            cache = kwargs.get("past_key_values")
             if cache is not None and cache.get_seq_length() > 0:
                 self._continue_from(cache.get_seq_length(), input_ids, placements, kwargs)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
@@ -196,8 +198,6 @@ class LinMUModel:
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values=None,
-        attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
@@ -208,11 +208,10 @@ class LinMUModel:
         Raises:
             ValueError: if the forward would begin or end inside an image or video.
         """
+        cache = name_cache(kwargs)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -225,7 +224,7 @@ class LinMUModel:
             return model_inputs
         tokens = model_inputs.get("inputs_embeds")
         length = (model_inputs["input_ids"] if tokens is None else tokens).shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         return model_inputs | {"linmu_coords": coords_between(coords, past, past + length)}
 
     def _validate_generation_mode(self, generation_mode, generation_config: GenerationConfig, kwargs) -> None:
@@ -269,7 +268,7 @@ def mixer_config(config, options: dict[str, Any]) -> LinMUConfig:
 
 def is_decoding_step(tokens: Tensor, kwargs: dict[str, Any]) -> bool:
     """Say whether this forward is one generated token: text, whatever its id."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE_NAME)
     return tokens.shape[1] == 1 and not has_grids(kwargs) and cache is not None and cache.get_seq_length() > 0
 
 
