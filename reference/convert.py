@@ -1,13 +1,12 @@
-"""A pretrained vision-language model in, a LinMU student out; and a student's folder opened again.
+"""A pretrained model in, a LinMU student out; and a student's folder opened again.
 
     student = convert(teacher)           attention becomes M-MATE, started from the attention's weights
     student.save_pretrained(folder)      config.json and safetensors, as for any Hugging Face model
     student = load(folder)
 
 Per converted layer: q, k, v and output projections with their biases go into both branches; the rest of
-    M-MATE
-starts as `MMATE.initial_values` says (LinMU, arXiv 2601.01322, and the choices noted there). All other
-weights are the teacher's own.
+M-MATE starts as `MMATE.initial_values` says (LinMU, arXiv 2601.01322, and the choices noted there). All
+other weights are the teacher's own.
 """
 
 from __future__ import annotations
@@ -20,12 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .attention import ATTENTION
 from .checks import require
 from .config import LinMUConfig
 from .families import FAMILIES, family_of
 from .hosted_mixer import use_mixer
-from .hosting import PRECISE, VERSION, LinMUModel, decoder_layers, mixer_config, mixers
+from .hosting import (
+    PRECISE,
+    VERSION,
+    LinMUModel,
+    attention_by_part,
+    decoder_layers,
+    mixer_config,
+    mixers,
+)
 from .m_mate import MMATE
 from .precision import accumulation_dtype
 
@@ -44,7 +50,7 @@ def convert(
     it must stay.
 
     Args:
-        teacher: a loaded Qwen2-VL or Qwen2.5-VL, on one device.
+        teacher: a loaded model of one of the `FAMILIES`, on one device.
         config: options of `LinMUConfig` by name, or a `LinMUConfig` of which the options are taken, not the
             sizes.
         layers: indices of the decoder layers to convert, negative ones from the end; None = all. Others keep
@@ -81,18 +87,23 @@ def build_student(
     """Do the work of `convert` for the backend of `mixer_class`."""
     family = family_of(teacher)
     check_teacher(teacher)
+    attention = decoder_layers(teacher)[0].self_attn
     options = config.options() if isinstance(config, LinMUConfig) else config or {}
     settings = {
         "version": VERSION,
         "layers": layer_indices(layers, len(decoder_layers(teacher))),
-        "options": jsonable(mixer_config(teacher.config, options).options()),
+        "options": jsonable(mixer_config(teacher.config, attention, options).options()),
     }
     given = teacher.config.to_dict()
     kept = {key: value for key, value in given.items() if key not in ("model_type", "architectures")}
     with use_mixer(mixer_class), torch.device("meta"):
         student = family.student_class(family.config_class(**kept, linmu=settings))
-    vision = teacher.config.vision_config._attn_implementation
-    student.set_attn_implementation({"vision_config": vision, "text_config": ATTENTION})
+    text = attention_by_part(teacher.config)
+    if isinstance(text, dict):  # the other parts as the teacher has them
+        parts = {
+            name: getattr(teacher.config, name)._attn_implementation for name in teacher.config.sub_configs
+        }
+        student.set_attn_implementation(parts | text)
     for index, mixer in mixers(student).items():
         start_mixer(mixer, decoder_layers(teacher)[index].self_attn)
     share_weights(student, teacher)
@@ -121,7 +132,8 @@ def check_teacher(teacher: PreTrainedModel) -> None:
     )
     is_float = all(parameter.is_floating_point() for parameter in teacher.parameters())
     require(is_float, "convert", "teacher must not be quantised", "integer weights")
-    kinds = set(teacher.config.get_text_config(decoder=True).layer_types)
+    text = teacher.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     full = kinds == {"full_attention"}
     require(full, "convert", "teacher's layers must be full_attention", sorted(kinds), "no sliding windows")
 

@@ -1,18 +1,17 @@
-"""A Hugging Face vision-language model whose decoder layers hold M-MATE: its construction, forward and
-generate().
+"""A Hugging Face model whose decoder layers hold M-MATE: its construction, forward and generate().
 
 Put before a family's class:  class LinMUQwen2VL...(LinMUModel, Qwen2VLForConditionalGeneration)
 
-Where the vision tokens are travels like this: forward matches placeholder tokens to grids, makes one
-    `VisionLayout`
-of the coordinates and passes it to every layer as the keyword `linmu_layout`. generate() does the matching
-before Hugging Face encodes the images, which takes the grids away, and hands coordinates (B, L, 4) on as
-`linmu_coords`.
+Where the vision tokens are travels like this: forward lets the family's `Vision` find them, makes one
+`VisionLayout` of their coordinates and passes it to every layer as the keyword `linmu_layout`. generate()
+lets it find them before Hugging Face encodes the images, which takes the grids away, and hands coordinates
+(B, L, 4) on as `linmu_coords`.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -27,15 +26,15 @@ from .attention import ATTENTION
 from .cache import CACHE_NAME, name_cache
 from .checks import require
 from .config import LinMUConfig
-from .grids import MODALITIES, Placement, cuts_a_block, find_placements, placement_coords
+from .grids import cuts_a_block, placement_coords
 from .hosted_mixer import backend_name, current_mixer, hosted
 from .layout import VisionLayout
 from .m_mate import MMATE
+from .visions import Vision
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 PRECISE = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
 VERSION = 1
-GRIDS = tuple(f"{modality}_grid_thw" for modality in MODALITIES)
-PIXELS = {"image": ("pixel_values", ()), "video": ("pixel_values_videos", ("second_per_grid_ts",))}
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -77,12 +76,14 @@ class LinMUModel:
     options.
 
     Attributes:
+        vision: how the family's prompts show images and videos; None = a text decoder.
         linmu_backend: the package that computes the mixers, as "linmu.reference".
     Raises:
         ValueError: if the configuration has no `linmu`, or one of a newer version.
     """
 
     _keep_in_fp32_modules_strict = PRECISE
+    vision: Vision | None = None
     _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
 
     def __init__(self, config) -> None:
@@ -92,10 +93,9 @@ class LinMUModel:
         self.linmu_backend = backend_name(mixer_class)
         layers = decoder_layers(self)
         for index in config.linmu["layers"]:
-            layers[index].self_attn = hosted(mixer_class)(
-                mixer_config(config, config.linmu["options"]), index
-            )
-        self.set_attn_implementation({"text_config": ATTENTION})
+            sizes = mixer_config(config, layers[index].self_attn, config.linmu["options"])
+            layers[index].self_attn = hosted(mixer_class)(sizes, index)
+        self.set_attn_implementation(attention_by_part(config))
         self.post_init()
 
     @torch.no_grad()
@@ -134,37 +134,34 @@ class LinMUModel:
         Raises:
             ValueError: if `coords` are missing for `inputs_embeds`, or tokens and grids do not fit.
         """
+        if self.vision is None and coords is None:
+            return None
         input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = input_ids if embeds is None else embeds
         if coords is None:
             where, must = type(self).__name__, "linmu_coords must come with inputs_embeds"
             hint = "-1 throughout for text; coords are (B, L, 4) [segment, t, y, x]"
             require(input_ids is not None, where, must, None, hint)
-            if is_decoding_step(tokens, kwargs):
+            if self.is_decoding_step(tokens, kwargs):
                 return None
-            placements = self.placements(input_ids, kwargs)
+            placements = self.vision.placements(self.config, input_ids, kwargs)
             if not placements:
                 return None
             coords = placement_coords(placements, tokens.shape[:2], tokens.device)
         coords = coords.to(tokens.device)
         return VisionLayout(coords) if bool((coords >= 0).any()) else None
 
-    def placements(self, input_ids: Tensor, kwargs: dict[str, Any]) -> list[Placement]:
-        """Match the placeholder tokens in `input_ids` (B, L) to the grids in `kwargs`."""
-        return find_placements(
-            input_ids,
-            kwargs.get("image_grid_thw"),
-            kwargs.get("video_grid_thw"),
-            image_token_id=self.config.image_token_id,
-            video_token_id=self.config.video_token_id,
-            merge_size=self.config.vision_config.spatial_merge_size,
-        )
+    def is_decoding_step(self, tokens: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Say whether this forward is one generated token: text, whatever its id."""
+        cache = kwargs.get(CACHE_NAME)
+        continues = cache is not None and cache.get_seq_length() > 0
+        return tokens.shape[1] == 1 and continues and not self.vision.given(kwargs)
 
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
         """Generate as Hugging Face does, with a cache of constant size.
 
-        A later turn continues from an earlier one's `cache` with the whole conversation's `input_ids`, grids and
-        pixels; what the cache has seen is not encoded again.
+        A later turn continues from an earlier one's `cache` with the whole conversation's `input_ids`, grids
+        and pixels; what the cache has seen is not encoded again.
 
         Raises:
             ValueError: for assisted decoding, prompt lookup and caches that are not dynamic, and for prefill
@@ -172,8 +169,8 @@ class LinMUModel:
         """
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         cache = name_cache(kwargs)
-        if input_ids is not None and has_grids(kwargs):
-            placements = self.placements(input_ids, kwargs)
+        if input_ids is not None and self.vision is not None and self.vision.given(kwargs):
+            placements = self.vision.placements(self.config, input_ids, kwargs)
             if kwargs.get("linmu_coords") is None:
                 coords = placement_coords(placements, input_ids.shape, input_ids.device)
                 kwargs["linmu_coords"] = coords
@@ -189,10 +186,10 @@ class LinMUModel:
         whole = input_ids.shape == mask.shape and input_ids.shape[1] > past
         require(whole, "generate", must, f"{tuple(input_ids.shape)}, attention_mask {tuple(mask.shape)}")
         if kwargs.get("position_ids") is None:
-            self.base_model.rope_deltas = None  # of an earlier call, perhaps on another prompt
+            if hasattr(self.base_model, "rope_deltas"):
+                self.base_model.rope_deltas = None  # of an earlier call, perhaps on another prompt
             kwargs["position_ids"] = self._prepare_position_ids_for_generation(input_ids, kwargs)
-        for modality in MODALITIES:
-            keep_new(modality, placements, past, self.config.vision_config.spatial_merge_size, kwargs)
+        self.vision.keep_new(self.config, placements, past, kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -218,8 +215,8 @@ class LinMUModel:
         )
         coords = model_inputs.pop("linmu_coords", None)
         reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if not reads_prompt:  # some versions of transformers keep passing the prompt's grids
-            return {name: value for name, value in model_inputs.items() if name not in GRIDS}
+        if not reads_prompt and self.vision is not None:  # some transformers keep passing the prompt's grids
+            return {name: value for name, value in model_inputs.items() if name not in self.vision.names}
         if coords is None:
             return model_inputs
         tokens = model_inputs.get("inputs_embeds")
@@ -251,30 +248,40 @@ def check_settings(settings: dict[str, Any] | None) -> None:
     require(version == VERSION, where, must, version, "upgrade linmu")
 
 
-def mixer_config(config, options: dict[str, Any]) -> LinMUConfig:
-    """Return the sizes of a Qwen2 decoder's attention, from its model's configuration, with these options."""
+def attention_by_part(config) -> dict[str, str] | str:
+    """Return what `set_attn_implementation` takes to give the decoder, and nothing else, our attention."""
     text = config.get_text_config(decoder=True)
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    return {parts[0]: ATTENTION} if parts else ATTENTION
+
+
+def mixer_config(config, attention: nn.Module, options: dict[str, Any]) -> LinMUConfig:
+    """Return the sizes of an attention layer, from itself and its model's configuration, with these options.
+
+    Raises:
+        ValueError: if it is not grouped-query attention with q, k, v and output projections, or its softmax
+            is not scaled by the root of the head dim: M-MATE would not start from what it computes.
+    """
+    text = config.get_text_config(decoder=True)
+    missing = [name for name in PROJECTIONS if not hasattr(attention, name)]
+    must = f"attention must have {', '.join(PROJECTIONS)}"
+    require(not missing, "mixer_config", must, f"{type(attention).__name__} without {missing}")
+    heads = text.num_attention_heads
+    head_dim = attention.q_proj.out_features // heads
+    scaling = getattr(attention, "scaling", head_dim**-0.5)
+    is_plain = math.isclose(scaling, head_dim**-0.5, rel_tol=1e-6)
+    require(is_plain, "mixer_config", "attention must be scaled by head_dim ** -0.5", scaling)
     return LinMUConfig(
-        width=text.hidden_size,
-        heads=text.num_attention_heads,
-        groups=text.num_key_value_heads,
-        head_dim=text.hidden_size // text.num_attention_heads,
-        qkv_bias=True,
-        output_bias=False,
+        width=attention.q_proj.in_features,
+        heads=heads,
+        groups=attention.k_proj.out_features // head_dim,
+        head_dim=head_dim,
+        qkv_bias=attention.q_proj.bias is not None,
+        output_bias=attention.o_proj.bias is not None,
+        qk_norm=getattr(attention, "q_norm", None) is not None,
         norm_eps=text.rms_norm_eps,
         **LinMUConfig.check_options(options),
     )
-
-
-def is_decoding_step(tokens: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Say whether this forward is one generated token: text, whatever its id."""
-    cache = kwargs.get(CACHE_NAME)
-    return tokens.shape[1] == 1 and not has_grids(kwargs) and cache is not None and cache.get_seq_length() > 0
-
-
-def has_grids(kwargs: dict[str, Any]) -> bool:
-    """Say whether the arguments of a forward bring images or videos."""
-    return any(kwargs.get(name) is not None for name in GRIDS)
 
 
 def coords_between(coords: Tensor, start: int, end: int) -> Tensor:
@@ -285,20 +292,3 @@ def coords_between(coords: Tensor, start: int, end: int) -> Tensor:
         hint = "choose another prefill_chunk_size"
         require(whole, "generate", must, f"a split before position {position}", hint)
     return F.pad(coords, (0, 0, 0, max(0, end - coords.shape[1])), value=-1)[:, start:end]
-
-
-def keep_new(modality: str, placements: list[Placement], past: int, merge_size: int, kwargs: dict) -> None:
-    """Drop the pixels and grids of what lies before position `past` from generate()'s arguments."""
-    pixels, per_item = PIXELS[modality]
-    grids = f"{modality}_grid_thw"
-    if kwargs.get(grids) is None:
-        return
-    own = [placement for placement in placements if placement.modality == modality]
-    is_new = torch.tensor([placement.start >= past for placement in own], dtype=torch.bool)
-    rows = torch.tensor([placement.length * merge_size**2 for placement in own])
-    keep = {grids: is_new, pixels: is_new.repeat_interleave(rows)} | dict.fromkeys(per_item, is_new)
-    for name, kept in keep.items():
-        value = kwargs.pop(name, None)
-        if value is not None and bool(kept.any()):
-            value = torch.as_tensor(value)
-            kwargs[name] = value[kept.to(value.device)]
