@@ -66,7 +66,7 @@ def test_text_alone_has_no_placement():
         (
             [IMAGE, IMAGE, TEXT],
             [[1, 4, 4]],
-            r"must be whole: image 0 needs 4 image tokens, got 2 from position 0 of row 0",
+            "image 0 needs 4 image tokens, got 2 from position 0 of row 0",
         ),
         ([IMAGE, IMAGE, TEXT], [[1, 2, 2]], "every run of image tokens must have a grid, got none left"),
         ([IMAGE, TEXT], None, "pass the images, or linmu_coords"),

@@ -97,6 +97,8 @@ class Tiny:
     Args:
         image: what stands for an image in a prompt.
         video: frames -> the inputs of a prompt with that video between two words; None = no videos.
+        sizes: height and width of the pictures, by name.
+        tile_axis: the axis of pixels along which a later turn's are appended.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Tiny:
     image: str = ""
     video: Callable[[int], dict[str, Tensor]] | None = None
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tile_axis: int = 0
 
     def inputs(self, *rows: str, seed: int = 0) -> dict[str, Tensor]:
         """Return the model's inputs for prompts in which `{name}` stands for an image of `sizes[name]`."""
@@ -124,6 +127,14 @@ class Tiny:
         generator = np.random.default_rng([seed, height, width])
         return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Append a later turn's pixels, or what comes with them; fewer tiles per image are filled up."""
+        axis = self.tile_axis if parts[0].ndim > 3 else 0
+        if axis == 0 and parts[0].ndim > 4:
+            most = max(part.shape[1] for part in parts)
+            parts = [torch.cat([p, p.new_zeros(len(p), most - p.shape[1], *p.shape[2:])], 1) for p in parts]
+        return torch.cat(parts, dim=axis)
+
 
 def finished(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Set a teacher up for tests: every bias in play, and no placeholder is ever drawn."""
@@ -140,9 +151,9 @@ def qwen3_vl(experts: int = 0) -> Tiny:
     names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     tokenizer = byte_tokenizer(names)
     token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    text = TEXT | {"vocab_size": len(tokenizer), "head_dim": 8 if experts else 12, "rope_parameters": rope}
-    text["rope_parameters"]["mrope_section"] = [2, 1, 1] if experts else [2, 2, 2]
+    section = [2, 1, 1] if experts else [2, 2, 2]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section, "mrope_interleaved": True}
+    text = TEXT | {"vocab_size": len(tokenizer), "head_dim": 2 * sum(section), "rope_parameters": rope}
     if experts:
         text |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     vision = {
@@ -193,14 +204,10 @@ def llava_onevision() -> Tiny:
     tokenizer = byte_tokenizer((), {"image_token": "<image>", "video_token": "<video>"})
     side = 12
     pinpoints = [[side * y, side * x] for y in (1, 2, 3) for x in (1, 2, 3)]
+    vision = {"model_type": "siglip_vision_model", "vision_use_head": False, **SIGLIP, "image_size": side}
     config = LlavaOnevisionConfig(
         text_config=Qwen2Config(**TEXT, vocab_size=len(tokenizer)).to_dict(),
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "vision_use_head": False,
-            **SIGLIP,
-            "image_size": side,
-        },
+        vision_config=vision,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
@@ -288,7 +295,7 @@ def idefics3(smol: bool = False) -> Tiny:
     pixels = image_class(size={"longest_edge": 3 * side}, max_image_size={"longest_edge": side})
     processor = LinMUIdefics3Processor(pixels, tokenizer, image_seq_len=4)
     sizes = {"wide": (32, 48), "tall": (48, 16), "small": (16, 16)}
-    return Tiny("smolvlm" if smol else "idefics3", teacher, processor, "<image>", None, sizes)
+    return Tiny("smolvlm" if smol else "idefics3", teacher, processor, "<image>", None, sizes, tile_axis=1)
 
 
 def text_decoder(llama: bool = False) -> Tiny:

@@ -17,6 +17,7 @@ tells frames of a video from images but in words; there each tile and each frame
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -133,10 +134,9 @@ class LlavaOnevisionVision(Vision):
     def placements(self, config, input_ids, inputs) -> list[Placement]:
         """Return two segments per image alone in its row, one per other image, one per video."""
         side = config.vision_config.image_size // config.vision_config.patch_size
-        sizes, counts = inputs.get("image_sizes"), inputs.get("batch_num_images")
+        sizes = inputs.get("image_sizes")
         sizes = [] if sizes is None else torch.as_tensor(sizes).tolist()
-        counts = [1] * len(sizes) if counts is None else torch.as_tensor(counts).flatten().tolist()
-        alone = [count == 1 for count in counts for _ in range(count)]
+        alone = self.alone(inputs)
         images = (self.image(config, side, size if one else None) for size, one in zip(sizes, alone))  # noqa: B905
         videos = inputs.get("pixel_values_videos")
         pooled = math.ceil(side / 2)
@@ -146,6 +146,14 @@ class LlavaOnevisionVision(Vision):
             *place(input_ids, config.image_token_id, "image", images),
             *place(input_ids, config.video_token_id, "video", videos),
         ]
+
+    @staticmethod
+    def alone(inputs: dict[str, Any]) -> list[bool]:
+        """Say of each image whether it is the only one of its group, as `batch_num_images` counts them."""
+        counts, sizes = inputs.get("batch_num_images"), inputs.get("image_sizes")
+        if counts is None:
+            return [True] * (0 if sizes is None else len(sizes))
+        return [count == 1 for count in torch.as_tensor(counts).flatten().tolist() for _ in range(count)]
 
     @staticmethod
     def image(config: PreTrainedConfig, side: int, size: list[int] | None) -> list[Tensor]:
@@ -165,17 +173,19 @@ class LlavaOnevisionVision(Vision):
         return [base, with_newlines(grid_cells(1, height, width), width)]
 
     def keep_new(self, config, placements, past, inputs) -> None:
-        """Drop what was seen; an image that was one of several in its row must stay so."""
-        counts = inputs.get("batch_num_images")
+        """Drop what was seen; an image that was one of several must stay so, also as the only new one."""
+        starts = {p.item: p.start for p in reversed(placements) if p.modality == "image"}
+        new = [one for item, one in enumerate(self.alone(inputs)) if starts.get(item, -1) >= past]
+        groups = [(one, len([*run])) for one, run in groupby(new)]
         super().keep_new(config, placements, past, inputs)
-        if counts is None or inputs.get("image_sizes") is None:
-            inputs.pop("batch_num_images", None)
+        inputs.pop("batch_num_images", None)
+        if all(new):
             return
-        rows = [p.row for p in placements if p.modality == "image" and p.start >= past]
-        one_row = len(set(rows)) == 1
-        must = "a later turn with images must have one row, as batch_num_images counts images by row"
-        require(one_row, "generate", must, f"new images in rows {sorted(set(rows))}", "continue row by row")
-        inputs["batch_num_images"] = torch.as_tensor(counts).flatten()[rows[:1]]
+        countable = all(one or count > 1 for one, count in groups[:-1])
+        must = "new images that are one of several must come last, or be several"
+        require(countable, "generate", must, f"{new} (the only one of its turn)", "continue row by row")
+        counts = [n for one, count in groups for n in ([1] * count if one else [max(count, 2)])]
+        inputs["batch_num_images"] = torch.tensor(counts)  # the teacher reads as many as there are sizes
 
 
 class InternVLVision(Vision):
