@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tiny_checkpoint import shake_mixers
 from tiny_families import BUILDERS, Tiny
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from linmu.reference import convert
 from linmu.reference.convert import build_student, load_student
@@ -128,6 +129,11 @@ def test_pictures_count_and_text_before_them_does_not_see_them(tiny, student):
 def test_a_students_folder_opens_as_the_student(tiny, student, backend, tmp_path, monkeypatch):
     student.save_pretrained(tmp_path)
     tiny.processor.save_pretrained(tmp_path)
+    auto_processor = AutoProcessor if tiny.image else AutoTokenizer
+    again = replace(tiny, processor=auto_processor.from_pretrained(tmp_path))
+    assert torch.equal(
+        again.inputs(prompts(tiny)[0])["input_ids"], tiny.inputs(prompts(tiny)[0])["input_ids"]
+    )
     inputs = tiny.inputs(prompts(tiny)[0])
     wanted = student(**inputs).logits
     assert torch.equal(load_student(tmp_path, backend.MMATE)(**inputs).logits, wanted)

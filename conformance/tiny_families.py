@@ -109,13 +109,16 @@ class Tiny:
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     tile_axis: int = 0
 
-    def inputs(self, *rows: str, seed: int = 0) -> dict[str, Tensor]:
-        """Return the model's inputs for prompts in which `{name}` stands for an image of `sizes[name]`."""
+    def inputs(self, *rows: str, seed: int = 0, given: Image.Image | None = None) -> dict[str, Tensor]:
+        """Return the model's inputs for prompts in which `{name}` stands for an image of `sizes[name]`.
+
+        The images are noise that depends on `seed`, or `given` in their place.
+        """
         texts, images = [], []
         for row in rows:
             names = [part.split("}")[0] for part in row.split("{")[1:]]
             texts.append(row.format(**dict.fromkeys(names, self.image)))
-            images.append([self.picture(name, seed) for name in names])
+            images.append([given or self.picture(name, seed) for name in names])
         if not any(images):
             tokenizer = getattr(self.processor, "tokenizer", self.processor)
             return dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
@@ -211,7 +214,7 @@ def llava_onevision() -> Tiny:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
-        vision_aspect_ratio="anyres_max_4",
+        vision_aspect_ratio="anyres_max_5",
     )
     torch.manual_seed(0)
     teacher = finished(LlavaOnevisionForConditionalGeneration(config), tokenizer)
@@ -223,7 +226,7 @@ def llava_onevision() -> Tiny:
         tokenizer,
         num_image_tokens=9,
         vision_feature_select_strategy="full",
-        vision_aspect_ratio="anyres_max_4",
+        vision_aspect_ratio="anyres_max_5",
     )
 
     def video(frames: int) -> dict[str, Tensor]:
@@ -233,7 +236,7 @@ def llava_onevision() -> Tiny:
         generator = torch.Generator().manual_seed(frames)
         return inputs | {"pixel_values_videos": torch.randn(1, frames, 3, side, side, generator=generator)}
 
-    sizes = {"wide": (20, 36), "tall": (36, 12), "large": (36, 36)}
+    sizes = {"wide": (16, 36), "tall": (36, 12), "large": (36, 36)}
     return Tiny("llava_onevision", teacher, processor, "<image>", video, sizes)
 
 

@@ -5,6 +5,8 @@ The stock processors refuse to load without torchvision, because of their video 
 
 from __future__ import annotations
 
+import inspect
+
 from transformers import (
     Idefics3Processor,
     InternVLProcessor,
@@ -25,11 +27,20 @@ def student_processor(stock: type[ProcessorMixin], image_stock: type[ProcessorMi
     """
     parent = stock if is_torchvision_available() else image_stock
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):  # noqa: N807
-        """Take no `video_processor`, so none is loaded."""
-        parent.__init__(self, image_processor, tokenizer, **kwargs)
+    signature = inspect.signature(parent.__init__)
+    kept = [part for name, part in signature.parameters.items() if name != "video_processor"]
 
-    own = {} if is_torchvision_available() else {"__init__": __init__}
+    def __init__(self, *args, **kwargs):  # noqa: N807
+        """Take no `video_processor`, so none is loaded: Hugging Face reads what to load off the signature."""
+        parent.__init__(self, *args, **kwargs)
+
+    def validate_init_kwargs(processor_config: dict, valid_kwargs):
+        """Take the stock processor's settings: Hugging Face reads these off the code of `__init__`."""
+        return parent.validate_init_kwargs(processor_config, [part.name for part in kept[1:]])
+
+    __init__.__signature__ = signature.replace(parameters=kept)
+    own = {"__init__": __init__, "validate_init_kwargs": staticmethod(validate_init_kwargs)}
+    own = {} if is_torchvision_available() else own
     return type(f"LinMU{stock.__name__}", (parent,), {"__module__": __name__, **own})
 
 
