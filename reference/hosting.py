@@ -195,6 +195,7 @@ class LinMUModel:
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
@@ -209,6 +210,7 @@ class LinMUModel:
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
