@@ -7,17 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_checkpoint import shake_mixers
 from tiny_families import BUILDERS, Tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from linmu.optimized import MMATE
 from linmu.reference import convert
+from linmu.reference.cache import CACHE_NAME, LinMUCacheLayer
 from linmu.reference.convert import build_student, load_student
 from linmu.reference.hosting import mixers
 
 pytestmark = pytest.mark.needs("MMATE")
 
+OLD_TRANSFORMERS = Version(transformers.__version__) < Version(
+    "5.24"
+)  # wants torchvision for Idefics3 images
 STEPS = 3
 TOLERANCE = 1e-4  # in logits of magnitude 6 to 9, float32
 
@@ -117,6 +124,17 @@ def test_a_second_turn_with_a_new_image_equals_the_whole_conversation(tiny, stud
     torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
 
 
+def test_a_hybrid_keeps_keys_and_values_in_the_layers_that_stay(tiny):
+    student = shake_mixers(build_student(tiny.teacher, None, [1], MMATE))
+    inputs = tiny.inputs(prompts(tiny)[0])
+    output = run(student, inputs)
+    wanted = uncached(tiny, student, inputs, output.sequences)
+    torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
+    layers = output[CACHE_NAME].layers
+    assert [isinstance(layer, LinMUCacheLayer) for layer in layers] == [False, True, False]
+    assert layers[0].keys.shape[2] == output.sequences.shape[1] - 1
+
+
 @torch.no_grad()
 def test_pictures_count_and_text_before_them_does_not_see_them(tiny, student):
     row = prompts(tiny)[0]
@@ -129,11 +147,11 @@ def test_pictures_count_and_text_before_them_does_not_see_them(tiny, student):
 def test_a_students_folder_opens_as_the_student(tiny, student, backend, tmp_path, monkeypatch):
     student.save_pretrained(tmp_path)
     tiny.processor.save_pretrained(tmp_path)
-    auto_processor = AutoProcessor if tiny.image else AutoTokenizer
-    again = replace(tiny, processor=auto_processor.from_pretrained(tmp_path))
-    assert torch.equal(
-        again.inputs(prompts(tiny)[0])["input_ids"], tiny.inputs(prompts(tiny)[0])["input_ids"]
-    )
+    if not (OLD_TRANSFORMERS and tiny.name in ("idefics3", "smolvlm")):
+        auto_processor = AutoProcessor if tiny.image else AutoTokenizer
+        again = replace(tiny, processor=auto_processor.from_pretrained(tmp_path))
+        got, want = (given.inputs(prompts(tiny)[0])["input_ids"] for given in (again, tiny))
+        assert torch.equal(got, want)
     inputs = tiny.inputs(prompts(tiny)[0])
     wanted = student(**inputs).logits
     assert torch.equal(load_student(tmp_path, backend.MMATE)(**inputs).logits, wanted)

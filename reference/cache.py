@@ -111,7 +111,7 @@ def name_cache(kwargs: dict[str, Any]) -> Cache | None:
     Raises:
         ValueError: if both names bring one.
     """
-    caches = [cache for name in CACHE_NAMES if (cache := kwargs.pop(name, None)) is not None]
+    caches = [cache for cache in [kwargs.pop(name, None) for name in CACHE_NAMES] if cache is not None]
     got = f"both {' and '.join(CACHE_NAMES)}"
     require(len(caches) < 2, "name_cache", "the cache must be given once", got, f"pass {CACHE_NAME}")
     if not caches:

@@ -191,6 +191,29 @@ class LinMUModel:
             kwargs["position_ids"] = self._prepare_position_ids_for_generation(input_ids, kwargs)
         self.vision.keep_new(self.config, placements, past, kwargs)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat rows for beams and samples; older transformers would deal the pictures out one by one."""
+        pictures = {}
+        if (
+            expand_size > 1
+            and input_ids is not None
+            and self.vision is not None
+            and self.vision.given(kwargs)
+        ):
+            placements = self.vision.placements(self.config, input_ids, kwargs)
+            self.vision.repeat_rows(self.config, placements, expand_size, kwargs)
+            pictures = {name: kwargs.pop(name) for name in self.vision.names if name in kwargs}
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return input_ids, kwargs | pictures
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,

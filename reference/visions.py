@@ -17,6 +17,7 @@ tells frames of a video from images but in words; there each tile and each frame
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -73,20 +74,41 @@ class Vision:
         self, config: PreTrainedConfig, placements: list[Placement], past: int, inputs: dict[str, Any]
     ) -> None:
         """Drop from `inputs` what the cache of `past` tokens has seen: images and videos that begin there."""
+        self.take(config, placements, inputs, lambda first: [p.item for p in first if p.start >= past])
+
+    def repeat_rows(
+        self, config: PreTrainedConfig, placements: list[Placement], times: int, inputs: dict[str, Any]
+    ) -> None:
+        """Give each of `times` copies of a row, which follow one another, its images and videos."""
+
+        def repeated(first: list[Placement]) -> list[int]:
+            rows = [[p.item for p in first if p.row == row] for row in sorted({p.row for p in first})]
+            return [item for items in rows for item in items * times]
+
+        self.take(config, placements, inputs, repeated)
+
+    def take(
+        self,
+        config: PreTrainedConfig,
+        placements: list[Placement],
+        inputs: dict[str, Any],
+        choose: Callable[[list[Placement]], list[int]],
+    ) -> None:
+        """Keep in `inputs` what `choose` picks of the images, then of the videos, by their first segments."""
         for modality, names in self.arguments.items():
-            tokens: dict[int, int] = {}
-            starts: dict[int, int] = {}
-            for placement in (p for p in placements if p.modality == modality):
-                starts.setdefault(placement.item, placement.start)
-                tokens[placement.item] = tokens.get(placement.item, 0) + len(placement.positions)
-            is_new = torch.tensor([starts[item] >= past for item in sorted(starts)], dtype=torch.bool)
-            sizes = torch.tensor([tokens[item] for item in sorted(tokens)], dtype=torch.int64)
+            own = [p for p in placements if p.modality == modality]
+            first = {p.item: p for p in reversed(own)}
+            chosen = choose([first[item] for item in sorted(first)])
+            tokens = torch.tensor(
+                [sum(len(p.positions) for p in own if p.item == item) for item in sorted(first)],
+                dtype=torch.int64,
+            )
             for name in names:
                 value = inputs.pop(name, None)
-                kept = is_new.repeat_interleave(self.rows_per_item(config, name, sizes))
-                if value is not None and bool(kept.any()):
-                    value = torch.as_tensor(value)
-                    inputs[name] = value[kept.to(value.device)]
+                if value is None or not chosen:
+                    continue
+                parts = torch.as_tensor(value).split(self.rows_per_item(config, name, tokens).tolist())
+                inputs[name] = torch.cat([parts[item] for item in chosen])
 
 
 class Qwen2Vision(Vision):
@@ -147,6 +169,11 @@ class LlavaOnevisionVision(Vision):
             *place(input_ids, config.video_token_id, "video", videos),
         ]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All arguments that bring images or videos, the numbers of images among them."""
+        return (*super().names, "batch_num_images")
+
     @staticmethod
     def alone(inputs: dict[str, Any]) -> list[bool]:
         """Say of each image whether it is the only one of its group, as `batch_num_images` counts them."""
@@ -172,18 +199,24 @@ class LlavaOnevisionVision(Vision):
             height, width = int(height // ratio), int(width // ratio)
         return [base, with_newlines(grid_cells(1, height, width), width)]
 
-    def keep_new(self, config, placements, past, inputs) -> None:
-        """Drop what was seen; an image that was one of several must stay so, also as the only new one."""
-        starts = {p.item: p.start for p in reversed(placements) if p.modality == "image"}
-        new = [one for item, one in enumerate(self.alone(inputs)) if starts.get(item, -1) >= past]
-        groups = [(one, len([*run])) for one, run in groupby(new)]
-        super().keep_new(config, placements, past, inputs)
+    def take(self, config, placements, inputs, choose) -> None:
+        """Count groups of images anew, so that each stays alone, or one of several, as it was."""
+        alone, chosen = self.alone(inputs), []
+
+        def remembered(first: list[Placement]) -> list[int]:
+            items = choose(first)
+            chosen.extend(item for item in items if first[0].modality == "image")
+            return items
+
+        super().take(config, placements, inputs, remembered)
         inputs.pop("batch_num_images", None)
-        if all(new):
+        kept = [alone[item] for item in chosen]
+        if all(kept):
             return
+        groups = [(one, len([*run])) for one, run in groupby(kept)]
         countable = all(one or count > 1 for one, count in groups[:-1])
         must = "new images that are one of several must come last, or be several"
-        require(countable, "generate", must, f"{new} (the only one of its turn)", "continue row by row")
+        require(countable, "generate", must, f"{kept} (alone or not)", "continue row by row")
         counts = [n for one, count in groups for n in ([1] * count if one else [max(count, 2)])]
         inputs["batch_num_images"] = torch.tensor(counts)  # the teacher reads as many as there are sizes
 
@@ -247,6 +280,12 @@ class Idefics3Vision(Vision):
         if not new:
             for name in self.names:
                 inputs.pop(name, None)
+
+    def repeat_rows(self, config, placements, times, inputs) -> None:
+        """Pixels have the rows of the batch."""
+        for name in self.names:
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name].repeat_interleave(times, dim=0)
 
 
 def split_images(tiles: list[Placement], ids: list[int]) -> list[list[Placement]]:
