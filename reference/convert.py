@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .checks import require
 from .config import LinMUConfig
 from .families import FAMILIES, family_of
+from .folder import check_folder, hub_name
 from .hosted_mixer import use_mixer
 from .hosting import (
     PRECISE,
@@ -92,6 +93,7 @@ def build_student(
     settings = {
         "version": VERSION,
         "layers": layer_indices(layers, len(decoder_layers(teacher))),
+        "teacher": hub_name(teacher.config._name_or_path),
         "options": jsonable(mixer_config(teacher.config, attention, options).options()),
     }
     given = teacher.config.to_dict()
@@ -115,6 +117,7 @@ def load_student(folder: str, mixer_class: type[MMATE], **from_pretrained_kwargs
     """Do the work of `load` for the backend of `mixer_class`."""
     hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in hub}
+    check_folder(folder)
     settings, _ = PreTrainedConfig.get_config_dict(folder, **hub_kwargs)
     classes = {family.config_class.model_type: family.student_class for family in FAMILIES}
     model_type = settings.get("model_type")

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from .checks import require
+from .folder import StudentConfig
 from .hosting import LinMUModel, with_vision_layout
 from .processing import PROCESSORS
 from .processors import OTHER_PROCESSORS
@@ -102,7 +103,7 @@ def student_class(name: str, teacher_class: type[PreTrainedModel], vision: Visio
     """Return the subclass of a teacher's class that holds M-MATE, and in it that of its configuration."""
     base = teacher_class.config_class
     settings = {"model_type": f"linmu_{name}", "linmu": None, "__annotations__": {"linmu": dict | None}}
-    config_class = type(f"LinMU{base.__name__}", (base,), {"__module__": __name__, **settings})
+    config_class = type(f"LinMU{base.__name__}", (StudentConfig, base), {"__module__": __name__, **settings})
     parts = {
         "config_class": config_class,
         "forward": with_vision_layout(teacher_class.forward),

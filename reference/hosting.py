@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -26,6 +27,7 @@ from .attention import ATTENTION
 from .cache import CACHE_NAME, name_cache
 from .checks import require
 from .config import LinMUConfig
+from .folder import whole_weights, write_card
 from .grids import cuts_a_block, placement_coords
 from .hosted_mixer import backend_name, current_mixer, hosted
 from .layout import VisionLayout
@@ -111,10 +113,12 @@ class LinMUModel:
         """Open a student's folder, as any Hugging Face model is opened.
 
         Raises:
-            ValueError: if the folder's tensors are not exactly this model's.
+            ValueError: if the folder's tensors are damaged, or not exactly this model's.
         """
         kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        kwargs["ignore_mismatched_sizes"] = True  # they are told below, as missing ones are
+        with whole_weights(f"{cls.__name__}.from_pretrained"):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(map(str, info.get(kind) or ()))
             listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -124,6 +128,12 @@ class LinMUModel:
             )
             require(not names, where, must, f"{kind.replace('_', ' ')}: {listing}", "save the student again")
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Save a folder that is ready for the Hub: safetensors, configurations and a model card."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(self, save_directory)
 
     def vision_layout(self, coords: Tensor | None, kwargs: dict[str, Any]) -> VisionLayout | None:
         """Return the layout of one forward's tokens; None = all text.
