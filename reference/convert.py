@@ -4,6 +4,8 @@
     student.save_pretrained(folder)      config.json and safetensors, as for any Hugging Face model
     student = load(folder)
 
+    python -m linmu.reference.convert --describe ID_OR_DIR      what converting would change, without weights
+
 Per converted layer: q, k, v and output projections with their biases go into both branches; the rest of
 M-MATE starts as `MMATE.initial_values` says (LinMU, arXiv 2601.01322, and the choices noted there). All
 other weights are the teacher's own.
@@ -11,16 +13,18 @@ other weights are the teacher's own.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .checks import require
 from .config import LinMUConfig
+from .describe import describe
 from .families import FAMILIES, family_of
 from .folder import check_folder, hub_name
 from .hosted_mixer import use_mixer
@@ -174,8 +178,9 @@ def share_weights(student: LinMUModel, teacher: PreTrainedModel) -> None:
     parameters = dict(teacher.named_parameters(remove_duplicate=False))
     buffers = dict(teacher.named_buffers(remove_duplicate=False))
     own = {id(given): shared(given) for given in parameters.values()}  # tied weights stay tied
+    started = {id(parameter) for mixer in mixers(student).values() for parameter in mixer.parameters()}
     for name, parameter in [*student.named_parameters(remove_duplicate=False)]:
-        if parameter.is_meta:
+        if parameter.is_meta and id(parameter) not in started:
             replace(student, name, own[id(parameters[name])])
     for name, buffer in [*student.named_buffers(remove_duplicate=False)]:
         if buffer.is_meta:
@@ -191,3 +196,36 @@ def replace(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of a parameter or buffer of that dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, tensor)
+
+
+def describe_teacher(name: str, layers: Sequence[int] | None = None) -> str:
+    """Say what converting a teacher would change: parameters, cache and FLOPs, from its configuration alone.
+
+    Args:
+        name: local folder or Hub id; only its config.json is read.
+        layers: as for `convert`.
+    Raises:
+        ValueError: if it is of no supported family, or a student.
+    """
+    config = AutoConfig.from_pretrained(name)
+    kinds = {family.teacher_class.config_class: family.teacher_class for family in FAMILIES}
+    must = f"the configuration must be one of {', '.join(kind.__name__ for kind in kinds)}"
+    require(type(config) in kinds, "describe", must, type(config).__name__, "a student is no teacher")
+    with torch.device("meta"):
+        teacher = kinds[type(config)]._from_config(config, dtype=config.dtype or torch.float32)
+    return describe(teacher, convert(teacher, layers=layers))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m linmu.reference.convert", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--describe", metavar="ID_OR_DIR", required=True, help="a teacher; only its config.json is read"
+    )
+    print(describe_teacher(parser.parse_args(arguments).describe))
+
+
+if __name__ == "__main__":
+    main()
