@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -122,6 +123,30 @@ def test_a_second_turn_with_a_new_image_equals_the_whole_conversation(tiny, stud
     output = run(student, whole, past_key_values=opening.past_key_values)
     wanted = uncached(tiny, student, whole, output.sequences)
     torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_a_prompt_is_read_in_chunks_that_cut_no_block(tiny, student):
+    """Older transformers, which would lose the pictures of later chunks, refuse all chunks but of text."""
+    inputs = tiny.inputs("see {tall} now" if tiny.image else "a longer prompt of text")
+    is_picture = inputs["input_ids"][0] == getattr(tiny.teacher.config, "image_token_id", -1)
+    last = int(is_picture.nonzero()[-1]) if tiny.image else 4
+    sound = not tiny.image or "mm_encoder_outputs" in inspect.signature(student.forward).parameters
+    if sound:
+        whole, chunks = (step_logits(run(student, inputs, prefill_chunk_size=n)) for n in (None, last + 1))
+        torch.testing.assert_close(chunks, whole, rtol=0, atol=TOLERANCE)
+    if tiny.image:
+        with pytest.raises(ValueError, match="generate: prefill"):
+            run(student, inputs, prefill_chunk_size=last - 1 if sound else last + 1)
+
+
+def test_a_chunk_that_ends_between_two_frames_is_refused():
+    tiny = BUILDERS["qwen3_vl"]()
+    student, inputs = build_student(tiny.teacher, None, None, MMATE), tiny.video(3)
+    frames = (inputs["input_ids"][0] == tiny.teacher.config.video_token_id).nonzero().flatten()
+    with pytest.raises(ValueError, match="generate: prefill"):
+        run(
+            student, inputs, prefill_chunk_size=int(frames[5]) + 2
+        )  # after a frame, before the next one's time
 
 
 def test_a_hybrid_keeps_keys_and_values_in_the_layers_that_stay(tiny):

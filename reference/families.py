@@ -123,7 +123,7 @@ def family_of(teacher: nn.Module) -> Family:
     hint = "open a student's folder with load()"
     is_student = isinstance(teacher, LinMUModel)
     require(not is_student, "convert", "teacher must be a vanilla model", type(teacher).__name__, hint)
-    family = next((family for family in FAMILIES if isinstance(teacher, family.teacher_class)), None)
+    family = next((family for family in FAMILIES if type(teacher) is family.teacher_class), None)
     supported = ", ".join(family.teacher_class.__name__ for family in FAMILIES)
     hint = "other families can be added with register_family()"
     must = f"teacher must be one of {supported}"

@@ -265,6 +265,7 @@ class LinMUModel:
         dynamic = implementation in (None, "dynamic", "dynamic_full")
         require(dynamic, "generate", "cache_implementation must be dynamic", implementation)
         encodes_first = "mm_encoder_outputs" in inspect.signature(self.forward).parameters
+        encodes_first = encodes_first or self.vision is None
         require(
             generation_config.prefill_chunk_size is None or encodes_first,
             "generate",
