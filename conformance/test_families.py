@@ -125,6 +125,18 @@ def test_a_second_turn_with_a_new_image_equals_the_whole_conversation(tiny, stud
     torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
 
 
+def test_placeholders_are_where_the_layout_has_vision_or_a_newline(tiny, student):
+    inputs = tiny.inputs(*prompts(tiny))
+    found = student.placeholder_mask(inputs["input_ids"])
+    layout = student.vision_layout(None, inputs)
+    if layout is None:
+        assert not tiny.image and not found.any()
+    else:
+        assert (found | ~layout.is_vision).all()
+        newlines = (found & ~layout.is_vision).sum()
+        assert (newlines > 0) == (tiny.name == "llava_onevision")
+
+
 def test_a_prompt_is_read_in_chunks_that_cut_no_block(tiny, student):
     """Older transformers, which would lose the pictures of later chunks, refuse all chunks but of text."""
     inputs = tiny.inputs("see {tall} now" if tiny.image else "a longer prompt of text")

@@ -161,6 +161,12 @@ class LinMUModel:
         coords = coords.to(tokens.device)
         return VisionLayout(coords) if bool((coords >= 0).any()) else None
 
+    def placeholder_mask(self, input_ids: Tensor) -> Tensor:
+        """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""
+        modalities = () if self.vision is None else self.vision.arguments
+        token_ids = [getattr(self.config, f"{modality}_token_id") for modality in modalities]
+        return torch.isin(input_ids, input_ids.new_tensor(token_ids))
+
     def is_decoding_step(self, tokens: Tensor, kwargs: dict[str, Any]) -> bool:
         """Say whether this forward is one generated token: text, whatever its id."""
         cache = kwargs.get(CACHE_NAME)
