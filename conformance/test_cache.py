@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from linmu.reference import FlexMAState, convert
-from linmu.reference.cache import LinMUCacheLayer, cache_slot
+from linmu.reference.cache import CACHE_NAMES, LinMUCacheLayer, cache_slot
 
 TOKENS = 4 + 8 + 3
 
@@ -127,5 +127,21 @@ def test_a_cache_without_slots_is_filled_as_needed():
 
 def test_a_static_cache_is_refused(student):
     cache = StaticCache(config=student.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="past_key_values must be a DynamicCache, got StaticCache"):
+    with pytest.raises(ValueError, match="the cache must be a DynamicCache, got StaticCache"):
         cache_slot(cache, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_cache_is_taken_by_its_old_and_by_its_new_name(student, inputs, name):
+    cache = filled(student, inputs)
+    student(input_ids=torch.tensor([words(1, 9)]), **{name: cache})
+    assert cache.get_seq_length() == TOKENS + 1
+    student.generate(torch.tensor([words(TOKENS + 3, 9)]), max_new_tokens=1, **{name: cache})
+    assert cache.get_seq_length() == TOKENS + 3
+
+
+def test_two_caches_are_refused(student, inputs):
+    caches = dict.fromkeys(CACHE_NAMES, filled(student, inputs))
+    with pytest.raises(ValueError, match="name_cache: the cache must be given once"):
+        student(input_ids=torch.tensor([words(1, 9)]), **caches)

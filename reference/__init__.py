@@ -13,10 +13,15 @@ Read in this order:
     attention         softmax attention for the layers that keep it, under the mask that M-MATE reads
     hosted_mixer      the block as a decoder layer calls it, and which backend computes it
     hosting           a Hugging Face model whose decoder holds M-MATE: forward and generate()
-    families          Qwen2-VL and Qwen2.5-VL, known to the Auto classes
+    visions           where each family's prompts have vision
+    families          the families of teachers, known to the Auto classes
+    folder            what a student's folder says about itself
+    describe          what converting would change
     convert           a teacher in, a student out; a student's folder opened again
     lesson            teacher and student in one model, and what each stage minimises
 """
+
+import warnings
 
 from .calibration import calibrate_norms
 from .config import LinMUConfig
@@ -29,6 +34,9 @@ from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
 from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
 from .window_attention import window_attention
+
+# `python -m linmu.reference.convert` runs a module that its package has imported already: harmless here.
+warnings.filterwarnings("ignore", "'linmu.reference.convert' found in sys.modules", RuntimeWarning)
 
 __all__ = [
     "MMATE",

@@ -46,7 +46,8 @@ def padding_mask(
         "packed sequences or a sliding window",
         "pad the batch instead, with an attention_mask",
     )
-    if attention_mask is None or bool(attention_mask.all()):
+    compiled = torch.compiler.is_compiling()  # a graph cannot depend on what the mask holds
+    if attention_mask is None or (not compiled and bool(attention_mask.all())):
         return None
     return attention_mask[:, kv_offset : kv_offset + kv_length]
 

@@ -2,18 +2,25 @@
 
 A cache has a slot per decoder layer. Layers that stay attention keep their growing keys and values; a
 converted layer keeps a `FlexMAState` (conv (B, K-1, channels), scan (B, H, N, P), float32) and counts the
-tokens it has seen.
+tokens it has seen. Models call the cache by the name `CACHE_NAME`; a student takes either name.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .checks import require
 from .flex_ma import FlexMAState
+
+CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
+_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = next(name for name in CACHE_NAMES if name in _ARGUMENTS)
 
 
 class LinMUCacheLayer(CacheLayerMixin):
@@ -98,6 +105,21 @@ class LinMUCacheLayer(CacheLayerMixin):
             self.state = FlexMAState(*(change(tensor) for tensor in self.state))
 
 
+def name_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Return the cache among a model's arguments, and leave it there under this transformers' name only.
+
+    Raises:
+        ValueError: if both names bring one.
+    """
+    caches = [cache for cache in [kwargs.pop(name, None) for name in CACHE_NAMES] if cache is not None]
+    got = f"both {' and '.join(CACHE_NAMES)}"
+    require(len(caches) < 2, "name_cache", "the cache must be given once", got, f"pass {CACHE_NAME}")
+    if not caches:
+        return None
+    kwargs[CACHE_NAME] = caches[0]
+    return caches[0]
+
+
 def cache_slot(cache: Cache, layer_index: int) -> LinMUCacheLayer:
     """Return the slot of a converted layer, put in place on first use.
 
@@ -111,7 +133,7 @@ def cache_slot(cache: Cache, layer_index: int) -> LinMUCacheLayer:
     """
     where = "cache_slot"
     dynamic = isinstance(cache, DynamicCache)
-    require(dynamic, where, "past_key_values must be a DynamicCache", type(cache).__name__)
+    require(dynamic, where, "the cache must be a DynamicCache", type(cache).__name__)
     while len(cache.layers) <= layer_index:
         cache.layers.append(cache.layer_class_to_replicate())
     slot = cache.layers[layer_index]

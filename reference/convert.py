@@ -1,31 +1,42 @@
-"""A pretrained vision-language model in, a LinMU student out; and a student's folder opened again.
+"""A pretrained model in, a LinMU student out; and a student's folder opened again.
 
     student = convert(teacher)           attention becomes M-MATE, started from the attention's weights
     student.save_pretrained(folder)      config.json and safetensors, as for any Hugging Face model
     student = load(folder)
 
+    python -m linmu.reference.convert --describe ID_OR_DIR      what converting would change, without weights
+
 Per converted layer: q, k, v and output projections with their biases go into both branches; the rest of
-    M-MATE
-starts as `MMATE.initial_values` says (LinMU, arXiv 2601.01322, and the choices noted there). All other
-weights are the teacher's own.
+M-MATE starts as `MMATE.initial_values` says (LinMU, arXiv 2601.01322, and the choices noted there). All
+other weights are the teacher's own.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .attention import ATTENTION
 from .checks import require
 from .config import LinMUConfig
+from .describe import describe
 from .families import FAMILIES, family_of
+from .folder import check_folder, hub_name
 from .hosted_mixer import use_mixer
-from .hosting import PRECISE, VERSION, LinMUModel, decoder_layers, mixer_config, mixers
+from .hosting import (
+    PRECISE,
+    VERSION,
+    LinMUModel,
+    attention_by_part,
+    decoder_layers,
+    mixer_config,
+    mixers,
+)
 from .m_mate import MMATE
 from .precision import accumulation_dtype
 
@@ -44,7 +55,7 @@ def convert(
     it must stay.
 
     Args:
-        teacher: a loaded Qwen2-VL or Qwen2.5-VL, on one device.
+        teacher: a loaded model of one of the `FAMILIES`, on one device.
         config: options of `LinMUConfig` by name, or a `LinMUConfig` of which the options are taken, not the
             sizes.
         layers: indices of the decoder layers to convert, negative ones from the end; None = all. Others keep
@@ -81,18 +92,24 @@ def build_student(
     """Do the work of `convert` for the backend of `mixer_class`."""
     family = family_of(teacher)
     check_teacher(teacher)
+    attention = decoder_layers(teacher)[0].self_attn
     options = config.options() if isinstance(config, LinMUConfig) else config or {}
     settings = {
         "version": VERSION,
         "layers": layer_indices(layers, len(decoder_layers(teacher))),
-        "options": jsonable(mixer_config(teacher.config, options).options()),
+        "teacher": hub_name(teacher.config._name_or_path),
+        "options": jsonable(mixer_config(teacher.config, attention, options).options()),
     }
     given = teacher.config.to_dict()
     kept = {key: value for key, value in given.items() if key not in ("model_type", "architectures")}
     with use_mixer(mixer_class), torch.device("meta"):
         student = family.student_class(family.config_class(**kept, linmu=settings))
-    vision = teacher.config.vision_config._attn_implementation
-    student.set_attn_implementation({"vision_config": vision, "text_config": ATTENTION})
+    text = attention_by_part(teacher.config)
+    if isinstance(text, dict):  # the other parts as the teacher has them
+        parts = {
+            name: getattr(teacher.config, name)._attn_implementation for name in teacher.config.sub_configs
+        }
+        student.set_attn_implementation(parts | text)
     for index, mixer in mixers(student).items():
         start_mixer(mixer, decoder_layers(teacher)[index].self_attn)
     share_weights(student, teacher)
@@ -104,6 +121,7 @@ def load_student(folder: str, mixer_class: type[MMATE], **from_pretrained_kwargs
     """Do the work of `load` for the backend of `mixer_class`."""
     hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in hub}
+    check_folder(folder)
     settings, _ = PreTrainedConfig.get_config_dict(folder, **hub_kwargs)
     classes = {family.config_class.model_type: family.student_class for family in FAMILIES}
     model_type = settings.get("model_type")
@@ -121,7 +139,8 @@ def check_teacher(teacher: PreTrainedModel) -> None:
     )
     is_float = all(parameter.is_floating_point() for parameter in teacher.parameters())
     require(is_float, "convert", "teacher must not be quantised", "integer weights")
-    kinds = set(teacher.config.get_text_config(decoder=True).layer_types)
+    text = teacher.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     full = kinds == {"full_attention"}
     require(full, "convert", "teacher's layers must be full_attention", sorted(kinds), "no sliding windows")
 
@@ -159,8 +178,9 @@ def share_weights(student: LinMUModel, teacher: PreTrainedModel) -> None:
     parameters = dict(teacher.named_parameters(remove_duplicate=False))
     buffers = dict(teacher.named_buffers(remove_duplicate=False))
     own = {id(given): shared(given) for given in parameters.values()}  # tied weights stay tied
+    started = {id(parameter) for mixer in mixers(student).values() for parameter in mixer.parameters()}
     for name, parameter in [*student.named_parameters(remove_duplicate=False)]:
-        if parameter.is_meta:
+        if parameter.is_meta and id(parameter) not in started:
             replace(student, name, own[id(parameters[name])])
     for name, buffer in [*student.named_buffers(remove_duplicate=False)]:
         if buffer.is_meta:
@@ -176,3 +196,36 @@ def replace(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of a parameter or buffer of that dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, tensor)
+
+
+def describe_teacher(name: str, layers: Sequence[int] | None = None) -> str:
+    """Say what converting a teacher would change: parameters, cache and FLOPs, from its configuration alone.
+
+    Args:
+        name: local folder or Hub id; only its config.json is read.
+        layers: as for `convert`.
+    Raises:
+        ValueError: if it is of no supported family, or a student.
+    """
+    config = AutoConfig.from_pretrained(name)
+    kinds = {family.teacher_class.config_class: family.teacher_class for family in FAMILIES}
+    must = f"the configuration must be one of {', '.join(kind.__name__ for kind in kinds)}"
+    require(type(config) in kinds, "describe", must, type(config).__name__, "a student is no teacher")
+    with torch.device("meta"):
+        teacher = kinds[type(config)]._from_config(config, dtype=config.dtype or torch.float32)
+    return describe(teacher, convert(teacher, layers=layers))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m linmu.reference.convert", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--describe", metavar="ID_OR_DIR", required=True, help="a teacher; only its config.json is read"
+    )
+    print(describe_teacher(parser.parse_args(arguments).describe))
+
+
+if __name__ == "__main__":
+    main()

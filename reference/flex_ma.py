@@ -208,6 +208,8 @@ class FlexMA(HeadProjections):
 def full_precision_linear(u: Tensor, linear: nn.Linear) -> Tensor:
     """W u + b, (B, L, D) -> (B, L, H), in at least float32: a dt rounded to bf16 would blur long memories."""
     dtype = accumulation_dtype(u.dtype)
+    if linear.weight.dtype == dtype:
+        return linear(u.to(dtype))  # the module's own call, which brings weights that are kept elsewhere
     return F.linear(u.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
 
 

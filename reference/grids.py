@@ -1,12 +1,16 @@
-"""Where a prompt's images and videos are: from placeholder tokens and grids to token coordinates.
+"""Where a prompt's images and videos are: from placeholder tokens to token coordinates.
 
-The processor gives, per image or video in the order of the batch, a grid (T, Y, X) of patches; after the
-teacher's m×m merge it fills T · Y/m · X/m placeholder tokens, row by row: t slowest, x fastest.
+Every family marks vision by placeholder tokens, and fills them image by image, video by video, in the order
+of the batch. What one image or video puts there is a list of segments, each a tensor of cells (n, 3), [t, y,
+x], one per placeholder token, in order; -1 throughout where a placeholder holds a newline and no picture.
+
+    a video of Qwen2-VL         [cells (T·Y·X, 3)]
+    an image of LLaVA-OneVision [cells (Y·X, 3) of the base view, cells (Y·(X+1), 3), a -1 after each row]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,113 +18,102 @@ from torch import Tensor
 
 from .checks import require
 
-MODALITIES = ("image", "video")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
-    """One image or video in a batch.
+    """One segment of a batch: an image, a tile, a mosaic of tiles, or a video.
 
     Args:
         row: index in the batch.
-        start: position of its first token.
         modality: "image" or "video".
-        grid_thw: its size in tokens, (T, Y, X).
+        item: index of the image or video it belongs to, among those of this modality in the batch.
+        positions: (n,) int64, where its tokens are in the row, ascending.
+        cells: (n, 3) int64, the [t, y, x] of each.
     """
 
     row: int
-    start: int
     modality: str
-    grid_thw: tuple[int, int, int]
+    item: int
+    positions: Tensor
+    cells: Tensor
 
     @property
-    def length(self) -> int:
-        """Its number of tokens."""
-        frames, height, width = self.grid_thw
-        return frames * height * width
+    def start(self) -> int:
+        """The position of its first token."""
+        return int(self.positions[0])
 
 
-def find_placements(
+def grid_cells(frames: int, height: int, width: int) -> Tensor:
+    """(T·Y·X, 3): the cells of a grid, row by row, t slowest, x fastest."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in (frames, height, width)))
+
+
+def with_newlines(cells: Tensor, every: int) -> Tensor:
+    """(n, 3) -> (n + n / every, 3): a newline, -1 throughout, after every so many cells."""
+    lines = cells.view(-1, every, 3)
+    return torch.nn.functional.pad(lines, (0, 0, 0, 1), value=-1).flatten(0, 1)
+
+
+def place(
     input_ids: Tensor,
-    image_grid_thw: Tensor | None = None,
-    video_grid_thw: Tensor | None = None,
+    token_id: int,
+    modality: str,
+    items: Iterable[Sequence[Tensor]],
     *,
-    image_token_id: int,
-    video_token_id: int,
-    merge_size: int,
+    text_between: bool = False,
 ) -> list[Placement]:
-    """Match placeholder tokens to grids.
+    """Give the placeholder tokens of a batch to its images or videos.
 
     Args:
         input_ids: (B, L) int64.
-        image_grid_thw: (images, 3) int64 in patches, in the order of the batch; None = no images.
-        video_grid_thw: (videos, 3), likewise.
-        image_token_id: the placeholder of images.
-        video_token_id: the placeholder of videos.
-        merge_size: m, patches per token on the y and the x axis.
+        token_id: the placeholder.
+        modality: "image" or "video".
+        items: the images or videos in the order of the batch, each a list of segments (n, 3) as above.
+        text_between: whether text may stand between the tokens of one item, timestamps between frames.
     Returns:
-        the images and videos, row by row, by position.
+        the segments, row by row, by position.
     Raises:
-        ValueError: if placeholders and grids do not fit, as when a prompt is cut inside a block.
+        ValueError: if placeholders and items do not fit, as when a prompt is cut inside a block.
     """
-    token_ids = dict(zip(MODALITIES, (image_token_id, video_token_id), strict=True))
-    given = dict(zip(MODALITIES, (image_grid_thw, video_grid_thw), strict=True))
-    grids = {modality: merged_grids(given[modality], merge_size) for modality in MODALITIES}
-    placements = []
+    placements: list[Placement] = []
+    remaining = enumerate(items)
     for row, ids in enumerate(input_ids.cpu()):
-        runs = [(start, end, m) for m in MODALITIES for start, end in placeholder_runs(ids == token_ids[m])]
-        for start, end, modality in sorted(runs):
-            placements += fill_run(row, start, end, modality, grids[modality])
-    for modality in MODALITIES:
-        left = len(list(grids[modality]))
-        must = f"every {modality} grid must have its placeholder tokens in input_ids"
-        require(left == 0, "find_placements", must, f"{left} grids too many")
+        free = (ids == token_id).nonzero().flatten()
+        while len(free):
+            index, segments = next(remaining, (None, None))
+            must = f"every run of {modality} tokens must have a grid"
+            got = f"none left for {len(free)} tokens from position {int(free[0])} of row {row}"
+            hint = f"pass the {modality}s, or linmu_coords"
+            require(segments is not None, "place", must, got, hint)
+            needed = sum(map(len, segments))
+            run = len(free) if text_between else run_length(free)
+            must = f"a block must be whole: {modality} {index} needs {needed} {modality} tokens"
+            got = f"{run} from position {int(free[0])} of row {row}"
+            hint = "a prompt may be split anywhere but inside an image or video"
+            require(0 < needed <= run, "place", must, got, hint)
+            for cells in segments:
+                own, free = free[: len(cells)], free[len(cells) :]
+                is_cell = cells[:, 0] >= 0
+                placements.append(Placement(row, modality, index, own[is_cell], cells[is_cell]))
+    left = len(list(remaining))
+    must = f"every {modality} grid must have its placeholder tokens in input_ids"
+    require(left == 0, "place", must, f"{left} grids too many")
     return placements
 
 
-def merged_grids(grid_thw: Tensor | None, merge_size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the grids in tokens."""
-    for frames, height, width in [] if grid_thw is None else grid_thw.tolist():
-        yield frames, height // merge_size, width // merge_size
-
-
-def placeholder_runs(is_placeholder: Tensor) -> list[tuple[int, int]]:
-    """Return the (start, end) of every run of True in a (L,) bool."""
-    edges = torch.nn.functional.pad(is_placeholder.to(torch.int8), (1, 1)).diff()  # (L + 1,)
-    starts, ends = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
-
-
-def fill_run(row: int, start: int, end: int, modality: str, grids: Iterator) -> Iterator[Placement]:
-    """Yield the images or videos that make up one run of placeholders."""
-    while start < end:
-        grid_thw = next(grids, None)
-        must = f"every run of {modality} tokens must have a grid"
-        got = f"none left for tokens {start} to {end} of row {row}"
-        hint = f"pass {modality}_grid_thw, or linmu_coords"
-        require(grid_thw is not None, "find_placements", must, got, hint)
-        placement = Placement(row, start, modality, grid_thw)
-        require(
-            0 < placement.length <= end - start,
-            "find_placements",
-            f"a block must be whole: grid {grid_thw} (T, Y, X) needs {placement.length} {modality} tokens",
-            f"{end - start} at position {start} of row {row}",
-            "a prompt may be split anywhere but inside an image or video",
-        )
-        yield placement
-        start += placement.length
+def run_length(positions: Tensor) -> int:
+    """The number of positions (n,) that follow the first without a gap, itself included."""
+    return int((positions == positions[0] + torch.arange(len(positions))).cumprod(0).sum())
 
 
 def placement_coords(placements: Sequence[Placement], shape: Sequence[int], device: torch.device) -> Tensor:
     """Token coordinates of a batch of `shape` (B, L): (B, L, 4) int64, [segment, t, y, x], -1 on text."""
     coords = torch.full((*shape, 4), -1, dtype=torch.int64)
     for row in range(shape[0]):
-        in_row = [placement for placement in placements if placement.row == row]
+        in_row = sorted((p for p in placements if p.row == row), key=lambda placement: placement.start)
         for segment, placement in enumerate(in_row):
-            axes = [torch.arange(size) for size in placement.grid_thw]
-            cells = torch.cartesian_prod(*axes)  # (T·Y·X, 3), row-major
-            block = coords[row, placement.start : placement.start + placement.length]
-            block[:, 0], block[:, 1:] = segment, cells
+            coords[row, placement.positions, 0] = segment
+            coords[row, placement.positions, 1:] = placement.cells
     return coords.to(device)
 
 

@@ -26,7 +26,7 @@ from .m_mate import MMATE
 logger = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "LINMU_BACKEND"
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table", "cache")  # how attention is told of packed rows
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")  # how attention is told of packed rows
 UNKNOWN = object()  # not None, which says that the tokens are all text
 
 _mixer_class: ContextVar[type[MMATE] | None] = ContextVar("mixer_class", default=None)
@@ -39,9 +39,10 @@ class HostedMixer:
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         linmu_layout: VisionLayout | None = UNKNOWN,
+        past_key_values: Cache | None = None,
         **unused,
     ) -> tuple[Tensor, None]:
         """Mix the sequence.
@@ -50,9 +51,10 @@ class HostedMixer:
             hidden_states: (B, L, D).
             attention_mask: (B, S) bool, True = not padding, of which the last L columns count; None = all
                 valid.
-            past_key_values: the cache, whose slot of this layer is read and replaced; None = no decoding.
+            cache: its slot of this layer is read and replaced; None = no decoding.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N).
             linmu_layout: where the vision tokens are, from the model's forward; None = all text.
+            past_key_values: what older transformers call `cache`.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and None in the place of attention weights.
         Raises:
@@ -67,7 +69,8 @@ class HostedMixer:
         )
         packing = [name for name in PACKING if unused.get(name) is not None]
         require(not packing, "HostedMixer", "the batch must be padded, not packed", packing)
-        slot = None if past_key_values is None else cache_slot(past_key_values, self.layer_index)
+        cache = past_key_values if cache is None else cache
+        slot = None if cache is None else cache_slot(cache, self.layer_index)
         y, state = super().forward(
             hidden_states,
             linmu_layout,

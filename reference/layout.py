@@ -168,6 +168,13 @@ class VisionLayout:
         key = ("windows", window_thw, shifted)
         return self._once(key, lambda: window_ids(self.coords, window_thw, shifted))
 
+    def to(self, device: torch.device | str, **kwargs) -> VisionLayout:
+        """This layout on another device, made once each: layers may lie on several."""
+        coords = self.coords.to(device, **kwargs)
+        if coords is self.coords:
+            return self
+        return self._once(("on", coords.device), lambda: type(self)(coords))
+
     def _once(self, key: tuple, make) -> Tensor:
         if key not in self._memo:
             self._memo[key] = make()

@@ -28,6 +28,8 @@ from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
+from .processors import OTHER_PROCESSORS
+
 __all__ = [
     "ChatCollator",
     "FrameProcessor",
@@ -228,7 +230,7 @@ def load_processor(folder: str, *, padding_side: str | None = None, **kwargs: An
     """Open the processor of a teacher or student: with torchvision the stock one, else its twin from here.
 
     Args:
-        folder: local folder or Hub id of a Qwen2-VL or Qwen2.5-VL model, or of a student of one.
+        folder: local folder or Hub id of a teacher or student.
         padding_side: "left" or "right" for batches; None keeps the folder's.
         **kwargs: as for `from_pretrained`.
     Returns:
@@ -242,7 +244,7 @@ def load_processor(folder: str, *, padding_side: str | None = None, **kwargs: An
     family = (
         PreTrainedConfig.get_config_dict(folder, **kwargs)[0].get("model_type", "").removeprefix("linmu_")
     )
-    classes = STOCK_PROCESSORS if is_torchvision_available() else PROCESSORS
+    classes = STOCK_PROCESSORS if is_torchvision_available() else PROCESSORS | OTHER_PROCESSORS
     processor = classes.get(family, AutoProcessor).from_pretrained(folder, **kwargs)
     if padding_side is not None:
         processor.tokenizer.padding_side = padding_side
