@@ -24,6 +24,8 @@ from transformers import Trainer, TrainerCallback
 from .checks import require
 from .lesson import Objective
 
+STAGES = ("i", "ii", "iii")
+
 
 @dataclass(frozen=True)
 class Stage:
