@@ -8,8 +8,8 @@
     iii  everything in M-MATE and LoRA adapters on the decoder's MLPs learn the teacher's answers, end to end
 
 A line of FILE.jsonl is {"messages": [...], "kind": "optional name"}, messages as chat templates take them,
-with {"type": "image", "image": PATH} and {"type": "video", "video": [FRAME_PATH, ...]} blocks, paths relative
-to FILE.
+with {"type": "image", "image": PATH} and {"type": "video", "video": [FRAME_PATH, ...] or FILE} blocks, paths
+relative to FILE; or in the forms that reference/turns.py lists.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ class Config:
         "demo",
     )
     teacher: str = about("'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model", "demo")
-    data: str = about("'demo', or a JSONL file of conversations", "demo")
-    eval_data: str = about("JSONL file of held-out conversations; '' = every 20th line of --data", "")
+    data: str = about(
+        "'demo', or where conversations are: a JSONL file, a folder of a Hugging Face data set, "
+        "OWNER/NAME[:SPLIT] on the Hub, or several of them with weights, like a.jsonl@3,b.jsonl@1",
+        "demo",
+    )
+    eval_data: str = about("held-out conversations, named like --data; '' = every 20th sample of --data", "")
+    streaming: bool = about("read --data on the way instead of listing all samples first", False)
     output: str = about("folder of the run", "runs/demo")
     stages: str = about("stages to run, in order", "i,ii,iii")
     steps: str = about("optimizer steps of stages i, ii and iii", "80,380,140")
@@ -84,8 +89,17 @@ class Config:
     max_pixels: int = about(
         "bound on the pixels of one image or frame, to save memory; 0 = the processor's own", 0
     )
+    max_length: int = about("bound on the tokens of a sample, a longer one is broken; 0 = none", 0)
+    supervise: Literal["answers", "all"] = about(
+        "which text the logit loss is taken on: the assistant's answers, or all of it", "answers"
+    )
+    group_by_length: bool = about(
+        "fill batches with samples of about one length, so that little is padded", False
+    )
     max_frames: int = about("bound on the frames of a video, evenly thinned; 0 = all", 0)
-    report_to: str = about("a logger that transformers knows, such as tensorboard or wandb", "none")
+    report: Literal["none", "tensorboard", "trackio", "wandb"] = about(
+        "where to watch the run, beside metrics.jsonl", "none"
+    )
     cpu: bool = about("stay on the CPU although there is a GPU", False)
 
     def __post_init__(self) -> None:
@@ -107,6 +121,15 @@ class Config:
             self.data != "demo" or not self.eval_data,
             "--eval_data must come with --data FILE",
             self.eval_data,
+        )
+        alike = "the bundled data, whose samples are all short"
+        check(
+            not self.group_by_length or self.data != "demo", "--group_by_length must come with --data", alike
+        )
+        check(
+            not self.streaming or (self.eval_data and not self.group_by_length),
+            "--streaming must come with --eval_data, and without --group_by_length",
+            f"{self.eval_data!r}, {self.group_by_length}",
         )
         for name in (
             "batch_size",

@@ -27,12 +27,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .calibration import calibrate_norms
 from .command_line import check
-from .conversations import Conversations, InOrder
-from .demo import TEACHER, DigitsQuestions
+from .conversations import InOrder, skipped
+from .data import in_order, open_data
+from .demo import TEACHER
 from .description import part_of, start_of
 from .evaluation import evaluate, plot_losses, table
 from .lesson import Lesson, Objective, TaughtMixer, attach_teacher, detach_teacher
-from .processing import ChatCollator, load_processor
+from .processing import load_processor
+from .samples import Encoder
 from .stage_trainer import STAGES, Progress, Stage, StageTrainer, load_taught, taught_tensors
 
 if TYPE_CHECKING:
@@ -40,19 +42,7 @@ if TYPE_CHECKING:
 
 MLP_LAYERS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
 # settings that may change when a run goes on
-FREE = ("resume", "overwrite", "stages", "allow_missing_stage", "workers", "report_to")
-ENDLESS = 2**40  # questions counted in the demo data, which makes them as they are asked for
-
-
-def open_data(config: Config) -> tuple[Dataset, Dataset]:
-    """Training and held-out conversations."""
-    if config.data == "demo":
-        return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
-    options = (config.on_broken, config.max_frames)
-    training = Conversations(config.data, *options)
-    if config.eval_data:
-        return training, Conversations(config.eval_data, *options)
-    return training.split(every=20)
+FREE = ("resume", "overwrite", "stages", "allow_missing_stage", "workers", "report")
 
 
 class Run:
@@ -79,11 +69,11 @@ class Run:
             self.results = json.loads((self.folder / "results.json").read_text())
         set_seed(self.config.seed)
         folder = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
-        options = {"max_pixels": self.config.max_pixels} if self.config.max_pixels else {}
-        self.processor = load_processor(folder, padding_side="right", **options)
-        self.collate = ChatCollator(self.processor)
+        self.processor = load_processor(folder, padding_side="right")
+        self.encoder = Encoder(self.processor, self.config.supervise, self.config.max_length)
+        world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
+        self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.student = self.convert(folder)
-        self.training, held_out = open_data(self.config)
         self.eval_batches = self.batches(held_out, self.config.eval_samples)
         self.describe()
         self.calibrate()
@@ -133,7 +123,7 @@ class Run:
     def batches(self, data: Dataset, samples: int) -> list[tuple[list[str], dict[str, Any]]]:
         """The kinds and tensors of the first `samples` conversations, in batches."""
         loader = DataLoader(InOrder(data, min(samples, len(data))), self.config.batch_size, collate_fn=list)
-        return [([item["kind"] for item in items], self.collate(items)) for items in loader]
+        return [([item["kind"] for item in items], self.encoder(items)) for items in loader]
 
     def calibrate(self) -> None:
         """Set Flex-MA's norms to the teacher's head outputs."""
@@ -250,19 +240,18 @@ class Run:
             dataloader_pin_memory=self.device.type == "cuda",
             remove_unused_columns=False,
             disable_tqdm=True,
-            report_to=config.report_to,
+            report_to=config.report,
         )
         per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
         seen = sum(config.steps_of(before) for before in STAGES[: STAGES.index(stage.name)]) * per_step
-        order = None if config.data == "demo" else config.seed  # fresh samples need no shuffling
         new_names = set(self.lesson().close().get_decoder().layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
             stage,
             new_names,
             model=self.lesson(stage.routes[0]),
             args=arguments,
-            train_dataset=InOrder(self.training, steps * per_step, order, seen),
-            data_collator=self.collate,
+            train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
+            data_collator=self.encoder,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Progress(trainer, self.folder / "metrics.jsonl"))
@@ -302,6 +291,12 @@ class Run:
                 return
         self.question = self.answer = ""
 
+    def say_skipped(self) -> None:
+        """Print how many samples were skipped, and why."""
+        if reasons := skipped(self.broken):
+            listing = ", ".join(f"{count} {why}" for why, count in sorted(reasons.items()))
+            self.say(f"skipped {sum(reasons.values())} broken samples ({listing}), named in {self.broken}")
+
     def finish(self) -> dict[str, Any]:
         """Save the student, plot the losses, print the table and what to do next."""
         folder = self.folder / "student"
@@ -315,6 +310,7 @@ class Run:
             self.processor.save_pretrained(folder)
             plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
         self.say("\n" + table(self.results["rows"]))
+        self.say_skipped()
         self.say(
             f"\nlosses {self.folder / 'loss.png'}, metrics {self.folder / 'metrics.jsonl'}, student {folder}"
         )
