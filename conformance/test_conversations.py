@@ -283,7 +283,7 @@ def test_padded_samples_are_the_batch_that_the_processor_makes(folder):
     data = Conversations(write(folder, *rows))
     items = [data[i] for i in range(3)]
     encoder = Encoder(processor)
-    got, want = encoder([encoder.encode(item) for item in items]), ChatCollator(processor)(items)
+    got, want = encoder.padded([encoder.encode(item) for item in items]), ChatCollator(processor)(items)
     assert got.keys() == want.keys()
     for name in want:
         assert torch.equal(got[name], want[name]), name
@@ -292,7 +292,7 @@ def test_padded_samples_are_the_batch_that_the_processor_makes(folder):
 def test_supervising_all_covers_text_and_nothing_else(folder):
     processor = load_processor(str(TEACHER), padding_side="right")
     data = Conversations(write(folder, {"messages": asked(BLOCK, TEXT)}, {"messages": [ASK, SAY]}))
-    batch = Encoder(processor, supervise="all")([data[0], data[1]])
+    batch = Encoder(processor, supervise="all").padded([data[0], data[1]])
     supervised = batch["labels"] != -100
     text = batch["attention_mask"].bool() & (batch["mm_token_type_ids"] == 0)
     assert torch.equal(supervised, text) and not supervised.all()

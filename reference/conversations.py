@@ -106,14 +106,14 @@ class Conversations(Dataset):
         )
 
     def read(self, line: int) -> Any:
-        """Parse one row and open its images: {"kind": str, "messages": list}, prepared."""
+        """Parse one row and open its images: {"kind", "messages", "name"}, prepared."""
         row = self.rows.row(line)
         messages = read_turns(row)
         for block in blocks(messages, "image"):
             block["image"] = self.media.image(block["image"])
         for block in blocks(messages, "video"):
             block |= self.media.video(block["video"], block.get("fps", row.get("fps")))
-        item = {"kind": str(row.get("kind") or "all"), "messages": messages}
+        item = {"kind": str(row.get("kind") or "all"), "messages": messages, "name": self.rows.name(line)}
         return item if self.prepare is None else self.prepare(item)
 
     def rough_length(self, index: int) -> int:
@@ -206,7 +206,11 @@ class InOrder(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         positions = [self.position(index + self.first) for index in indices]
         many = getattr(self.data, "__getitems__", None)
-        return many(positions) if many else [self.data[position] for position in positions]
+        items = many(positions) if many else [self.data[position] for position in positions]
+        return [
+            {"name": f"sample {position}"} | item if isinstance(item, dict) else item
+            for position, item in zip(positions, items, strict=True)
+        ]
 
     def position(self, index: int) -> int:
         """Which sample of `data` comes at `index` of the order."""

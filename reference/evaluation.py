@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .lesson import Lesson, Objective, judged, pictures_encoded_once, supervised
+from .metrics import read_metrics
 
 
 def evaluate(
@@ -84,7 +84,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def plot_losses(metrics: Path, image: Path) -> None:
     """Draw the loss of every stage over its steps, logarithmically."""
-    logged = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    logged = read_metrics(metrics)
     stages = list(dict.fromkeys(line["stage"] for line in logged))
     figure = Figure(figsize=(4 * max(1, len(stages)), 3), layout="tight")
     for place, stage in enumerate(stages, start=1):

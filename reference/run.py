@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -34,8 +33,10 @@ from .description import part_of, start_of
 from .evaluation import evaluate, plot_losses, table
 from .lesson import Lesson, Objective, TaughtMixer, attach_teacher, detach_teacher
 from .processing import load_processor
+from .progress import Progress
 from .samples import Encoder
-from .stage_trainer import STAGES, Progress, Stage, StageTrainer, load_taught, taught_tensors
+from .stage_trainer import STAGES, Stage, StageTrainer, load_taught, taught_tensors
+from .whole_writes import remove_folder, whole_file, whole_folder, write_text
 
 if TYPE_CHECKING:
     from distill import Config
@@ -86,7 +87,7 @@ class Run:
         path = self.folder / "config.json"
         settings = asdict(self.config)
         if self.config.overwrite and path.is_file():
-            shutil.rmtree(self.folder)
+            remove_folder(self.folder)
         if path.is_file():
             hint = "--resume goes on in it, --overwrite empties it, --output names another"
             may_enter = self.config.resume or self.config.stage_list[0] != "i"
@@ -98,7 +99,7 @@ class Run:
             got = f"other values of {changed}"
             check(not changed, "a run must go on with the settings it began with", got, hint)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        write_text(path, json.dumps(settings, indent=1))
 
     def convert(self, folder: str) -> PreTrainedModel:
         """Teacher -> student with the teacher beside it, all frozen, M-MATE in float32."""
@@ -123,7 +124,7 @@ class Run:
     def batches(self, data: Dataset, samples: int) -> list[tuple[list[str], dict[str, Any]]]:
         """The kinds and tensors of the first `samples` conversations, in batches."""
         loader = DataLoader(InOrder(data, min(samples, len(data))), self.config.batch_size, collate_fn=list)
-        return [([item["kind"] for item in items], self.encoder(items)) for items in loader]
+        return [([item["kind"] for item in items], self.encoder.padded(items)) for items in loader]
 
     def calibrate(self) -> None:
         """Set Flex-MA's norms to the teacher's head outputs."""
@@ -154,7 +155,7 @@ class Run:
         self.results["rows"].setdefault("teacher", measured["teacher"])
         self.results["rows"][name] = measured["student"]
         if self.process.is_main_process:  # kept for the final table and for a resumed run
-            (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
+            write_text(self.folder / "results.json", json.dumps(self.results, indent=1))
         row = measured["student"]
         self.say(
             f"{name}: accuracy {row['accuracy']:.3f}, KL {row['kl']:.4f}, agreement {row['agreement']:.3f}, "
@@ -182,7 +183,8 @@ class Run:
             trainer.train(resume_from_checkpoint=self.last_checkpoint(folder))
             trainer.model.close()
             if self.process.is_main_process:
-                save_file(taught_tensors(self.student), done)
+                with whole_file(done) as part:
+                    save_file(taught_tensors(self.student), part)
             self.process.wait_for_everyone()
         if f"stage {stage.name}" not in self.results["rows"]:
             self.evaluate(f"stage {stage.name}")
@@ -306,8 +308,9 @@ class Run:
                 parameter.data = parameter.data.to(self.saved_dtypes[name])
         detach_teacher(student)
         if self.process.is_main_process:
-            student.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+            with whole_folder(folder) as part:
+                student.save_pretrained(part)
+                self.processor.save_pretrained(part)
             plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
         self.say("\n" + table(self.results["rows"]))
         self.say_skipped()

@@ -50,7 +50,7 @@ class Encoder:
             for token in self.placeholders:
                 if token in block["text"]:
                     raise ValueError(f"a text must hold no placeholder of the model, got {token}")
-        return {"kind": item["kind"], "tensors": self.tensors([item])}
+        return {"kind": item["kind"], "name": item.get("name", "?"), "tensors": self.tensors([item])}
 
     def tensors(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Several samples at once, not encoded before."""
@@ -63,7 +63,11 @@ class Encoder:
             batch["labels"] = batch["input_ids"].where(text, torch.tensor(IGNORED))
         return batch
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch to train on: the tensors of `padded`, and the `names` of the samples."""
+        return self.padded(items) | {"names": [item.get("name", "?") for item in items]}
+
+    def padded(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch: input_ids, attention_mask, mm_token_type_ids, labels, all (B, L) int64; pixels, grids."""
         if any("tensors" not in item for item in items):
             return self.tensors(items)
