@@ -33,10 +33,13 @@ class Progress(TrainerCallback):
         self.bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not state.is_world_process_zero:
+        if "loss" not in logs:
+            return
+        terms = self.trainer.mean_terms()  # of all processes, so all must ask
+        if not state.is_world_process_zero:
             return
         rate = (state.num_input_tokens_seen - self.tokens) / (time.perf_counter() - self.started)
-        metrics = {"stage": self.trainer.stage.name, "step": state.global_step} | self.trainer.mean_terms()
+        metrics = {"stage": self.trainer.stage.name, "step": state.global_step} | terms
         metrics |= {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_second": rate}
         memory = {}
         if torch.cuda.is_available():

@@ -69,12 +69,12 @@ class Run:
         if (self.folder / "results.json").is_file():
             self.results = json.loads((self.folder / "results.json").read_text())
         set_seed(self.config.seed)
-        folder = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
-        self.processor = load_processor(folder, padding_side="right")
+        self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
+        self.processor = load_processor(self.teacher, padding_side="right")
         self.encoder = Encoder(self.processor, self.config.supervise, self.config.max_length)
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
         self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
-        self.student = self.convert(folder)
+        self.student = self.convert(self.teacher)
         self.eval_batches = self.batches(held_out, self.config.eval_samples)
         self.describe()
         self.calibrate()
@@ -119,7 +119,10 @@ class Run:
 
     def lesson(self, objective: Objective = Objective(mixer=1.0, inputs="teacher")) -> Lesson:  # noqa: B008
         """The student as something that gives a loss."""
-        return self.backend.Lesson(self.student, objective)
+        lesson = self.backend.Lesson(self.student, objective)
+        # What accelerate shards one by one: not the vision tower, which a batch of text does not enter.
+        lesson._no_split_modules = [type(self.student.get_decoder().layers[0]).__name__]
+        return lesson
 
     def batches(self, data: Dataset, samples: int) -> list[tuple[list[str], dict[str, Any]]]:
         """The kinds and tensors of the first `samples` conversations, in batches."""
@@ -128,7 +131,8 @@ class Run:
 
     def calibrate(self) -> None:
         """Set Flex-MA's norms to the teacher's head outputs."""
-        samples = self.config.calibration_batches * self.config.batch_size
+        whole_batch = self.config.batch_size * self.process.num_processes
+        samples = self.config.calibration_batches * whole_batch
         if not samples:
             return
         lesson = self.lesson()
@@ -182,12 +186,23 @@ class Run:
             trainer = self.trainer(stage, folder)
             trainer.train(resume_from_checkpoint=self.last_checkpoint(folder))
             trainer.model.close()
+            taught = taught_tensors(self.student)  # gathered, so by all processes
             if self.process.is_main_process:
                 with whole_file(done) as part:
-                    save_file(taught_tensors(self.student), part)
+                    save_file(taught, part)
             self.process.wait_for_everyone()
+            if trainer.is_fsdp_enabled:
+                self.replace_sharded(stage, done)
         if f"stage {stage.name}" not in self.results["rows"]:
             self.evaluate(f"stage {stage.name}")
+
+    def replace_sharded(self, stage: Stage, done: Path) -> None:
+        """Open the teacher again: a model that was spread over processes cannot be put together in place."""
+        self.student = self.adapters = None
+        self.student = self.convert(self.teacher)
+        if stage.lr_lora:
+            self.add_adapters()
+        load_taught(self.student, done)
 
     def start_from_previous(self, stage: Stage) -> None:
         """Load the stage before, which must be done."""
@@ -235,12 +250,13 @@ class Run:
             use_cpu=config.cpu,
             seed=config.seed,
             save_steps=config.save_every,
-            save_total_limit=1,
+            save_total_limit=2,
             logging_steps=config.log_every,
             include_num_input_tokens_seen="non_padding",
             dataloader_num_workers=config.workers,
             dataloader_pin_memory=self.device.type == "cuda",
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,  # `TaughtMixer` sees to it that there are none
             disable_tqdm=True,
             report_to=config.report,
         )

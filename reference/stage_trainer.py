@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
@@ -30,6 +31,7 @@ from .guards import (
     refuse_infinite_tensors,
 )
 from .lesson import Objective
+from .shares import processes, total
 from .whole_writes import PART, finish_folder
 
 STAGES = ("i", "ii", "iii")
@@ -67,6 +69,9 @@ class StageTrainer(Trainer):
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.part = Path(self.args.output_dir) / f"checkpoint{PART}"
         self.saving, self.watched = False, True
+        if self.is_fsdp_enabled and not all(route.end_to_end for route in stage.routes):
+            # such a loss comes from inside the layers: their weights must stay until it has gone back there
+            self.accelerator.state.fsdp_plugin.reshard_after_forward = False
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         names = inputs.pop("names", [])
@@ -88,8 +93,9 @@ class StageTrainer(Trainer):
         return (terms["loss"], terms) if return_outputs else terms["loss"]
 
     def mean_terms(self) -> dict[str, float]:
-        """Means of the loss's terms since the last call."""
-        means = {name: float(torch.stack(values).mean()) for name, values in self.terms.items()}
+        """Means of the loss's terms since the last call, over all processes."""
+        own = {name: torch.stack(values).mean() for name, values in self.terms.items()}
+        means = {name: float(total(mean)) / processes() for name, mean in own.items()}
         self.terms.clear()
         return means
 
@@ -145,10 +151,11 @@ class StageTrainer(Trainer):
             shutil.rmtree(self.part, ignore_errors=True)
             rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
-    def _save(self, output_dir=None, state_dict=None):
+    def save_model(self, output_dir=None, _internal_call=False):
+        taught = taught_tensors(self.model.student)  # gathered, so by all processes
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            save_file(taught_tensors(self.model.student), Path(output_dir) / "taught.safetensors")
+            save_file(taught, Path(output_dir) / "taught.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
@@ -164,9 +171,10 @@ class StageTrainer(Trainer):
 
 
 def taught_tensors(student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that distillation may change: M-MATE and adapters."""
+    """Every tensor that distillation may change, M-MATE and adapters, whole where it is spread over
+    processes."""
     return {
-        name: tensor.detach().contiguous()
+        name: whole(tensor.detach()).contiguous()
         for name, tensor in student.named_parameters()
         if any(part in name for part in TAUGHT)
     }
@@ -183,4 +191,14 @@ def load_taught(student: torch.nn.Module, path: Path) -> None:
     got = f"{len(differing)} tensors that do not: {differing[:3]}"
     require(not differing, where, f"{path} must fit the student", got)
     for name, tensor in saved.items():
-        student.get_parameter(name).copy_(tensor)
+        parameter = student.get_parameter(name)
+        if isinstance(parameter, DTensor):
+            tensor = distribute_tensor(
+                tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+            )
+        parameter.copy_(tensor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts that other processes hold."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
