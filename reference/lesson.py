@@ -223,15 +223,18 @@ class Lesson(nn.Module):
 
     def token_groups(self, inputs: dict[str, Tensor], labels: Tensor | None) -> list[Tensor]:
         """Masks (B, L) of vision, text and answering tokens, padding in none; empty groups are left out."""
-        config, ids = self.student.config, inputs["input_ids"]
-        valid = inputs["attention_mask"].bool()
-        vision = (ids == config.image_token_id) | (ids == config.video_token_id)
+        valid, vision = inputs["attention_mask"].bool(), self.vision_tokens(inputs)
         answering = torch.zeros_like(valid)
         if labels is not None:
             answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
         groups = [valid & vision, valid & ~vision, valid & answering]
         counts = total(torch.stack([group.sum() for group in groups]))  # of all processes: all must agree
         return [group for group, count in zip(groups, counts.tolist(), strict=True) if count]
+
+    def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Mask (B, L) of image and video tokens."""
+        config, ids = self.student.config, inputs["input_ids"]
+        return (ids == config.image_token_id) | (ids == config.video_token_id)
 
     def hidden_terms(self, groups: list[Tensor]) -> dict[str, Tensor]:
         """Eqs. (1) and (2), means over layers, from what the last passes left."""

@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from .metrics import append_json, forget_after
 from .stage_trainer import StageTrainer
 
+TERMS = ("loss", "mixer", "block", "logits")
+
 
 class Progress(TrainerCallback):
     """A bar per stage on stderr, and a line of `metrics.jsonl` for every logged step."""
@@ -33,13 +35,11 @@ class Progress(TrainerCallback):
         self.bar.update(1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
-            return
-        terms = self.trainer.mean_terms()  # of all processes, so all must ask
-        if not state.is_world_process_zero:
+        if "loss" not in logs or not state.is_world_process_zero:
             return
         rate = (state.num_input_tokens_seen - self.tokens) / (time.perf_counter() - self.started)
-        metrics = {"stage": self.trainer.stage.name, "step": state.global_step} | terms
+        metrics = {"stage": self.trainer.stage.name, "step": state.global_step}
+        metrics |= {term: logs[term] for term in TERMS if term in logs}
         metrics |= {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_second": rate}
         memory = {}
         if torch.cuda.is_available():

@@ -30,8 +30,9 @@ from .conversations import InOrder, skipped
 from .data import in_order, open_data
 from .demo import TEACHER
 from .description import part_of, start_of
-from .evaluation import evaluate, plot_losses, table
+from .evaluation import evaluate, table
 from .lesson import Lesson, Objective, TaughtMixer, attach_teacher, detach_teacher
+from .plots import plot_layers, plot_losses
 from .processing import load_processor
 from .progress import Progress
 from .samples import Encoder
@@ -259,6 +260,7 @@ class Run:
             ddp_find_unused_parameters=False,  # `TaughtMixer` sees to it that there are none
             disable_tqdm=True,
             report_to=config.report,
+            run_name=f"{self.folder.name}, stage {stage.name}",
         )
         per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
         seen = sum(config.steps_of(before) for before in STAGES[: STAGES.index(stage.name)]) * per_step
@@ -328,10 +330,12 @@ class Run:
                 student.save_pretrained(part)
                 self.processor.save_pretrained(part)
             plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
+            plot_layers(self.results["rows"], self.folder / "layers.png")
         self.say("\n" + table(self.results["rows"]))
         self.say_skipped()
         self.say(
-            f"\nlosses {self.folder / 'loss.png'}, metrics {self.folder / 'metrics.jsonl'}, student {folder}"
+            f"\nlosses {self.folder / 'loss.png'}, layers {self.folder / 'layers.png'}, "
+            f"metrics {self.folder / 'metrics.jsonl'}, student {folder}"
         )
         if self.question:
             picture = self.folder / "example.png"

@@ -99,6 +99,11 @@ class StageTrainer(Trainer):
         self.terms.clear()
         return means
 
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= self.mean_terms()  # of all processes, so all ask
+        super().log(logs, start_time)
+
     def create_optimizer(self, model=None):
         groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
