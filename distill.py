@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from linmu.reference.command_line import RefusedError, check, numbers, parse_flags
+from linmu.reference.dry_run import dry_run
 from linmu.reference.lesson import Objective
 from linmu.reference.run import Run
 from linmu.reference.stage_trainer import STAGES, Stage
@@ -55,6 +56,9 @@ class Config:
         "whose M-MATE runs: linmu.reference or linmu.optimized", "reference"
     )
     seed: int = about("of data order, adapters and everything else drawn", 0)
+    dry_run: bool = about(
+        "check all samples, say what would be trained, on what, in how much memory, and stop", False
+    )
     resume: bool = about("go on where the run in --output was killed", False)
     overwrite: bool = about("empty --output first", False)
     allow_missing_stage: bool = about("start a stage although the one before it has not been run", False)
@@ -199,9 +203,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     config = parse(sys.argv[1:] if arguments is None else arguments)
     run = Run(config)
+    stages = [stage_of(name, config) for name in config.stage_list]
+    if config.dry_run:
+        run.open()
+        dry_run(run, stages)
+        return run.results
     run.prepare()
-    for name in config.stage_list:
-        run.teach(stage_of(name, config))
+    for stage in stages:
+        run.teach(stage)
     return run.finish()
 
 

@@ -68,7 +68,7 @@ class Conversations(Dataset):
         self.on_broken, self.prepare, self.report = on_broken, prepare, report
         self.media = Media(self.rows.root, max_pixels, max_frames)
         every = range(ENDLESS if isinstance(self.rows, Stream) else len(self.rows))
-        self.lines: Sequence[int] = every if lines is None else list(lines)
+        self.lines: Sequence[int] = every if lines is None else lines
         require(len(self.lines) > 0, "Conversations", f"{source} must hold conversations", "none")
 
     def __len__(self) -> int:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 MLP_LAYERS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
 # settings that may change when a run goes on
-FREE = ("resume", "overwrite", "stages", "allow_missing_stage", "workers", "report")
+FREE = ("dry_run", "resume", "overwrite", "stages", "allow_missing_stage", "workers", "report")
 
 
 class Run:
@@ -63,25 +63,29 @@ class Run:
         self.adapters: Any = None
 
     def prepare(self) -> None:
-        """Claim the folder, load the teacher, convert it, and measure the student before any training."""
+        """Claim the folder, open teacher and data, and measure the student before any training."""
         if self.process.is_main_process:
             self.claim_folder()
         self.process.wait_for_everyone()
         if (self.folder / "results.json").is_file():
             self.results = json.loads((self.folder / "results.json").read_text())
+        self.open()
+        self.eval_batches = self.batches(self.held_out, self.config.eval_samples)
+        self.calibrate()
+        if "converted" not in self.results["rows"]:
+            self.evaluate("converted")
+        self.save_example(self.held_out)
+
+    def open(self) -> None:
+        """Load the teacher, convert it, and open the data; nothing is written."""
         set_seed(self.config.seed)
         self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
         self.processor = load_processor(self.teacher, padding_side="right")
         self.encoder = Encoder(self.processor, self.config.supervise, self.config.max_length)
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
-        self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
+        self.training, self.held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.student = self.convert(self.teacher)
-        self.eval_batches = self.batches(held_out, self.config.eval_samples)
         self.describe()
-        self.calibrate()
-        if "converted" not in self.results["rows"]:
-            self.evaluate("converted")
-        self.save_example(held_out)
 
     def claim_folder(self) -> None:
         """Start a folder, or go on in one whose run had the same settings."""
@@ -231,11 +235,15 @@ class Run:
         )
         self.adapters = get_peft_model(self.student, lora)
 
-    def trainer(self, stage: Stage, folder: Path) -> StageTrainer:
-        """Freeze all but what the stage trains, and set the Trainer up."""
+    def set_free(self, stage: Stage) -> None:
+        """Freeze all but what the stage trains, and say so."""
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(any(part in name for part in stage.trained))
         self.describe_stage(stage)
+
+    def trainer(self, stage: Stage, folder: Path) -> StageTrainer:
+        """Set the Trainer up for what the stage trains."""
+        self.set_free(stage)
         config, steps = self.config, self.config.steps_of(stage.name)
         arguments = TrainingArguments(
             output_dir=str(folder),

@@ -26,7 +26,7 @@ class JsonLines:
     """Rows of a JSONL file, found by their place in it; empty lines do not count."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.root = path, path.parent
+        self.path, self.root, self.source = path, path.parent, str(path)
         self.starts, self.numbers = array("q"), array("q")
         place = 0
         with path.open("rb") as file:
