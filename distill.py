@@ -2,6 +2,7 @@
 
     python distill.py                                          the bundled teacher, on a CPU, in minutes
     python distill.py --teacher DIR_OR_HUB_ID --data FILE.jsonl --preset vlm --output runs/mine
+    python distill.py ablate                                   the first with one thing left out at a time
 
     i    Flex-MA and the gates learn to mix as attention does, layer by layer, on the teacher's hidden states
     ii   Local-Swin learns too; first on the teacher's hidden states, then on the student's own
@@ -14,17 +15,18 @@ relative to FILE; or in the forms that reference/turns.py lists.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from linmu.reference.command_line import RefusedError, check, numbers, parse_flags
+from linmu.reference.ablation import ablate
+from linmu.reference.command_line import RefusedError, check, from_json, numbers, parse_flags
 from linmu.reference.dry_run import dry_run
 from linmu.reference.lesson import Objective
 from linmu.reference.run import Run
 from linmu.reference.stage_trainer import STAGES, Stage
+from linmu.reference.variants import varied
 
 
 def about(help: str, default: Any) -> Any:
@@ -78,6 +80,19 @@ class Config:
     lr_student: float = about("stage iii, M-MATE", 2e-4)
     lr_lora: float = about("stage iii, adapters", 5e-4)
     lora_rank: int = about("of the adapters", 16)
+    lora_targets: str = about(
+        "projections of the decoder's MLPs with adapters", "gate_proj,up_proj,down_proj"
+    )
+    tune: Literal["lora", "full", "none"] = about(
+        "the decoder's MLPs in stage iii: adapters, all their weights, or not at all", "lora"
+    )
+    objectives: str = about(
+        "changes to the losses of a stage as JSON: weights (mixer, block, logits), inputs (teacher or "
+        'student), end_to_end, temperature; like {"ii": {"inputs": "teacher"}, "iii": {"block": 0.0}}',
+        "{}",
+    )
+    init: Literal["attention", "random"] = about("what Flex-MA and Local-Swin start from", "attention")
+    branches: Literal["both", "flex", "local"] = about("which branches of M-MATE there are", "both")
     warmup: float = about("share of a stage's steps in which its learning rate rises", 0.05)
     temperature: float = about("of the logit loss", 1.0)
     calibration_batches: int = about(
@@ -118,6 +133,9 @@ class Config:
         )
         check(min(numbers("steps", self.steps)) >= 1, "--steps must be positive", self.steps)
         check(isinstance(self.mixer_options, dict), "--mixer must be a JSON object", self.mixer)
+        changes = self.objective_changes
+        for_stages = isinstance(changes, dict) and set(changes) <= set(STAGES)
+        check(for_stages, "--objectives must be a JSON object of stages", self.objectives)
         check(not (self.resume and self.overwrite), "--resume and --overwrite must not both be given", "both")
         no_pair = "--teacher and --data must both be demo, or neither"
         check((self.teacher == "demo") == (self.data == "demo"), no_pair, f"{self.teacher}, {self.data}")
@@ -153,10 +171,12 @@ class Config:
     @property
     def mixer_options(self) -> dict[str, Any]:
         """Options of M-MATE, by name."""
-        try:
-            return json.loads(self.mixer)
-        except json.JSONDecodeError as error:
-            raise RefusedError(f"distill: --mixer must be JSON, got {self.mixer!r} ({error})") from None
+        return from_json("mixer", self.mixer)
+
+    @property
+    def objective_changes(self) -> dict[str, dict[str, Any]]:
+        """Changes to the losses, by stage."""
+        return from_json("objectives", self.objectives)
 
     @property
     def layer_list(self) -> tuple[int, ...] | None:
@@ -198,12 +218,19 @@ def stage_of(name: str, config: Config) -> Stage:
     return Stage(name, trained, (answers,), config.lr_student, config.lr_student, config.lr_lora)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run what the command line asks for; returns what `results.json` holds."""
+def main(arguments: list[str] | None = None) -> Any:
+    """Do what the command line asks for; returns what it printed or wrote at the end."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    config = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["ablate"]:
+        return ablate(arguments[1:], parse, distil)
+    return distil(parse(arguments))
+
+
+def distil(config: Config) -> dict[str, Any]:
+    """Distil, or describe it; returns what `results.json` holds."""
     run = Run(config)
-    stages = [stage_of(name, config) for name in config.stage_list]
+    stages = [varied(stage_of(name, config), config) for name in config.stage_list]
     if config.dry_run:
         run.open()
         dry_run(run, stages)

@@ -101,7 +101,16 @@ def test_a_stage_needs_no_more_memory_than_predicted(tmp_path):
         "\n".join([json.dumps({"messages": [ASK | {"content": "Read row 2. " * 12}, SAY]})] * 40)
     )
     arguments = ["--teacher", str(tmp_path / "teacher"), "--data", str(tmp_path / "mine.jsonl"), "--cpu"]
-    arguments += ["--output", str(tmp_path / "run"), "--batch_size", "8", "--steps", "2,2,2", "--eval_samples", "2"]
+    arguments += [
+        "--output",
+        str(tmp_path / "run"),
+        "--batch_size",
+        "8",
+        "--steps",
+        "2,2,2",
+        "--eval_samples",
+        "2",
+    ]
     arguments += ["--save_every", "99", "--backend", "optimized", "--calibration_batches", "0"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], cwd=ROOT, capture_output=True, text=True, check=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -23,6 +24,14 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise RefusedError(f"distill: --{flag} must be whole numbers, like 4,8,8, got {text!r}") from None
+
+
+def from_json(flag: str, text: str) -> Any:
+    """The value of a flag that is given as JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RefusedError(f"distill: --{flag} must be JSON, got {text!r} ({error})") from None
 
 
 def parse_flags(settings: type, presets: dict[str, dict[str, Any]], arguments: list[str], about: str) -> Any:

@@ -85,11 +85,13 @@ class TaughtMixer(nn.Module):
         self.compare = False
         self.heard: dict[str, Tensor] = {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Mix as `role` says and keep the output; with `compare`, run the other one on the same input too."""
-        output = (self.attention if self.role == "teacher" else self._mix)(*args, **kwargs)
-        self.heard[self.role] = output[0]
-        if self.compare and self.role == "teacher":
+    def forward(self, *args: Any, linmu_role: str | None = None, **kwargs: Any) -> Any:
+        """Mix as `linmu_role`, or else `role`, says and keep the output; with `compare`, run the other one on
+        the same input too."""
+        role = linmu_role or self.role
+        output = (self.attention if role == "teacher" else self._mix)(*args, **kwargs)
+        self.heard[role] = output[0]
+        if self.compare and role == "teacher":
             self.heard["student"] = self._mix(*args, **kwargs)[0]
         return output
 
@@ -265,9 +267,9 @@ class Lesson(nn.Module):
         def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             self.blocks[index][self.role] = first(output)
             if self.compare and self.objective.block:
-                layer.self_attn.role = "student"
-                self.blocks[index]["student"] = first(layer.forward(*args, **kwargs))
-                layer.self_attn.role = "teacher"
+                # an argument, not a switch: gradient checkpointing runs the layer again when it is needed
+                as_student = kwargs | {"linmu_role": "student"}
+                self.blocks[index]["student"] = first(layer.forward(*args, **as_student))
 
         return hook
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -29,20 +28,20 @@ from .command_line import check
 from .conversations import InOrder, skipped
 from .data import in_order, open_data
 from .demo import TEACHER
-from .description import part_of, start_of
+from .description import about_stage, about_student
 from .evaluation import evaluate, table
-from .lesson import Lesson, Objective, TaughtMixer, attach_teacher, detach_teacher
+from .lesson import Lesson, Objective, attach_teacher, detach_teacher
 from .plots import plot_layers, plot_losses
 from .processing import load_processor
 from .progress import Progress
 from .samples import Encoder
 from .stage_trainer import STAGES, Stage, StageTrainer, load_taught, taught_tensors
+from .variants import COPY, LORA, start, tuner
 from .whole_writes import remove_folder, whole_file, whole_folder, write_text
 
 if TYPE_CHECKING:
     from distill import Config
 
-MLP_LAYERS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
 # settings that may change when a run goes on
 FREE = ("dry_run", "resume", "overwrite", "stages", "allow_missing_stage", "workers", "report")
 
@@ -85,7 +84,8 @@ class Run:
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
         self.training, self.held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.student = self.convert(self.teacher)
-        self.describe()
+        for line in about_student(self.student, self.config, self.device):
+            self.say(line)
 
     def claim_folder(self) -> None:
         """Start a folder, or go on in one whose run had the same settings."""
@@ -113,11 +113,11 @@ class Run:
         student = self.backend.convert(teacher, self.config.mixer_options, layers=self.config.layer_list)
         attach_teacher(student, teacher)
         student.requires_grad_(False)
-        self.saved_dtypes = {}
+        self.saved_dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
         for name, parameter in student.named_parameters():
             if ".mixer." in name:
-                self.saved_dtypes[name] = parameter.dtype
                 parameter.data = parameter.data.float()
+        start(student, self.config)
         if self.config.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         return student
@@ -228,18 +228,19 @@ class Run:
         return get_last_checkpoint(str(folder)) if self.config.resume and folder.is_dir() else None
 
     def add_adapters(self) -> None:
-        """LoRA on the decoder's MLPs."""
+        """Adapters, or tuned copies, of the decoder's MLPs."""
         set_seed(self.config.seed)
-        lora = LoraConfig(
-            r=self.config.lora_rank, lora_alpha=self.config.lora_rank, target_modules=MLP_LAYERS
-        )
-        self.adapters = get_peft_model(self.student, lora)
+        self.adapters = get_peft_model(self.student, tuner(self.student, self.config))
+        for name, parameter in self.student.named_parameters():
+            if any(part in name for part in (LORA, COPY)):
+                parameter.data = parameter.data.float()
 
     def set_free(self, stage: Stage) -> None:
         """Freeze all but what the stage trains, and say so."""
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(any(part in name for part in stage.trained))
-        self.describe_stage(stage)
+        for line in about_stage(self.student, stage):
+            self.say(line)
 
     def trainer(self, stage: Stage, folder: Path) -> StageTrainer:
         """Set the Trainer up for what the stage trains."""
@@ -284,27 +285,6 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Progress(trainer, self.folder / "metrics.jsonl"))
         return trainer
-
-    def describe(self) -> None:
-        """Say how every kind of tensor in M-MATE started."""
-        mixers = [module.mixer for module in self.student.modules() if isinstance(module, TaughtMixer)]
-        total = sum(parameter.numel() for parameter in self.student.parameters())
-        taught = sum(parameter.numel() for mixer in mixers for parameter in mixer.parameters())
-        self.say(
-            f"{self.config.teacher}: {len(mixers)} layers converted to linmu.{self.config.backend}'s M-MATE, "
-            f"{taught:,} parameters beside the teacher's {total - taught:,}, on {self.device}"
-        )
-        for name, parameter in mixers[0].named_parameters():
-            self.say(f"  {name:32} {tuple(parameter.shape)!s:12} {start_of(name)}")
-
-    def describe_stage(self, stage: Stage) -> None:
-        """Say what a stage trains, and what it leaves alone."""
-        trained, frozen = defaultdict(int), defaultdict(int)
-        for name, parameter in self.student.named_parameters():
-            (trained if parameter.requires_grad else frozen)[part_of(name)] += parameter.numel()
-        for verb, parts in (("trains", trained), ("freezes", frozen)):
-            listing = ", ".join(f"{part} {count:,}" for part, count in sorted(parts.items()))
-            self.say(f"stage {stage.name} {verb} {sum(parts.values()):,}: {listing}")
 
     def save_example(self, data: Dataset) -> None:
         """Write one held-out picture with its question, for the command that asks the student."""
