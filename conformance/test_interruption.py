@@ -24,7 +24,7 @@ from linmu.reference.whole_writes import whole_file, whole_folder
 pytestmark = pytest.mark.trial_of_the_reference
 
 TINY = ["--steps", "3,3,4", "--batch_size", "2", "--eval_samples", "4", "--calibration_batches", "1"]
-TINY += ["--save_every", "1", "--log_every", "2", "--cpu"]
+TINY += ["--save_every", "1", "--log_every", "2", "--cpu", "--backend", "optimized"]
 KEPT = (
     "results.json",
     "stage_i/taught.safetensors",

@@ -34,7 +34,7 @@ def moved(folder) -> set[str]:
 @pytest.mark.parametrize(
     ("flags", "tuned"),
     [
-        (["--tune", "none"], r"^$"),
+        (["--tune", "none", "--layers", "0,2"], r"^$"),
         (["--tune", "full", "--lr_lora", "1e-3"], r"\.mlp\.(gate|up|down)_proj\.weight$"),
         (["--lora_targets", "down_proj", "--lora_rank", "2"], r"\.mlp\.down_proj\.weight$"),
     ],
@@ -46,6 +46,8 @@ def test_stage_iii_tunes_what_it_is_asked_to(tmp_path, flags, tuned):
     assert bool(names) == ("none" not in flags)
     if "full" in flags:
         assert len(names) == 3 * 4
+    settings = json.loads((tmp_path / "student" / "config.json").read_text())["linmu"]
+    assert settings["layers"] == ([0, 2] if "--layers" in flags else [0, 1, 2, 3])
 
 
 def opened(*flags: str) -> distill.Run:
@@ -72,7 +74,7 @@ def test_what_is_tuned_is_the_students_alone(tune):
     assert not torch.allclose(before["student"], after["student"], atol=1e-2)
 
 
-def test_a_random_start_keeps_nothing_of_attention_and_the_same_scale():
+def test_a_random_start_keeps_nothing_of_attention():
     own, random = (
         {name: p.detach() for name, p in opened("--init", init).student.named_parameters()}
         for init in ("attention", "random")
