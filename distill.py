@@ -2,6 +2,7 @@
 
     python distill.py                                          the bundled teacher, on a CPU, in minutes
     python distill.py --teacher DIR_OR_HUB_ID --data FILE.jsonl --preset vlm --output runs/mine
+    python distill.py evaluate STUDENT --data FILE.jsonl       a student's folder, measured
     python distill.py ablate                                   the first with one thing left out at a time
 
     i    Flex-MA and the gates learn to mix as attention does, layer by layer, on the teacher's hidden states
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from linmu.reference.ablation import ablate
 from linmu.reference.command_line import RefusedError, check, from_json, numbers, parse_flags
 from linmu.reference.dry_run import dry_run
+from linmu.reference.judge import judge
 from linmu.reference.lesson import Objective
 from linmu.reference.run import Run
 from linmu.reference.stage_trainer import STAGES, Stage
@@ -224,6 +226,8 @@ def main(arguments: list[str] | None = None) -> Any:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["ablate"]:
         return ablate(arguments[1:], parse, distil)
+    if arguments[:1] == ["evaluate"]:
+        return judge(arguments[1:], parse)
     return distil(parse(arguments))
 
 

@@ -113,6 +113,7 @@ def test_the_citation_names_the_paper_and_invents_no_author():
 # What is appended to a shell command so that it ends in seconds, from the options that it documents itself.
 SHORTER = {
     "python distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu",
+    "python distill.py evaluate": "--eval_samples 2 --batch_size 1 --cpu",
     "python distill.py ablate": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu "
     "--seeds 1 --variants full",
     "torchrun --nproc_per_node 2 distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 "

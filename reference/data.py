@@ -37,8 +37,7 @@ def open_data(config: Config, encoder: Encoder, report: Path, world_size: int) -
         sources, weights = zip(*map(weighed, config.data.split(",")), strict=True)
         parts = [opened(config, source, encoder.encode, report, config.streaming) for source in sources]
         if config.eval_data:
-            names = config.eval_data.split(",")
-            held_out = [opened(config, name, partial(both, encoder), report) for name in names]
+            held_out = open_held_out(config, config.eval_data, encoder, report)
         else:
             parts, held_out = zip(*(part.split(every=HELD_OUT) for part in parts), strict=True)
             for part in held_out:
@@ -49,6 +48,17 @@ def open_data(config: Config, encoder: Encoder, report: Path, world_size: int) -
         return parts[0], held_out[0] if len(held_out) == 1 else ConcatDataset(held_out)
     group = config.batch_size * world_size if config.group_by_length else 0
     return Mixture(parts, weights, config.seed, group), ConcatDataset(held_out)
+
+
+def open_held_out(config: Config, names: str, encoder: Encoder, report: Path) -> list[Dataset]:
+    """Data sets to measure on, as they stand; weights do not count."""
+    if names == "demo":
+        return [DigitsQuestions("heldout", config.seed, ENDLESS)]
+    try:
+        sources = [weighed(name)[0] for name in names.split(",")]
+        return [opened(config, source, partial(both, encoder), report) for source in sources]
+    except (ValueError, OSError) as error:
+        raise RefusedError(str(error)) from error
 
 
 def weighed(source: str) -> tuple[str, float]:

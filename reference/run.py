@@ -197,6 +197,8 @@ class Run:
                     save_file(taught, part)
             self.process.wait_for_everyone()
             if trainer.is_fsdp_enabled:
+                trainer.accelerator.free_memory()
+                del trainer  # or the old student would stay beside the new one
                 self.replace_sharded(stage, done)
         if f"stage {stage.name}" not in self.results["rows"]:
             self.evaluate(f"stage {stage.name}")
