@@ -55,9 +55,9 @@ class Config:
     streaming: bool = about("read --data on the way instead of listing all samples first", False)
     output: str = about("folder of the run", "runs/demo")
     stages: str = about("stages to run, in order", "i,ii,iii")
-    steps: str = about("optimizer steps of stages i, ii and iii", "80,380,140")
+    steps: str = about("optimizer steps of stages i, ii and iii", "100,400,400")
     backend: Literal["reference", "optimized"] = about(
-        "whose M-MATE runs: linmu.reference or linmu.optimized", "reference"
+        "whose M-MATE runs: linmu.reference or linmu.optimized", "optimized"
     )
     seed: int = about("of data order, adapters and everything else drawn", 0)
     dry_run: bool = about(
@@ -74,13 +74,13 @@ class Config:
     )
     mixer: str = about(
         "options of LinMUConfig as JSON, all others at their defaults",
-        '{"window_thw": [2, 4, 4], "half_life": [4, 256], "scan_rope": true, "output_gate": true}',
+        '{"window_thw": [2, 4, 4], "scan_rope": true, "output_gate": true}',
     )
     layers: str = about("decoder layers to convert: 'all' or numbers, like 0,1,2", "all")
     lr_new: float = about("stage i, tensors that the teacher does not have", 1.2e-2)
     lr_copied: float = about("stage i, tensors copied from the teacher; stage ii takes half of both", 4e-3)
-    lr_student: float = about("stage iii, M-MATE", 2e-4)
-    lr_lora: float = about("stage iii, adapters", 5e-4)
+    lr_student: float = about("stage iii, M-MATE", 4e-4)
+    lr_lora: float = about("stage iii, adapters", 1e-3)
     lora_rank: int = about("of the adapters", 16)
     lora_targets: str = about(
         "projections of the decoder's MLPs with adapters", "gate_proj,up_proj,down_proj"
@@ -91,7 +91,7 @@ class Config:
     objectives: str = about(
         "changes to the losses of a stage as JSON: weights (mixer, block, logits), inputs (teacher or "
         'student), end_to_end, temperature; like {"ii": {"inputs": "teacher"}, "iii": {"block": 0.0}}',
-        "{}",
+        '{"iii": {"block": 10.0}}',
     )
     init: Literal["attention", "random"] = about("what Flex-MA and Local-Swin start from", "attention")
     branches: Literal["both", "flex", "local"] = about("which branches of M-MATE there are", "both")
@@ -198,9 +198,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "vlm": {
         "steps": "2000,2000,10000", "batch_size": 1, "gradient_accumulation": 16, "dtype": "bfloat16",
-        "mixer": "{}", "gradient_checkpointing": True, "lr_new": 1e-3, "lr_copied": 2e-4,
-        "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200, "save_every": 500, "workers": 4,
-        "backend": "optimized", "output": "runs/vlm",
+        "mixer": '{"scan_rope": true}', "objectives": "{}", "gradient_checkpointing": True,
+        "lr_new": 1e-3, "lr_copied": 2e-4, "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200, "save_every": 500, "workers": 4,
+        "output": "runs/vlm",
     },
 }  # fmt: skip
 
