@@ -199,7 +199,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vlm": {
         "steps": "2000,2000,10000", "batch_size": 1, "gradient_accumulation": 16, "dtype": "bfloat16",
         "mixer": '{"scan_rope": true}', "objectives": "{}", "gradient_checkpointing": True,
-        "lr_new": 1e-3, "lr_copied": 2e-4, "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200, "save_every": 500, "workers": 4,
+        "lr_new": 1e-3, "lr_copied": 2e-4, "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200,
+        "save_every": 500, "workers": 4,
         "output": "runs/vlm",
     },
 }  # fmt: skip
