@@ -1,6 +1,6 @@
 """Compile one Triton kernel of linmu.optimized for sm_90 and print what it takes, as JSON. No GPU, no driver.
 
-python compile_sm90.py KERNEL SIZE
+python compile_sm90.py KERNEL SIZE [DTYPE]
 """
 
 from __future__ import annotations
@@ -81,21 +81,24 @@ KERNELS = {
 }
 
 
-def constants(size: int, chosen: dict, names: list[str]) -> dict:
+def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     """The compile-time constants of one kernel at N = P = `size`."""
     transposed = chosen.get("transposed", False)
     sizes = dict.fromkeys(
         ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_INNER", "BLOCK_OUTER"), size
     )
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
-    known = {"PRECISION": "tf32", "SIZE": size * size} | sizes | strides | chosen
+    precision = {"bf16": "tf32", "fp16": "tf32x3", "fp32": "ieee"}[dtype]
+    known = {"PRECISION": precision, "SIZE": size * size} | sizes | strides | chosen
+    if dtype == "fp32":
+        known |= {"CHUNK": 32, "ROWS": 32, "COLUMNS": 32} if chosen.get("TAPS") is None else {}
     blocks = {"sweep_kernel": 64, "step_kernel": 32}
     known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
     return {name: known[name] for name in names if name in known}
 
 
-def signature(names: list[str], fixed: dict, special: dict[str, str]) -> dict[str, str]:
-    """Types of all arguments: capitals are pointers, by default to bfloat16."""
+def signature(names: list[str], dtype: str, fixed: dict, special: dict[str, str]) -> dict[str, str]:
+    """Types of all arguments: capitals are pointers, by default to `dtype`."""
 
     def kind(name: str) -> str:
         if name in fixed:
@@ -106,9 +109,10 @@ def signature(names: list[str], fixed: dict, special: dict[str, str]) -> dict[st
             return "i32"
         if name in special:
             return special[name]
-        return (
-            "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*u8" if name in MASKS else "*bf16"
-        )
+        if dtype == "fp16" and name in ("FORWARD_STATE", "BACKWARD_STATE", "ENTERING"):
+            return "*fp32"
+        known = (("*fp32", FLOAT32), ("*i64", INT64), ("*u8", MASKS))
+        return next((kind for kind, names in known if name in names), f"*{dtype}")
 
     return {name: kind(name) for name in names}
 
@@ -134,12 +138,12 @@ def assembler_report(ptx: str) -> str:
     raise RuntimeError(done.stderr)
 
 
-def compile_kernel(name: str, size: int) -> dict[str, int]:
+def compile_kernel(name: str, size: int, dtype: str = "bf16") -> dict[str, int]:
     """Registers, spilled bytes, shared memory and instructions of one kernel."""
     module, function, chosen, warps, stages, special = KERNELS[name]
     kernel = getattr(importlib.import_module(f"linmu.optimized.{module}"), function)
-    fixed = constants(size, chosen | {"kernel": function}, kernel.arg_names)
-    types = signature(kernel.arg_names, fixed, special)
+    fixed = constants(size, dtype, chosen | {"kernel": function}, kernel.arg_names)
+    types = signature(kernel.arg_names, dtype, fixed, special)
     aligned = (n for n, kind in types.items() if kind[0] == "*" or (kind == "i32" and n.endswith(STRIDES)))
     places = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
@@ -162,4 +166,4 @@ def compile_kernel(name: str, size: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_kernel(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(compile_kernel(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))
