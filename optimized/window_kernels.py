@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_output import stride_arguments
-from .scan_states import precision, rows_of, tile_size
+from .scan_tiles import precision, rows_of, stride_arguments, tile_size
 
 LOG2_E = 1.4426950408889634
 

@@ -13,15 +13,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from linmu.optimized import scan_states, scan_tiles
+
 # fmt: off
 FLOAT32 = {
-    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_READ", "BACKWARD_WRITE", "BIAS_GRAD",
-    "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
-    "FORWARD_PAIRS", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
+    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_WRITE",
+    "BIAS_GRAD", "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
+    "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
     "NEW_STATE", "PRODUCT", "SKIP_GRAD", "START", "STATES", "WEIGHT_GRAD",
 }
 # fmt: on
@@ -30,7 +33,8 @@ MASKS = {"VALID", "MASK"}
 FLOATS = {"scale", "natural_scale", "inverse"}
 STRIDES = ("batch", "token", "head")
 
-SCAN = {"HEADS": 28, "RATIO": 7, "CHUNK": 64, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
 SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 16, "REVERSE": True, "HAS_START": True, "STORES": True}
 SWEEP |= {"LEAVES": True, "HAS_PARTNER": True}
 CONV = {
@@ -53,7 +57,7 @@ KERNELS = {
         "scan_states",
         "sweep_kernel",
         SCAN | SWEEP,
-        4,
+        None,
         2,
         {"WEIGHT": "*fp32", "ENTERING": "*fp32", "PARTNER": "*fp32"},
     ),
@@ -69,7 +73,6 @@ KERNELS = {
     "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, EXACT),
     "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, EXACT),
     "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, EXACT),
-    "probe": ("scan_gradients", "probe_kernel", SCAN | SWEEP, None, 1, {"OUT": "*fp32", "STATE": "*fp32"}),
     "attend": ("window_kernels", "attend_kernel", WINDOW, 8, 1, {}),
     "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW, 8, 1, {}),
     "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"COLUMNS": 32}, 8, 1, {}),
@@ -83,16 +86,13 @@ KERNELS = {
 
 def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     """The compile-time constants of one kernel at N = P = `size`."""
-    transposed = chosen.get("transposed", False)
-    sizes = dict.fromkeys(
-        ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_INNER", "BLOCK_OUTER"), size
-    )
+    transposed, kind = chosen.get("transposed", False), DTYPES[dtype]
+    axes = ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_OUTER")
+    steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), scan_tiles.step_size(size, kind))
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
-    precision = {"bf16": "tf32", "fp16": "tf32x3", "fp32": "ieee"}[dtype]
-    known = {"PRECISION": precision, "SIZE": size * size} | sizes | strides | chosen
-    if dtype == "fp32":
-        known |= {"CHUNK": 32, "ROWS": 32, "COLUMNS": 32} if chosen.get("TAPS") is None else {}
-    blocks = {"sweep_kernel": 64, "step_kernel": 32}
+    known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
+    known |= {"CHUNK": scan_tiles.chunk_size(kind)} | dict.fromkeys(axes, size) | steps | strides | chosen
+    blocks = {"sweep_kernel": scan_states.BLOCKS[kind], "step_kernel": 32}
     known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
     return {name: known[name] for name in names if name in known}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from linmu import optimized, reference
-from linmu.optimized import conv_kernels, loss_kernels, scan_output, scan_states
+from linmu.optimized import conv_kernels, loss_kernels, scan_states, scan_tiles
 
 sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
 from interpreter import mend_bfloat16, mend_scalars, watch_memory
@@ -31,7 +31,7 @@ Arguments = dict[str, Any]
 
 def shrink_blocks() -> None:
     """Chunks of 16 tokens, runs of 2 chunks, small blocks of tokens, channels and vocabulary."""
-    scan_output.CHUNKS.update(dict.fromkeys(scan_output.CHUNKS, 16))
+    scan_tiles.CHUNKS.update(dict.fromkeys(scan_tiles.CHUNKS, 16))
     scan_states.RUN = 2
     conv_kernels.ROWS, conv_kernels.COLUMNS = 8, 16
     loss_kernels.BLOCK = 16
