@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linmu.optimized import scan_states, scan_tiles
+from linmu.optimized import scan_states, scan_tiles, window_kernels
 
 # fmt: off
 FLOAT32 = {
@@ -46,7 +46,7 @@ CONV = {
     "HAS_BIAS": True,
     "HAS_START": True,
 }
-WINDOW = {"HEADS": 28, "RATIO": 7, "ROWS": 64, "COLUMNS": 64}
+WINDOW = {"HEADS": 28, "RATIO": 7, "window": True}
 EXACT = {"FORWARD_STATE": "*fp32", "BACKWARD_STATE": "*fp32"}  # what the backward pass keeps states in
 SWEPT = dict.fromkeys(("WEIGHT", "ENTERING", "PARTNER"), "*fp32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
@@ -73,9 +73,9 @@ KERNELS = {
     "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, EXACT),
     "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, EXACT),
     "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, EXACT),
-    "attend": ("window_kernels", "attend_kernel", WINDOW, 8, 1, {}),
-    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW, 8, 1, {}),
-    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"COLUMNS": 32}, 8, 1, {}),
+    "attend": ("window_kernels", "attend_kernel", WINDOW, "rows", 1, {}),
+    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW, "rows", 1, {}),
+    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
@@ -92,6 +92,10 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
     known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
     known |= {"CHUNK": scan_tiles.chunk_size(kind)} | dict.fromkeys(axes, size) | steps | strides | chosen
+    if "window" in chosen:
+        rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
+        known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
+        known |= {"STEP_N": step, "STEP_P": step}
     blocks = {"sweep_kernel": scan_states.BLOCKS[kind], "step_kernel": 32}
     known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
     return {name: known[name] for name in names if name in known}
@@ -147,7 +151,11 @@ def compile_kernel(name: str, size: int, dtype: str = "bf16") -> dict[str, int]:
     aligned = (n for n, kind in types.items() if kind[0] == "*" or (kind == "i32" and n.endswith(STRIDES)))
     places = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
-    options = {"num_warps": warps or (8 if size > 64 else 4), "num_stages": stages}
+    if warps is None:
+        warps = 8 if size > 64 else 4
+    elif warps == "rows":
+        warps = 8 if fixed["ROWS"] > 16 else 4
+    options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx, report = built.asm["ptx"], assembler_report(built.asm["ptx"])
     registers, stores, loads = (
