@@ -1,7 +1,8 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernel for the output of the scan, and the forward pass made of it: chunks side by side.
+"""Triton kernel for the output of the scan, and the forward passes made of it: chunks side by side.
 
-Letters and equations as in `chunked_scan`; the kernel is its eq. (3), one program a chunk of one head.
+Letters and equations as in `chunked_scan`; the kernel is its eq. (3), one program a chunk of one head. The
+norm of each head and the way back to token order are part of the store.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_decays import Decays, scan_decays
+from .scan_decays import scan_decays
 from .scan_states import sweep_states
 from .scan_tiles import (
     chunk_pairs,
@@ -48,7 +49,11 @@ def output_kernel(
     FORWARD_STATE,
     BACKWARD_STATE,
     D,
+    ORDER,
+    NORM,
     Y,
+    KEPT,
+    SCALE,
     x_batch,
     x_token,
     x_head,
@@ -60,6 +65,7 @@ def output_kernel(
     c_head,
     length,
     chunks,
+    eps,
     HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     N: tl.constexpr,
@@ -70,10 +76,16 @@ def output_kernel(
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    KEEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Eq. (3) of `chunked_scan`: `bidirectional_scan` and `backward_scan` of the reference, one chunk of one
-    head."""
+    head; then its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took the tokens from.
+
+    KEEPS says whether the gradient's needs are stored too, in scan order: y, and the norm's factor of it.
+    """
     head = tl.program_id(0) % HEADS
     chunk = tl.program_id(0) // HEADS
     batch = tl.cast(tl.program_id(1), tl.int64)
@@ -105,8 +117,21 @@ def output_kernel(
             q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, CHUNK, PRECISION
         )
         y += pulled * (tl.load(BACKWARD_READ + at) * gate_backward)[:, None]
-    out = Y + ((batch * length + rows) * HEADS + head)[:, None] * P + columns[None, :]
-    tl.store(out, y.to(Y.dtype.element_ty), mask=(rows < length)[:, None] & (columns < P)[None, :])
+    real = rows < length
+    where = real[:, None] & (columns < P)[None, :]
+    place = (batch * length + rows) * HEADS + head
+    if HAS_NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(y * y, 1) / P + eps)
+        if KEEPS:
+            kept = KEPT + place[:, None] * P + columns[None, :]
+            tl.store(kept, y.to(KEPT.dtype.element_ty), mask=where)
+            tl.store(SCALE + place, scale, mask=real)
+        weight = tl.load(NORM + head * P + columns, mask=columns < P, other=0.0).to(tl.float32)
+        y = y * scale[:, None] * weight[None, :]
+    if HAS_ORDER:
+        rows = tl.load(ORDER + batch * length + rows, mask=real, other=0)
+        place = (batch * length + rows) * HEADS + head
+    tl.store(Y + place[:, None] * P + columns[None, :], y.to(Y.dtype.element_ty), mask=where)
 
 
 @launching
@@ -123,7 +148,29 @@ def forward(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`chunked_scan.forward` on Triton kernels: y (B, L, H, P) and the final forward state (B, H, N, P)."""
-    B, C = B.to(x.dtype), C.to(x.dtype)
+    scanned = (x, dt, A, B, C, gate, segment, valid, D, initial_state)
+    return forward_heads(*scanned, order=None, norm_weight=None, eps=0.0, keep=False)[:2]
+
+
+@launching
+def forward_heads(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    gate: Tensor | None,
+    segment: Tensor | None,
+    valid: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`scan_heads.forward_heads` on Triton kernels."""
+    x, B, C = rows_of(x), rows_of(B.to(x.dtype)), rows_of(C.to(x.dtype))
     decays = scan_decays(dt, A, gate, segment, valid, chunk_size(x.dtype), torch.float32, torch.float32)
     forward_state, final_state, _ = sweep_states(
         B, x, decays.forward_write(), decays.forward_kept(), valid, initial_state
@@ -132,24 +179,12 @@ def forward(
     if decays.segment is not None:
         write, kept = decays.backward_write(), decays.backward_kept()
         backward_state, _, _ = sweep_states(B, x, write, kept, valid, None, reverse=True)
-    return read_out(x, B, C, decays, valid, D, forward_state, backward_state), final_state
-
-
-def read_out(
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    decays: Decays,
-    valid: Tensor | None,
-    D: Tensor | None,
-    forward_state: Tensor,
-    backward_state: Tensor | None,
-) -> Tensor:
-    """Run `output_kernel`: y (B, L, H, P) in the dtype of `x`."""
     batch, length, groups, head_dim = x.shape
     heads, state = C.shape[2:]
+    keep = keep and norm_weight is not None
     y = x.new_empty(batch, length, heads, head_dim)
-    x, B, C = rows_of(x), rows_of(B), rows_of(C)
+    y_kept = torch.empty_like(y) if keep else x.new_empty(0)
+    scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
     output_kernel[(heads * decays.dt.shape[1], batch)](
         x,
         B,
@@ -161,16 +196,24 @@ def read_out(
         FORWARD_STATE=forward_state,
         BACKWARD_STATE=backward_state,
         D=D,
+        ORDER=order,
+        NORM=norm_weight,
         Y=y,
+        KEPT=y_kept if keep else None,
+        SCALE=scale if keep else None,
         length=length,
+        eps=eps,
         RATIO=heads // groups,
         N=state,
         P=head_dim,
         BLOCK_P=tile_size(head_dim),
         STEP=step_size(state, x.dtype),
         HAS_SKIP=D is not None,
+        HAS_ORDER=order is not None,
+        HAS_NORM=norm_weight is not None,
+        KEEPS=keep,
         PRECISION=precision(x.dtype),
         num_warps=8 if head_dim > 64 else 4,
         num_stages=1,
     )
-    return y
+    return y, final_state, y_kept, scale

@@ -1,6 +1,6 @@
 """Compile one Triton kernel of linmu.optimized for sm_90 and print what it takes, as JSON. No GPU, no driver.
 
-python compile_sm90.py KERNEL SIZE [DTYPE]
+python compile_sm90.py KERNEL DTYPE SIZE...
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def assembler_report(ptx: str) -> str:
     raise RuntimeError(done.stderr)
 
 
-def compile_kernel(name: str, size: int, dtype: str = "bf16") -> dict[str, int]:
+def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     """Registers, spilled bytes, shared memory and instructions of one kernel."""
     module, function, chosen, warps, stages, special = KERNELS[name]
     kernel = getattr(importlib.import_module(f"linmu.optimized.{module}"), function)
@@ -174,4 +174,5 @@ def compile_kernel(name: str, size: int, dtype: str = "bf16") -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_kernel(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))
+    sizes = map(int, sys.argv[3:])
+    print(json.dumps({size: compile_kernel(sys.argv[1], sys.argv[2], size) for size in sizes}))
