@@ -34,6 +34,7 @@ PRODUCTS = {
     "divergence_gradient": 0,
     "step": 0,
     "link": 0,
+    "norm_gradient": 0,
 }  # products of tiles, each at least one tensor-core instruction
 SIZES = {"bf16": (128, 64), "fp16": (128,), "fp32": (128,)}
 ALL_SIZES = (128, 64, 32, 16)

@@ -93,10 +93,10 @@ def forward_passed(
 ) -> tuple[Passed, Tensor]:
     """The forward direction, and the gradient of the initial state."""
     kept, write = decays.forward_kept(), decays.forward_write()
-    entering, _, _ = sweep_states(B, x, write, kept, valid, initial_state, exact=True)
+    entering, _, _ = sweep_states(B, x, write, kept, valid, initial_state)
     read = decays.forward_read() * decays.forward_gate
     leaving_grad, initial_grad, product = sweep_states(
-        C, y_grad, read, kept, valid, final_grad, reverse=True, partner=entering, exact=True
+        C, y_grad, read, kept, valid, final_grad, reverse=True, partner=entering
     )
     return Passed(entering, leaving_grad, product * kept), initial_grad
 
@@ -104,9 +104,9 @@ def forward_passed(
 def backward_passed(x, B, C, y_grad, decays: Decays, valid) -> Passed:
     """The backward direction."""
     kept, write = decays.backward_kept(), decays.backward_write()
-    entering, _, _ = sweep_states(B, x, write, kept, valid, None, reverse=True, exact=True)
+    entering, _, _ = sweep_states(B, x, write, kept, valid, None, reverse=True)
     read = decays.backward_read() * decays.backward_gate
-    leaving_grad, _, product = sweep_states(C, y_grad, read, kept, valid, None, partner=entering, exact=True)
+    leaving_grad, _, product = sweep_states(C, y_grad, read, kept, valid, None, partner=entering)
     return Passed(entering, leaving_grad, product * kept)
 
 

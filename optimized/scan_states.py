@@ -9,8 +9,7 @@ chunks.
 with left, right, weight = B, x, write for the scan (eqs. (4), (5) of `chunked_scan`) and C, ȳ, read for its
 gradient (eq. (2) of `chunked_scan_backward`). Chunks go one after the other inside a run, runs side by side:
 one sweep leaves what each run adds, `link_runs` joins them, a second sweep starts from the joined states and
-stores every chunk's. States are float32 on the way, and stored in a dtype that a matrix product with the
-tokens takes.
+stores every chunk's. States are float32, and stored as the products that read them take them.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from .scan_tiles import (
     as_bytes,
+    as_factor,
     chunk_rows,
     head_of,
     load_tile,
@@ -33,13 +33,6 @@ from .scan_tiles import (
 
 RUN = 16  # chunks
 BLOCKS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # of P
-
-
-@triton.jit
-def rounded_to_tf32(tile):
-    """float32 to the nearest that tensor cores take: they would cut the other bits off, all downwards."""
-    bits = tile.to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -100,23 +93,17 @@ def sweep_kernel(
         at_chunk = (batch * chunks + chunk) * HEADS + head
         rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
         if STORES:
-            stored = state
-            if LEFT.dtype.element_ty == tl.bfloat16:
-                stored = rounded_to_tf32(state)
-            where = ENTERING + at_chunk * (N * P) + tile
-            tl.store(where, stored.to(ENTERING.dtype.element_ty), mask=inside)
+            tl.store(ENTERING + at_chunk * (N * P) + tile, as_factor(state, LEFT), mask=inside)
         if HAS_PARTNER:
             partner = tl.load(PARTNER + at_chunk * (N * P) + tile, mask=inside, other=0.0)
-            product = tl.sum(tl.sum(state * partner.to(tl.float32), 1), 0)
+            product = tl.sum(tl.sum(state * partner, 1), 0)
             block = at_chunk * tl.num_programs(1) + tl.program_id(1)
             tl.store(PRODUCT + block, product)
         weight = tl.load(WEIGHT + at_chunk * CHUNK + tl.arange(0, CHUNK))
         kept = tl.load(KEPT + at_chunk)
         left_tile = load_tile(left, rows, left_token, columns_n, taken, N)
         right_tile = load_tile(right, rows, right_token, columns_p, taken, P)
-        right_tile = right_tile.to(tl.float32) * weight[:, None]
-        if LEFT.dtype.element_ty == tl.bfloat16:
-            right_tile = rounded_to_tf32(right_tile)
+        right_tile = as_factor(right_tile.to(tl.float32) * weight[:, None], LEFT)
         left_tile = left_tile.to(tl.float32)
         state = tl.dot(tl.trans(left_tile), right_tile, state * kept, input_precision=PRECISION)
     if LEAVES:
@@ -154,11 +141,6 @@ def link_kernel(
     tl.store(FINAL + row * SIZE + place, state, mask=inside)
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the forward pass's states: a float16 could overflow, so its states stay float32."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
 def sweep_states(
     left: Tensor,
     right: Tensor,
@@ -169,7 +151,6 @@ def sweep_states(
     *,
     reverse: bool = False,
     partner: Tensor | None = None,
-    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Eq. (1) over all chunks.
 
@@ -180,7 +161,6 @@ def sweep_states(
         start: (B, H, N, P) float32; zeros if None.
         reverse: from the last chunk to the first.
         partner: (B, K, H, N, P), states to multiply with.
-        exact: store float32, for bfloat16 tokens rounded to tf32: what the scalars' gradients need.
     Returns:
         (B, K, H, N, P), what each chunk receives; (B, H, N, P) float32, what the last one leaves; and (B, K,
         H), the inner product of what each chunk receives with its partner.
@@ -188,9 +168,7 @@ def sweep_states(
     batch, chunks, heads, _ = weight.shape
     sizes = (left.shape[-1], right.shape[-1])
     runs = triton.cdiv(chunks, RUN)
-    entering = left.new_empty(
-        batch, chunks, heads, *sizes, dtype=torch.float32 if exact else state_dtype(left.dtype)
-    )
+    entering = left.new_empty(batch, chunks, heads, *sizes, dtype=torch.float32)
     states = left.new_empty(batch, runs, heads, *sizes, dtype=torch.float32)
     final = left.new_empty(batch, heads, *sizes, dtype=torch.float32)
     sweep = Sweep(left, right, weight, kept, valid, reverse)

@@ -3,7 +3,8 @@
 
 Letters and equations as in `chunked_scan`. A program works on one chunk of one head. It walks along N and P
 in steps, so that no tile outgrows the registers: short ones in float32, whose products are not the tensor
-cores'.
+cores'. What is not a token, states and weights of pairs, keeps float32's range and at least tf32's bits in
+every product: bfloat16 results then differ from the reference's by their last rounding only.
 """
 
 from __future__ import annotations
@@ -26,6 +27,16 @@ def load_tile(base, rows, stride, columns, mask, SIZE: tl.constexpr):
     """Rows of SIZE elements each, (rows, columns), 0 outside; `rows` in int64."""
     where = mask[:, None] & (columns < SIZE)[None, :]
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=where, other=0.0)
+
+
+@triton.jit
+def as_factor(tile, TOKENS):
+    """A float32 factor of a product with TOKENS as it is taken there: with bfloat16 ones as tf32, rounded to
+    the nearest, for tensor cores would cut the other bits off, all downwards."""
+    if TOKENS.dtype.element_ty == tl.bfloat16:
+        bits = tile.to(tl.int32, bitcast=True)
+        tile = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tile
 
 
 @triton.jit
@@ -143,11 +154,11 @@ def state_products(
     total = tl.zeros([CHUNK, BLOCK_OUTER], tl.float32)
     for start in range(0, INNER, STEP):
         inner = start + tl.arange(0, STEP)
-        tile = load_tile(tokens, rows, stride, inner, taken, INNER)
+        tile = load_tile(tokens, rows, stride, inner, taken, INNER).to(tl.float32)
         inside = (inner < INNER)[:, None] & (outer < OUTER)[None, :]
         where = STATE + inner[:, None] * INNER_STRIDE + outer[None, :] * OUTER_STRIDE
         state = tl.load(where, mask=inside, other=0.0)
-        total = tl.dot(tile.to(state.dtype), state, total, input_precision=PRECISION)
+        total = tl.dot(tile, state, total, input_precision=PRECISION)
     return total
 
 

@@ -22,19 +22,21 @@ from linmu.optimized import scan_states, scan_tiles, window_kernels
 
 # fmt: off
 FLOAT32 = {
-    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_WRITE",
+    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_STATE",
+    "BACKWARD_WRITE", "ENTERING", "FORWARD_STATE", "PARTNER",
     "BIAS_GRAD", "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
     "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
-    "NEW_STATE", "PRODUCT", "SKIP_GRAD", "START", "STATES", "WEIGHT_GRAD",
+    "NEW_STATE", "PRODUCT", "SCALE", "START", "STATES", "WEIGHT_GRAD",
 }
 # fmt: on
-INT64 = set(["SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "COUNT"])
+INT64 = {"SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT"}
 MASKS = {"VALID", "MASK"}
-FLOATS = {"scale", "natural_scale", "inverse"}
+FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
+SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "KEEPS": True}
 SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 16, "REVERSE": True, "HAS_START": True, "STORES": True}
 SWEEP |= {"LEAVES": True, "HAS_PARTNER": True}
 CONV = {
@@ -43,12 +45,11 @@ CONV = {
     "ROWS": 32,
     "COLUMNS": 64,
     "HAS_MASK": True,
+    "HAS_ORDER": True,
     "HAS_BIAS": True,
     "HAS_START": True,
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "window": True}
-EXACT = {"FORWARD_STATE": "*fp32", "BACKWARD_STATE": "*fp32"}  # what the backward pass keeps states in
-SWEPT = dict.fromkeys(("WEIGHT", "ENTERING", "PARTNER"), "*fp32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 # name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
@@ -59,7 +60,7 @@ KERNELS = {
         SCAN | SWEEP,
         None,
         2,
-        {"WEIGHT": "*fp32", "ENTERING": "*fp32", "PARTNER": "*fp32"},
+        {"WEIGHT": "*fp32"},
     ),
     "link": (
         "scan_states",
@@ -69,12 +70,13 @@ KERNELS = {
         3,
         {},
     ),
+    "norm_gradient": ("norm_kernels", "norm_gradient_kernel", SCAN | {"ROWS": 32}, 4, 3, {}),
     "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
-    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, EXACT),
-    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, EXACT),
-    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, EXACT),
+    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, {}),
+    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, {}),
+    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, {}),
     "attend": ("window_kernels", "attend_kernel", WINDOW, "rows", 1, {}),
-    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW, "rows", 1, {}),
+    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
     "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
@@ -113,8 +115,6 @@ def signature(names: list[str], dtype: str, fixed: dict, special: dict[str, str]
             return "i32"
         if name in special:
             return special[name]
-        if dtype == "fp16" and name in ("FORWARD_STATE", "BACKWARD_STATE", "ENTERING"):
-            return "*fp32"
         known = (("*fp32", FLOAT32), ("*i64", INT64), ("*u8", MASKS))
         return next((kind for kind, names in known if name in names), f"*{dtype}")
 
