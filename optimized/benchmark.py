@@ -5,8 +5,8 @@
     python -m linmu.optimized.benchmark --budget 200         the same, the most telling lines first, then stop
     python -m linmu.optimized.benchmark --only model,decode --lengths 32768,131072
 
-Writes Markdown tables, JSON and plots into --output, after every line. Peers take part if they are installed: fla
-(`pip install fla-core`), mamba_ssm, Bi-Mamba2.
+Writes Markdown tables, JSON and plots into --output, after every line. Peers take part if they are installed:
+fla (`pip install fla-core`), mamba_ssm, Bi-Mamba2.
 """
 
 from __future__ import annotations
@@ -51,12 +51,13 @@ LENGTHS = {
 QUICK_LENGTHS = {
     "kernels": [512, 1024, 2048, 4096, 8192, 16 * K],
     "windows": [512, 1024, 2048, 4096, 8192, 16 * K],
-    "model": [512, 1024, 2048, 4096, 8192],
-    "decode": [512, 2048, 8192, 32 * K],
+    "model": [512, 2048, 8192],
+    "decode": [512, 4096, 32 * K],
     "training": [512],
 }
 LONG = 256 * K  # tokens from which on a line waits until the shorter ones are there
-QUICK_BOTH = 4096  # tokens up to which --quick times a backward pass
+QUICK_BUDGET = 115.0
+QUICK_BOTH = 2048  # tokens up to which --quick times a backward pass
 PLOTTING = 8.0  # seconds of a budget kept for the plots
 VERSIONS = ("torch", "triton", "transformers", "fla-core", "mamba-ssm")
 
@@ -103,14 +104,20 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         options.device,
         options.dtype,
         measure_ceilings(options.device, options.dtype),
-        seconds=0.5 if options.quick else 0.2,
+        seconds=0.3 if options.quick else 0.2,
     )
     said = shlex.join(sys.argv[1:] if arguments is None else arguments)
     report = Report(options.output, environment(options, setting.ceilings, said))
     spent = time.perf_counter() - started
     budget = None if options.budget is None else options.budget - spent - PLOTTING
+    pair = models.Pair(options.model, options.layers, setting)
+
+    def prepare(case: Case) -> None:
+        if case.benchmark in ("scan", "windows"):  # they may need all of the memory
+            pair.forget()
+
     try:
-        measure_all(cases_of(options, setting), report.keep, budget)
+        measure_all(cases_of(options, setting, pair), report.keep, budget, prepare)
     finally:
         report.environment["load after"] = load()
         report.write()
@@ -134,7 +141,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sizes", help=f"heads x groups x head dim of the operators; default {SIZES}")
     add("--layers", type=int, help="decoder layers of the model; default: all")
     add("--without-peers", action="store_true", help="measure LinMU and its teacher only")
-    add("--budget", type=float, help="seconds after which no further line is begun")
+    add(
+        "--budget",
+        type=float,
+        help=f"seconds after which no further line is begun; --quick: {QUICK_BUDGET:.0f}",
+    )
     add("--output", help="folder; default optimized/results/<device>")
     add("--commit", help="what to write down as the commit where there is no git")
     add("--render", metavar="FOLDER", help="write tables and plots of an earlier run again, and stop")
@@ -167,34 +178,31 @@ def checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
         sizes,
         given.layers,
         not given.without_peers,
-        given.budget,
+        given.budget or (QUICK_BUDGET if given.quick else None),
         Path(given.output) if given.output else folder,
         device,
         given.commit or commit(),
     )
 
 
-def cases_of(options: Options, setting: kernels.Setting) -> Iterator[Case]:
+def cases_of(options: Options, setting: kernels.Setting, pair: models.Pair) -> Iterator[Case]:
     """All lines of a run. The order is by priority: first what shows each part at ordinary lengths, then
     backward passes, long prompts and peers that take long to compile.
     """
-    pair = models.Pair(options.model, options.layers, setting)
     lengths = options.lengths
     for place, sizes in enumerate(options.sizes):
         for passes in (kernels.FORWARD, kernels.BOTH):
-            base = 10 * place + (4 if passes == kernels.BOTH else 0)
-            if "kernels" in options.parts:
-                yield from operator_lines("scan", options, sizes, lengths["kernels"], passes, setting, base)
-            if "windows" in options.parts:
-                yield from operator_lines(
-                    "windows", options, sizes, lengths["windows"], passes, setting, base
-                )
+            for benchmark, part in (("scan", "kernels"), ("windows", "windows")):
+                if part in options.parts:
+                    yield from operator_lines(
+                        benchmark, options, sizes, lengths[part], passes, setting, 10 * place
+                    )
     if "model" in options.parts:
         wait = [length for length in lengths["model"] if length <= 32 * K]
-        yield from models.first_token_cases(pair, lengths["model"], setting, later(1, LONG, 7))
-        yield from models.tower_cases(pair, wait[-1:], setting, later(8, LONG, 8))
+        yield from models.first_token_cases(pair, lengths["model"], setting, later(1, LONG, 6))
+        yield from models.tower_cases(pair, wait[-1:], setting, later(7, LONG, 7))
     if "decode" in options.parts:
-        yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 7))
+        yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 6))
     if "training" in options.parts:
         yield from training.training_cases(pair, lengths["training"], setting, later(9, LONG, 9))
 
@@ -206,9 +214,10 @@ def operator_lines(
     lengths: Sequence[int],
     passes: str,
     setting: kernels.Setting,
-    base: int,
+    start: int,
 ) -> Iterator[Case]:
     """The lines of one operator at one size; peers that compile for long come after the models."""
+    base = start + (3 if passes == kernels.BOTH else 0)
     if options.quick:
         methods = kernels.QUICK_SCAN if benchmark == "scan" else kernels.QUICK_WINDOWS
         lengths = [length for length in lengths if passes == kernels.FORWARD or length <= QUICK_BOTH]
@@ -218,8 +227,11 @@ def operator_lines(
         methods = methods[:1]
 
     def priority(method: str, length: int) -> int:
-        slow = {"fla": 3, "mamba_ssm": 3, "Bi-Mamba2": 3}.get(method, 6 if "flex" in method else 0)
-        return base + slow + (3 if length > LONG else 0)
+        if "flex" in method:
+            return start + 8
+        if method in ("fla", "mamba_ssm"):
+            return start + 4
+        return start + 5 if length > LONG else base
 
     yield from kernels.operator_cases(benchmark, methods, sizes, lengths, passes, setting, priority)
 
