@@ -53,7 +53,7 @@ QUICK_LENGTHS = {
     "windows": [512, 1024, 2048, 4096, 8192, 16 * K],
     "model": [512, 2048, 8192],
     "decode": [512, 4096, 32 * K],
-    "training": [512],
+    "training": [SHORTEST],
 }
 LONG = 256 * K  # tokens from which on a line waits until the shorter ones are there
 QUICK_BUDGET = 115.0
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         options.device,
         options.dtype,
         measure_ceilings(options.device, options.dtype),
-        seconds=0.3 if options.quick else 0.2,
+        seconds=0.15 if options.quick else 0.2,
     )
     said = shlex.join(sys.argv[1:] if arguments is None else arguments)
     report = Report(options.output, environment(options, setting.ceilings, said))
@@ -200,7 +200,8 @@ def cases_of(options: Options, setting: kernels.Setting, pair: models.Pair) -> I
     if "model" in options.parts:
         wait = [length for length in lengths["model"] if length <= 32 * K]
         yield from models.first_token_cases(pair, lengths["model"], setting, later(1, LONG, 6))
-        yield from models.tower_cases(pair, wait[-1:], setting, later(7, LONG, 7))
+        if not options.quick:
+            yield from models.tower_cases(pair, wait[-1:], setting, later(7, LONG, 7))
     if "decode" in options.parts:
         yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 6))
     if "training" in options.parts:

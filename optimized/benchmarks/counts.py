@@ -9,8 +9,8 @@ Letters: L tokens, V of them vision, H heads, G groups, N state size, P head dim
                        output's gradient, and writes the inputs' gradients                                 (4)
 
 (1) counts a scan in chunks of C = 64 tokens whose two directions share one product C Bᵀ; writing and reading
-the state are 2NP each per direction, and text has the forward direction only. Choice: the chunk is that of the
-kernels here and of fla.
+the state are 2NP each per direction, and text has the forward direction only. Choice: the chunk is that of
+the kernels here and of fla.
 """
 
 from __future__ import annotations

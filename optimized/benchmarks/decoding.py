@@ -1,8 +1,8 @@
 """Tokens per second after a prompt, teacher and student, replayed from a CUDA graph where there is a GPU.
 
 A graph holds `CHAIN` steps, each fed with the token that the one before chose. The caches are filled with
-random numbers: the time does not depend on them. The teacher's keys and values lie in memory reserved for prompt
-and chain together, of which a step reads just what it may see: no token is copied and none is masked.
+random numbers: the time does not depend on them. The teacher's keys and values lie in memory reserved for
+prompt and chain together, of which a step reads just what it may see: no token is copied, none is masked.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ... import reference
 from ..engine import set_engine, wanted_engine
 from ..window_attention import window_attention
 from . import peers, window_peers
-from .cases import Case, LeftOutError, values_of
+from .cases import Case, LeftOutError, first_line, values_of
 from .counts import Counts, Sizes, attention_counts, scan_counts, window_counts
 from .problems import (
     WINDOW_TOKENS,
@@ -179,8 +179,7 @@ def measure(
     """Check once, then time; the values of one line."""
     if method.truth is not None:
         if "reason" not in checked:
-            problem = check(seed=1)
-            checked["reason"] = difference(method, problem, backward, setting.dtype)
+            checked["reason"] = why_wrong(method, check(seed=1), backward, setting.dtype)
         if checked["reason"]:
             raise LeftOutError(checked["reason"])
     problems = [job(seed=2)]
@@ -222,6 +221,18 @@ def call_of(run: Callable[[Any], Tensor], problem: Any, backward: bool) -> Calla
 def bytes_of(problem: Any) -> int:
     """Bytes of all tensors of a problem."""
     return sum(value.nbytes for value in vars(problem).values() if isinstance(value, Tensor))
+
+
+def why_wrong(method: Method, problem: Any, backward: bool, dtype: torch.dtype) -> str | None:
+    """The reason not to time a method, found once: it differs, refuses or fails; None if it is right."""
+    try:
+        return difference(method, problem, backward, dtype)
+    except LeftOutError as reason:
+        return str(reason)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a peer, whatever it is
+        return f"failed: {type(error).__name__}: {first_line(error)}"
 
 
 def difference(method: Method, problem: Any, backward: bool, dtype: torch.dtype) -> str | None:

@@ -1,8 +1,8 @@
 """Tokens per second and memory of one optimizer step of each distillation stage.
 
 A step is what `distill.py` does with a batch of one prompt: bfloat16 arithmetic on a GPU over float32 copies
-of what is trained, layers recomputed in the backward pass, gradients clipped at 1, AdamW. The prompt comes with
-its pixels, and its last tenth is supervised.
+of what is trained, layers recomputed in the backward pass, gradients clipped at 1, AdamW. The prompt comes
+with its pixels, and its last tenth is supervised.
 """
 
 from __future__ import annotations
