@@ -158,9 +158,9 @@ def at_most(left: float | None) -> Iterator[None]:
 
 
 def clear_memory() -> None:
-    """Give back what no one holds any more."""
-    gc.collect()
+    """Give back the GPU's memory that no one holds any more."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
