@@ -164,10 +164,7 @@ def measure_rows(
         timing = time_calls([call], setting.device, seconds=setting.seconds, most=50)
     values = values_of(timing, items=rows * CHAIN, batch=rows, cache_bytes=cache.nbytes, replayed=how)
     values["tokens_per_second"] = rows * CHAIN / timing.seconds
-    values["attention"] = name_of(kernel)
-    if setting.device.type == "cuda":
-        values["memory"] = torch.cuda.max_memory_allocated(setting.device)
-    return values
+    return values | {"attention": name_of(kernel), "memory": timing.peak}
 
 
 def chain(model: nn.Module, cache: StateCache | ReservedCache, token: Tensor, angles: Sequence) -> Tensor:

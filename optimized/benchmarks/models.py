@@ -256,10 +256,7 @@ def timed_prefill(pair: Pair, model: nn.Module, inputs: dict[str, Any], setting:
         timing = time_calls([prefill], setting.device, seconds=setting.seconds, most=20)
     length = inputs["position_ids" if "position_ids" in inputs else "input_ids"].shape[-1]
     more = {"tokens_per_second": length / timing.seconds, "attention": name_of(pair.attention)}
-    values = values_of(timing, **sizes, **more)
-    if setting.device.type == "cuda":
-        values["memory"] = torch.cuda.max_memory_allocated(setting.device)
-    return values
+    return values_of(timing, **sizes, **more) | {"memory": timing.peak}
 
 
 def name_of(choice: SDPBackend | None) -> str:

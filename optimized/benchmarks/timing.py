@@ -27,13 +27,15 @@ class Timing:
         low, high: 20th and 80th percentile.
         runs: how many were timed.
         memory: bytes allocated at the peak beyond what was there before; None on a CPU.
+        peak: all bytes allocated at the peak; None on a CPU.
     """
 
     seconds: float
     low: float
     high: float
     runs: int
-    memory: int | None
+    memory: int | None = None
+    peak: int | None = None
 
     @property
     def spread(self) -> float:
@@ -54,31 +56,33 @@ def time_calls(
     """
     for call in calls:
         call()
-    before = 0
+    flush = memory = peak = None
     if device.type == "cuda":
+        flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    times = timed_runs(calls[:1], device, 1)
+    times = timed_runs(calls[:1], flush, 1)
     if times[0] < LONG:  # the first of them has only told how many fit
-        times = timed_runs(calls, device, min(max(int(seconds / times[0]), 3), most))
-    memory = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        times = timed_runs(calls, flush, min(max(int(seconds / times[0]), 3), most))
+    if flush is not None:
+        memory = torch.cuda.max_memory_allocated(device) - before
+        peak = memory + before - flush.nbytes
     middle, low, high = (percentile(times, share) for share in (0.5, 0.2, 0.8))
-    return Timing(middle, low, high, len(times), memory)
+    return Timing(middle, low, high, len(times), memory, peak)
 
 
-def timed_runs(calls: Sequence[Callable[[], object]], device: torch.device, count: int) -> list[float]:
-    """Seconds of each of `count` runs, the calls in turn."""
-    if device.type != "cuda":
+def timed_runs(calls: Sequence[Callable[[], object]], flush: Tensor | None, count: int) -> list[float]:
+    """Seconds of each of `count` runs, the calls in turn; `flush` is written before each, None on a CPU."""
+    if flush is None:
         return [wall_clock(calls[place % len(calls)]) for place in range(count)]
-    flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(flush.device)
     for place, (start, end) in enumerate(events):
         flush.zero_()
         start.record()
         calls[place % len(calls)]()
         end.record()
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(flush.device)
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 

@@ -75,11 +75,8 @@ def measure_step(pair: Pair, stage: Stage, length: int, setting: Setting) -> dic
     call = partial(train_step, lesson, optimizer, trained, batch, setting)
     timing = time_calls([call], setting.device, seconds=setting.seconds, most=10)
     values = values_of(timing, tokens_per_second=length / timing.seconds)
-    values["trained"] = sum(parameter.numel() for parameter in trained)
-    if setting.device.type == "cuda":
-        values["memory"] = torch.cuda.max_memory_allocated(setting.device)
     lesson.close()
-    return values
+    return values | {"trained": sum(part.numel() for part in trained), "memory": timing.peak}
 
 
 def taught_student(pair: Pair, setting: Setting) -> nn.Module:
