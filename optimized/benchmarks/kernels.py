@@ -1,8 +1,8 @@
 """The lines of the scan and of window attention: ours and the peers', checked before they are timed.
 
 A result is right if ‖y - truth‖ / ‖truth‖ is small, the truth being the torch engine in float32 on the same
-numbers; with a backward pass, every gradient too. Small means below a bound of the dtype, or below three times
-the error that the torch engine itself makes in it, where that is more: a gradient may be a sum that cancels.
+numbers; with a backward pass, every gradient too. Small means below a bound of the dtype or, where that is
+more, below three times the error of the torch engine in that dtype: a gradient may be a sum that cancels.
 """
 
 from __future__ import annotations
