@@ -20,6 +20,7 @@ import torch
 from .timing import Timing
 
 OK = "ok"
+RUNS = 2  # of a call that takes long: one before it is timed, one timed
 
 
 class OutOfTimeError(BaseException):
@@ -115,7 +116,7 @@ def reason_to_skip(case: Case, before: dict[str, Any] | None, left: float | None
         if before["status"].startswith(("out of memory", "not tried")) and case.length > before["length"]:
             return "not tried: " + before["status"].removeprefix("not tried: ")
         return None
-    foretold = 3 * before["seconds"] * (case.length / before["length"]) ** case.growth
+    foretold = RUNS * before["seconds"] * (case.length / before["length"]) ** case.growth
     if left is not None and foretold > left:
         return f"left out: about {foretold:.0f} s foretold, {left:.0f} s of the budget left"
     return None
