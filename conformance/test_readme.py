@@ -113,6 +113,7 @@ def test_the_citation_names_the_paper_and_invents_no_author():
 SHORTER = {
     "python distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu",
     "pytest conformance/": "-k inverse",
+    "python -m linmu.optimized.benchmark": "--only decode --lengths 320 --layers 1",
 }
 HUB_TEACHER = "Qwen/Qwen2.5-VL-3B-Instruct"
 
