@@ -275,8 +275,13 @@ def test_a_peer_that_works_as_documented_gives_our_result(name, module, backward
     for end in range(1, len(parts) + 1):
         path = ".".join(parts[:end])
         monkeypatch.setitem(sys.modules, path, module if end == len(parts) else types.ModuleType(path))
-    problem = scan_problem(320, SIZES, torch.float32, CPU, seed=1)
-    assert kernels.why_wrong(kernels.from_peer(peer), problem, backward, torch.float32) is None
+    flags = types.SimpleNamespace(IS_NVIDIA_HOPPER=True, TRITON_ABOVE_3_4_0=True, TRITON_ABOVE_3_7_1=True)
+    monkeypatch.setitem(sys.modules, "fla.ops.common.chunk_o", flags)
+    problem, method = scan_problem(320, SIZES, torch.float32, CPU, seed=1), kernels.from_peer(peer)
+    assert kernels.why_wrong(method, problem, backward, torch.float32) is None
+    flags.TRITON_ABOVE_3_7_1 = False
+    reason = kernels.why_wrong(method, problem, True, torch.float32) if name == "fla" else "refused"
+    assert reason.startswith("refused")
 
 
 def test_a_wrong_peer_is_left_out_and_a_missing_one_is_named():
