@@ -275,8 +275,13 @@ def test_a_peer_that_works_as_documented_gives_our_result(name, module, backward
     for end in range(1, len(parts) + 1):
         path = ".".join(parts[:end])
         monkeypatch.setitem(sys.modules, path, module if end == len(parts) else types.ModuleType(path))
-    problem = scan_problem(320, SIZES, torch.float32, CPU, seed=1)
-    assert kernels.why_wrong(kernels.from_peer(peer), problem, backward, torch.float32) is None
+    flags = types.SimpleNamespace(IS_NVIDIA_HOPPER=True, TRITON_ABOVE_3_4_0=True, TRITON_ABOVE_3_7_1=True)
+    monkeypatch.setitem(sys.modules, "fla.ops.common.chunk_o", flags)
+    problem, method = scan_problem(320, SIZES, torch.float32, CPU, seed=1), kernels.from_peer(peer)
+    assert kernels.why_wrong(method, problem, backward, torch.float32) is None
+    flags.TRITON_ABOVE_3_7_1 = False
+    reason = kernels.why_wrong(method, problem, True, torch.float32) if name == "fla" else "refused"
+    assert reason.startswith("refused")
 
 
 def test_a_wrong_peer_is_left_out_and_a_missing_one_is_named():
@@ -301,6 +306,7 @@ def test_the_ways_to_attend_in_windows_agree(method, monkeypatch):
 @pytest.mark.parametrize("method", models.METHODS)
 def test_a_chain_of_steps_gives_the_tokens_that_the_model_gives(method):
     """Both caches of the decoding benchmark, filled by a real prompt, against the model's own forward."""
+    torch.manual_seed(0)
     pair, length, chain = models.Pair("small", 1, SETTING), 12, decoding.CHAIN
     model = pair.model(method)
     ids = torch.randint(4, 1000, (2, length), generator=torch.Generator().manual_seed(0))
@@ -320,7 +326,9 @@ def test_a_chain_of_steps_gives_the_tokens_that_the_model_gives(method):
         found = decoding.chain(model, cache, first, angles)
         whole = torch.cat([ids, first], 1)
         for _ in range(chain):
-            token = model(input_ids=whole, use_cache=False).logits[:, -1:].argmax(-1)
+            text = torch.full((*whole.shape, 4), -1)  # whatever ids are chosen
+            known = {"linmu_coords": text} if method == "LinMU" else {}
+            token = model(input_ids=whole, use_cache=False, **known).logits[:, -1:].argmax(-1)
             whole = torch.cat([whole, token], 1)
     assert torch.equal(found, whole[:, -1:])
 

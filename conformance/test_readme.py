@@ -120,6 +120,7 @@ SHORTER = {
     "--cpu",
     "pytest conformance/": "-k inverse",
     "python -m linmu.reference.convert": "",
+    "python -m linmu.optimized.benchmark": "--only decode --lengths 320 --layers 1",
 }
 HUB_TEACHER = "Qwen/Qwen2.5-VL-3B-Instruct"
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,8 @@ def clear_memory() -> None:
     """Give back the GPU's memory that no one holds any more."""
     if torch.cuda.is_available():
         gc.collect()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a kernel that failed: its line tells
+            torch.cuda.empty_cache()
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from ...reference.cache import cache_slot
 from ..flex_ma import FlexMAState
-from .cases import Case, LeftOutError, clear_memory, values_of
+from .cases import Case, LeftOutError, clear_memory, first_line, values_of
 from .kernels import OURS, Setting
 from .models import METHODS, Pair, attention_of, cache_bytes, fastest_attention, name_of
 from .timing import random, time_calls
@@ -160,11 +160,11 @@ def measure_rows(
     dummy = random((1, 1, 1), setting.dtype, setting.device)
     angles = [rotary(dummy, place.expand(3, rows, 1)) for place in places]
     with attention_of(kernel):
-        call, how = graphed(partial(chain, model, cache, token, angles), setting)
+        call, how, peak = graphed(partial(chain, model, cache, token, angles), setting)
         timing = time_calls([call], setting.device, seconds=setting.seconds, most=50)
     values = values_of(timing, items=rows * CHAIN, batch=rows, cache_bytes=cache.nbytes, replayed=how)
     values["tokens_per_second"] = rows * CHAIN / timing.seconds
-    return values | {"attention": name_of(kernel), "memory": timing.peak}
+    return values | {"attention": name_of(kernel), "memory": peak}
 
 
 def chain(model: nn.Module, cache: StateCache | ReservedCache, token: Tensor, angles: Sequence) -> Tensor:
@@ -190,10 +190,13 @@ def step(
     return model.lm_head(decoder.norm(hidden)).argmax(-1)
 
 
-def graphed(call: Callable[[], object], setting: Setting) -> tuple[Callable[[], object], str]:
-    """The call as a replay of a CUDA graph; on a CPU the call itself."""
+def graphed(call: Callable[[], object], setting: Setting) -> tuple[Callable[[], object], str, int | None]:
+    """The call as a replay of a CUDA graph, in words what it is, and the bytes allocated at the peak of the
+    runs before; on a CPU the call itself.
+    """
     if setting.device.type != "cuda":
-        return call, "eager"
+        return call, "eager", None
+    torch.cuda.reset_peak_memory_stats(setting.device)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -201,6 +204,7 @@ def graphed(call: Callable[[], object], setting: Setting) -> tuple[Callable[[], 
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated(setting.device)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -209,5 +213,5 @@ def graphed(call: Callable[[], object], setting: Setting) -> tuple[Callable[[], 
         raise
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return call, f"eager, since it cannot be captured: {str(error).splitlines()[0][:80]}"
-    return graph.replay, "CUDA graph"
+        return call, f"eager, since it cannot be captured: {first_line(error)}", peak
+    return graph.replay, "CUDA graph", peak

@@ -62,6 +62,7 @@ class Method:
         growth: power of the length that its time grows with.
         passes: the passes that can be timed.
         longest: tokens up to which it is worth waiting.
+        refuses: why its backward pass will not run here, or None.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Method:
     growth: float = 1.0
     passes: tuple[str, ...] = (FORWARD, BOTH)
     longest: int | None = None
+    refuses: Callable[[], str | None] = lambda: None
 
 
 def scan_truth(problem: ScanProblem) -> tuple[Tensor, ...]:
@@ -88,7 +90,8 @@ def from_peer(peer: peers.Peer) -> Method:
         return peer.run
 
     passes = (FORWARD,) if peer.forward_only else (FORWARD, BOTH)
-    return Method(peer.name, prepare, peer.expected or scan_truth, passes=passes)
+    truth = peer.expected or scan_truth
+    return Method(peer.name, prepare, truth, passes=passes, refuses=peer.refuses)
 
 
 def reference_scan(problem: ScanProblem) -> Tensor:
@@ -227,7 +230,9 @@ def bytes_of(problem: Any) -> int:
 def why_wrong(method: Method, problem: Any, backward: bool, dtype: torch.dtype) -> str | None:
     """The reason not to time a method, found once: it differs, refuses or fails; None if it is right."""
     try:
-        return difference(method, problem, backward, dtype)
+        method.prepare(problem)  # says first what is missing
+        refusal = method.refuses() if backward else None
+        return refusal or difference(method, problem, backward, dtype)
     except LeftOutError as reason:
         return str(reason)
     except torch.OutOfMemoryError:

@@ -32,6 +32,7 @@ class Peer:
         limits: what is known not to work, for the report.
         forward_only: its gradients are known to be wrong.
         expected: what its result must equal; by default that of `bidirectional_scan`.
+        refuses: why its backward pass will not run here, or None; asked first, since tuning takes long.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Peer:
     limits: str
     forward_only: bool = False
     expected: Callable[[ScanProblem], tuple[Tensor, ...]] | None = None
+    refuses: Callable[[], str | None] = lambda: None
 
     def require(self) -> None:
         """Raise LeftOutError if it cannot be imported."""
@@ -68,6 +70,16 @@ def fla_both_ways(problem: ScanProblem) -> Tensor:
     gate = problem.gate[:, inside, :, None].to(v.dtype)
     mixed = gate * forward[:, inside] + (1 - gate) * backward
     return torch.cat([forward[:, : ends.start], mixed, forward[:, ends.start + ends.vision :]], 1)
+
+
+def fla_refuses() -> str | None:
+    """fla raises for gated gradients on Hopper with a Triton that computes them wrongly (fla #640)."""
+    chunk = importlib.import_module("fla.ops.common.chunk_o")
+    names = ("IS_NVIDIA_HOPPER", "TRITON_ABOVE_3_4_0", "TRITON_ABOVE_3_7_1")
+    hopper, broken, mended = (getattr(chunk, name, False) for name in names)
+    if hopper and broken and not mended:
+        return "refused: fla's gated backward pass does not run on Hopper with this Triton (fla #640)"
+    return None
 
 
 def mamba_both_ways(problem: ScanProblem) -> Tensor:
@@ -123,6 +135,7 @@ PEERS = (
         fla_both_ways,
         "fla: keys and values are repeated for every head; its backward pass refuses to run on Hopper with "
         "Triton 3.4 to 3.7.1 (fla #640) and keeps its states in float32.",
+        refuses=fla_refuses,
     ),
     Peer(
         "mamba_ssm",

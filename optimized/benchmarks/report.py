@@ -96,10 +96,9 @@ Column = tuple[str, Callable[[Line], str]]
 
 
 def table(benchmark: str, lines: Sequence[Line]) -> str:
-    """The measured lines in Markdown."""
-    columns = columns_of(benchmark)
-    rows = [[name for name, _ in columns], ["---"] * len(columns)]
-    rows += [[show(line) for _, show in columns] for line in measured(lines)]
+    """The measured lines in Markdown, without columns that no line has a value for."""
+    columns = [[name, "---", *map(show, measured(lines))] for name, show in columns_of(benchmark)]
+    rows = zip(*(column for column in columns if any(column[2:])), strict=True)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -181,6 +180,14 @@ def left_out(lines: Sequence[Line]) -> list[str]:
     ]
 
 
+def shortened(length: int) -> str:
+    """A number of tokens for an axis: 4096 -> 4k."""
+    for unit, name in ((2**20, "M"), (2**10, "k")):
+        if length >= unit:
+            return f"{length / unit:.3g}{name}"
+    return str(length)
+
+
 def draw(benchmark: str, curves: dict[tuple[str, str], dict[str, Any]], path: Path, device: str) -> None:
     """One panel per size and kind of pass, both axes logarithmic, crossovers marked."""
     import matplotlib
@@ -210,8 +217,11 @@ def draw(benchmark: str, curves: dict[tuple[str, str], dict[str, Any]], path: Pa
                     ha="right",
                 )
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{size}, {passes}")
+        ticks = sorted({length for series in methods.values() for length in series})
+        axis.set_xticks(ticks, [shortened(length) for length in ticks])
+        axis.minorticks_off()
         axis.set_ylabel("ms per token and row" if benchmark == "decode" else "ms")
-        axis.grid(True, which="both", alpha=0.2)
+        axis.grid(True, alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(f"{TITLES[benchmark]}, {device}")
     figure.tight_layout()
