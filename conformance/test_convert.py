@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 
 import pytest
@@ -22,6 +23,7 @@ from tiny_checkpoint import (
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from linmu import optimized
 from linmu.reference import LinMUConfig, convert
 from linmu.reference.attention import causal_attention
 from linmu.reference.hosting import PRECISE, decoder_layers, mixers
@@ -93,6 +95,24 @@ def test_weights_that_stay_are_not_copied(teacher):
         if "layers.1.self_attn" not in name or name.startswith("model.visual"):
             assert parameter.data_ptr() == given[name].data_ptr(), name
             assert parameter is not given[name]
+
+
+@pytest.mark.parametrize("package", ["reference", "optimized"])
+def test_a_backend_is_chosen_by_name_whoever_converts(package):
+    convert = importlib.import_module(f"linmu.{package}").convert
+    teacher, inputs = build_teacher(), every_kind()
+    students = {name: convert(teacher, backend=name) for name in (None, "reference", "optimized")}
+    used = {name: type(mixers(student)[0]).__mro__ for name, student in students.items()}
+    assert optimized.MMATE in used["optimized"] and optimized.MMATE not in used["reference"]
+    assert (optimized.MMATE in used[None]) == (package == "optimized")
+    valid = inputs["attention_mask"].bool()
+    got, want = (logits_of(students[name], inputs)[valid] for name in ("optimized", "reference"))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_an_unknown_backend_is_refused(teacher):
+    with pytest.raises(ValueError, match="convert: backend must be reference, optimized or None, got fast"):
+        convert(teacher, backend="fast")
 
 
 def test_tied_embeddings_stay_tied(family):

@@ -14,9 +14,19 @@ from unittest import mock
 
 import pytest
 import torch
-from compare import assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float, quarters
-from gpu_cases import DTYPES, OPERATORS, arguments, assert_kernels_match, block, kernels, results
-from strategies import DTYPES as KINDS
+from compare import assert_exact, assert_matches, assert_same, evaluate, in_float64, quarters
+from gpu_cases import (
+    DTYPES,
+    OPERATORS,
+    arguments,
+    assert_kernels_match,
+    block,
+    far_apart,
+    floats_of,
+    kernels,
+    results,
+    results_of_views,
+)
 
 from linmu import optimized
 
@@ -56,53 +66,13 @@ def test_no_token_is_lost_beyond_65536(operator, dtype, length, whole_gpu):
     assert_kernels_match(operator, given, f"{operator}, {dtype}, L = {length}")
 
 
-FAR = {  # name -> the tensors that lie far apart, and the axis whose steps are long
-    "bidirectional_scan": (("x", "B", "C"), 1),
-    "selective_scan": (("x", "B", "C"), 0),
-    "scan_step": (("x", "B", "C"), 0),
-    "causal_conv": (("u",), 1),
-    "window_attention": (("q", "k", "v"), 1),
-    "logit_loss": (("student", "teacher"), 1),
-}
-
-
 @HALF_AND_FULL
 @EVERY
 def test_offsets_may_exceed_two_to_the_31(operator, dtype, whole_gpu):
     """P1: slices of a tensor so large that their last tokens lie beyond 2^31 elements."""
     given = arguments(operator, dtype, heads=4, groups=2, head_dim=16, length=300)
-    names, axis = FAR[operator]
-    size = given[names[0]].shape[axis]
-    step = -(-(2**31 + 2**20) // (size - 1) // 16) * 16
-    memory = torch.full((step * (size - 1) + 2**22,), float("nan"), dtype=KINDS[dtype][0], device="cuda")
-    far, start = dict(given), 0
-    for name in names:
-        near = given[name]
-        strides = list(torch.empty(near.select(axis, 0).shape).stride())
-        strides.insert(axis, step)
-        view = memory.as_strided(near.shape, strides, start)
-        view.copy_(near)
-        far[name], start = view, start + near.select(axis, 0).numel() + 16
-    assert far[names[0]].stride(axis) * (size - 1) > 2**31
-    assert_same(with_gradients_of_views(operator, far), results(operator, given), f"{operator}, {dtype}")
-
-
-def floats_of(given):
-    """The arguments that may need a gradient."""
-    return {name: value for name, value in given.items() if is_float(value)}
-
-
-def with_gradients_of_views(operator, given):
-    """`evaluate` without its copies of the inputs, which would bring them back together."""
-    leaves = {name: value.detach().requires_grad_() for name, value in floats_of(given).items()}
-    outputs = kernels(operator)(**{**given, **leaves})
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    asked = [quarters(output, place) for place, output in enumerate(outputs)]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), asked, allow_unused=True)
-    found = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
-    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
-    return found
+    far = far_apart(operator, given, fill=True)
+    assert_same(results_of_views(operator, far), results(operator, given), f"{operator}, {dtype}")
 
 
 def test_results_may_exceed_two_to_the_31(whole_gpu):

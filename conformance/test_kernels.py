@@ -54,6 +54,41 @@ def test_a_block_of_kernels_equals_the_reference_in_the_interpreter(dtype):
     assert "linmu.optimized: triton engine" in done.stderr
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_offsets_may_exceed_two_to_the_31(operator):
+    """P1: 64-bit addresses: an offset that wraps leaves its tensor, which the watch sees."""
+    done = interpreted(str(FOLDER / "interpreter" / "trial_far.py"), operator)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+WRAPPING = """
+import torch, triton, triton.language as tl
+from interpreter import watch_memory
+
+@triton.jit
+def kernel(X, Y, stride):
+    place = tl.arange(0, 4)
+    if {wide}:
+        place = place.to(tl.int64)
+    tl.store(Y + tl.arange(0, 4), tl.load(X + place * stride))
+
+x = torch.empty(2**32, dtype=torch.int8).as_strided((4,), (2**30,)).fill_(1)
+y = torch.zeros(4, dtype=torch.int8)
+with watch_memory():
+    kernel[(1,)](x, y, 2**30)
+print(y.tolist())
+"""
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_interpreter_catches_an_offset_that_wraps(tmp_path, wide):
+    script = tmp_path / "wrapping.py"
+    script.write_text(WRAPPING.format(wide=wide))
+    done = interpreted(str(script))
+    assert (done.returncode == 0 and done.stdout == "[1, 1, 1, 1]\n") == wide, done.stdout + done.stderr
+    assert wide or "outside every argument" in done.stderr
+
+
 FAULTY = """
 import torch, triton, triton.language as tl
 from interpreter import watch_memory

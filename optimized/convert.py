@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..reference.convert import build_student, load_student
+from ..reference.convert import build_student, chosen_mixer, load_student
 from ..reference.hosting import LinMUModel
 from .config import LinMUConfig
 from .m_mate import MMATE
@@ -20,11 +20,12 @@ def convert(
     config: LinMUConfig | dict[str, Any] | None = None,
     *,
     layers: Sequence[int] | None = None,
+    backend: str | None = None,
 ) -> LinMUModel:
     """`linmu.reference.convert`: arguments, parameters and errors are the same, computed by
     `linmu.optimized`.
     """
-    return build_student(teacher, config, layers, MMATE)
+    return build_student(teacher, config, layers, chosen_mixer(backend, MMATE))
 
 
 def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:

@@ -16,7 +16,6 @@ from .launch import launching
 from .scan_decays import scan_decays
 from .scan_states import sweep_states
 from .scan_tiles import (
-    as_factor,
     chunk_pairs,
     chunk_rows,
     chunk_size,
@@ -30,6 +29,7 @@ from .scan_tiles import (
     step_size,
     stride_arguments,
     tile_size,
+    weighed_sum,
 )
 
 
@@ -103,10 +103,10 @@ def output_kernel(
     )
     weights = pair_products(q, c_token, k, b_token, rows, taken, N, STEP, CHUNK, PRECISION)
     weights = weights * decay * gates * dt
-    v_tile = load_tile(v, rows, x_token, columns, taken, P).to(tl.float32)
-    y = tl.dot(as_factor(weights, X), v_tile, input_precision=PRECISION)
+    v_tile = load_tile(v, rows, x_token, columns, taken, P)
+    y = weighed_sum(weights, v_tile, tl.zeros([CHUNK, BLOCK_P], tl.float32), PRECISION)
     if HAS_SKIP:
-        y += v_tile * tl.load(D + head).to(tl.float32)
+        y += v_tile.to(tl.float32) * tl.load(D + head).to(tl.float32)
     state = FORWARD_STATE + at_chunk * (N * P)
     pulled = state_products(
         q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, CHUNK, PRECISION

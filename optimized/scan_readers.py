@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .scan_decays import Decays
 from .scan_tiles import (
-    as_factor,
     chunk_pairs,
     chunk_rows,
     head_of,
@@ -27,6 +26,7 @@ from .scan_tiles import (
     step_size,
     stride_arguments,
     tile_size,
+    weighed_sum,
 )
 
 
@@ -110,8 +110,9 @@ def reader_kernel(
         tl.store(GATE_GRAD + at, gate_grad)
         pairs = tl.where(place[:, None] < place[None, :], spent * gates, 0.0)
         tl.store(BACKWARD_PAIRS + at, tl.sum(pairs, 1) - tl.sum(pairs, 0))
-    k_tile = load_tile(k, rows, b_token, columns, taken, N).to(tl.float32)
-    c_grad = tl.dot(as_factor(target * gates * dt, B), k_tile, input_precision=PRECISION)
+    k_tile = load_tile(k, rows, b_token, columns, taken, N)
+    nothing = tl.zeros([CHUNK, BLOCK_N], tl.float32)
+    c_grad = weighed_sum(target * gates * dt, k_tile, nothing, PRECISION)
     q_tile = load_tile(q, rows, c_token, columns, taken, N).to(tl.float32)
     state = FORWARD_STATE + at_chunk * (N * P)
     pulled = state_products(

@@ -93,7 +93,7 @@ def sweep_kernel(
         at_chunk = (batch * chunks + chunk) * HEADS + head
         rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
         if STORES:
-            tl.store(ENTERING + at_chunk * (N * P) + tile, as_factor(state, LEFT), mask=inside)
+            tl.store(ENTERING + at_chunk * (N * P) + tile, as_factor(state, PRECISION), mask=inside)
         if HAS_PARTNER:
             partner = tl.load(PARTNER + at_chunk * (N * P) + tile, mask=inside, other=0.0)
             product = tl.sum(tl.sum(state * partner, 1), 0)
@@ -103,7 +103,7 @@ def sweep_kernel(
         kept = tl.load(KEPT + at_chunk)
         left_tile = load_tile(left, rows, left_token, columns_n, taken, N)
         right_tile = load_tile(right, rows, right_token, columns_p, taken, P)
-        right_tile = as_factor(right_tile.to(tl.float32) * weight[:, None], LEFT)
+        right_tile = as_factor(right_tile.to(tl.float32) * weight[:, None], PRECISION)
         left_tile = left_tile.to(tl.float32)
         state = tl.dot(tl.trans(left_tile), right_tile, state * kept, input_precision=PRECISION)
     if LEAVES:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .scan_decays import Decays
 from .scan_tiles import (
-    as_factor,
     chunk_pairs,
     chunk_rows,
     head_of,
@@ -26,6 +25,7 @@ from .scan_tiles import (
     step_size,
     stride_arguments,
     tile_size,
+    weighed_sum,
 )
 
 
@@ -114,8 +114,8 @@ def writer_kernel(
             own, own_token, cross, cross_token, rows, taken, INNER, STEP, CHUNK, PRECISION
         )
         weights = weights * decay * gates * dt
-        tile = load_tile(value, rows, value_token, columns, taken, OUTER).to(tl.float32)
-        grad = tl.dot(as_factor(weights, VALUE), tile, grad, input_precision=PRECISION)
+        tile = load_tile(value, rows, value_token, columns, taken, OUTER)
+        grad = weighed_sum(weights, tile, grad, PRECISION)
         state = FORWARD_STATE + at_chunk * (INNER * OUTER)
         pulled = state_products(
             own,

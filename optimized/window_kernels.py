@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_tiles import as_factor, precision, rows_of, stride_arguments, tile_size
+from .scan_tiles import precision, rows_of, stride_arguments, tile_size, weighed_sum
 
 LOG2_E = 1.4426950408889634
 ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # tokens
@@ -133,8 +133,8 @@ def attend_kernel(
         weights = tl.where(together, tl.exp2(scores - highest[:, None]), 0.0)
         shrink = tl.exp2(largest - highest)
         total = total * shrink + tl.sum(weights, 1)
-        tile = tile_at(v, places(other, length, v_batch, v_token), columns, seen, P).to(tl.float32)
-        out = tl.dot(as_factor(weights, V), tile, out * shrink[:, None], input_precision=PRECISION)
+        tile = tile_at(v, places(other, length, v_batch, v_token), columns, seen, P)
+        out = weighed_sum(weights, tile, out * shrink[:, None], PRECISION)
         largest = highest
     total = tl.where(taken, total, 1.0)
     at = token * HEADS + head
@@ -205,9 +205,8 @@ def query_gradient_kernel(
         together = window[:, None] == other_window[None, :]
         weights = tl.where(together, tl.exp2(tl.minimum(scores * scale - lse[:, None], 0.0)), 0.0)
         target = products(grad, g_place, taken, v, v_place, seen, P, STEP_P, ROWS, COLUMNS, PRECISION)
-        tile = tile_at(k, k_place, columns, seen, N).to(tl.float32)
-        weights = as_factor(weights * (target - delta[:, None]), K)
-        q_grad = tl.dot(weights, tile, q_grad, input_precision=PRECISION)
+        tile = tile_at(k, k_place, columns, seen, N)
+        q_grad = weighed_sum(weights * (target - delta[:, None]), tile, q_grad, PRECISION)
     where = (place < count)[:, None] & (columns < N)[None, :]
     q_grad = q_grad * natural_scale
     tl.store(Q_GRAD + at[:, None] * N + columns[None, :], q_grad.to(Q_GRAD.dtype.element_ty), mask=where)
@@ -279,12 +278,11 @@ def key_gradient_kernel(
             delta = tl.load(DELTA + other * HEADS + head, mask=seen, other=0.0)
             scores = products(k, k_place, taken, q, q_place, seen, N, STEP_N, ROWS, COLUMNS, PRECISION)
             weights = tl.where(together, tl.exp2(tl.minimum(scores * scale - lse[None, :], 0.0)), 0.0)
-            tile = tile_at(grad, g_place, columns_p, seen, P).to(tl.float32)
-            v_grad = tl.dot(as_factor(weights, O_GRAD), tile, v_grad, input_precision=PRECISION)
+            tile = tile_at(grad, g_place, columns_p, seen, P)
+            v_grad = weighed_sum(weights, tile, v_grad, PRECISION)
             target = products(v, v_place, taken, grad, g_place, seen, P, STEP_P, ROWS, COLUMNS, PRECISION)
-            weights = as_factor(weights * (target - delta[None, :]), Q)
-            tile = tile_at(q, q_place, columns_n, seen, N).to(tl.float32)
-            k_grad = tl.dot(weights, tile, k_grad, input_precision=PRECISION)
+            tile = tile_at(q, q_place, columns_n, seen, N)
+            k_grad = weighed_sum(weights * (target - delta[None, :]), tile, k_grad, PRECISION)
     at = (token * groups + group)[:, None]
     real = (place < count)[:, None]
     k_grad = k_grad * natural_scale

@@ -27,7 +27,7 @@ from .config import LinMUConfig
 from .describe import describe
 from .families import FAMILIES, family_of
 from .folder import check_folder, hub_name
-from .hosted_mixer import use_mixer
+from .hosted_mixer import backend_mixer, use_mixer
 from .hosting import (
     PRECISE,
     VERSION,
@@ -46,6 +46,7 @@ def convert(
     config: LinMUConfig | dict[str, Any] | None = None,
     *,
     layers: Sequence[int] | None = None,
+    backend: str | None = None,
 ) -> LinMUModel:
     """Turn a teacher into a student: a new model, in the teacher's dtype and on its device.
 
@@ -60,13 +61,15 @@ def convert(
             sizes.
         layers: indices of the decoder layers to convert, negative ones from the end; None = all. Others keep
             attention.
+        backend: "reference" or "optimized", which computes the student; None = that of this function.
     Returns:
-        the student, computed by the reference. A_log, D and the dt, gate and mix projections are at least
-        float32.
+        the student, computed by the reference unless told otherwise. A_log, D and the dt, gate and mix
+        projections are at least float32.
     Raises:
-        ValueError: for a teacher of no supported family, unknown options, or indices out of range.
+        ValueError: for a teacher of no supported family, unknown options, an unknown backend, or indices out
+            of range.
     """
-    return build_student(teacher, config, layers, MMATE)
+    return build_student(teacher, config, layers, chosen_mixer(backend, MMATE))
 
 
 def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:
@@ -81,6 +84,13 @@ def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:
         ValueError: if the folder holds no student, or not exactly a student's tensors.
     """
     return load_student(folder, MMATE, **from_pretrained_kwargs)
+
+
+def chosen_mixer(backend: str | None, own: type[MMATE]) -> type[MMATE]:
+    """Return the MMATE class of a backend by its name; None = `own`."""
+    must = "backend must be reference, optimized or None"
+    require(backend in (None, "reference", "optimized"), "convert", must, backend)
+    return own if backend is None else backend_mixer(backend)
 
 
 def build_student(
