@@ -11,8 +11,8 @@ from tiny_families import BUILDERS, Tiny
 from torch import Tensor
 
 from linmu.reference.families import FAMILIES
-from linmu.reference.grids import placement_coords
-from linmu.reference.visions import Vision
+from linmu.reference.grids import Placement, placement_coords
+from linmu.reference.visions import LlavaOnevisionVision, Vision
 
 VISION = [name for name in BUILDERS if name not in ("qwen2", "llama")]
 
@@ -121,3 +121,32 @@ def test_tiles_in_rows_of_unequal_length_are_refused(name):
     broken = torch.cat([ids[:, : at - 1], ids[:, :1], ids[:, at - 1 :]], dim=1)  # a letter between two tiles
     with pytest.raises(ValueError, match=r"rows of equal length.*got rows of \[1, 2, 3\]; pass linmu_coords"):
         vision_of(tiny).placements(tiny.teacher.config, broken, inputs)
+
+
+@pytest.mark.parametrize(
+    ("counts", "past", "wanted"),
+    [
+        ([1, 1], 4, [1]),
+        ([2], 4, [2]),
+        ([1, 2], 4, [2]),
+        ([3], 0, [3]),
+        ([2, 1], 8, None),
+        ([2, 1], 4, "error"),
+    ],
+)
+def test_an_image_stays_alone_or_one_of_several_when_others_are_dropped(counts, past, wanted):
+    """LLaVA-OneVision shows an image that is alone in full; `batch_num_images` must go on to say which is."""
+    total = sum(counts)
+    cells = torch.zeros(1, 3, dtype=torch.int64)
+    placements = [Placement(0, "image", n, torch.tensor([4 * n]), cells) for n in range(total)]
+    inputs = {"pixel_values": torch.arange(total), "image_sizes": torch.ones(total, 2)}
+    inputs["batch_num_images"] = torch.tensor(counts)
+    vision = LlavaOnevisionVision()
+    if wanted == "error":
+        with pytest.raises(ValueError, match="one of several must come last, or be several, got"):
+            vision.keep_new(None, placements, past, inputs)
+        return
+    vision.keep_new(None, placements, past, inputs)
+    assert inputs["pixel_values"].tolist() == list(range(past // 4, total))
+    kept = inputs.get("batch_num_images")
+    assert (None if kept is None else kept.tolist()) == (None if wanted == [1] else wanted)
