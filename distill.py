@@ -2,63 +2,33 @@
 
     python distill.py                                          the bundled teacher, on a CPU, in minutes
     python distill.py --teacher DIR_OR_HUB_ID --data FILE.jsonl --preset vlm --output runs/mine
+    python distill.py evaluate STUDENT --data FILE.jsonl       a student's folder, measured
+    python distill.py ablate                                   the first with one thing left out at a time
 
     i    Flex-MA and the gates learn to mix as attention does, layer by layer, on the teacher's hidden states
     ii   Local-Swin learns too; first on the teacher's hidden states, then on the student's own
     iii  everything in M-MATE and LoRA adapters on the decoder's MLPs learn the teacher's answers, end to end
 
 A line of FILE.jsonl is {"messages": [...], "kind": "optional name"}, messages as chat templates take them,
-with {"type": "image", "image": PATH} and {"type": "video", "video": [FRAME_PATH, ...]} blocks, paths relative
-to FILE.
+with {"type": "image", "image": PATH} and {"type": "video", "video": [FRAME_PATH, ...] or FILE} blocks, paths
+relative to FILE; or in the forms that reference/turns.py lists.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
-import shutil
 import sys
-import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    AutoModelForImageTextToText,
-    HfArgumentParser,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
-
-from linmu.reference.calibration import calibrate_norms
-from linmu.reference.conversations import Conversations, InOrder
-from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.evaluation import evaluate, plot_losses, table
-from linmu.reference.lesson import (
-    Lesson,
-    Objective,
-    TaughtMixer,
-    attach_teacher,
-    detach_teacher,
-)
-from linmu.reference.processing import ChatCollator, load_processor
-from linmu.reference.stage_trainer import Progress, Stage, StageTrainer, load_taught, taught_tensors
-
-STAGES = ("i", "ii", "iii")
-MLP_LAYERS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
-# settings that may change when a run goes on
-FREE = ("resume", "overwrite", "stages", "allow_missing_stage", "workers", "report_to")
-ENDLESS = 2**40  # questions counted in the demo data, which makes them as they are asked for
+from linmu.reference.ablation import ablate
+from linmu.reference.command_line import RefusedError, check, from_json, numbers, parse_flags
+from linmu.reference.dry_run import dry_run
+from linmu.reference.judge import judge
+from linmu.reference.lesson import Objective
+from linmu.reference.run import Run
+from linmu.reference.stage_trainer import STAGES, Stage
+from linmu.reference.variants import varied
 
 
 def about(help: str, default: Any) -> Any:
@@ -76,15 +46,23 @@ class Config:
         "demo",
     )
     teacher: str = about("'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model", "demo")
-    data: str = about("'demo', or a JSONL file of conversations", "demo")
-    eval_data: str = about("JSONL file of held-out conversations; '' = every 20th line of --data", "")
+    data: str = about(
+        "'demo', or where conversations are: a JSONL file, a folder of a Hugging Face data set, "
+        "OWNER/NAME[:SPLIT] on the Hub, or several of them with weights, like a.jsonl@3,b.jsonl@1",
+        "demo",
+    )
+    eval_data: str = about("held-out conversations, named like --data; '' = every 20th sample of --data", "")
+    streaming: bool = about("read --data on the way instead of listing all samples first", False)
     output: str = about("folder of the run", "runs/demo")
     stages: str = about("stages to run, in order", "i,ii,iii")
-    steps: str = about("optimizer steps of stages i, ii and iii", "80,380,140")
+    steps: str = about("optimizer steps of stages i, ii and iii", "100,400,400")
     backend: Literal["reference", "optimized"] = about(
-        "whose M-MATE runs: linmu.reference or linmu.optimized", "reference"
+        "whose M-MATE runs: linmu.reference or linmu.optimized", "optimized"
     )
     seed: int = about("of data order, adapters and everything else drawn", 0)
+    dry_run: bool = about(
+        "check all samples, say what would be trained, on what, in how much memory, and stop", False
+    )
     resume: bool = about("go on where the run in --output was killed", False)
     overwrite: bool = about("empty --output first", False)
     allow_missing_stage: bool = about("start a stage although the one before it has not been run", False)
@@ -96,14 +74,27 @@ class Config:
     )
     mixer: str = about(
         "options of LinMUConfig as JSON, all others at their defaults",
-        '{"window_thw": [2, 4, 4], "half_life": [4, 256], "scan_rope": true, "output_gate": true}',
+        '{"window_thw": [2, 4, 4], "scan_rope": true, "output_gate": true}',
     )
     layers: str = about("decoder layers to convert: 'all' or numbers, like 0,1,2", "all")
     lr_new: float = about("stage i, tensors that the teacher does not have", 1.2e-2)
     lr_copied: float = about("stage i, tensors copied from the teacher; stage ii takes half of both", 4e-3)
-    lr_student: float = about("stage iii, M-MATE", 2e-4)
-    lr_lora: float = about("stage iii, adapters", 5e-4)
+    lr_student: float = about("stage iii, M-MATE", 4e-4)
+    lr_lora: float = about("stage iii, adapters", 1e-3)
     lora_rank: int = about("of the adapters", 16)
+    lora_targets: str = about(
+        "projections of the decoder's MLPs with adapters", "gate_proj,up_proj,down_proj"
+    )
+    tune: Literal["lora", "full", "none"] = about(
+        "the decoder's MLPs in stage iii: adapters, all their weights, or not at all", "lora"
+    )
+    objectives: str = about(
+        "changes to the losses of a stage as JSON: weights (mixer, block, logits), inputs (teacher or "
+        'student), end_to_end, temperature; like {"ii": {"inputs": "teacher"}, "iii": {"block": 0.0}}',
+        '{"iii": {"block": 10.0}}',
+    )
+    init: Literal["attention", "random"] = about("what Flex-MA and Local-Swin start from", "attention")
+    branches: Literal["both", "flex", "local"] = about("which branches of M-MATE there are", "both")
     warmup: float = about("share of a stage's steps in which its learning rate rises", 0.05)
     temperature: float = about("of the logit loss", 1.0)
     calibration_batches: int = about(
@@ -119,8 +110,17 @@ class Config:
     max_pixels: int = about(
         "bound on the pixels of one image or frame, to save memory; 0 = the processor's own", 0
     )
+    max_length: int = about("bound on the tokens of a sample, a longer one is broken; 0 = none", 0)
+    supervise: Literal["answers", "all"] = about(
+        "which text the logit loss is taken on: the assistant's answers, or all of it", "answers"
+    )
+    group_by_length: bool = about(
+        "fill batches with samples of about one length, so that little is padded", False
+    )
     max_frames: int = about("bound on the frames of a video, evenly thinned; 0 = all", 0)
-    report_to: str = about("a logger that transformers knows, such as tensorboard or wandb", "none")
+    report: Literal["none", "tensorboard", "trackio", "wandb"] = about(
+        "where to watch the run, beside metrics.jsonl", "none"
+    )
     cpu: bool = about("stay on the CPU although there is a GPU", False)
 
     def __post_init__(self) -> None:
@@ -135,6 +135,9 @@ class Config:
         )
         check(min(numbers("steps", self.steps)) >= 1, "--steps must be positive", self.steps)
         check(isinstance(self.mixer_options, dict), "--mixer must be a JSON object", self.mixer)
+        changes = self.objective_changes
+        for_stages = isinstance(changes, dict) and set(changes) <= set(STAGES)
+        check(for_stages, "--objectives must be a JSON object of stages", self.objectives)
         check(not (self.resume and self.overwrite), "--resume and --overwrite must not both be given", "both")
         no_pair = "--teacher and --data must both be demo, or neither"
         check((self.teacher == "demo") == (self.data == "demo"), no_pair, f"{self.teacher}, {self.data}")
@@ -142,6 +145,15 @@ class Config:
             self.data != "demo" or not self.eval_data,
             "--eval_data must come with --data FILE",
             self.eval_data,
+        )
+        alike = "the bundled data, whose samples are all short"
+        check(
+            not self.group_by_length or self.data != "demo", "--group_by_length must come with --data", alike
+        )
+        check(
+            not self.streaming or (self.eval_data and not self.group_by_length),
+            "--streaming must come with --eval_data, and without --group_by_length",
+            f"{self.eval_data!r}, {self.group_by_length}",
         )
         for name in (
             "batch_size",
@@ -161,10 +173,12 @@ class Config:
     @property
     def mixer_options(self) -> dict[str, Any]:
         """Options of M-MATE, by name."""
-        try:
-            return json.loads(self.mixer)
-        except json.JSONDecodeError as error:
-            raise RefusedError(f"distill: --mixer must be JSON, got {self.mixer!r} ({error})") from None
+        return from_json("mixer", self.mixer)
+
+    @property
+    def objective_changes(self) -> dict[str, dict[str, Any]]:
+        """Changes to the losses, by stage."""
+        return from_json("objectives", self.objectives)
 
     @property
     def layer_list(self) -> tuple[int, ...] | None:
@@ -184,9 +198,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "vlm": {
         "steps": "2000,2000,10000", "batch_size": 1, "gradient_accumulation": 16, "dtype": "bfloat16",
-        "mixer": "{}", "gradient_checkpointing": True, "lr_new": 1e-3, "lr_copied": 2e-4,
-        "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200, "save_every": 500, "workers": 4,
-        "backend": "optimized", "output": "runs/vlm",
+        "mixer": '{"scan_rope": true}', "objectives": "{}", "gradient_checkpointing": True,
+        "lr_new": 1e-3, "lr_copied": 2e-4, "lr_student": 5e-5, "lr_lora": 1e-4, "eval_samples": 200,
+        "save_every": 500, "workers": 4,
+        "output": "runs/vlm",
     },
 }  # fmt: skip
 
@@ -206,366 +221,34 @@ def stage_of(name: str, config: Config) -> Stage:
     return Stage(name, trained, (answers,), config.lr_student, config.lr_student, config.lr_lora)
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run what the command line asks for; returns what `results.json` holds."""
+def main(arguments: list[str] | None = None) -> Any:
+    """Do what the command line asks for; returns what it printed or wrote at the end."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    config = parse(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["ablate"]:
+        return ablate(arguments[1:], parse, distil)
+    if arguments[:1] == ["evaluate"]:
+        return judge(arguments[1:], parse)
+    return distil(parse(arguments))
+
+
+def distil(config: Config) -> dict[str, Any]:
+    """Distil, or describe it; returns what `results.json` holds."""
     run = Run(config)
+    stages = [varied(stage_of(name, config), config) for name in config.stage_list]
+    if config.dry_run:
+        run.open()
+        dry_run(run, stages)
+        return run.results
     run.prepare()
-    for name in config.stage_list:
-        run.teach(stage_of(name, config))
+    for stage in stages:
+        run.teach(stage)
     return run.finish()
 
 
-class RefusedError(ValueError):
-    """Something the user can put right; printed without a traceback."""
-
-
-def check(holds: Any, must: str, got: Any, hint: str = "") -> None:
-    """Raise `RefusedError("distill: must, got …; hint")` unless `holds`."""
-    if not holds:
-        raise RefusedError(f"distill: {must}, got {got}" + (f"; {hint}" if hint else ""))
-
-
-def numbers(flag: str, text: str) -> tuple[int, ...]:
-    """ "2,4,4" -> (2, 4, 4)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise RefusedError(f"distill: --{flag} must be whole numbers, like 4,8,8, got {text!r}") from None
-
-
 def parse(arguments: list[str]) -> Config:
-    """The command line as a `Config`: a flag for every field, defaults from the preset, unknown flags
-    refused."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
-    preset = parser.parse_known_args(arguments)[0].preset
-    parser.set_defaults(**PRESETS[preset])
-    try:
-        config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    except RefusedError as error:
-        parser.error(str(error))
-    if unknown:
-        parser.error(f"distill: flags must be among those of --help, got {' '.join(unknown)}")
-    return config
-
-
-def open_data(config: Config) -> tuple[Dataset, Dataset]:
-    """Training and held-out conversations."""
-    if config.data == "demo":
-        return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
-    options = (config.on_broken, config.max_frames)
-    training = Conversations(config.data, *options)
-    if config.eval_data:
-        return training, Conversations(config.eval_data, *options)
-    return training.split(every=20)
-
-
-class Run:
-    """One distillation, its folder, and its models.
-
-    The folder holds config.json, metrics.jsonl, results.json, loss.png, a folder per stage with its
-    checkpoints and, when it is done, `taught.safetensors`, and at the end the student.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.folder = config, Path(config.output)
-        self.backend = importlib.import_module(f"linmu.{config.backend}")
-        self.process = PartialState(cpu=config.cpu)
-        self.device = self.process.device
-        self.results: dict[str, Any] = {"rows": {}}
-        self.adapters: Any = None
-
-    def prepare(self) -> None:
-        """Claim the folder, load the teacher, convert it, and measure the student before any training."""
-        if self.process.is_main_process:
-            self.claim_folder()
-        self.process.wait_for_everyone()
-        if (self.folder / "results.json").is_file():
-            self.results = json.loads((self.folder / "results.json").read_text())
-        set_seed(self.config.seed)
-        folder = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
-        options = {"max_pixels": self.config.max_pixels} if self.config.max_pixels else {}
-        self.processor = load_processor(folder, padding_side="right", **options)
-        self.collate = ChatCollator(self.processor)
-        self.student = self.convert(folder)
-        self.training, held_out = open_data(self.config)
-        self.eval_batches = self.batches(held_out, self.config.eval_samples)
-        self.describe()
-        self.calibrate()
-        if "converted" not in self.results["rows"]:
-            self.evaluate("converted")
-        self.save_example(held_out)
-
-    def claim_folder(self) -> None:
-        """Start a folder, or go on in one whose run had the same settings."""
-        path = self.folder / "config.json"
-        settings = asdict(self.config)
-        if self.config.overwrite and path.is_file():
-            shutil.rmtree(self.folder)
-        if path.is_file():
-            hint = "--resume goes on in it, --overwrite empties it, --output names another"
-            may_enter = self.config.resume or self.config.stage_list[0] != "i"
-            check(may_enter, "--output must be a folder without a run", self.folder, hint)
-            before = json.loads(path.read_text())
-            changed = [
-                name for name, value in settings.items() if name not in FREE and before.get(name) != value
-            ]
-            got = f"other values of {changed}"
-            check(not changed, "a run must go on with the settings it began with", got, hint)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
-
-    def convert(self, folder: str) -> PreTrainedModel:
-        """Teacher -> student with the teacher beside it, all frozen, M-MATE in float32."""
-        dtype = getattr(torch, self.config.dtype)
-        teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
-        student = self.backend.convert(teacher, self.config.mixer_options, layers=self.config.layer_list)
-        attach_teacher(student, teacher)
-        student.requires_grad_(False)
-        self.saved_dtypes = {}
-        for name, parameter in student.named_parameters():
-            if ".mixer." in name:
-                self.saved_dtypes[name] = parameter.dtype
-                parameter.data = parameter.data.float()
-        if self.config.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
-        return student
-
-    def lesson(self, objective: Objective = Objective(mixer=1.0, inputs="teacher")) -> Lesson:  # noqa: B008
-        """The student as something that gives a loss."""
-        return self.backend.Lesson(self.student, objective)
-
-    def batches(self, data: Dataset, samples: int) -> list[tuple[list[str], dict[str, Any]]]:
-        """The kinds and tensors of the first `samples` conversations, in batches."""
-        loader = DataLoader(InOrder(data, min(samples, len(data))), self.config.batch_size, collate_fn=list)
-        return [([item["kind"] for item in items], self.collate(items)) for items in loader]
-
-    def calibrate(self) -> None:
-        """Set Flex-MA's norms to the teacher's head outputs."""
-        samples = self.config.calibration_batches * self.config.batch_size
-        if not samples:
-            return
-        lesson = self.lesson()
-        with self.autocast():
-            batches = (batch for _, batch in self.batches(self.training, samples))
-            calibrate_norms(
-                lesson,
-                ({name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches),
-            )
-        lesson.close()
-
-    def autocast(self):
-        """bfloat16 arithmetic where the teacher is bfloat16."""
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-    def evaluate(self, name: str) -> None:
-        """Measure the student and keep the row; the teacher's row comes with the first."""
-        started = time.perf_counter()
-        lesson = self.lesson()
-        with self.autocast():
-            measured = evaluate(lesson, self.eval_batches, self.device)
-        lesson.close()
-        self.results["rows"].setdefault("teacher", measured["teacher"])
-        self.results["rows"][name] = measured["student"]
-        if self.process.is_main_process:  # kept for the final table and for a resumed run
-            (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
-        row = measured["student"]
-        self.say(
-            f"{name}: accuracy {row['accuracy']:.3f}, KL {row['kl']:.4f}, agreement {row['agreement']:.3f}, "
-            f"mixer error {row['mixer_error']:.3f}, block error {row['block_error']:.3f} "
-            f"({time.perf_counter() - started:.0f} s)"
-        )
-
-    def say(self, line: str) -> None:
-        """Print one line, from one process."""
-        if self.process.is_main_process:
-            print(line, flush=True)
-
-    def teach(self, stage: Stage) -> None:
-        """Run one stage, or take over its result if it is done."""
-        folder = self.folder / f"stage_{stage.name}"
-        done = folder / "taught.safetensors"
-        if not done.is_file():
-            self.start_from_previous(stage)
-        if stage.lr_lora:
-            self.add_adapters()
-        if done.is_file():
-            load_taught(self.student, done)
-        else:
-            trainer = self.trainer(stage, folder)
-            trainer.train(resume_from_checkpoint=self.last_checkpoint(folder))
-            trainer.model.close()
-            if self.process.is_main_process:
-                save_file(taught_tensors(self.student), done)
-            self.process.wait_for_everyone()
-        if f"stage {stage.name}" not in self.results["rows"]:
-            self.evaluate(f"stage {stage.name}")
-
-    def start_from_previous(self, stage: Stage) -> None:
-        """Load the stage before, which must be done."""
-        position = STAGES.index(stage.name)
-        if position == 0:
-            return
-        before = self.folder / f"stage_{STAGES[position - 1]}" / "taught.safetensors"
-        if before.is_file():
-            load_taught(self.student, before)
-        hint = f"run --stages {STAGES[position - 1]} first, or give --allow_missing_stage"
-        allowed = before.is_file() or self.config.allow_missing_stage
-        check(
-            allowed, f"stage {stage.name} must start from stage {STAGES[position - 1]}", f"no {before}", hint
-        )
-
-    def last_checkpoint(self, folder: Path) -> str | None:
-        """Where a killed stage goes on."""
-        return get_last_checkpoint(str(folder)) if self.config.resume and folder.is_dir() else None
-
-    def add_adapters(self) -> None:
-        """LoRA on the decoder's MLPs."""
-        set_seed(self.config.seed)
-        lora = LoraConfig(
-            r=self.config.lora_rank, lora_alpha=self.config.lora_rank, target_modules=MLP_LAYERS
-        )
-        self.adapters = get_peft_model(self.student, lora)
-
-    def trainer(self, stage: Stage, folder: Path) -> StageTrainer:
-        """Freeze all but what the stage trains, and set the Trainer up."""
-        for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(any(part in name for part in stage.trained))
-        self.describe_stage(stage)
-        config, steps = self.config, self.config.steps_of(stage.name)
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            learning_rate=stage.lr_new,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, round(config.warmup * steps)),
-            max_grad_norm=1.0,
-            weight_decay=0.0,
-            bf16=config.dtype == "bfloat16",
-            use_cpu=config.cpu,
-            seed=config.seed,
-            save_steps=config.save_every,
-            save_total_limit=1,
-            logging_steps=config.log_every,
-            include_num_input_tokens_seen="non_padding",
-            dataloader_num_workers=config.workers,
-            dataloader_pin_memory=self.device.type == "cuda",
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to=config.report_to,
-        )
-        per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
-        seen = sum(config.steps_of(before) for before in STAGES[: STAGES.index(stage.name)]) * per_step
-        order = None if config.data == "demo" else config.seed  # fresh samples need no shuffling
-        new_names = set(self.lesson().close().get_decoder().layers[0].self_attn.mixer.initial_values())
-        trainer = StageTrainer(
-            stage,
-            new_names,
-            model=self.lesson(stage.routes[0]),
-            args=arguments,
-            train_dataset=InOrder(self.training, steps * per_step, order, seen),
-            data_collator=self.collate,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Progress(trainer, self.folder / "metrics.jsonl"))
-        return trainer
-
-    def describe(self) -> None:
-        """Say how every kind of tensor in M-MATE started."""
-        mixers = [module.mixer for module in self.student.modules() if isinstance(module, TaughtMixer)]
-        total = sum(parameter.numel() for parameter in self.student.parameters())
-        taught = sum(parameter.numel() for mixer in mixers for parameter in mixer.parameters())
-        self.say(
-            f"{self.config.teacher}: {len(mixers)} layers converted to linmu.{self.config.backend}'s M-MATE, "
-            f"{taught:,} parameters beside the teacher's {total - taught:,}, on {self.device}"
-        )
-        for name, parameter in mixers[0].named_parameters():
-            self.say(f"  {name:32} {tuple(parameter.shape)!s:12} {start_of(name)}")
-
-    def describe_stage(self, stage: Stage) -> None:
-        """Say what a stage trains, and what it leaves alone."""
-        trained, frozen = defaultdict(int), defaultdict(int)
-        for name, parameter in self.student.named_parameters():
-            (trained if parameter.requires_grad else frozen)[part_of(name)] += parameter.numel()
-        for verb, parts in (("trains", trained), ("freezes", frozen)):
-            listing = ", ".join(f"{part} {count:,}" for part, count in sorted(parts.items()))
-            self.say(f"stage {stage.name} {verb} {sum(parts.values()):,}: {listing}")
-
-    def save_example(self, data: Dataset) -> None:
-        """Write one held-out picture with its question, for the command that asks the student."""
-        for index in range(min(100, len(data))):
-            item = data[index]
-            blocks = item["messages"][0]["content"]
-            images = [block["image"] for block in blocks if block["type"] == "image"]
-            if len(images) == 1:
-                images[0].save(self.folder / "example.png")
-                self.question = " ".join(block["text"] for block in blocks if block["type"] == "text")
-                self.answer = item["messages"][1]["content"][0]["text"]
-                return
-        self.question = self.answer = ""
-
-    def finish(self) -> dict[str, Any]:
-        """Save the student, plot the losses, print the table and what to do next."""
-        folder = self.folder / "student"
-        student = self.adapters.merge_and_unload() if self.adapters else self.student
-        for name, parameter in student.named_parameters():
-            if name in self.saved_dtypes:
-                parameter.data = parameter.data.to(self.saved_dtypes[name])
-        detach_teacher(student)
-        if self.process.is_main_process:
-            student.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
-            plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
-        self.say("\n" + table(self.results["rows"]))
-        self.say(
-            f"\nlosses {self.folder / 'loss.png'}, metrics {self.folder / 'metrics.jsonl'}, student {folder}"
-        )
-        if self.question:
-            picture = self.folder / "example.png"
-            self.say(f"Ask it (the answer should be {self.answer}):")
-            self.say(f"  python -m linmu.reference.demo.ask {folder} {picture} {self.question!r}")
-        return self.results
-
-
-STARTS = {
-    "flex_ma.q_proj": "copied from the teacher's q_proj, makes C",
-    "flex_ma.k_proj": "copied from the teacher's k_proj, makes B",
-    "flex_ma.v_proj": "copied from the teacher's v_proj, makes x",
-    "flex_ma.o_proj": "copied from the teacher's o_proj",
-    "local_swin": "copied from the teacher",
-    "flex_ma.dt_proj": "weight 0, bias so that dt = 1",
-    "flex_ma.scan_gate_proj": "0: forward and backward scan weigh the same",
-    "flex_ma.A_log": "half-lives log-spaced over the heads",
-    "flex_ma.D": "0: no skip",
-    "flex_ma.conv": "identity",
-    "flex_ma.norm_weight": "the teacher's head outputs, root mean square by channel",
-    "flex_ma.z_proj": "weight 0, bias so that silu(z) = 1",
-    "flex_ma.q_norm": "copied from the teacher",
-    "flex_ma.k_norm": "copied from the teacher",
-    "mix_proj": "0: both branches weigh the same",
-}
-
-
-def start_of(name: str) -> str:
-    """How a tensor of M-MATE was initialised."""
-    return next(start for prefix, start in STARTS.items() if name.startswith(prefix))
-
-
-def part_of(name: str) -> str:
-    """The part of the student that a tensor belongs to."""
-    if ".mixer." in name:
-        return name.split(".mixer.")[1].split(".")[0]
-    parts = {
-        "lora_": "LoRA",
-        ".attention.": "teacher's attention",
-        ".visual.": "vision tower",
-        ".mlp.": "MLPs",
-    }
-    return next((part for key, part in parts.items() if key in name), "embeddings, norms and head")
+    """The command line as a `Config`."""
+    return parse_flags(Config, PRESETS, arguments, about=__doc__.split("\n")[0])
 
 
 if __name__ == "__main__":

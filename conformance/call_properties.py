@@ -82,7 +82,8 @@ def check_autocast_changes_nothing(backend: Any, case: Any) -> None:
     """P17: the operator chooses its own dtypes, whatever the training loop asks for."""
     operator, inputs = operator_of(backend, case), case.inputs()
     plain = evaluate(operator, inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    gpu = torch.cuda.is_available()
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
         cast = evaluate(operator, inputs)
     assert_same(cast, plain, case)
 

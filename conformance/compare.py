@@ -99,7 +99,10 @@ def check_errors(
     if got.numel() == 0:
         return
     got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
-    error, rounding = got - truth, torch.zeros_like(truth) if own is None else own.detach().double() - truth
+    error, rounding = (
+        got - truth,
+        torch.zeros_like(truth) if own is None else own.detach().double().cpu() - truth,
+    )
     for kind, measure, share in (("RMS", rms, 1.0), ("maximum", maximum, maximum_over_rms)):
         bound = max(2 * measure(rounding), share * floor * measure(truth), TINY)
         found = measure(error)

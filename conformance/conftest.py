@@ -23,9 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         action="append",
         default=[],
-        metavar="MODULE",
-        help="test this module instead of our own backends (repeatable); it exports names of "
-        + ", ".join(NAMES),
+        metavar="MODULE[@cuda]",
+        help="test this module instead of our own backends (repeatable), with tensors on the GPU if it ends "
+        "in @cuda; it exports names of " + ", ".join(NAMES),
     )
     group.addoption("--xfails", metavar="FILE", help="tests expected to fail: one `test-id reason` per line")
     group.addoption(
@@ -99,7 +99,7 @@ def missing_names(item: pytest.Item) -> list[str]:
     """What the test needs and a third party's backend lacks; our own backends must have it all."""
     callspec = getattr(item, "callspec", None)
     backend = callspec.params.get("backend") if callspec else None
-    if not isinstance(backend, Backend) or backend.name in OWN:
+    if not isinstance(backend, Backend) or backend.own:
         return []
     needed = {name for mark in item.iter_markers("needs") for name in mark.args}
     return sorted(needed & set(backend.missing))

@@ -40,13 +40,13 @@ def processor():
 
 def pixels(item: dict) -> np.ndarray:
     """(F, height, width, 3) of an item's picture."""
-    block = item["messages"][0]["content"][0]
+    block = item["messages"][0]["content"][1]
     return np.asarray(block["image"])[None] if block["type"] == "image" else block["video"]
 
 
 def texts(item: dict) -> tuple[str, str]:
     question, answer = item["messages"]
-    return question["content"][1]["text"], answer["content"][0]["text"]
+    return question["content"][0]["text"], answer["content"][0]["text"]
 
 
 # --- questions are a function of seed, split and index
@@ -217,7 +217,7 @@ def test_kinds_are_equally_frequent_and_most_are_pictures():
     items = DigitsQuestions("train", 2).__getitems__(range(4500))
     counts = Counter(item["kind"] for item in items)
     assert set(counts) == set(KINDS) and min(counts.values()) > 400
-    videos = sum(item["messages"][0]["content"][0]["type"] == "video" for item in items)
+    videos = sum(item["messages"][0]["content"][1]["type"] == "video" for item in items)
     assert 0.25 < videos / len(items) < 0.5
 
 

@@ -233,11 +233,54 @@ def own_data(tmp_path) -> Path:
     return path
 
 
-def test_own_data_teaches_and_a_broken_line_is_named_and_skipped(own_data, tmp_path, caplog):
+def test_own_data_teaches_and_a_broken_line_is_named_and_skipped(own_data, tmp_path, caplog, capsys):
     flags = ["--teacher", str(TEACHER), "--data", str(own_data), "--stages", "i", "--steps", "9,1,1"]
     results = run(tmp_path / "run", *flags, "--on_broken", "skip")
     assert "stage i" in results["rows"]
     assert "mine.jsonl, line 22: FileNotFoundError" in caplog.text
+    assert "skipped 1 broken samples (1 FileNotFoundError), named in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["mixture", "stream"])
+def test_a_mixture_or_a_stream_resumes_to_the_numbers_of_an_unbroken_run(own_data, tmp_path, kind):
+    data = {"mixture": f"{own_data}@3,{own_data}", "stream": str(own_data)}[kind]
+    more = [] if kind == "mixture" else ["--streaming", "--eval_data", str(own_data)]
+    flags = ["--teacher", str(TEACHER), "--data", data, "--stages", "i", "--on_broken", "skip", *more]
+    flags += ["--steps", "4,1,1", "--workers", "1", "--backend", "optimized"]
+    run(tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "stage_i" / "checkpoint-4")
+    (tmp_path / "cut" / "stage_i" / "taught.safetensors").unlink()
+    settings = json.loads((tmp_path / "cut" / "config.json").read_text()) | {"output": str(tmp_path / "cut")}
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(settings))
+    run(tmp_path / "cut", *flags, "--resume")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    name = "stage_i/taught.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_evaluate_measures_what_the_run_measured(finished, capsys):
+    """Two models apart, where the run had one."""
+    flags = ["--eval_samples", "6", "--batch_size", "3", "--cpu"]
+    got = distill.main(["evaluate", str(finished / "student"), *flags])
+    rows = json.loads((finished / "results.json").read_text())["rows"]
+    for mine, theirs in (("teacher", "teacher"), ("student", "stage iii")):
+        for measure in ("accuracy", "kinds", "agreement"):
+            assert got[mine][measure] == pytest.approx(rows[theirs][measure]), measure
+        assert got[mine]["kl"] == pytest.approx(rows[theirs]["kl"], rel=1e-3)
+    assert "accuracy         kl" in capsys.readouterr().out
+
+
+def test_evaluate_works_without_a_teacher_on_own_data(finished, own_data):
+    flags = ["--data", str(own_data), "--on_broken", "skip", "--eval_samples", "22", "--cpu"]
+    (row,) = distill.main(["evaluate", str(finished / "student"), *flags]).values()
+    assert 0 <= row["accuracy"] <= 1 and "kl" not in row and len(row["kinds"]) > 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["--cpu"], ["nowhere"], [str(TEACHER)]])
+def test_evaluate_refuses_what_is_no_student(arguments):
+    with pytest.raises(distill.RefusedError):
+        distill.main(["evaluate", *arguments])
 
 
 def test_a_broken_line_is_refused_by_name_by_default(own_data):

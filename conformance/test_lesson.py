@@ -238,10 +238,19 @@ def test_calibration_gives_flex_ma_the_scale_of_the_teachers_heads(pair):
         torch.testing.assert_close(weight, expected.square().mean(0).sqrt(), rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_checkpointing_changes_no_gradient(pair):
+@pytest.mark.parametrize(
+    "objective",
+    [TOGETHER, ALONE, Objective(mixer=1.0, block=0.5, inputs="teacher"), Objective(mixer=1.0, block=0.5)],
+    ids=["end to end", "mixers on teacher's states", "layers on teacher's states", "layers on their own"],
+)
+def test_gradient_checkpointing_changes_no_gradient(pair, objective):
+    pair.student.requires_grad_(False)
+    for layer in decoder_layers(pair.student):
+        layer.self_attn.mixer.requires_grad_(True)
+
     def gradients() -> list[torch.Tensor]:
         pair.student.zero_grad()
-        pair.lesson(TOGETHER)(labels=pair.labels, **pair.inputs)["loss"].backward()
+        pair.lesson(objective)(labels=pair.labels, **pair.inputs)["loss"].backward()
         mixers = [layer.self_attn.mixer for layer in decoder_layers(pair.student)]
         return [p.grad.clone() for mixer in mixers for p in mixer.parameters()]
 

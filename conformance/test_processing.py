@@ -111,9 +111,9 @@ def mixed_items() -> list[dict]:
     text = {"messages": [{"role": "user", "content": "Read row 2."}, {"role": "assistant", "content": "7"}]}
     both = {
         "messages": [
-            {"role": "user", "content": [p["messages"][0]["content"][0] for p in (videos[0], pictures[0])]},
+            {"role": "user", "content": [p["messages"][0]["content"][1] for p in (videos[0], pictures[0])]},
             {"role": "assistant", "content": [{"type": "text", "text": "12"}]},
-            {"role": "user", "content": [pictures[1]["messages"][0]["content"][0]]},
+            {"role": "user", "content": [pictures[1]["messages"][0]["content"][1]]},
             {"role": "assistant", "content": [{"type": "text", "text": "left"}]},
         ]
     }

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from linmu.reference.demo import TEACHER
+from linmu.reference.turns import blocks, read_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -112,6 +113,11 @@ def test_the_citation_names_the_paper_and_invents_no_author():
 # What is appended to a shell command so that it ends in seconds, from the options that it documents itself.
 SHORTER = {
     "python distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu",
+    "python distill.py evaluate": "--eval_samples 2 --batch_size 1 --cpu",
+    "python distill.py ablate": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu "
+    "--seeds 1 --variants full",
+    "torchrun --nproc_per_node 2 distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 "
+    "--cpu",
     "pytest conformance/": "-k inverse",
     "python -m linmu.reference.convert": "",
 }
@@ -120,8 +126,8 @@ HUB_TEACHER = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 def shortened(command: str) -> str:
     """The command with its options of `SHORTER`; a new kind of command needs an entry there."""
-    (options,) = (options for start, options in SHORTER.items() if command.startswith(start))
-    return f"{command.strip()} {options}"
+    start = max((start for start in SHORTER if command.startswith(start)), key=len)
+    return f"{command.strip()} {SHORTER[start]}"
 
 
 def run_shell(source: str, folder: Path) -> str:
@@ -137,15 +143,9 @@ def run_shell(source: str, folder: Path) -> str:
 
 def make_pictures(jsonl: str, folder: Path) -> None:
     """A small picture for every path that the example data names."""
-    blocks = [
-        block
-        for line in jsonl.splitlines()
-        for message in json.loads(line)["messages"]
-        if not isinstance(message["content"], str)
-        for block in message["content"]
-    ]
-    names = {block["image"] for block in blocks if block["type"] == "image"}
-    names |= {name for block in blocks if block["type"] == "video" for name in block["video"]}
+    read = [read_turns(json.loads(line)) for line in jsonl.splitlines()]
+    names = {block["image"] for messages in read for block in blocks(messages, "image")}
+    names |= {name for messages in read for block in blocks(messages, "video") for name in block["video"]}
     assert names
     for shade, name in enumerate(sorted(names)):
         Image.new("RGB", (32, 24), (40 * shade, 90, 160)).save(folder / name)

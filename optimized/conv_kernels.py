@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import without_autocast
+from .launch import launching
 from .scan_states import rows_of
 
 ROWS, COLUMNS = 32, 64
@@ -184,7 +184,7 @@ def grid(u: Tensor) -> tuple[int, int, int]:
     return triton.cdiv(u.shape[1], ROWS), triton.cdiv(u.shape[2], COLUMNS), u.shape[0]
 
 
-@without_autocast
+@launching
 def forward(
     u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ def last_inputs(u: Tensor, taps: int, index: dict[str, Tensor | None], start: Te
     return torch.where((rank >= 0)[..., None], recent, older)
 
 
-@without_autocast
+@launching
 def gradient(
     out_grad: Tensor,
     final_grad: Tensor,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import without_autocast
+from .launch import launching
 from .scan_states import rows_of
 
 BLOCK = 2048
@@ -141,7 +141,7 @@ def supervised_count(student: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum().clamp_min(1)
 
 
-@without_autocast
+@launching
 def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
     """`losses.divergence` on a Triton kernel: a float32 scalar."""
     student, teacher = rows_of(student), rows_of(teacher)
@@ -150,7 +150,7 @@ def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None, temperatur
     return rows.sum() * temperature**2 / supervised_count(student, mask)
 
 
-@without_autocast
+@launching
 def divergence_gradient(
     loss_grad: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
 ) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import without_autocast
+from .launch import launching
 from .scan_decays import Decays, join_tokens, reverse_cumsum, scan_decays
 from .scan_masks import vision_mask
 from .scan_output import CHUNKS, stride_arguments
@@ -114,7 +114,7 @@ class Passed:
     written: Tensor  # B_jᵀ S̄ x_j, the write weight left out
 
 
-@without_autocast
+@launching
 def backward(
     y_grad: Tensor,
     final_grad: Tensor,
@@ -178,10 +178,11 @@ def forward_passed(
 ) -> tuple[Passed, Tensor]:
     """The forward direction, and the gradient of the initial state."""
     kept, chunk = decays.forward_kept(), decays.dt.shape[3]
-    entering, _, _ = sweep_states(B, x, decays.forward_write(), kept, valid, initial_state)
+    write = decays.forward_write()
+    entering, _, _ = sweep_states(B, x, write, kept, valid, initial_state, exact=True)
     read = decays.forward_read() * decays.forward_gate
     leaving_grad, initial_grad, product = sweep_states(
-        C, y_grad, read, kept, valid, final_grad, reverse=True, partner=entering
+        C, y_grad, read, kept, valid, final_grad, reverse=True, partner=entering, exact=True
     )
     read = probe(C, entering, y_grad, valid, chunk) * decays.forward_read()
     written = probe(B, leaving_grad, x, valid, chunk)
@@ -191,9 +192,10 @@ def forward_passed(
 def backward_passed(x, B, C, y_grad, decays: Decays, valid) -> Passed:
     """The backward direction."""
     kept, chunk = decays.backward_kept(), decays.dt.shape[3]
-    entering, _, _ = sweep_states(B, x, decays.backward_write(), kept, valid, None, reverse=True)
+    write = decays.backward_write()
+    entering, _, _ = sweep_states(B, x, write, kept, valid, None, reverse=True, exact=True)
     read = decays.backward_read() * decays.backward_gate
-    leaving_grad, _, product = sweep_states(C, y_grad, read, kept, valid, None, partner=entering)
+    leaving_grad, _, product = sweep_states(C, y_grad, read, kept, valid, None, partner=entering, exact=True)
     read = probe(C, entering, y_grad, valid, chunk) * decays.backward_read()
     written = probe(B, leaving_grad, x, valid, chunk)
     return Passed(entering, leaving_grad, product * kept, read, written)

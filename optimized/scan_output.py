@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import without_autocast
+from .launch import launching
 from .scan_decays import Decays, scan_decays
 from .scan_states import load_tile, precision, rows_of, sweep_states, tile_size
 
@@ -66,6 +66,12 @@ def pair_weights(
         decay = tl.exp(tl.minimum(exponent, 0.0))
         gates = tl.where(before, 1.0, 0.0)
     return decay, gates, before, together
+
+
+@triton.jit
+def scaled(tokens, weight, STATE):
+    """Tokens times a weight each, as a product with states of STATE takes them."""
+    return (tokens.to(tl.float32) * weight[:, None]).to(STATE.dtype.element_ty)
 
 
 @triton.jit
@@ -155,11 +161,11 @@ def output_kernel(
     tile = at_chunk * (N * P) + columns_n[:, None] * P + columns_p[None, :]
     inside = (columns_n < N)[:, None] & (columns_p < P)[None, :]
     state = tl.load(FORWARD_STATE + tile, mask=inside, other=0.0)
-    read = (q.to(tl.float32) * (tl.load(FORWARD_READ + at) * gate_forward)[:, None]).to(state.dtype)
+    read = scaled(q, tl.load(FORWARD_READ + at) * gate_forward, FORWARD_STATE)
     y = tl.dot(read, state, y, input_precision=PRECISION)
     if HAS_VISION:
         state = tl.load(BACKWARD_STATE + tile, mask=inside, other=0.0)
-        read = (q.to(tl.float32) * (tl.load(BACKWARD_READ + at) * gate_backward)[:, None]).to(state.dtype)
+        read = scaled(q, tl.load(BACKWARD_READ + at) * gate_backward, BACKWARD_STATE)
         y = tl.dot(read, state, y, input_precision=PRECISION)
     if HAS_SKIP:
         y += v.to(tl.float32) * tl.load(D + head).to(tl.float32)
@@ -167,7 +173,7 @@ def output_kernel(
     tl.store(out, y.to(Y.dtype.element_ty), mask=(rows < length)[:, None] & (columns_p < P)[None, :])
 
 
-@without_autocast
+@launching
 def forward(
     x: Tensor,
     dt: Tensor,

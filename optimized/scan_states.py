@@ -31,6 +31,13 @@ def load_tile(base, rows, stride, columns, mask, SIZE: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(tile):
+    """float32 to the nearest that tensor cores take: they would cut the other bits off, all downwards."""
+    bits = tile.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sweep_kernel(
     LEFT,
     RIGHT,
@@ -90,8 +97,11 @@ def sweep_kernel(
         rows = tl.cast(chunk, tl.int64) * CHUNK + place
         taken = rows < length
         if STORES:
+            stored = state
+            if LEFT.dtype.element_ty == tl.bfloat16:
+                stored = rounded_to_tf32(state)
             where = ENTERING + at_chunk * (N * P) + tile
-            tl.store(where, state.to(ENTERING.dtype.element_ty), mask=inside)
+            tl.store(where, stored.to(ENTERING.dtype.element_ty), mask=inside)
         if HAS_PARTNER:
             partner = tl.load(PARTNER + at_chunk * (N * P) + tile, mask=inside, other=0.0)
             product = tl.sum(tl.sum(state * partner.to(tl.float32), 1), 0)
@@ -103,7 +113,10 @@ def sweep_kernel(
         kept = tl.load(KEPT + at_chunk)
         left_tile = load_tile(left, rows, left_token, columns_n, taken, N)
         right_tile = load_tile(right, rows, right_token, columns_p, taken, P)
-        right_tile = (right_tile.to(tl.float32) * weight[:, None]).to(left_tile.dtype)
+        right_tile = right_tile.to(tl.float32) * weight[:, None]
+        if LEFT.dtype.element_ty == tl.bfloat16:
+            right_tile = rounded_to_tf32(right_tile)
+        left_tile = left_tile.to(tl.float32)
         state = tl.dot(tl.trans(left_tile), right_tile, state * kept, input_precision=PRECISION)
     if LEAVES:
         tl.store(LEAVING + at_run + tile, state, mask=inside)
@@ -146,13 +159,13 @@ def tile_size(size: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 means IEEE; the only other use of float32 products is for float16's states, where tf32 has its
-    bits."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+    """How products with float32 states are taken, by the dtype of the tokens: float32 means IEEE, float16 has
+    all the bits of tf32 and so needs more than one product of it."""
+    return {torch.float32: "ieee", torch.float16: "tf32x3"}.get(dtype, "tf32")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of stored states: a float16 could overflow, so its states stay float32."""
+    """The dtype of the forward pass's states: a float16 could overflow, so its states stay float32."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
@@ -171,6 +184,7 @@ def sweep_states(
     *,
     reverse: bool = False,
     partner: Tensor | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Eq. (1) over all chunks.
 
@@ -181,6 +195,7 @@ def sweep_states(
         start: (B, H, N, P) float32; zeros if None.
         reverse: from the last chunk to the first.
         partner: (B, K, H, N, P), states to multiply with.
+        exact: store float32, for bfloat16 tokens rounded to tf32: what the scalars' gradients need.
     Returns:
         (B, K, H, N, P), what each chunk receives; (B, H, N, P) float32, what the last one leaves; and (B, K,
         H), the inner product of what each chunk receives with its partner.
@@ -188,7 +203,9 @@ def sweep_states(
     batch, chunks, heads, _ = weight.shape
     sizes = (left.shape[-1], right.shape[-1])
     runs = triton.cdiv(chunks, RUN)
-    entering = left.new_empty(batch, chunks, heads, *sizes, dtype=state_dtype(left.dtype))
+    entering = left.new_empty(
+        batch, chunks, heads, *sizes, dtype=torch.float32 if exact else state_dtype(left.dtype)
+    )
     states = left.new_empty(batch, runs, heads, *sizes, dtype=torch.float32)
     final = left.new_empty(batch, heads, *sizes, dtype=torch.float32)
     sweep = Sweep(left, right, weight, kept, valid, reverse)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launching
 from .scan_states import rows_of
 
 BLOCK_P = 32
@@ -74,6 +75,7 @@ def step_kernel(
     tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=p < P)
 
 
+@launching
 def advance(
     state: Tensor,
     x: Tensor,

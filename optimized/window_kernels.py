@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .precision import without_autocast
+from .launch import launching
 from .scan_output import stride_arguments
 from .scan_states import precision, rows_of, tile_size
 
@@ -302,7 +302,7 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict:
     }
 
 
-@without_autocast
+@launching
 def forward(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`batched_windows.forward` on Triton kernels: o (B, L, H, P), and lse (B, L, H) as a power of two."""
     q, k, v = (rows_of(tensor.to(q.dtype)) for tensor in (q, k, v))
@@ -314,7 +314,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float) ->
     return o, lse
 
 
-@without_autocast
+@launching
 def backward(
     o_grad: Tensor,
     q: Tensor,

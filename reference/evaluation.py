@@ -1,16 +1,14 @@
-"""How well a student stands in for its teacher on held-out conversations, as numbers, a table and a plot."""
+"""How well a student stands in for its teacher on held-out conversations, as numbers and a table."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from .lesson import Lesson, Objective, judged, pictures_encoded_once, supervised
+from .reliance import LayerWatch
 
 
 def evaluate(
@@ -24,21 +22,26 @@ def evaluate(
         all the most likely ones: what greedy decoding would answer), `kinds` (the same by kind), `kl` (nats
         per supervised token), `agreement` (share of supervised tokens with the teacher's most likely one),
         `mixer_error` (relative, on the teacher's hidden states) and `block_error` (relative, on the student's
-        own).
+        own). The student's row has `layers` as well: both errors, and what each layer relies on.
     """
     alone = Objective(mixer=1.0, inputs="teacher")
     together = Objective(block=1.0, logits=1.0, end_to_end=True)
     sums: dict[str, float] = defaultdict(float)
     correct: dict[str, dict[str, list[bool]]] = {"student": defaultdict(list), "teacher": defaultdict(list)}
+    watch = LayerWatch(lesson)
     for kinds, batch in batches:
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
         labels = batch["labels"].to(device)
         positions, mask = supervised(labels)
         with pictures_encoded_once(lesson.student.base_model), judged(lesson, alone):
+            groups = lesson.token_groups(inputs, labels)
             mixer_error = lesson(labels, **inputs)["mixer"]
+            watch.add_errors("mixer_error", [layer.self_attn.heard for layer in lesson.layers], groups)
+            watch.look_at(lesson.vision_tokens(inputs))
             lesson.objective = together
             logits = {role: lesson.run(role, inputs, positions) for role in ("teacher", "student")}
-            block_error = lesson.hidden_terms(lesson.token_groups(inputs, labels))["block"]
+            block_error = lesson.hidden_terms(groups)["block"]
+            watch.add_errors("block_error", lesson.blocks, groups)
             divergence = lesson.logit_loss(logits["student"], logits["teacher"], mask)
         answers = {role: values.argmax(-1) for role, values in logits.items()}
         for role, answer in answers.items():
@@ -53,7 +56,7 @@ def evaluate(
         sums["mixer_error"] += float(mixer_error)
         sums["block_error"] += float(block_error)
     per = {"kl": "tokens", "agreement": "tokens", "mixer_error": "batches", "block_error": "batches"}
-    student = {name: sums[name] / sums[count] for name, count in per.items()}
+    student = {name: sums[name] / sums[count] for name, count in per.items()} | {"layers": watch.close()}
     teacher = {"kl": 0.0, "agreement": 1.0, "mixer_error": 0.0, "block_error": 0.0}
     return {"student": student | scores(correct["student"]), "teacher": teacher | scores(correct["teacher"])}
 
@@ -80,20 +83,3 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         values = [row[key] for key in measures.values()] + [row["kinds"][kind] for kind in kinds]
         lines.append(f"{name:12}" + "".join(f"{value:11.3f}" for value in values))
     return "\n".join(lines)
-
-
-def plot_losses(metrics: Path, image: Path) -> None:
-    """Draw the loss of every stage over its steps, logarithmically."""
-    logged = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    stages = list(dict.fromkeys(line["stage"] for line in logged))
-    figure = Figure(figsize=(4 * max(1, len(stages)), 3), layout="tight")
-    for place, stage in enumerate(stages, start=1):
-        axis = figure.add_subplot(1, len(stages), place)
-        lines = {line["step"]: line for line in logged if line["stage"] == stage}  # repeated after a resume
-        for term in ("loss", "mixer", "block", "logits"):
-            points = [(step, line[term]) for step, line in sorted(lines.items()) if term in line]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=term)
-        axis.set(title=f"stage {stage}", xlabel="step", yscale="log")
-        axis.legend()
-    figure.savefig(image, dpi=120)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .checks import require
 from .losses import hidden_loss, logit_loss
+from .shares import share, total
 
 IGNORED_LABEL = -100  # Hugging Face's mark of positions that are not supervised
 
@@ -84,13 +85,24 @@ class TaughtMixer(nn.Module):
         self.compare = False
         self.heard: dict[str, Tensor] = {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Mix as `role` says and keep the output; with `compare`, run the other one on the same input too."""
-        output = (self.attention if self.role == "teacher" else self.mixer)(*args, **kwargs)
-        self.heard[self.role] = output[0]
-        if self.compare and self.role == "teacher":
-            self.heard["student"] = self.mixer(*args, **kwargs)[0]
+    def forward(self, *args: Any, linmu_role: str | None = None, **kwargs: Any) -> Any:
+        """Mix as `linmu_role`, or else `role`, says and keep the output; with `compare`, run the other one on
+        the same input too."""
+        role = linmu_role or self.role
+        output = (self.attention if role == "teacher" else self._mix)(*args, **kwargs)
+        self.heard[role] = output[0]
+        if self.compare and role == "teacher":
+            self.heard["student"] = self._mix(*args, **kwargs)[0]
         return output
+
+    def _mix(self, *args: Any, **kwargs: Any) -> Any:
+        """Run M-MATE. Whatever the tokens, every trained tensor gets a gradient, if of 0: processes that
+        share a batch must agree on which there are, and one process must do as they do."""
+        output, *rest = self.mixer(*args, **kwargs)
+        trained = [parameter for parameter in self.mixer.parameters() if parameter.requires_grad]
+        if trained:
+            output = output + 0 * sum(parameter.flatten()[0] for parameter in trained).to(output.dtype)
+        return (output, *rest)
 
 
 def attach_teacher(student: nn.Module, teacher: nn.Module) -> None:
@@ -188,7 +200,8 @@ class Lesson(nn.Module):
             prediction = self.run("student", inputs, positions)
         terms = self.hidden_terms(groups)
         if goal.logits:
-            terms["logits"] = self.logit_loss(prediction, target, mask, goal.temperature)
+            logits = self.logit_loss(prediction, target, mask, goal.temperature)
+            terms["logits"] = logits * share(mask.sum().to(logits))
         return terms
 
     def run(
@@ -212,13 +225,18 @@ class Lesson(nn.Module):
 
     def token_groups(self, inputs: dict[str, Tensor], labels: Tensor | None) -> list[Tensor]:
         """Masks (B, L) of vision, text and answering tokens, padding in none; empty groups are left out."""
-        config, ids = self.student.config, inputs["input_ids"]
-        valid = inputs["attention_mask"].bool()
-        vision = (ids == config.image_token_id) | (ids == config.video_token_id)
+        valid, vision = inputs["attention_mask"].bool(), self.vision_tokens(inputs)
         answering = torch.zeros_like(valid)
         if labels is not None:
             answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-        return [group for group in (valid & vision, valid & ~vision, valid & answering) if group.any()]
+        groups = [valid & vision, valid & ~vision, valid & answering]
+        counts = total(torch.stack([group.sum() for group in groups]))  # of all processes: all must agree
+        return [group for group, count in zip(groups, counts.tolist(), strict=True) if count]
+
+    def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Mask (B, L) of image and video tokens."""
+        config, ids = self.student.config, inputs["input_ids"]
+        return (ids == config.image_token_id) | (ids == config.video_token_id)
 
     def hidden_terms(self, groups: list[Tensor]) -> dict[str, Tensor]:
         """Eqs. (1) and (2), means over layers, from what the last passes left."""
@@ -234,7 +252,7 @@ class Lesson(nn.Module):
         losses = [
             self.hidden_loss(pair["student"], pair["teacher"], group) for pair in pairs for group in groups
         ]
-        return torch.stack(losses).mean()
+        return (torch.stack(losses) * share(torch.stack(sizes_of(pairs, groups)).to(losses[0]))).mean()
 
     def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Stop gradients between layers, unless the student learns end to end."""
@@ -249,11 +267,17 @@ class Lesson(nn.Module):
         def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             self.blocks[index][self.role] = first(output)
             if self.compare and self.objective.block:
-                layer.self_attn.role = "student"
-                self.blocks[index]["student"] = first(layer.forward(*args, **kwargs))
-                layer.self_attn.role = "teacher"
+                # an argument, not a switch: gradient checkpointing runs the layer again when it is needed
+                as_student = kwargs | {"linmu_role": "student"}
+                self.blocks[index]["student"] = first(layer.forward(*args, **as_student))
 
         return hook
+
+
+def sizes_of(pairs: list[dict[str, Tensor]], groups: list[Tensor]) -> list[Tensor]:
+    """What each hidden loss of `_mean_loss` is relative to: the teacher's energy, summed over the group."""
+    energies = [pair["teacher"].detach().float().square().sum(-1) for pair in pairs]  # (B, L)
+    return [energy.masked_fill(~group, 0).sum() for energy in energies for group in groups]
 
 
 def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -302,12 +326,17 @@ def replace_hidden(args: tuple, kwargs: dict, change) -> tuple[tuple, dict]:
 
 
 def set_adapters(model: nn.Module, enabled: bool) -> None:
-    """Switch every peft adapter in `model` on or off."""
+    """Switch every peft adapter in `model`, and every tuned copy of a module, on or off. What is trained
+    stays so: peft alone would freeze what it switches off."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
             module.enable_adapters(enabled)
+            for parameter, is_trained in trained:
+                parameter.requires_grad_(is_trained)
 
 
 @contextmanager

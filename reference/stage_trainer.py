@@ -7,22 +7,35 @@ have seen.
 
 from __future__ import annotations
 
-import json
 import os
-import time
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from .checks import require
+from .guards import (
+    UntrustedError,
+    refuse_idle_training,
+    refuse_infinite_gradients,
+    refuse_infinite_loss,
+    refuse_infinite_tensors,
+)
 from .lesson import Objective
+from .shares import processes, total
+from .whole_writes import PART, finish_folder
+
+STAGES = ("i", "ii", "iii")
+TAUGHT = (".mixer.", "lora_", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,22 @@ class StageTrainer(Trainer):
         self.stage, self.new_names = stage, new_names
         self.model_accepts_loss_kwargs = False  # Lesson's **kwargs are the model's, and its loss is a mean
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.part = Path(self.args.output_dir) / f"checkpoint{PART}"
+        self.saving, self.watched = False, True
+        if self.is_fsdp_enabled and not all(route.end_to_end for route in stage.routes):
+            # such a loss comes from inside the layers: their weights must stay until it has gone back there
+            self.accelerator.state.fsdp_plugin.reshard_after_forward = False
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        names = inputs.pop("names", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        where = f"stage {self.stage.name}, step {self.state.global_step + 1}"
+        refuse_infinite_loss(self.model, loss, where, names, self.last_good())
+        if self.watched:
+            refuse_idle_training(self.model, self.optimizer, where)
+            self.watched = False
+        refuse_infinite_gradients(self.model.named_parameters(), where, names, self.last_good())
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         routes = self.stage.routes
@@ -64,10 +93,16 @@ class StageTrainer(Trainer):
         return (terms["loss"], terms) if return_outputs else terms["loss"]
 
     def mean_terms(self) -> dict[str, float]:
-        """Means of the loss's terms since the last call."""
-        means = {name: float(torch.stack(values).mean()) for name, values in self.terms.items()}
+        """Means of the loss's terms since the last call, over all processes."""
+        own = {name: torch.stack(values).mean() for name, values in self.terms.items()}
+        means = {name: float(total(mean)) / processes() for name, mean in own.items()}
         self.terms.clear()
         return means
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= self.mean_terms()  # of all processes, so all ask
+        super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
         groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
@@ -80,7 +115,7 @@ class StageTrainer(Trainer):
 
     def learning_rate(self, name: str) -> float:
         """Adapters, tensors without an ancestor in the teacher, and copied ones learn at different rates."""
-        if "lora_" in name:
+        if "lora_" in name or "modules_to_save" in name:
             return self.stage.lr_lora
         return self.stage.lr_new if name.split(".mixer.")[-1] in self.new_names else self.stage.lr_copied
 
@@ -89,54 +124,64 @@ class StageTrainer(Trainer):
             self.train_dataset
         )  # InOrder has shuffled: a resumed run sees the same samples
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _get_output_dir(self, trial=None):
+        return str(self.part) if self.saving else self.args.output_dir
+
+    def _save_checkpoint(self, model, trial=None):
+        """Save beside the last checkpoint, and only then take its place: a kill or a full disk loses
+        nothing."""
+        where = f"stage {self.stage.name}, step {self.state.global_step}"
+        refuse_infinite_tensors(taught_tensors(self.model.student), where, self.last_good())
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            shutil.rmtree(self.part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.saving = True
+            super()._save_checkpoint(model, trial)
+            written = self.part / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save(dict(self.terms), written / f"terms_{self.args.process_index}.pt")
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                finish_folder(written, folder / written.name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(self.part, ignore_errors=True)
+            raise UntrustedError(
+                f"{where}: a checkpoint must fit on the disk, got {error}; {self.last_good()}, make room and "
+                "go on with --resume"
+            ) from error
+        finally:
+            self.saving = False
+        if self.args.should_save:
+            shutil.rmtree(self.part, ignore_errors=True)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        taught = taught_tensors(self.model.student)  # gathered, so by all processes
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
-            save_file(taught_tensors(self.model.student), Path(output_dir) / "taught.safetensors")
+            save_file(taught, Path(output_dir) / "taught.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_taught(self.model.student, Path(resume_from_checkpoint) / "taught.safetensors")
+        folder = Path(resume_from_checkpoint)
+        load_taught(self.model.student, folder / "taught.safetensors")
+        terms = folder / f"terms_{self.args.process_index}.pt"
+        self.terms.update(torch.load(terms, map_location=self.args.device) if terms.is_file() else {})
 
-
-class Progress(TrainerCallback):
-    """A bar per stage on stderr, and a line of `metrics.jsonl` for every logged step."""
-
-    def __init__(self, trainer: StageTrainer, path: Path) -> None:
-        self.trainer, self.path = trainer, path
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started, self.tokens = time.perf_counter(), state.num_input_tokens_seen
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=f"stage {self.trainer.stage.name}",
-            unit="step", disable=not state.is_world_process_zero, dynamic_ncols=True,
-        )  # fmt: skip
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not state.is_world_process_zero:
-            return
-        rate = (state.num_input_tokens_seen - self.tokens) / (time.perf_counter() - self.started)
-        metrics = {"stage": self.trainer.stage.name, "step": state.global_step} | self.trainer.mean_terms()
-        metrics |= {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_second": rate}
-        memory = {}
-        if torch.cuda.is_available():
-            memory = {"GiB": f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"}
-        self.bar.set_postfix({"loss": f"{metrics['loss']:.4f}", "tokens/s": f"{rate:.0f}"} | memory)
-        append_json(self.path, metrics)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+    def last_good(self) -> str:
+        """What to say of the last checkpoint."""
+        folder = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
 
 
 def taught_tensors(student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that distillation may change: M-MATE and adapters."""
+    """Every tensor that distillation may change, M-MATE and adapters, whole where it is spread over
+    processes."""
     return {
-        name: tensor.detach().contiguous()
+        name: whole(tensor.detach()).contiguous()
         for name, tensor in student.named_parameters()
-        if ".mixer." in name or "lora_" in name
+        if any(part in name for part in TAUGHT)
     }
 
 
@@ -151,10 +196,14 @@ def load_taught(student: torch.nn.Module, path: Path) -> None:
     got = f"{len(differing)} tensors that do not: {differing[:3]}"
     require(not differing, where, f"{path} must fit the student", got)
     for name, tensor in saved.items():
-        student.get_parameter(name).copy_(tensor)
+        parameter = student.get_parameter(name)
+        if isinstance(parameter, DTensor):
+            tensor = distribute_tensor(
+                tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+            )
+        parameter.copy_(tensor)
 
 
-def append_json(path: Path, values: dict[str, Any]) -> None:
-    """Add a line to a JSONL file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts that other processes hold."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

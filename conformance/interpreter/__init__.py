@@ -1,11 +1,13 @@
 """Triton's CPU interpreter made strict enough to test kernels with, for processes started with
 TRITON_INTERPRET=1.
 
+mend_scalars()     loops up to a loaded number, which triton 3.6 does not run on numpy 2
 mend_bfloat16()    bfloat16 arithmetic on values instead of bits, and casts that round to nearest
 watch_memory()     an error for every access outside the arguments, every write race, every undefined value
 """
 
 from .bfloat16 import mend_bfloat16
 from .memory import MemoryFaultError, watch_memory
+from .scalars import mend_scalars
 
-__all__ = ["MemoryFaultError", "mend_bfloat16", "watch_memory"]
+__all__ = ["MemoryFaultError", "mend_bfloat16", "mend_scalars", "watch_memory"]

@@ -43,11 +43,20 @@ CONV = {
     "HAS_START": True,
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "ROWS": 64, "COLUMNS": 64}
+EXACT = {"FORWARD_STATE": "*fp32", "BACKWARD_STATE": "*fp32"}  # what the backward pass keeps states in
+SWEPT = dict.fromkeys(("WEIGHT", "ENTERING", "PARTNER"), "*fp32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 # name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
 KERNELS = {
-    "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, 4, 2, {"WEIGHT": "*fp32"}),
+    "sweep": (
+        "scan_states",
+        "sweep_kernel",
+        SCAN | SWEEP,
+        4,
+        2,
+        {"WEIGHT": "*fp32", "ENTERING": "*fp32", "PARTNER": "*fp32"},
+    ),
     "link": (
         "scan_states",
         "link_kernel",
@@ -57,10 +66,10 @@ KERNELS = {
         {},
     ),
     "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
-    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, {}),
-    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, {}),
-    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, {}),
-    "probe": ("scan_gradients", "probe_kernel", SCAN | SWEEP, None, 1, {"OUT": "*fp32"}),
+    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, EXACT),
+    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, EXACT),
+    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, EXACT),
+    "probe": ("scan_gradients", "probe_kernel", SCAN | SWEEP, None, 1, {"OUT": "*fp32", "STATE": "*fp32"}),
     "attend": ("window_kernels", "attend_kernel", WINDOW, 8, 1, {}),
     "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW, 8, 1, {}),
     "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"COLUMNS": 32}, 8, 1, {}),

@@ -21,7 +21,7 @@ from linmu import optimized, reference
 from linmu.optimized import conv_kernels, loss_kernels, scan_output, scan_states
 
 sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-from interpreter import mend_bfloat16, watch_memory
+from interpreter import mend_bfloat16, mend_scalars, watch_memory
 
 # Root mean square: with bfloat16 tokens states are bfloat16 too, and in the gradient of A they cancel.
 FLOORS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -209,6 +209,7 @@ def main(operator: str, dtype: torch.dtype) -> int:
     torch.manual_seed(0)
     shrink_blocks()
     mend_bfloat16()
+    mend_scalars()
     optimized.set_engine("triton")
     failed = 0
     for number, given in enumerate(CASES[operator]()):

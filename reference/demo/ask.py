@@ -45,7 +45,7 @@ def ask(
         if len(pictures) == 1
         else {"type": "video", "video": pictures, "fps": fps}
     )
-    messages = [{"role": "user", "content": [block, {"type": "text", "text": question}]}]
+    messages = [{"role": "user", "content": [{"type": "text", "text": question}, block]}]
     batch = ChatCollator(processor, supervise=False)([{"messages": messages}])
     batch = {key: value.to(model.device) for key, value in batch.items()}
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)

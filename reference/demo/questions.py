@@ -112,8 +112,12 @@ def _vision_block(moments: np.ndarray) -> dict[str, Any]:
 
 
 def conversation(block: dict[str, Any], question: str, answer: str) -> list[dict[str, Any]]:
-    """Return a user turn that shows and asks, and the assistant turn that answers."""
+    """Return a user turn that asks and shows, and the assistant turn that answers.
+
+    Choice: the question comes first, so that a model can look at the picture with the question in mind. A
+    model that keeps a state of constant size must know what to keep.
+    """
     return [
-        {"role": "user", "content": [block, {"type": "text", "text": question}]},
+        {"role": "user", "content": [{"type": "text", "text": question}, block]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]

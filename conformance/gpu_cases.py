@@ -1,0 +1,116 @@
+"""Every operator with arguments on the GPU, at the sizes of real models, and the torch engine beside it.
+
+The torch engine in float64 is the truth here: it is held against the reference by the rest of the suite, and
+unlike the reference it can walk 65,536 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from compare import Results, assert_matches, evaluate, in_float64
+from devices import moved
+from layouts import Layout, Pad, Text, Vision
+from strategies import BidirectionalCase, ConvCase, LossCase, ScanCase, WindowCase
+from torch import Tensor
+
+from linmu import optimized
+
+DTYPES = ("bfloat16", "float16", "float32")
+OPERATORS = (
+    "bidirectional_scan",
+    "selective_scan",
+    "scan_step",
+    "causal_conv",
+    "window_attention",
+    "logit_loss",
+)
+Arguments = dict[str, Any]
+
+
+def prompt(length: int) -> Layout:
+    """Two rows: text, images with text between rows, a video; images side by side behind padding."""
+    image, video = Vision(1, (1, 7, 9), "row"), Vision(0, (4, 6, 5))
+    first = (Text(11), image, Text(3), video)
+    second = (Pad(17), Vision(0, (1, 9, 10)), Vision(1, (2, 5, 4)))
+    fill = [length - sum(len(part.cells()) for part in row) for row in (first, second)]
+    return Layout(((*first, Text(fill[0])), (*second, Text(fill[1]))))
+
+
+def arguments(
+    operator: str, dtype: str, *, heads: int, groups: int, head_dim: int, length: int, device: str = "cuda"
+) -> Arguments:
+    """The arguments of one call."""
+    sizes = {"heads": heads, "groups": groups, "state": head_dim, "head_dim": head_dim}
+    common = {"dtype": dtype, "seed": length}
+    if operator == "bidirectional_scan":
+        case = BidirectionalCase(prompt(length), initial_state=True, skip=True, **sizes, **common)
+    elif operator in ("selective_scan", "scan_step"):
+        case = ScanCase(2, length, mask="some", initial_state=True, reverse=False, **sizes, **common)
+    elif operator == "causal_conv":
+        channels = (2 * groups + heads) * head_dim
+        case = ConvCase(2, length, channels, 4, True, "some", True, **common)
+    elif operator == "window_attention":
+        case = WindowCase(2, length, windows=1 + length // 100, scale=None, **sizes, **common)
+    else:
+        case = LossCase(2, min(length, 40), 5003, "some", 2.0, **common)
+    given = moved(case.inputs(), device)
+    if operator == "scan_step":
+        tokens = {name: given[name][:, 0] for name in ("x", "dt", "B", "C")}
+        skip = torch.linspace(-1, 1, heads, device=device)
+        given = tokens | {"A": given["A"], "state": given["initial_state"], "D": skip, "valid": None}
+    return given | ({"temperature": 2.0} if operator == "logit_loss" else {})
+
+
+def kernels(operator: str) -> Callable:
+    """The operator on the Triton engine, which must be the one that runs."""
+
+    def call(**given: Any) -> Tensor | tuple[Tensor, ...]:
+        with engine("triton"):
+            return getattr(optimized, operator)(**given)
+
+    return call
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    optimized.set_engine(name)
+    try:
+        yield
+    finally:
+        optimized.set_engine(None)
+
+
+def results(operator: str, given: Arguments, name: str = "triton") -> Results:
+    """Values and every gradient on one engine."""
+    with engine(name):
+        return evaluate(getattr(optimized, operator), given, gradients=True)
+
+
+def assert_kernels_match(operator: str, given: Arguments, case: Any) -> None:
+    """Values, states and every gradient of the kernels against the torch engine's."""
+    truth, own = results(operator, in_float64(given), "torch"), results(operator, given, "torch")
+    assert_matches(results(operator, given), truth, own, case)
+
+
+def block(dtype: torch.dtype, device: str = "cuda", **options: Any) -> Callable:
+    """The forward of an M-MATE block with random parameters, over a layout of 300 tokens that is there."""
+    config = optimized.LinMUConfig(width=256, heads=8, groups=2, head_dim=64, qkv_bias=True, **options)
+    torch.manual_seed(0)
+    module = optimized.MMATE(config, layer_index=1).to(device)
+    for name, parameter in module.named_parameters():
+        if any(part in name for part in ("q_", "k_", "v_", "o_", "z_", "mix_", "gate_")):
+            torch.nn.init.normal_(parameter, std=0.05)
+            parameter.data = parameter.data.to(dtype)
+    where = prompt(300)
+    layout, valid = optimized.VisionLayout(where.coords.to(device)), where.valid.to(device)
+    angles = torch.rand(2, 300, 32, device=device).repeat(1, 1, 2)
+    embeddings = (angles.cos(), angles.sin())
+
+    def run(hidden_states: Tensor) -> Tensor:
+        return module(hidden_states, layout, valid=valid, position_embeddings=embeddings)[0]
+
+    return run

@@ -1,0 +1,263 @@
+"""What only a GPU can show: compiled kernels at real sizes, beyond 65,536 tokens and 2^31 elements; bitwise
+determinism, no host synchronisation, one graph.
+
+The rest of the suite runs on the GPU too, as the backend linmu.optimized@cuda.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from compare import assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float, quarters
+from gpu_cases import DTYPES, OPERATORS, arguments, assert_kernels_match, block, kernels, results
+from strategies import DTYPES as KINDS
+
+from linmu import optimized
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here: kernels cannot be compiled"
+)
+EVERY = pytest.mark.parametrize("operator", OPERATORS)
+HALF_AND_FULL = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture
+def whole_gpu() -> Iterator[None]:
+    """One such test at a time, however many processes test: each takes tens of GB."""
+    with open(Path(tempfile.gettempdir()) / "linmu-conformance.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
+
+
+@HALF_AND_FULL
+@EVERY
+@pytest.mark.parametrize("head_dim", [128, 64, 80, 16])
+def test_kernels_equal_the_torch_engine_at_real_sizes(operator, head_dim, dtype):
+    """P13, P14: values, states, every gradient, of tiles that tensor cores multiply."""
+    given = arguments(operator, dtype, heads=6, groups=2, head_dim=head_dim, length=517)
+    assert_kernels_match(operator, given, f"{operator}, {dtype}, N = P = {head_dim}")
+
+
+@pytest.mark.parametrize("length", [65_537, 131_137])
+@HALF_AND_FULL
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("scan_step", "logit_loss")])
+def test_no_token_is_lost_beyond_65536(operator, dtype, length, whole_gpu):
+    """P2: more tokens than a grid's second axis has programs; the last ones, and gradients through them."""
+    given = arguments(operator, dtype, heads=2, groups=1, head_dim=16, length=length)
+    assert_kernels_match(operator, given, f"{operator}, {dtype}, L = {length}")
+
+
+FAR = {  # name -> the tensors that lie far apart, and the axis whose steps are long
+    "bidirectional_scan": (("x", "B", "C"), 1),
+    "selective_scan": (("x", "B", "C"), 0),
+    "scan_step": (("x", "B", "C"), 0),
+    "causal_conv": (("u",), 1),
+    "window_attention": (("q", "k", "v"), 1),
+    "logit_loss": (("student", "teacher"), 1),
+}
+
+
+@HALF_AND_FULL
+@EVERY
+def test_offsets_may_exceed_two_to_the_31(operator, dtype, whole_gpu):
+    """P1: slices of a tensor so large that their last tokens lie beyond 2^31 elements."""
+    given = arguments(operator, dtype, heads=4, groups=2, head_dim=16, length=300)
+    names, axis = FAR[operator]
+    size = given[names[0]].shape[axis]
+    step = -(-(2**31 + 2**20) // (size - 1) // 16) * 16
+    memory = torch.full((step * (size - 1) + 2**22,), float("nan"), dtype=KINDS[dtype][0], device="cuda")
+    far, start = dict(given), 0
+    for name in names:
+        near = given[name]
+        strides = list(torch.empty(near.select(axis, 0).shape).stride())
+        strides.insert(axis, step)
+        view = memory.as_strided(near.shape, strides, start)
+        view.copy_(near)
+        far[name], start = view, start + near.select(axis, 0).numel() + 16
+    assert far[names[0]].stride(axis) * (size - 1) > 2**31
+    assert_same(with_gradients_of_views(operator, far), results(operator, given), f"{operator}, {dtype}")
+
+
+def floats_of(given):
+    """The arguments that may need a gradient."""
+    return {name: value for name, value in given.items() if is_float(value)}
+
+
+def with_gradients_of_views(operator, given):
+    """`evaluate` without its copies of the inputs, which would bring them back together."""
+    leaves = {name: value.detach().requires_grad_() for name, value in floats_of(given).items()}
+    outputs = kernels(operator)(**{**given, **leaves})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    asked = [quarters(output, place) for place, output in enumerate(outputs)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), asked, allow_unused=True)
+    found = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return found
+
+
+def test_results_may_exceed_two_to_the_31(whole_gpu):
+    """P1: outputs and gradients of more elements than an int32 counts; the tail is that of its own scan."""
+    heads, groups, dim, length, tail = 28, 4, 16, 4_800_000, 6_400
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def numbers(*shape, dtype=torch.bfloat16):
+        return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+
+    given = {"x": numbers(1, length, groups, dim), "B": numbers(1, length, groups, dim)}
+    given |= {"C": numbers(1, length, heads, dim), "dt": numbers(1, length, heads).sigmoid_().float()}
+    given |= {"gate": numbers(1, length, heads).sigmoid_().float(), "A": -torch.rand(heads, device="cuda")}
+    place = torch.arange(length, device="cuda")
+    given["segment"] = torch.where(place % 1600 < 1000, place // 1600, -1)[None]
+    assert length * heads * dim > 2**31
+    per_token = ("x", "B", "C", "dt", "gate")
+    first = {k: v[:, : length - tail] if k != "A" else v for k, v in given.items()}
+    with torch.no_grad():
+        state = kernels("bidirectional_scan")(**first)[1]
+    last = {k: v[:, length - tail :].clone() if k != "A" else v for k, v in given.items()}
+    wanted = evaluate(kernels("bidirectional_scan"), last | {"initial_state": state}, gradients=True)
+    leaves = {name: given[name].requires_grad_() for name in per_token}
+    y, final = kernels("bidirectional_scan")(**given)
+    asked = torch.zeros_like(y)
+    asked[:, length - tail :] = quarters(wanted["output 0"], 0)
+    grads = torch.autograd.grad([y, final], list(leaves.values()), [asked, quarters(final, 1)])
+    found = {"output 0": y[:, length - tail :], "output 1": final}
+    found |= {f"gradient of {k}": g[:, length - tail :] for k, g in zip(leaves, grads, strict=True)}
+    wanted = {name: wanted[name] for name in found}
+    assert_same({k: v.detach() for k, v in found.items()}, wanted, "the last tokens of 4.8 million")
+
+
+def test_a_gradient_of_logits_may_exceed_two_to_the_31(whole_gpu):
+    """P1: (B, L, V) of a real vocabulary; the last tokens' gradient is what they alone get."""
+    length, size, tail = 14_300, 151_936, 5
+    generator = torch.Generator("cuda").manual_seed(0)
+    student, teacher = (
+        torch.randn(1, length, size, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in "st"
+    )
+    assert student.numel() > 2**31
+    ends = [logits[:, -tail:].clone() for logits in (student, teacher)]
+    (grad,) = torch.autograd.grad(optimized.logit_loss(student.requires_grad_(), teacher) * length, student)
+    (small,) = torch.autograd.grad(optimized.logit_loss(ends[0].requires_grad_(), ends[1]) * tail, ends[0])
+    assert_same({"gradient": grad[:, -tail:]}, {"gradient": small}, "14,300 tokens, V = 151,936")
+
+
+@HALF_AND_FULL
+@EVERY
+def test_runs_repeat_bit_for_bit(operator, dtype):
+    """No float is added atomically: values and gradients of two runs are equal."""
+    given = arguments(operator, dtype, heads=8, groups=2, head_dim=64, length=1_500)
+    first = results(operator, given)
+    for name, result in results(operator, given).items():
+        assert_exact(result, first[name], f"{operator}, {dtype}", name)
+
+
+@EVERY
+def test_operators_never_wait_for_the_device(operator):
+    """Forward and backward are queued without asking the GPU for a value."""
+    given = arguments(operator, "bfloat16", heads=4, groups=2, head_dim=64, length=300)
+    floats = {name: value.requires_grad_() for name, value in floats_of(given).items() if name != "teacher"}
+    outputs = kernels(operator)(**given)
+    asked = [torch.ones_like(out) for out in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    torch.autograd.grad(outputs, list(floats.values()), asked)  # everything is compiled now
+    with no_waiting():
+        torch.autograd.grad(kernels(operator)(**given), list(floats.values()), asked)
+
+
+@pytest.mark.parametrize("options", [{}, {"scan_rope": True, "output_gate": True, "qk_norm": True}])
+def test_a_block_never_waits_for_the_device(options):
+    """A whole M-MATE block, forward and backward, over a layout that an earlier layer has used."""
+    run = block(torch.bfloat16, **options)
+    u = torch.randn(2, 300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    run(u).sum().backward()
+    with no_waiting():
+        run(u).sum().backward()
+
+
+@pytest.fixture(autouse=True)
+def synchronisation_allowed() -> Iterator[None]:
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class no_waiting:  # noqa: N801  reads as a statement
+    """An error for whatever makes the host wait for the GPU."""
+
+    def __enter__(self) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@EVERY
+def test_operators_compile_into_one_graph(operator):
+    """torch.compile(fullgraph=True), inductor: the results of eager, gradients included."""
+    given = arguments(operator, "float32", heads=4, groups=2, head_dim=16, length=233)
+    compiled = torch.compile(getattr(optimized, operator), fullgraph=True)
+    found, wanted = evaluate(compiled, given, gradients=True), results(operator, given)
+    assert_same(found, wanted, f"{operator}, compiled")
+
+
+def test_a_block_compiles_into_one_graph():
+    """The same of an M-MATE block with a layout that is there already."""
+    run = block(torch.float32)
+    u = {"hidden_states": torch.randn(2, 300, 256, device="cuda")}
+    wanted = evaluate(run, u, gradients=True)
+    found = evaluate(torch.compile(run, fullgraph=True), u, gradients=True)
+    assert_same(found, wanted, "an M-MATE block, compiled")
+
+
+TILES = [
+    ("scan_output.CHUNKS", {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}),
+    ("scan_output.CHUNKS", {torch.bfloat16: 16, torch.float16: 16, torch.float32: 64}),
+    ("scan_states.RUN", 3),
+    ("scan_states.RUN", 64),
+    ("conv_kernels.ROWS", 8),
+    ("conv_kernels.COLUMNS", 128),
+    ("loss_kernels.BLOCK", 256),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), TILES, ids=[f"{name}={value}" for name, value in TILES])
+@HALF_AND_FULL
+def test_tiles_do_not_change_the_results(dtype, name, value):
+    """P12: chunks, runs and blocks of other sizes, within the bounds of the truth."""
+    operator = {"scan": "bidirectional_scan", "conv": "causal_conv", "loss": "logit_loss"}[name[:4]]
+    given = arguments(operator, dtype, heads=4, groups=2, head_dim=32, length=700)
+    truth, own = results(operator, in_float64(given), "torch"), results(operator, given, "torch")
+    with mock.patch(f"linmu.optimized.{name}", value):
+        found = results(operator, given)
+    assert_matches(found, truth, own, f"{operator}, {dtype}, {name} = {value}")
+
+
+@EVERY
+def test_expanded_gradients_are_read_by_their_strides(operator):
+    """P8: what .sum() and a permuted loss send back has strides 0, or the last axis not last in memory."""
+    given = arguments(operator, "float32", heads=4, groups=2, head_dim=16, length=233)
+    floats = {name: value.requires_grad_() for name, value in floats_of(given).items() if name != "teacher"}
+    outputs = kernels(operator)(**given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def gradients(cotangents):
+        return torch.autograd.grad(outputs, list(floats.values()), cotangents, retain_graph=True)
+
+    for odd in (lambda out: out.new_ones(()).expand_as(out), lambda out: turned(quarters(out, 0))):
+        cotangents = [odd(output) for output in outputs]
+        found, wanted = gradients(cotangents), gradients([each.contiguous() for each in cotangents])
+        assert_same(dict(zip(floats, found, strict=True)), dict(zip(floats, wanted, strict=True)), operator)
+
+
+def turned(tensor):
+    """The same values, first axis last in memory."""
+    backwards = tuple(range(tensor.ndim))[::-1]
+    return tensor.permute(backwards).contiguous().permute(backwards)

@@ -1,0 +1,24 @@
+"""What every function that launches Triton kernels needs around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from .precision import without_autocast
+
+
+def launching(function: Callable) -> Callable:
+    """Run `function` with autocast off and the GPU of its first tensor current, which Triton launches on."""
+    plain = without_autocast(function)
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device_of(first):
+            return plain(*args, **kwargs)
+
+    return wrapped

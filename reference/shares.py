@@ -1,0 +1,36 @@
+"""One mean over the batches of all processes, as one process would take it of the whole batch.
+
+Every process weighs its own mean by what it is taken over, tokens or the teacher's energy, relative to all:
+
+    mean over r of  (W s_r / Σ s) loss_r  =  (Σ s_r loss_r) / Σ s,      r = 1 … W processes        (1)
+
+The left side is what data-parallel training averages, of losses and of gradients; the right side is the ratio
+of sums that one process computes. Processes may hold different numbers of tokens, some of them none.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def total(values: Tensor) -> Tensor:
+    """Sums over all processes, without gradients."""
+    sums = values.detach().clone()
+    if processes() > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def share(sizes: Tensor) -> Tensor:
+    """The factors of eq. (1) for means over `sizes`, any shape; 1 where a single process trains."""
+    if processes() == 1:
+        return torch.ones_like(sizes)
+    sums = total(sizes)
+    return processes() * sizes.detach() / sums.clamp_min(torch.finfo(sums.dtype).tiny)
