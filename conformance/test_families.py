@@ -177,8 +177,8 @@ def test_a_chunk_that_ends_between_two_frames_is_refused():
         )  # after a frame, before the next one's time
 
 
-def test_a_hybrid_keeps_keys_and_values_in_the_layers_that_stay(tiny):
-    student = shake_mixers(build_student(tiny.teacher, None, [1], MMATE))
+def test_a_hybrid_keeps_keys_and_values_in_the_layers_that_stay(tiny, backend):
+    student = shake_mixers(build_student(tiny.teacher, None, [1], backend.MMATE))
     inputs = tiny.inputs(prompts(tiny)[0])
     output = run(student, inputs)
     wanted = uncached(tiny, student, inputs, output.sequences)

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 from PIL import ImageChops
-from tiny_families import BUILDERS, Tiny
+from tiny_families import BUILDERS, QWEN, Tiny
 from torch import Tensor
 
 from linmu.reference.families import FAMILIES
@@ -44,8 +44,7 @@ def mosaic(rows: int, columns: int, side: int) -> list[tuple[int, ...]]:
 
 
 GRIDS = {
-    "qwen3_vl": {"wide": [box(1, 2, 4)], "tall": [box(1, 5, 2)], "video": [box(3, 2, 3)]},
-    "qwen3_vl_moe": {"wide": [box(1, 2, 4)], "tall": [box(1, 5, 2)], "video": [box(3, 2, 3)]},
+    **{key: {"wide": [box(1, 2, 4)], "tall": [box(1, 5, 2)], "video": [box(3, 2, 3)]} for key in QWEN},
     "llava_onevision": {  # of 6·9 tokens 4·9 are no padding; 9·9 are more than 1.1² · 5 tiles, so they shrink
         "wide": [box(1, 3, 3), box(1, 4, 9)],
         "tall": [box(1, 3, 3), box(1, 9, 3)],
