@@ -227,8 +227,7 @@ def qwen_vl(name: str) -> Tiny:
         inputs["pixel_values_videos"] = torch.randn(frames * 24, 3 * 2 * PATCH**2, generator=generator)
         return inputs | {"video_grid_thw": torch.tensor([[frames, 4, 6]])}
 
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
-    sizes = {"wide": (16, 32), "tall": (40, 16)}
+    image, sizes = "<|vision_start|><|image_pad|><|vision_end|>", {"wide": (16, 32), "tall": (40, 16)}
     return Tiny(name, teacher, processor_class(pixels, tokenizer), image, video, sizes)
 
 
@@ -325,7 +324,7 @@ def idefics3(smol: bool = False) -> Tiny:
     model_class = SmolVLMForConditionalGeneration if smol else Idefics3ForConditionalGeneration
     teacher = finished(model_class(config), tokenizer)
     image_class = SmolVLMImageProcessorPil if smol else Idefics3ImageProcessorPil
-    pixels = image_class(size={"longest_edge": 3 * side}, max_image_size={"longest_edge": side})
+    pixels = image_class(size={"longest_edge": 48}, max_image_size={"longest_edge": side})
     processor = LinMUIdefics3Processor(pixels, tokenizer, image_seq_len=4)
     sizes = {"wide": (32, 48), "tall": (48, 16), "small": (16, 16)}
     return Tiny("smolvlm" if smol else "idefics3", teacher, processor, "<image>", None, sizes, tile_axis=1)
