@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and workers share the cores
@@ -69,6 +70,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if backend.missing:
             line = f"{backend.name}: not implemented, so not tested: {', '.join(backend.missing)}"
             terminalreporter.write_line(line, yellow=True)
+    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome))
+    rows = [value for report in reports for name, value in report.user_properties if name == "sm_90"]
+    if rows:
+        terminalreporter.section("kernels compiled for sm_90")
+        for line in compiled_table(rows):
+            terminalreporter.write_line(line)
+
+
+def compiled_table(rows: list) -> Iterator[str]:
+    """What each kernel takes of a multiprocessor, as test_compile_sm90.py records it."""
+    yield f"{'kernel':20}{'dtype':>6}{'N = P':>7}{'registers':>11}{'spills':>8}{'shared KB':>11}{'wgmma':>7}"
+    for kernel, dtype, size, found in sorted(rows, key=lambda row: (row[0], row[1], -row[2])):
+        spilled, shared = found["spill_stores"] + found["spill_loads"], found["shared"] / 1024
+        yield (
+            f"{kernel:20}{dtype:>6}{size:>7}{found['registers']:>11}{spilled:>8}{shared:>11.1f}{found['wgmma']:>7}"
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

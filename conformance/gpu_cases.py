@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linmu import optimized
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "mixed", "float16", "float32")
 OPERATORS = (
     "bidirectional_scan",
     "selective_scan",

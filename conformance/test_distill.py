@@ -200,8 +200,8 @@ def test_a_folder_in_use_is_refused(finished):
 
 
 def test_both_backends_teach_alike(finished, tmp_path):
-    run(tmp_path / "fast", "--backend", "optimized", "--stages", "i")
-    slow, fast = metrics(finished), metrics(tmp_path / "fast")
+    run(tmp_path / "slow", "--backend", "reference", "--stages", "i")
+    fast, slow = metrics(finished), metrics(tmp_path / "slow")
     for step in (1, 2):
         assert fast["i", step]["loss"] == pytest.approx(slow["i", step]["loss"], rel=1e-4)
 

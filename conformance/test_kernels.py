@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,19 @@ def interpreted(*command: str, interpret: str = "1") -> subprocess.CompletedProc
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("operator", "dtype"), [*product(OPERATORS, ("float32", "bfloat16")), ("bidirectional_scan", "float16")]
+)
 def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
     done = interpreted(str(FOLDER / "interpreter" / "trial.py"), operator, dtype)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linmu.optimized: triton engine" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_a_block_of_kernels_equals_the_reference_in_the_interpreter(dtype):
+    """Scan order, heads' norm and its gradient included, which the block fuses into its kernels."""
+    done = interpreted(str(FOLDER / "interpreter" / "trial_block.py"), dtype)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linmu.optimized: triton engine" in done.stderr
 

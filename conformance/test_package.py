@@ -26,9 +26,9 @@ print(json.dumps({"reference": reference.__file__, "optimized": optimized.__file
 
 
 def package_files(tree: Path, folder: str) -> list[Path]:
-    """Every file of one package folder that belongs to it, bytecode left out."""
+    """Every file of one package folder that belongs to it: no bytecode, no results of benchmarks."""
     files = (path for path in (tree / folder).rglob("*") if path.is_file())
-    return sorted(path for path in files if "__pycache__" not in path.parts)
+    return sorted(path for path in files if not {"__pycache__", "results"} & set(path.parts))
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_variants_of_the_ablation_take_as_many_steps_in_all():
 
 def test_the_ablation_leaves_out_one_thing_at_a_time(tmp_path, capsys, pytestconfig):
     """In as few steps as can be; all variants in a thorough run."""
-    few = ["full", "without stage ii", "without Local-Swin", "without Flex-MA"]
+    few = ["without stage ii", "without Local-Swin", "without Flex-MA"]
     names = list(VARIANTS) if pytestconfig.getoption("thorough") else few
     flags = [*TINY, "--steps", "1,1,1", "--output", str(tmp_path), "--calibration_batches", "0"]
     distill.main(["ablate", "--seeds", "1", "--variants", ",".join(names), *flags])

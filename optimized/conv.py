@@ -52,9 +52,18 @@ class Packing:
 
 @without_autocast
 def forward(
-    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, initial_state: Tensor | None
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype."""
+    """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype.
+
+    With `order` (B, L), place i of out and mask is token order[i] of u.
+    """
+    u = u if order is None else take(u, order)
     packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
     padded = with_start(packing.pack(u), taps, initial_state)
     wide = weight.to(padded.dtype)
@@ -75,9 +84,11 @@ def gradient(
     bias: Tensor | None,
     mask: Tensor | None,
     initial_state: Tensor | None,
+    order: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, weight, bias and initial_state in the accumulation dtype, none a view of another."""
     packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
+    u = u if order is None else take(u, order)
     padded = with_start(packing.pack(u), taps, initial_state)
     wide, grad = weight.to(padded.dtype), packing.pack(out_grad.to(padded.dtype))
     padded_grad = torch.zeros_like(padded)
@@ -88,8 +99,9 @@ def gradient(
         shifted = slice(tap, tap + length)
         padded_grad[:, shifted].addcmul_(grad, wide[:, tap])
         weight_grad[:, tap] = (grad * padded[:, shifted]).sum((0, 1))
+    u_grad = packing.unpack(padded_grad[:, taps - 1 :])
     return (
-        packing.unpack(padded_grad[:, taps - 1 :]).clone(),
+        u_grad.clone() if order is None else take(u_grad, order.argsort(dim=1)),
         weight_grad,
         None if bias is None else grad.sum((0, 1)),
         None if initial_state is None else padded_grad[:, : taps - 1].clone(),

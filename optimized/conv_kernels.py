@@ -7,8 +7,8 @@ input of that rank, the state standing at ranks 1-K … -1:
 
     out_r = Σ_k weight[k] s_{r-K+1+k} + bias        ∂s_r = Σ_k weight[k] ∂out_{r+K-1-k}                    (1)
 
-`reference/scan.py`, eq. (4). A kernel finds a rank's token by index, so nothing is moved; without a mask rank
-and token are the same.
+`reference/scan.py`, eq. (4). A kernel finds a rank's place in the sequence by index, and the place's token of
+u, so nothing is moved; without a mask rank and place are the same, without an order place and token.
 """
 
 from __future__ import annotations
@@ -19,9 +19,45 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_states import rows_of
+from .scan_tiles import rows_of
 
 ROWS, COLUMNS = 32, 64
+
+
+@triton.jit
+def input_of(
+    U,
+    PLACE,
+    ORDER,
+    START,
+    rank,
+    taken,
+    batch,
+    u_batch,
+    u_token,
+    length,
+    channel,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_START: tl.constexpr,
+):
+    """s of eq. (1) at some ranks, those of the state included, 0 where not taken: (ranks, channels)."""
+    inside = (channel < CHANNELS)[None, :]
+    among = taken & (rank >= 0)
+    where = rank
+    if HAS_MASK:
+        where = tl.load(PLACE + batch * length + where, mask=among, other=0)
+    if HAS_ORDER:
+        where = tl.load(ORDER + batch * length + where, mask=among, other=0)
+    tile = U + batch * u_batch + where[:, None] * u_token + channel[None, :]
+    seen = tl.load(tile, mask=among[:, None] & inside, other=0.0).to(tl.float32)
+    if HAS_START:
+        before = taken & (rank < 0)
+        tile = START + (batch * (TAPS - 1) + rank + TAPS - 1)[:, None] * CHANNELS + channel[None, :]
+        seen += tl.load(tile, mask=before[:, None] & inside, other=0.0)
+    return seen
 
 
 @triton.jit
@@ -30,7 +66,8 @@ def forward_kernel(
     WEIGHT,
     BIAS,
     RANK,
-    TOKEN,
+    PLACE,
+    ORDER,
     START,
     OUT,
     u_batch,
@@ -41,6 +78,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
 ):
@@ -57,17 +95,24 @@ def forward_kernel(
         taken = rank >= 0
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
     for tap in range(TAPS):
-        earlier = rank - (TAPS - 1) + tap
-        among = taken & (earlier >= 0)
-        where = earlier
-        if HAS_MASK:
-            where = tl.load(TOKEN + batch * length + earlier, mask=among, other=0)
-        tile = U + batch * u_batch + where[:, None] * u_token + channel[None, :]
-        seen = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        if HAS_START:
-            before = taken & (earlier < 0)
-            tile = START + (batch * (TAPS - 1) + earlier + TAPS - 1)[:, None] * CHANNELS + channel[None, :]
-            seen += tl.load(tile, mask=before[:, None] & inside[None, :], other=0.0)
+        seen = input_of(
+            U,
+            PLACE,
+            ORDER,
+            START,
+            rank - (TAPS - 1) + tap,
+            taken,
+            batch,
+            u_batch,
+            u_token,
+            length,
+            channel,
+            CHANNELS,
+            TAPS,
+            HAS_MASK,
+            HAS_ORDER,
+            HAS_START,
+        )
         weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         out += seen * weight[None, :]
     if HAS_BIAS:
@@ -83,7 +128,8 @@ def backward_kernel(
     WEIGHT,
     OUT_GRAD,
     RANK,
-    TOKEN,
+    PLACE,
+    ORDER,
     COUNT,
     START,
     FINAL_GRAD,
@@ -100,6 +146,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
 ):
@@ -129,21 +176,28 @@ def backward_kernel(
         among = taken & (later < count)
         where = later
         if HAS_MASK:
-            where = tl.load(TOKEN + batch * length + later, mask=among, other=0)
+            where = tl.load(PLACE + batch * length + later, mask=among, other=0)
         tile = OUT_GRAD + batch * g_batch + where[:, None] * g_token + channel[None, :]
         reached = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
         u_grad += reached * weight[None, :]
-        earlier = rank - (TAPS - 1) + tap
-        among = taken & (earlier >= 0)
-        where = earlier
-        if HAS_MASK:
-            where = tl.load(TOKEN + batch * length + earlier, mask=among, other=0)
-        tile = U + batch * u_batch + where[:, None] * u_token + channel[None, :]
-        seen = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        if HAS_START:
-            before = taken & (earlier < 0)
-            tile = START + (batch * (TAPS - 1) + earlier + TAPS - 1)[:, None] * CHANNELS + channel[None, :]
-            seen += tl.load(tile, mask=before[:, None] & inside[None, :], other=0.0)
+        seen = input_of(
+            U,
+            PLACE,
+            ORDER,
+            START,
+            rank - (TAPS - 1) + tap,
+            taken,
+            batch,
+            u_batch,
+            u_token,
+            length,
+            channel,
+            CHANNELS,
+            TAPS,
+            HAS_MASK,
+            HAS_ORDER,
+            HAS_START,
+        )
         tl.store(WEIGHT_GRAD + (part * TAPS + tap) * CHANNELS + channel, tl.sum(seen * grad, 0), mask=inside)
     kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
     among = taken & (kept >= 0)
@@ -152,20 +206,29 @@ def backward_kernel(
     if HAS_BIAS:
         tl.store(BIAS_GRAD + part * CHANNELS + channel, tl.sum(grad, 0), mask=inside)
     u_grad = tl.where(taken[:, None], u_grad, 0.0)
+    if HAS_ORDER:
+        token = tl.load(ORDER + batch * length + token, mask=real, other=0)
     tile = U_GRAD + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
     tl.store(tile, u_grad.to(U_GRAD.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
 def ranks(mask: Tensor | None) -> dict[str, Tensor | None]:
-    """RANK (B, L), -1 where masked; TOKEN (B, L), the token of each rank; COUNT (B,) of valid tokens."""
+    """RANK (B, L), -1 where masked; PLACE (B, L), where each rank stands; COUNT (B,) of valid tokens."""
     if mask is None:
-        return {"RANK": None, "TOKEN": None, "COUNT": None}
+        return {"RANK": None, "PLACE": None, "COUNT": None}
     rank = torch.where(mask, mask.cumsum(1) - 1, -1)
-    token = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-    return {"RANK": rank, "TOKEN": token, "COUNT": mask.sum(1)}
+    place = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    return {"RANK": rank, "PLACE": place, "COUNT": mask.sum(1)}
 
 
-def flags(taps: int, mask: Tensor | None, bias: Tensor | None, start: Tensor | None, channels: int) -> dict:
+def flags(
+    taps: int,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    start: Tensor | None,
+    order: Tensor | None,
+    channels: int,
+) -> dict:
     """The compile-time constants of both kernels."""
     return {
         "CHANNELS": channels,
@@ -173,6 +236,7 @@ def flags(taps: int, mask: Tensor | None, bias: Tensor | None, start: Tensor | N
         "ROWS": ROWS,
         "COLUMNS": COLUMNS,
         "HAS_MASK": mask is not None,
+        "HAS_ORDER": order is not None,
         "HAS_BIAS": bias is not None,
         "HAS_START": start is not None and taps > 1,
         "num_warps": 4,
@@ -186,7 +250,12 @@ def grid(u: Tensor) -> tuple[int, int, int]:
 
 @launching
 def forward(
-    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, initial_state: Tensor | None
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`conv.forward` on a Triton kernel: out (B, L, channels) and the last K-1 valid inputs, float32."""
     u = rows_of(u)
@@ -200,25 +269,28 @@ def forward(
         weight.contiguous(),
         bias,
         index["RANK"],
-        index["TOKEN"],
+        index["PLACE"],
+        order,
         start,
         out,
         *u.stride()[:2],
         length,
-        **flags(taps, mask, bias, start, channels),
+        **flags(taps, mask, bias, start, order, channels),
     )
-    return out, last_inputs(u, taps, index, start)
+    return out, last_inputs(u, taps, index, start, order)
 
 
-def last_inputs(u: Tensor, taps: int, index: dict[str, Tensor | None], start: Tensor | None) -> Tensor:
+def last_inputs(
+    u: Tensor, taps: int, index: dict[str, Tensor | None], start: Tensor | None, order: Tensor | None
+) -> Tensor:
     """The last K-1 valid inputs, older ones from the state: (B, K-1, channels) float32."""
     batch, length, _ = u.shape
     place = torch.arange(taps - 1, device=u.device)
     count = length if index["COUNT"] is None else index["COUNT"][:, None]
     rank = (count - (taps - 1) + place).expand(batch, taps - 1)
     token = rank.clamp_min(0)
-    if index["TOKEN"] is not None:
-        token = index["TOKEN"].gather(1, token)
+    for table in (index["PLACE"], order):
+        token = token if table is None else table.gather(1, token)
     row = torch.arange(batch, device=u.device)[:, None]
     recent = u[row, token].float()
     older = (
@@ -238,6 +310,7 @@ def gradient(
     bias: Tensor | None,
     mask: Tensor | None,
     initial_state: Tensor | None,
+    order: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """`conv.gradient` on a Triton kernel; partial sums are added in a fixed order."""
     u, out_grad = rows_of(u), rows_of(out_grad)
@@ -253,7 +326,8 @@ def gradient(
         weight.contiguous(),
         out_grad,
         index["RANK"],
-        index["TOKEN"],
+        index["PLACE"],
+        order,
         index["COUNT"],
         start,
         final_grad.float().contiguous(),
@@ -263,7 +337,7 @@ def gradient(
         *u.stride()[:2],
         *out_grad.stride()[:2],
         length,
-        **flags(taps, mask, bias, start, channels),
+        **flags(taps, mask, bias, start, order, channels),
     )
     start_grad = None if start is None else start_gradient(out_grad, final_grad, weight, index, length)
     bias_grad = None if bias is None else bias_grad.sum(0)
@@ -281,7 +355,7 @@ def start_gradient(
     count = torch.full_like(row, length) if index["COUNT"] is None else index["COUNT"]
     for place in range(taps - 1):  # rank place - (K-1)
         for rank in range(min(place + 1, length)):
-            token = torch.full_like(row, rank) if index["TOKEN"] is None else index["TOKEN"][:, rank]
+            token = torch.full_like(row, rank) if index["PLACE"] is None else index["PLACE"][:, rank]
             reached = torch.where((count > rank)[:, None], out_grad[row, token].float(), 0)
             grad[:, place] += weight[:, place - rank].float() * reached
         kept = place - count

@@ -1,18 +1,20 @@
 """`reference/flex_ma.py` on the fast operators: same constructor, parameters, names and results.
 
-Letters: B batch, L tokens, D width, H heads. Tokens take their places in the scan before the projections, so
-that one gather of (B, L, D) stands for those of x, B, C, dt and the gate.
+Letters: B batch, L tokens, D width, H heads. Projections run in token order; the convolution takes the tokens
+into scan order as it loads them, and the scan norms its heads and brings them back as it stores them.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..reference.flex_ma import FlexMAState, full_precision_linear, rms_norm_per_head
+from . import operators
 from .layout import VisionLayout, fast, permute_tokens
-from .scan import bidirectional_scan, causal_conv, scan_step
+from .scan import causal_conv, scan_heads, scan_step
 
 __all__ = ["FlexMA", "FlexMAState", "full_precision_linear", "rms_norm_per_head"]
 
@@ -30,31 +32,34 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """`linmu.reference.FlexMA.forward`: arguments, result and errors are the same."""
+        y, state = self.heads(
+            hidden_states, layout, valid=valid, position_embeddings=position_embeddings, state=state
+        )
+        return self.o_proj(y), state
+
+    def heads(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout | None,
+        *,
+        valid: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        state: FlexMAState | None,
+    ) -> tuple[Tensor, FlexMAState]:
+        """Eqs. (1) to (5) but for W_o: (B, L, H·P), and the state after the last token."""
         self.check_inputs(hidden_states, layout, valid)
         layout = fast(layout)
-        scanned, angles = hidden_states, position_embeddings
-        if layout is not None:
-            order = layout.order(self.scan_axes)
-            scanned = permute_tokens(hidden_states, order)
-            if self.config.scan_rope and angles is not None:
-                angles = tuple(permute_tokens(angle.expand(len(order), -1, -1), order) for angle in angles)
-        taken, dt, gate = self.project(scanned, angles)
-        taken, conv_state = self.convolve(taken, valid, state)
-        y, scan_state = self.scan(taken, dt, gate, layout, valid, state)
-        if layout is not None:
-            y = permute_tokens(y, layout.inverse(self.scan_axes))
-        return self.project_out(y, hidden_states), FlexMAState(conv_state, scan_state)
+        taken, dt, gate = self.project(hidden_states, position_embeddings)
+        if layout is None and state is not None and taken.shape[1] == 1:
+            y, state = self.step(taken, dt, valid, state)
+        else:
+            y, state = self.mix(taken, dt, gate, layout, valid, state)
+        y = y.flatten(2)  # (B, L, H·P)
+        if self.config.output_gate:
+            y = y * F.silu(self.z_proj(hidden_states))
+        return y, state
 
-    def convolve(
-        self, taken: Tensor, valid: Tensor | None, state: FlexMAState | None
-    ) -> tuple[Tensor, Tensor]:
-        """Eq. (2): (B, L, channels) -> the same, and the convolution's state (B, K-1, channels)."""
-        if not self.config.conv_kernel:
-            return super().convolve(taken, valid, state)
-        start = None if state is None else state.conv
-        return causal_conv(taken, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)
-
-    def scan(
+    def mix(
         self,
         taken: Tensor,
         dt: Tensor,
@@ -62,16 +67,50 @@ class FlexMA(reference.FlexMA):
         layout: VisionLayout | None,
         valid: Tensor | None,
         state: FlexMAState | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Eq. (4) in scan order: (B, L, H, P) and the state (B, H, N, P)."""
+    ) -> tuple[Tensor, FlexMAState]:
+        """Eqs. (2), (4) and the norm of (5): normed heads (B, L, H, P) in token order, and the state."""
+        order = None if layout is None else layout.order(self.scan_axes)
+        if order is not None:
+            dt, gate = permute_tokens(dt, order), permute_tokens(gate, order)
+        taken, conv_state = self.convolve_in_order(taken, valid, state, order)
         x, B, C = self.split(taken)
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        start = None if state is None else state.scan
-        if layout is None and start is not None and taken.shape[1] == 1:
-            row = None if valid is None else valid[:, 0]
-            y, end = scan_step(start, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=self.D, valid=row)
-            return y[:, None], end
-        segment = layout.segment if layout is not None and self.config.backward_scan else None
-        return bidirectional_scan(
-            x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=self.D, initial_state=start
+        y, scan_state = scan_heads(
+            x,
+            dt,
+            -torch.exp(self.A_log.to(dt.dtype)),
+            B,
+            C,
+            gate=gate,
+            segment=layout.segment if layout is not None and self.config.backward_scan else None,
+            valid=valid,
+            D=self.D,
+            initial_state=None if state is None else state.scan,
+            order=order,
+            norm_weight=self.norm_weight if self.config.head_norm else None,
+            eps=self.config.norm_eps,
         )
+        return y, FlexMAState(conv_state, scan_state)
+
+    def convolve_in_order(
+        self, taken: Tensor, valid: Tensor | None, state: FlexMAState | None, order: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. (2): [x, B, C] in token order -> the same in scan order, and the convolution's state."""
+        if not self.config.conv_kernel:
+            return super().convolve(taken if order is None else permute_tokens(taken, order), valid, state)
+        start = None if state is None else state.conv
+        if order is None:
+            return causal_conv(taken, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)
+        return operators.causal_conv(taken, self.conv_weight, self.conv_bias, valid, start, order)
+
+    def step(
+        self, taken: Tensor, dt: Tensor, valid: Tensor | None, state: FlexMAState
+    ) -> tuple[Tensor, FlexMAState]:
+        """Eqs. (2), (4) and the norm of (5) for one token of text: (B, 1, H, P), and the state."""
+        taken, conv_state = self.convolve_in_order(taken, valid, state, None)
+        x, B, C = (tensor[:, 0] for tensor in self.split(taken))
+        A, row = -torch.exp(self.A_log.to(dt.dtype)), None if valid is None else valid[:, 0]
+        y, scan_state = scan_step(state.scan, x, dt[:, 0], A, B, C, D=self.D, valid=row)
+        y = y[:, None]
+        if self.config.head_norm:
+            y = rms_norm_per_head(y, self.norm_weight, self.config.norm_eps)
+        return y, FlexMAState(conv_state, scan_state)

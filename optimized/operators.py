@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import batched_windows, chunked_scan, chunked_scan_backward, conv, step
+from . import scan_heads as torch_heads
 from .engine import choose_engine
 from .precision import accumulation_dtype
 
@@ -109,6 +110,79 @@ def _scan_gradients(ctx, y_grad: Tensor, final_grad: Tensor):
 scan.register_autograd(_scan_gradients, setup_context=save_inputs)
 
 
+@torch.library.custom_op("linmu::scan_heads", mutates_args=())
+def scan_heads(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    gate: Tensor | None,
+    segment: Tensor | None,
+    valid: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scan, each head normed, back in token order; and what its gradient needs."""
+    inputs = (x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep)
+    engine = choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1])
+    return (torch_heads if engine == "torch" else kernels("scan_output")).forward_heads(*inputs)
+
+
+@scan_heads.register_fake
+def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep):
+    batch, length, heads, state = C.shape
+    accumulate = accumulation_dtype(x.dtype)
+    final_state = x.new_empty(batch, heads, state, x.shape[3], dtype=accumulate)
+    keep = keep and norm_weight is not None
+    kept = x.new_empty((batch, length, heads, x.shape[3]) if keep else 0)
+    scale = x.new_empty((batch, length, heads) if keep else 0, dtype=accumulate)
+    return x.new_empty(batch, length, heads, x.shape[3]), final_state, kept, scale
+
+
+@torch.library.custom_op("linmu::norm_heads_backward", mutates_args=())
+def norm_heads_backward(
+    z_grad: Tensor, y: Tensor, scale: Tensor, norm_weight: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the scan's output, in scan order, and of the norm's weight."""
+    module = torch_heads if choose_engine("bidirectional_scan", y) == "torch" else kernels("norm_kernels")
+    y_grad, weight_grad = module.norm_gradient(z_grad, y, scale, norm_weight, order)
+    return y_grad, weight_grad.to(norm_weight.dtype)
+
+
+@norm_heads_backward.register_fake
+def _(z_grad, y, scale, norm_weight, order):
+    return y.new_empty(y.shape), norm_weight.new_empty(norm_weight.shape)
+
+
+def _save_heads(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # what is kept for the gradient has none itself
+    ctx.save_for_backward(*inputs[:12], *output[2:])
+    ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in output[:2]]
+
+
+def _heads_gradients(ctx, *grads: Tensor | None):
+    *inputs, order, norm_weight, y, scale = ctx.saved_tensors
+    y_grad, final_grad = (
+        inputs[0].new_zeros(shape, dtype=dtype) if grad is None else grad
+        for grad, (shape, dtype) in zip(grads[:2], ctx.shapes, strict=True)
+    )
+    weight_grad = None
+    if norm_weight is not None:
+        y_grad, weight_grad = norm_heads_backward(y_grad, y, scale, norm_weight, order)
+    else:
+        y_grad = torch_heads.in_scan_order(y_grad, order)
+    scan_grads = in_place_of(inputs, scan_backward(y_grad, final_grad, *inputs), without=(6, 7))
+    return *scan_grads, None, weight_grad, None, None
+
+
+scan_heads.register_autograd(_heads_gradients, setup_context=_save_heads)
+
+
 @torch.library.custom_op("linmu::scan_step", mutates_args=())
 def scan_step(
     state: Tensor,
@@ -164,16 +238,21 @@ scan_step.register_autograd(_scan_step_gradients, setup_context=save_inputs)
 
 @torch.library.custom_op("linmu::causal_conv", mutates_args=())
 def causal_conv(
-    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, initial_state: Tensor | None
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out and the last K-1 valid inputs."""
+    """out and the last K-1 valid inputs; with `order`, place i of out and mask is token order[i] of u."""
     engine = choose_engine("causal_conv", u)
     module = conv if engine == "torch" else kernels("conv_kernels")
-    return module.forward(u, weight, bias, mask, initial_state)
+    return module.forward(u, weight, bias, mask, initial_state, order)
 
 
 @causal_conv.register_fake
-def _(u, weight, bias, mask, initial_state):
+def _(u, weight, bias, mask, initial_state, order):
     final_state = u.new_empty(u.shape[0], weight.shape[1] - 1, u.shape[2], dtype=accumulation_dtype(u.dtype))
     return u.new_empty(u.shape), final_state
 
@@ -187,22 +266,23 @@ def causal_conv_backward(
     bias: Tensor | None,
     mask: Tensor | None,
     initial_state: Tensor | None,
+    order: Tensor | None,
 ) -> list[Tensor]:
     """The gradients of u, weight and of those of bias, initial_state that are there."""
     engine = choose_engine("causal_conv", u)
     module = conv if engine == "torch" else kernels("conv_kernels")
-    grads = module.gradient(out_grad, final_grad, u, weight, bias, mask, initial_state)
+    grads = module.gradient(out_grad, final_grad, u, weight, bias, mask, initial_state, order)
     return like_inputs(grads, (u, weight, bias, initial_state))
 
 
 @causal_conv_backward.register_fake
-def _(out_grad, final_grad, u, weight, bias, mask, initial_state):
+def _(out_grad, final_grad, u, weight, bias, mask, initial_state, order):
     return empty_like_inputs((u, weight, bias, initial_state))
 
 
 def _causal_conv_gradients(ctx, out_grad: Tensor, final_grad: Tensor):
     inputs = ctx.saved_tensors
-    return in_place_of(inputs, causal_conv_backward(out_grad, final_grad, *inputs), without=(3,))
+    return in_place_of(inputs, causal_conv_backward(out_grad, final_grad, *inputs), without=(3, 5))
 
 
 causal_conv.register_autograd(_causal_conv_gradients, setup_context=save_inputs)

@@ -71,6 +71,45 @@ def bidirectional_scan(
 
 
 @without_autocast
+def scan_heads(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    gate: Tensor,
+    segment: Tensor | None,
+    valid: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`bidirectional_scan`, `rms_norm_per_head` and `permute_tokens` back, in one operator.
+
+    Args:
+        x, dt, A, B, C, gate, segment, valid, D, initial_state: as for `bidirectional_scan`, in scan order.
+        order: (B, L) int64, the token at each place of the scan; None = they stand in their order.
+        norm_weight: (H·P,); None = no norm.
+        eps: added to the mean of squares.
+    Returns:
+        (B, L, H, P) in token order and the dtype of `x`; the forward state (B, H, N, P).
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
+    """
+    where = "scan_heads"
+    check_scan(where, x, dt, A, B, C, mask=valid, initial_state=initial_state, mask_name="valid")
+    check_bidirectional(where, C, gate, segment, D)
+    gate = None if segment is None else gate
+    floats = (x, dt, A, B, C, gate, D, initial_state, norm_weight)
+    keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in floats)
+    scanned = (x, dt, A, B, C, gate, segment, valid, D, initial_state)
+    return operators.scan_heads(*scanned, order, norm_weight, eps, keep)[:2]
+
+
+@without_autocast
 def scan_step(
     state: Tensor,
     x: Tensor,
@@ -98,4 +137,4 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.causal_conv`: arguments, result and errors are the same."""
     check_conv("causal_conv", u, weight, bias, mask, initial_state)
-    return operators.causal_conv(u, weight, bias, mask, initial_state)
+    return operators.causal_conv(u, weight, bias, mask, initial_state, None)

@@ -28,11 +28,11 @@ def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
         (B, K + 1) int64, -1 where no vision token follows.
     """
     length = segment.shape[1]
-    position = torch.arange(length, device=segment.device)
-    position = torch.where(vision, position, length)
-    following = position.flip(1).cummin(1).values.flip(1)  # (B, L): the next vision token, or L
-    starts = torch.arange(0, length, chunk, device=segment.device)
-    following = torch.nn.functional.pad(following[:, starts], (0, 1), value=length)  # (B, K + 1)
+    position = torch.where(vision, torch.arange(length, device=segment.device), length)
+    position = torch.nn.functional.pad(position, (0, -length % chunk), value=length)
+    first = position.unflatten(1, (-1, chunk)).amin(2)  # (B, K): by chunk, as a GPU scans a long row slowly
+    following = first.flip(1).cummin(1).values.flip(1)  # (B, K): the next vision token, or L
+    following = torch.nn.functional.pad(following, (0, 1), value=length)  # (B, K + 1)
     return torch.nn.functional.pad(segment, (0, 1), value=-1).gather(1, following)
 
 

@@ -14,8 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .scan_decays import Decays
-from .scan_output import pair_weights, scalar_arguments, stride_arguments
-from .scan_states import load_tile, precision, tile_size
+from .scan_tiles import (
+    as_factor,
+    chunk_pairs,
+    chunk_rows,
+    head_of,
+    load_tile,
+    pair_arguments,
+    pair_products,
+    precision,
+    state_products,
+    step_size,
+    stride_arguments,
+    tile_size,
+)
 
 
 @triton.jit
@@ -26,13 +38,13 @@ def reader_kernel(
     Y_GRAD,
     DT,
     FORWARD,
-    FORWARD_READ,
     BACKWARD,
-    BACKWARD_READ,
     FORWARD_GATE,
     BACKWARD_GATE,
     SEGMENT,
     VALID,
+    FORWARD_READ,
+    BACKWARD_READ,
     FORWARD_STATE,
     BACKWARD_STATE,
     C_GRAD,
@@ -40,6 +52,8 @@ def reader_kernel(
     GATE_GRAD,
     FORWARD_PAIRS,
     BACKWARD_PAIRS,
+    FORWARD_PULLED,
+    BACKWARD_PULLED,
     x_batch,
     x_token,
     x_head,
@@ -59,83 +73,63 @@ def reader_kernel(
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    STEP_N: tl.constexpr,
+    STEP_P: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient of C, and the scalars of a chunk's pairs: `inside_chunk` and `read_side` of the torch
+    """The gradient of C, and the scalars of a chunk's readers: `inside_chunk` and `read_side` of the torch
     engine."""
     head = tl.program_id(0) % HEADS
     chunk = tl.program_id(0) // HEADS
     batch = tl.cast(tl.program_id(1), tl.int64)
-    columns_n = tl.arange(0, BLOCK_N)
-    columns_p = tl.arange(0, BLOCK_P)
+    columns = tl.arange(0, BLOCK_N)
     place = tl.arange(0, CHUNK)
-    rows = tl.cast(chunk, tl.int64) * CHUNK + place
-    taken = rows < length
-    if HAS_VALID:
-        taken = taken & (tl.load(VALID + batch * length + rows, mask=taken, other=0) != 0)
+    rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
+    at_segment = (batch * chunks + chunk) * CHUNK + place
     at_chunk = (batch * chunks + chunk) * HEADS + head
     at = at_chunk * CHUNK + place
-    group = tl.cast(head // RATIO, tl.int64)
-    wide_head = tl.cast(head, tl.int64)
-    q = load_tile(C + batch * c_batch + wide_head * c_head, rows, c_token, columns_n, taken, N)
-    k = load_tile(B + batch * b_batch + group * b_head, rows, b_token, columns_n, taken, N)
-    v = load_tile(X + batch * x_batch + group * x_head, rows, x_token, columns_p, taken, P)
-    grad = load_tile(Y_GRAD + batch * g_batch + wide_head * g_head, rows, g_token, columns_p, taken, P)
-    dt = tl.load(DT + at)
-    forward = tl.load(FORWARD + at)
-    gate_forward = tl.full([CHUNK], 1.0, tl.float32)
-    gate_backward = gate_forward
-    backward = forward
-    segment = place
-    if HAS_VISION:
-        gate_forward = tl.load(FORWARD_GATE + at)
-        gate_backward = tl.load(BACKWARD_GATE + at)
-        backward = tl.load(BACKWARD + at)
-        segment = tl.load(SEGMENT + (batch * chunks + chunk) * CHUNK + place)
-    decay, gates, before, together = pair_weights(
-        forward,
-        forward,
-        backward,
-        backward,
-        segment,
-        segment,
-        gate_forward,
-        gate_backward,
-        True,
-        HAS_VISION,
-        CHUNK,
+    q = head_of(C, batch, c_batch, head, c_head)
+    k = head_of(B, batch, b_batch, head // RATIO, b_head)
+    v = head_of(X, batch, x_batch, head // RATIO, x_head)
+    grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
+    decay, gates, dt, before, together, gate_forward, gate_backward = chunk_pairs(
+        DT, FORWARD, BACKWARD, FORWARD_GATE, BACKWARD_GATE, SEGMENT, at, at_segment, True, HAS_VISION, CHUNK
     )
-    target = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    spent = scores * target * decay
-    scores_grad = (target * decay * gates * dt[None, :]).to(k.dtype)
-    c_grad = tl.dot(scores_grad, k, input_precision=PRECISION)
+    target = decay * pair_products(grad, g_token, v, x_token, rows, taken, P, STEP_P, CHUNK, PRECISION)
+    spent = target * pair_products(q, c_token, k, b_token, rows, taken, N, STEP_N, CHUNK, PRECISION)
     tl.store(DT_GRAD + at, tl.sum(spent * gates, 0))
-    spent = spent * dt[None, :]
+    spent = spent * dt
     gate_grad = tl.sum(tl.where(before, spent, 0.0), 1)
-    products = spent * gates
-    pairs = tl.where(place[:, None] > place[None, :], products, 0.0)
+    pairs = tl.where(place[:, None] > place[None, :], spent * gates, 0.0)
     tl.store(FORWARD_PAIRS + at, tl.sum(pairs, 1) - tl.sum(pairs, 0))
     if HAS_VISION:
         gate_grad -= tl.sum(tl.where(together, spent, 0.0), 1)
         tl.store(GATE_GRAD + at, gate_grad)
-        pairs = tl.where(place[:, None] < place[None, :], products, 0.0)
+        pairs = tl.where(place[:, None] < place[None, :], spent * gates, 0.0)
         tl.store(BACKWARD_PAIRS + at, tl.sum(pairs, 1) - tl.sum(pairs, 0))
-    tile = at_chunk * (N * P) + columns_n[None, :] * P + columns_p[:, None]
-    inside = (columns_n < N)[None, :] & (columns_p < P)[:, None]
-    state = tl.load(FORWARD_STATE + tile, mask=inside, other=0.0)
-    pulled = tl.dot(grad.to(state.dtype), state, input_precision=PRECISION)
-    c_grad += pulled * (tl.load(FORWARD_READ + at) * gate_forward)[:, None]
+    k_tile = load_tile(k, rows, b_token, columns, taken, N).to(tl.float32)
+    c_grad = tl.dot(as_factor(target * gates * dt, B), k_tile, input_precision=PRECISION)
+    q_tile = load_tile(q, rows, c_token, columns, taken, N).to(tl.float32)
+    state = FORWARD_STATE + at_chunk * (N * P)
+    pulled = state_products(
+        grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK, PRECISION
+    )
+    read = tl.load(FORWARD_READ + at)
+    c_grad += pulled * (read * gate_forward)[:, None]
+    tl.store(FORWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
     if HAS_VISION:
-        state = tl.load(BACKWARD_STATE + tile, mask=inside, other=0.0)
-        pulled = tl.dot(grad.to(state.dtype), state, input_precision=PRECISION)
-        c_grad += pulled * (tl.load(BACKWARD_READ + at) * gate_backward)[:, None]
-    out = C_GRAD + ((batch * length + rows) * HEADS + head)[:, None] * N + columns_n[None, :]
-    where = (rows < length)[:, None] & (columns_n < N)[None, :]
+        state = BACKWARD_STATE + at_chunk * (N * P)
+        pulled = state_products(
+            grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK, PRECISION
+        )
+        read = tl.load(BACKWARD_READ + at)
+        c_grad += pulled * (read * gate_backward)[:, None]
+        tl.store(BACKWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
+    out = C_GRAD + ((batch * length + rows) * HEADS + head)[:, None] * N + columns[None, :]
+    where = (rows < length)[:, None] & (columns < N)[None, :]
     tl.store(out, c_grad.to(C_GRAD.dtype.element_ty), mask=where)
 
 
@@ -152,40 +146,39 @@ def read_gradients(
     """Run `reader_kernel`.
 
     Returns:
-        C_GRAD (B, L, H, N), and (B, K, H, C) float32: DT_GRAD at fixed dt A, GATE_GRAD without what passes
-        through the states, FORWARD_PAIRS and BACKWARD_PAIRS of eq. (3); None for what is not
-        asked.
+        C_GRAD (B, L, H, N), and (B, K, H, C) float32, None for a direction that is not there: DT_GRAD at
+        fixed dt A; GATE_GRAD without what passes through the states; FORWARD_PAIRS and BACKWARD_PAIRS of eq.
+        (3); FORWARD_PULLED and BACKWARD_PULLED, ȳ_i · read_i Sᵀ C_i without the gate.
     """
     has_vision = decays.segment is not None
-    asked = {
-        "DT_GRAD": True,
-        "FORWARD_PAIRS": True,
-        "GATE_GRAD": has_vision,
-        "BACKWARD_PAIRS": has_vision,
-    }
-    results = {name: torch.empty_like(decays.dt) if wanted else None for name, wanted in asked.items()}
+    always, sometimes = (
+        ("DT_GRAD", "FORWARD_PAIRS", "FORWARD_PULLED"),
+        ("GATE_GRAD", "BACKWARD_PAIRS", "BACKWARD_PULLED"),
+    )
+    results = {name: torch.empty_like(decays.dt) for name in always}
+    results |= {name: torch.empty_like(decays.dt) if has_vision else None for name in sometimes}
     results["C_GRAD"] = C.new_empty(C.shape)
-    batch, chunks, heads, chunk = decays.dt.shape
+    batch, chunks, heads, _ = decays.dt.shape
     state, head_dim = C.shape[3], x.shape[3]
     reader_kernel[(heads * chunks, batch)](
         x,
         B,
         C,
         y_grad,
-        **scalar_arguments(decays, valid),
+        **pair_arguments(decays, valid),
+        **stride_arguments(x=x, b=B, c=C, g=y_grad),
+        **results,
+        FORWARD_READ=decays.forward_read(),
+        BACKWARD_READ=decays.backward_read() if has_vision else None,
         FORWARD_STATE=forward_state,
         BACKWARD_STATE=backward_state,
-        **results,
-        **stride_arguments(x=x, b=B, c=C, g=y_grad),
         length=x.shape[1],
-        chunks=chunks,
-        HEADS=heads,
         RATIO=heads // x.shape[2],
         N=state,
         P=head_dim,
         BLOCK_N=tile_size(state),
-        BLOCK_P=tile_size(head_dim),
-        CHUNK=chunk,
+        STEP_N=step_size(state, x.dtype),
+        STEP_P=step_size(head_dim, x.dtype),
         PRECISION=precision(x.dtype),
         num_warps=8,
         num_stages=1,

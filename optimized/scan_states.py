@@ -9,8 +9,7 @@ chunks.
 with left, right, weight = B, x, write for the scan (eqs. (4), (5) of `chunked_scan`) and C, ȳ, read for its
 gradient (eq. (2) of `chunked_scan_backward`). Chunks go one after the other inside a run, runs side by side:
 one sweep leaves what each run adds, `link_runs` joins them, a second sweep starts from the joined states and
-stores every chunk's. States are float32 on the way, and stored in a dtype that a matrix product with the
-tokens takes.
+stores every chunk's. States are float32, and stored as the products that read them take them.
 """
 
 from __future__ import annotations
@@ -20,21 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .scan_tiles import (
+    as_bytes,
+    as_factor,
+    chunk_rows,
+    head_of,
+    load_tile,
+    precision,
+    rows_of,
+    stride_arguments,
+    tile_size,
+)
+
 RUN = 16  # chunks
-
-
-@triton.jit
-def load_tile(base, rows, stride, columns, mask, SIZE: tl.constexpr):
-    """Rows of SIZE elements each, (rows, columns), 0 outside; `rows` in int64."""
-    where = mask[:, None] & (columns < SIZE)[None, :]
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=where, other=0.0)
-
-
-@triton.jit
-def rounded_to_tf32(tile):
-    """float32 to the nearest that tensor cores take: they would cut the other bits off, all downwards."""
-    bits = tile.to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+BLOCKS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # of P
 
 
 @triton.jit
@@ -81,11 +79,10 @@ def sweep_kernel(
     columns_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     batch = tl.cast(tl.program_id(2), tl.int64)
     columns_n = tl.arange(0, BLOCK_N)
-    place = tl.arange(0, CHUNK)
     tile = columns_n[:, None] * P + columns_p[None, :]
     inside = (columns_n < N)[:, None] & (columns_p < P)[None, :]
-    left = LEFT + batch * left_batch + tl.cast(head // LEFT_RATIO, tl.int64) * left_head
-    right = RIGHT + batch * right_batch + tl.cast(head // RIGHT_RATIO, tl.int64) * right_head
+    left = head_of(LEFT, batch, left_batch, head // LEFT_RATIO, left_head)
+    right = head_of(RIGHT, batch, right_batch, head // RIGHT_RATIO, right_head)
     at_run = ((batch * runs + run) * HEADS + head) * (N * P)
     state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     if HAS_START:
@@ -94,28 +91,19 @@ def sweep_kernel(
     for step in range(0, count):
         chunk = run * RUN + (count - 1 - step if REVERSE else step)
         at_chunk = (batch * chunks + chunk) * HEADS + head
-        rows = tl.cast(chunk, tl.int64) * CHUNK + place
-        taken = rows < length
+        rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
         if STORES:
-            stored = state
-            if LEFT.dtype.element_ty == tl.bfloat16:
-                stored = rounded_to_tf32(state)
-            where = ENTERING + at_chunk * (N * P) + tile
-            tl.store(where, stored.to(ENTERING.dtype.element_ty), mask=inside)
+            tl.store(ENTERING + at_chunk * (N * P) + tile, as_factor(state, LEFT), mask=inside)
         if HAS_PARTNER:
             partner = tl.load(PARTNER + at_chunk * (N * P) + tile, mask=inside, other=0.0)
-            product = tl.sum(tl.sum(state * partner.to(tl.float32), 1), 0)
+            product = tl.sum(tl.sum(state * partner, 1), 0)
             block = at_chunk * tl.num_programs(1) + tl.program_id(1)
             tl.store(PRODUCT + block, product)
-        if HAS_VALID:
-            taken = taken & (tl.load(VALID + batch * length + rows, mask=taken, other=0) != 0)
-        weight = tl.load(WEIGHT + at_chunk * CHUNK + place)
+        weight = tl.load(WEIGHT + at_chunk * CHUNK + tl.arange(0, CHUNK))
         kept = tl.load(KEPT + at_chunk)
         left_tile = load_tile(left, rows, left_token, columns_n, taken, N)
         right_tile = load_tile(right, rows, right_token, columns_p, taken, P)
-        right_tile = right_tile.to(tl.float32) * weight[:, None]
-        if LEFT.dtype.element_ty == tl.bfloat16:
-            right_tile = rounded_to_tf32(right_tile)
+        right_tile = as_factor(right_tile.to(tl.float32) * weight[:, None], LEFT)
         left_tile = left_tile.to(tl.float32)
         state = tl.dot(tl.trans(left_tile), right_tile, state * kept, input_precision=PRECISION)
     if LEAVES:
@@ -153,27 +141,6 @@ def link_kernel(
     tl.store(FINAL + row * SIZE + place, state, mask=inside)
 
 
-def tile_size(size: int) -> int:
-    """The power of two, at least 16, that holds `size`: what a matrix product of tiles takes."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products with float32 states are taken, by the dtype of the tokens: float32 means IEEE, float16 has
-    all the bits of tf32 and so needs more than one product of it."""
-    return {torch.float32: "ieee", torch.float16: "tf32x3"}.get(dtype, "tf32")
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the forward pass's states: a float16 could overflow, so its states stay float32."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """`tensor` with adjacent elements in its last axis; the other strides are free."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def sweep_states(
     left: Tensor,
     right: Tensor,
@@ -184,7 +151,6 @@ def sweep_states(
     *,
     reverse: bool = False,
     partner: Tensor | None = None,
-    exact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Eq. (1) over all chunks.
 
@@ -195,7 +161,6 @@ def sweep_states(
         start: (B, H, N, P) float32; zeros if None.
         reverse: from the last chunk to the first.
         partner: (B, K, H, N, P), states to multiply with.
-        exact: store float32, for bfloat16 tokens rounded to tf32: what the scalars' gradients need.
     Returns:
         (B, K, H, N, P), what each chunk receives; (B, H, N, P) float32, what the last one leaves; and (B, K,
         H), the inner product of what each chunk receives with its partner.
@@ -203,9 +168,7 @@ def sweep_states(
     batch, chunks, heads, _ = weight.shape
     sizes = (left.shape[-1], right.shape[-1])
     runs = triton.cdiv(chunks, RUN)
-    entering = left.new_empty(
-        batch, chunks, heads, *sizes, dtype=torch.float32 if exact else state_dtype(left.dtype)
-    )
+    entering = left.new_empty(batch, chunks, heads, *sizes, dtype=torch.float32)
     states = left.new_empty(batch, runs, heads, *sizes, dtype=torch.float32)
     final = left.new_empty(batch, heads, *sizes, dtype=torch.float32)
     sweep = Sweep(left, right, weight, kept, valid, reverse)
@@ -222,7 +185,7 @@ class Sweep:
     def __init__(self, left, right, weight, kept, valid, reverse) -> None:
         self.left, self.right = rows_of(left), rows_of(right)
         self.weight, self.kept, self.reverse = weight.contiguous(), kept.contiguous(), reverse
-        self.valid = None if valid is None else valid.contiguous().view(torch.uint8)
+        self.valid = as_bytes(valid)
 
     def launch(
         self,
@@ -236,7 +199,7 @@ class Sweep:
         batch, chunks, heads, chunk = self.weight.shape
         state, head_dim = self.left.shape[-1], self.right.shape[-1]
         runs = triton.cdiv(chunks, RUN)
-        block = min(tile_size(head_dim), 64)
+        block = min(tile_size(head_dim), BLOCKS[self.left.dtype])
         blocks = triton.cdiv(head_dim, block)
         product = None
         if partner is not None:
@@ -252,11 +215,10 @@ class Sweep:
             leaving,
             partner,
             product,
-            *self.left.stride()[:3],
-            *self.right.stride()[:3],
-            self.left.shape[1],
-            chunks,
-            runs,
+            **stride_arguments(left=self.left, right=self.right),
+            length=self.left.shape[1],
+            chunks=chunks,
+            runs=runs,
             HEADS=heads,
             LEFT_RATIO=heads // self.left.shape[2],
             RIGHT_RATIO=heads // self.right.shape[2],
@@ -273,7 +235,7 @@ class Sweep:
             LEAVES=leaving is not None,
             HAS_PARTNER=partner is not None,
             PRECISION=precision(self.left.dtype),
-            num_warps=4,
+            num_warps=8 if state > 64 else 4,
             num_stages=2,
         )
         return None if product is None else product.sum(-1)

@@ -13,8 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .scan_decays import Decays
-from .scan_output import pair_weights, scalar_arguments, stride_arguments
-from .scan_states import load_tile, precision, tile_size
+from .scan_tiles import (
+    as_factor,
+    chunk_pairs,
+    chunk_rows,
+    head_of,
+    load_tile,
+    pair_arguments,
+    pair_products,
+    precision,
+    state_products,
+    step_size,
+    stride_arguments,
+    tile_size,
+)
 
 
 @triton.jit
@@ -22,18 +34,21 @@ def writer_kernel(
     OWN,
     CROSS,
     VALUE,
+    TARGET,
     DT,
     FORWARD,
-    FORWARD_WRITE,
     BACKWARD,
-    BACKWARD_WRITE,
     FORWARD_GATE,
     BACKWARD_GATE,
     SEGMENT,
     VALID,
+    FORWARD_WRITE,
+    BACKWARD_WRITE,
     FORWARD_STATE,
     BACKWARD_STATE,
     GRAD,
+    FORWARD_PULLED,
+    BACKWARD_PULLED,
     own_batch,
     own_token,
     own_head,
@@ -43,91 +58,111 @@ def writer_kernel(
     value_batch,
     value_token,
     value_head,
+    target_batch,
+    target_token,
+    target_head,
     length,
     chunks,
     HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     INNER_STRIDE: tl.constexpr,
     OUTER_STRIDE: tl.constexpr,
+    STEP: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
+    PULLS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One gradient of a group's writers, head by head: `inside_chunk` and `write_side` of the torch engine.
+    """The gradient of TARGET, head by head of a group: `inside_chunk` and `write_side` of the torch engine.
 
-    With own, cross, value = B, C, ȳ it is that of x; with x, ȳ, C that of B.
+    With own, cross, value, target = B, C, ȳ, x or x, ȳ, C, B. The sums B_jᵀ S̄ x_j come from either; PULLS
+    says whether they are stored.
     """
     groups = HEADS // RATIO
     group = tl.program_id(0) % groups
     chunk = tl.program_id(0) // groups
     batch = tl.cast(tl.program_id(1), tl.int64)
-    inner = tl.arange(0, BLOCK_INNER)
-    outer = tl.arange(0, BLOCK_OUTER)
-    place = tl.arange(0, CHUNK)
-    rows = tl.cast(chunk, tl.int64) * CHUNK + place
-    taken = rows < length
-    if HAS_VALID:
-        taken = taken & (tl.load(VALID + batch * length + rows, mask=taken, other=0) != 0)
-    wide_group = tl.cast(group, tl.int64)
-    own = load_tile(OWN + batch * own_batch + wide_group * own_head, rows, own_token, inner, taken, INNER)
-    inside = (inner < INNER)[:, None] & (outer < OUTER)[None, :]
+    columns = tl.arange(0, BLOCK_OUTER)
+    rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
+    at_segment = (batch * chunks + chunk) * CHUNK + tl.arange(0, CHUNK)
+    own = head_of(OWN, batch, own_batch, group, own_head)
     grad = tl.zeros([CHUNK, BLOCK_OUTER], tl.float32)
     for member in range(RATIO):
         head = group * RATIO + member
         at_chunk = (batch * chunks + chunk) * HEADS + head
-        at = at_chunk * CHUNK + place
-        wide_head = tl.cast(head, tl.int64)
-        forward = tl.load(FORWARD + at)
-        gate_forward = tl.full([CHUNK], 1.0, tl.float32)
-        gate_backward = gate_forward
-        backward = forward
-        segment = place
-        if HAS_VISION:
-            gate_forward = tl.load(FORWARD_GATE + at)
-            gate_backward = tl.load(BACKWARD_GATE + at)
-            backward = tl.load(BACKWARD + at)
-            segment = tl.load(SEGMENT + (batch * chunks + chunk) * CHUNK + place)
-        decay, gates, _, _ = pair_weights(
-            forward,
-            forward,
-            backward,
-            backward,
-            segment,
-            segment,
-            gate_forward,
-            gate_backward,
+        at = at_chunk * CHUNK + tl.arange(0, CHUNK)
+        cross = head_of(CROSS, batch, cross_batch, head, cross_head)
+        value = head_of(VALUE, batch, value_batch, head, value_head)
+        decay, gates, dt, _, _, _, _ = chunk_pairs(
+            DT,
+            FORWARD,
+            BACKWARD,
+            FORWARD_GATE,
+            BACKWARD_GATE,
+            SEGMENT,
+            at,
+            at_segment,
             False,
             HAS_VISION,
             CHUNK,
         )
-        cross = load_tile(
-            CROSS + batch * cross_batch + wide_head * cross_head, rows, cross_token, inner, taken, INNER
+        weights = pair_products(
+            own, own_token, cross, cross_token, rows, taken, INNER, STEP, CHUNK, PRECISION
         )
-        value = load_tile(
-            VALUE + batch * value_batch + wide_head * value_head, rows, value_token, outer, taken, OUTER
+        weights = weights * decay * gates * dt
+        tile = load_tile(value, rows, value_token, columns, taken, OUTER).to(tl.float32)
+        grad = tl.dot(as_factor(weights, VALUE), tile, grad, input_precision=PRECISION)
+        state = FORWARD_STATE + at_chunk * (INNER * OUTER)
+        pulled = state_products(
+            own,
+            own_token,
+            rows,
+            taken,
+            state,
+            columns,
+            INNER,
+            OUTER,
+            INNER_STRIDE,
+            OUTER_STRIDE,
+            BLOCK_OUTER,
+            STEP,
+            CHUNK,
+            PRECISION,
         )
-        weights = (
-            tl.dot(own, tl.trans(cross), input_precision=PRECISION)
-            * decay
-            * gates
-            * tl.load(DT + at)[:, None]
-        )
-        grad = tl.dot(weights.to(value.dtype), value, grad, input_precision=PRECISION)
-        tile = inner[:, None] * INNER_STRIDE + outer[None, :] * OUTER_STRIDE
-        state = tl.load(FORWARD_STATE + at_chunk * (INNER * OUTER) + tile, mask=inside, other=0.0)
-        pulled = tl.dot(own.to(state.dtype), state, input_precision=PRECISION)
         grad += pulled * tl.load(FORWARD_WRITE + at)[:, None]
+        if PULLS:
+            target = head_of(TARGET, batch, target_batch, group, target_head)
+            tile = load_tile(target, rows, target_token, columns, taken, OUTER)
+            tl.store(FORWARD_PULLED + at, tl.sum(pulled * tile.to(tl.float32), 1))
         if HAS_VISION:
-            state = tl.load(BACKWARD_STATE + at_chunk * (INNER * OUTER) + tile, mask=inside, other=0.0)
-            pulled = tl.dot(own.to(state.dtype), state, input_precision=PRECISION)
+            state = BACKWARD_STATE + at_chunk * (INNER * OUTER)
+            pulled = state_products(
+                own,
+                own_token,
+                rows,
+                taken,
+                state,
+                columns,
+                INNER,
+                OUTER,
+                INNER_STRIDE,
+                OUTER_STRIDE,
+                BLOCK_OUTER,
+                STEP,
+                CHUNK,
+                PRECISION,
+            )
             grad += pulled * tl.load(BACKWARD_WRITE + at)[:, None]
-    out = GRAD + ((batch * length + rows) * groups + group)[:, None] * OUTER + outer[None, :]
-    where = (rows < length)[:, None] & (outer < OUTER)[None, :]
+            if PULLS:
+                target = head_of(TARGET, batch, target_batch, group, target_head)
+                tile = load_tile(target, rows, target_token, columns, taken, OUTER)
+                tl.store(BACKWARD_PULLED + at, tl.sum(pulled * tile.to(tl.float32), 1))
+    out = GRAD + ((batch * length + rows) * groups + group)[:, None] * OUTER + columns[None, :]
+    where = (rows < length)[:, None] & (columns < OUTER)[None, :]
     tl.store(out, grad.to(GRAD.dtype.element_ty), mask=where)
 
 
@@ -141,20 +176,29 @@ def write_gradients(
     D: Tensor | None,
     forward_grad: Tensor,
     backward_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Run `writer_kernel` twice: the gradients of x (B, L, G, P) and of B (B, L, G, N)."""
-    scalars = scalar_arguments(decays, valid)
-    del scalars["FORWARD_READ"], scalars["BACKWARD_READ"]
-    scalars["FORWARD_WRITE"] = decays.forward_write()
-    scalars["BACKWARD_WRITE"] = None if decays.segment is None else decays.backward_write()
-    scalars |= {"FORWARD_STATE": forward_grad, "BACKWARD_STATE": backward_grad}
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Run `writer_kernel` twice.
+
+    Returns:
+        The gradients of x (B, L, G, P) and of B (B, L, G, N), and for each direction B_jᵀ S̄ x_j, the write
+        weight left out, (B, K, H, C) float32.
+    """
+    has_vision = backward_grad is not None
+    pulled = [torch.empty_like(decays.dt), torch.empty_like(decays.dt) if has_vision else None]
+    shared = pair_arguments(decays, valid) | {
+        "FORWARD_WRITE": decays.forward_write(),
+        "BACKWARD_WRITE": decays.backward_write() if has_vision else None,
+        "FORWARD_STATE": forward_grad,
+        "BACKWARD_STATE": backward_grad,
+        "FORWARD_PULLED": pulled[0],
+        "BACKWARD_PULLED": pulled[1],
+    }
     head_dim = x.shape[3]
-    x_strides = {"INNER_STRIDE": head_dim, "OUTER_STRIDE": 1}
-    b_strides = {"INNER_STRIDE": 1, "OUTER_STRIDE": head_dim}
-    x_grad = write_one(B, C, y_grad, decays, scalars | x_strides)
+    x_grad = write_one(B, C, y_grad, x, shared, INNER_STRIDE=head_dim, OUTER_STRIDE=1, PULLS=False)
     if D is not None:
         x_grad = with_skip(x_grad, y_grad, valid, D)
-    return x_grad, write_one(x, y_grad, C, decays, scalars | b_strides)
+    b_grad = write_one(x, y_grad, C, B, shared, INNER_STRIDE=1, OUTER_STRIDE=head_dim, PULLS=True)
+    return x_grad, b_grad, *pulled
 
 
 def with_skip(x_grad: Tensor, y_grad: Tensor, valid: Tensor | None, D: Tensor) -> Tensor:
@@ -169,28 +213,26 @@ def with_skip(x_grad: Tensor, y_grad: Tensor, valid: Tensor | None, D: Tensor) -
     return total.to(x_grad.dtype)
 
 
-def write_one(own: Tensor, cross: Tensor, value: Tensor, decays: Decays, arguments: dict) -> Tensor:
+def write_one(own: Tensor, cross: Tensor, value: Tensor, target: Tensor, shared: dict, **chosen) -> Tensor:
     """Launch `writer_kernel`: (B, L, G, inner), (B, L, H, inner), (B, L, H, outer) -> (B, L, G, outer)."""
-    batch, chunks, heads, chunk = decays.dt.shape
-    length, groups, inner = own.shape[1:]
+    batch, length, groups, inner = own.shape
     outer = value.shape[3]
     grad = own.new_empty(batch, length, groups, outer)
-    writer_kernel[(groups * chunks, batch)](
+    writer_kernel[(groups * shared["chunks"], batch)](
         own,
         cross,
         value,
+        target,
         GRAD=grad,
-        **arguments,
-        **stride_arguments(own=own, cross=cross, value=value),
+        **shared,
+        **chosen,
+        **stride_arguments(own=own, cross=cross, value=value, target=target),
         length=length,
-        chunks=chunks,
-        HEADS=heads,
-        RATIO=heads // groups,
+        RATIO=shared["HEADS"] // groups,
         INNER=inner,
         OUTER=outer,
-        BLOCK_INNER=tile_size(inner),
         BLOCK_OUTER=tile_size(outer),
-        CHUNK=chunk,
+        STEP=step_size(inner, own.dtype),
         PRECISION=precision(own.dtype),
         num_warps=8,
         num_stages=1,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_states import rows_of
+from .scan_tiles import rows_of
 
 BLOCK_P = 32
 

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_output import stride_arguments
-from .scan_states import precision, rows_of, tile_size
+from .scan_tiles import as_factor, precision, rows_of, stride_arguments, tile_size
 
 LOG2_E = 1.4426950408889634
+ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # tokens
 
 
 @triton.jit
@@ -34,11 +34,50 @@ def block_of_tokens(TOKEN, WINDOW, FIRST, LAST, count, place):
 
 
 @triton.jit
-def rows_at(base, token, length, batch_stride, token_stride, columns, taken, SIZE: tl.constexpr):
-    """Tiles of one head at tokens of the flattened (B, L)."""
+def mates(TOKEN, WINDOW, start, high, COLUMNS: tl.constexpr):
+    """A block of sorted tokens from `start` on: (token, window, seen)."""
+    place = start + tl.arange(0, COLUMNS)
+    seen = place < high
+    token = tl.load(TOKEN + place, mask=seen, other=0)
+    window = tl.load(WINDOW + place, mask=seen, other=-2)
+    return token, window, seen & (window >= 0)  # between two rows lie tokens of no window
+
+
+@triton.jit
+def places(token, length, batch_stride, token_stride):
+    """Where tokens of the flattened (B, L) begin."""
+    return (token // length) * batch_stride + (token % length) * token_stride
+
+
+@triton.jit
+def tile_at(base, place, columns, taken, SIZE: tl.constexpr):
+    """Tiles of one head at gathered places."""
     where = taken[:, None] & (columns < SIZE)[None, :]
-    offset = (token // length) * batch_stride + (token % length) * token_stride
-    return tl.load(base + offset[:, None] + columns[None, :], mask=where, other=0.0)
+    return tl.load(base + place[:, None] + columns[None, :], mask=where, other=0.0)
+
+
+@triton.jit
+def products(
+    left,
+    left_place,
+    taken,
+    right,
+    right_place,
+    seen,
+    SIZE: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """left_i · right_j, (ROWS, COLUMNS), a step of the head dim after the other."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, SIZE, STEP):
+        columns = start + tl.arange(0, STEP)
+        left_tile = tile_at(left, left_place, columns, taken, SIZE)
+        right_tile = tile_at(right, right_place, columns, seen, SIZE)
+        total = tl.dot(left_tile, tl.trans(right_tile), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -68,8 +107,8 @@ def attend_kernel(
     RATIO: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    STEP_N: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -77,35 +116,32 @@ def attend_kernel(
     """Eq. (1): `attend` of the reference for a block of tokens of one head."""
     head = tl.cast(tl.program_id(0) % HEADS, tl.int64)
     place = tl.cast(tl.program_id(0) // HEADS, tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns_n = tl.arange(0, BLOCK_N)
-    columns_p = tl.arange(0, BLOCK_P)
+    columns = tl.arange(0, BLOCK_P)
     token, window, taken, low, high = block_of_tokens(TOKEN, WINDOW, FIRST, LAST, count, place)
-    q = rows_at(Q + head * q_head, token, length, q_batch, q_token, columns_n, taken, N)
+    q, k, v = Q + head * q_head, K + head // RATIO * k_head, V + head // RATIO * v_head
+    q_place = places(token, length, q_batch, q_token)
     largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, BLOCK_P], tl.float32)
     for start in range(low, high, COLUMNS):
-        other = start + tl.arange(0, COLUMNS)
-        seen = other < high
-        other_token = tl.load(TOKEN + other, mask=seen, other=0)
-        other_window = tl.load(WINDOW + other, mask=seen, other=-2)
-        seen = seen & (other_window >= 0)  # between two rows lie tokens of no window
-        k = rows_at(K + head // RATIO * k_head, other_token, length, k_batch, k_token, columns_n, seen, N)
-        v = rows_at(V + head // RATIO * v_head, other_token, length, v_batch, v_token, columns_p, seen, P)
+        other, other_window, seen = mates(TOKEN, WINDOW, start, high, COLUMNS)
+        k_place = places(other, length, k_batch, k_token)
+        scores = products(q, q_place, taken, k, k_place, seen, N, STEP_N, ROWS, COLUMNS, PRECISION)
         together = window[:, None] == other_window[None, :]
-        scores = tl.where(together, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, -1e30)
+        scores = tl.where(together, scores * scale, -1e30)
         highest = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.where(together, tl.exp2(scores - highest[:, None]), 0.0)
         shrink = tl.exp2(largest - highest)
         total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        tile = tile_at(v, places(other, length, v_batch, v_token), columns, seen, P).to(tl.float32)
+        out = tl.dot(as_factor(weights, V), tile, out * shrink[:, None], input_precision=PRECISION)
         largest = highest
     total = tl.where(taken, total, 1.0)
     at = token * HEADS + head
     real = place < count
     out = tl.where(taken[:, None], out / total[:, None], 0.0)
-    where = real[:, None] & (columns_p < P)[None, :]
-    tl.store(OUT + at[:, None] * P + columns_p[None, :], out.to(OUT.dtype.element_ty), mask=where)
+    where = real[:, None] & (columns < P)[None, :]
+    tl.store(OUT + at[:, None] * P + columns[None, :], out.to(OUT.dtype.element_ty), mask=where)
     tl.store(LSE + at, tl.where(taken, largest + tl.log2(total), 0.0), mask=real)
 
 
@@ -143,7 +179,8 @@ def query_gradient_kernel(
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    STEP_N: tl.constexpr,
+    STEP_P: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,31 +188,29 @@ def query_gradient_kernel(
     """Eq. (2), q̄, for a block of tokens of one head."""
     head = tl.cast(tl.program_id(0) % HEADS, tl.int64)
     place = tl.cast(tl.program_id(0) // HEADS, tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns_n = tl.arange(0, BLOCK_N)
-    columns_p = tl.arange(0, BLOCK_P)
+    columns = tl.arange(0, BLOCK_N)
     token, window, taken, low, high = block_of_tokens(TOKEN, WINDOW, FIRST, LAST, count, place)
-    q = rows_at(Q + head * q_head, token, length, q_batch, q_token, columns_n, taken, N)
-    grad = rows_at(O_GRAD + head * g_head, token, length, g_batch, g_token, columns_p, taken, P)
+    q, k, v = Q + head * q_head, K + head // RATIO * k_head, V + head // RATIO * v_head
+    grad = O_GRAD + head * g_head
+    q_place, g_place = places(token, length, q_batch, q_token), places(token, length, g_batch, g_token)
     at = token * HEADS + head
     lse = tl.load(LSE + at, mask=taken, other=0.0)
     delta = tl.load(DELTA + at, mask=taken, other=0.0)
     q_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for start in range(low, high, COLUMNS):
-        other = start + tl.arange(0, COLUMNS)
-        seen = other < high
-        other_token = tl.load(TOKEN + other, mask=seen, other=0)
-        other_window = tl.load(WINDOW + other, mask=seen, other=-2)
-        seen = seen & (other_window >= 0)  # between two rows lie tokens of no window
-        k = rows_at(K + head // RATIO * k_head, other_token, length, k_batch, k_token, columns_n, seen, N)
-        v = rows_at(V + head // RATIO * v_head, other_token, length, v_batch, v_token, columns_p, seen, P)
+        other, other_window, seen = mates(TOKEN, WINDOW, start, high, COLUMNS)
+        k_place = places(other, length, k_batch, k_token)
+        v_place = places(other, length, v_batch, v_token)
+        scores = products(q, q_place, taken, k, k_place, seen, N, STEP_N, ROWS, COLUMNS, PRECISION)
         together = window[:, None] == other_window[None, :]
-        exponent = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None]
-        weights = tl.where(together, tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
-        target = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-        q_grad = tl.dot((weights * target).to(k.dtype), k, q_grad, input_precision=PRECISION)
-    where = (place < count)[:, None] & (columns_n < N)[None, :]
+        weights = tl.where(together, tl.exp2(tl.minimum(scores * scale - lse[:, None], 0.0)), 0.0)
+        target = products(grad, g_place, taken, v, v_place, seen, P, STEP_P, ROWS, COLUMNS, PRECISION)
+        tile = tile_at(k, k_place, columns, seen, N).to(tl.float32)
+        weights = as_factor(weights * (target - delta[:, None]), K)
+        q_grad = tl.dot(weights, tile, q_grad, input_precision=PRECISION)
+    where = (place < count)[:, None] & (columns < N)[None, :]
     q_grad = q_grad * natural_scale
-    tl.store(Q_GRAD + at[:, None] * N + columns_n[None, :], q_grad.to(Q_GRAD.dtype.element_ty), mask=where)
+    tl.store(Q_GRAD + at[:, None] * N + columns[None, :], q_grad.to(Q_GRAD.dtype.element_ty), mask=where)
 
 
 @triton.jit
@@ -214,6 +249,8 @@ def key_gradient_kernel(
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    STEP_N: tl.constexpr,
+    STEP_P: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -226,28 +263,28 @@ def key_gradient_kernel(
     columns_n = tl.arange(0, BLOCK_N)
     columns_p = tl.arange(0, BLOCK_P)
     token, window, taken, low, high = block_of_tokens(TOKEN, WINDOW, FIRST, LAST, count, place)
-    k = rows_at(K + group * k_head, token, length, k_batch, k_token, columns_n, taken, N)
-    v = rows_at(V + group * v_head, token, length, v_batch, v_token, columns_p, taken, P)
+    k, v = K + group * k_head, V + group * v_head
+    k_place, v_place = places(token, length, k_batch, k_token), places(token, length, v_batch, v_token)
     k_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
     v_grad = tl.zeros([ROWS, BLOCK_P], tl.float32)
     for member in range(RATIO):
         head = group * RATIO + member
+        q, grad = Q + head * q_head, O_GRAD + head * g_head
         for start in range(low, high, COLUMNS):
-            other = start + tl.arange(0, COLUMNS)
-            seen = other < high
-            other_token = tl.load(TOKEN + other, mask=seen, other=0)
-            other_window = tl.load(WINDOW + other, mask=seen, other=-2)
-            seen = seen & (other_window >= 0)  # between two rows lie tokens of no window
+            other, other_window, seen = mates(TOKEN, WINDOW, start, high, COLUMNS)
             together = window[:, None] == other_window[None, :]
-            q = rows_at(Q + head * q_head, other_token, length, q_batch, q_token, columns_n, seen, N)
-            grad = rows_at(O_GRAD + head * g_head, other_token, length, g_batch, g_token, columns_p, seen, P)
-            lse = tl.load(LSE + other_token * HEADS + head, mask=seen, other=0.0)
-            delta = tl.load(DELTA + other_token * HEADS + head, mask=seen, other=0.0)
-            exponent = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
-            weights = tl.where(together, tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
-            v_grad = tl.dot(weights.to(grad.dtype), grad, v_grad, input_precision=PRECISION)
-            target = tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
-            k_grad = tl.dot((weights * target).to(q.dtype), q, k_grad, input_precision=PRECISION)
+            q_place = places(other, length, q_batch, q_token)
+            g_place = places(other, length, g_batch, g_token)
+            lse = tl.load(LSE + other * HEADS + head, mask=seen, other=0.0)
+            delta = tl.load(DELTA + other * HEADS + head, mask=seen, other=0.0)
+            scores = products(k, k_place, taken, q, q_place, seen, N, STEP_N, ROWS, COLUMNS, PRECISION)
+            weights = tl.where(together, tl.exp2(tl.minimum(scores * scale - lse[None, :], 0.0)), 0.0)
+            tile = tile_at(grad, g_place, columns_p, seen, P).to(tl.float32)
+            v_grad = tl.dot(as_factor(weights, O_GRAD), tile, v_grad, input_precision=PRECISION)
+            target = products(v, v_place, taken, grad, g_place, seen, P, STEP_P, ROWS, COLUMNS, PRECISION)
+            weights = as_factor(weights * (target - delta[None, :]), Q)
+            tile = tile_at(q, q_place, columns_n, seen, N).to(tl.float32)
+            k_grad = tl.dot(weights, tile, k_grad, input_precision=PRECISION)
     at = (token * groups + group)[:, None]
     real = (place < count)[:, None]
     k_grad = k_grad * natural_scale
@@ -281,8 +318,7 @@ def sort_tokens(window_id: Tensor) -> dict[str, Tensor]:
 def shared_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict:
     """Sizes, strides and tiles that all three kernels take."""
     heads, state = q.shape[2:]
-    head_dim = v.shape[3]
-    half = q.dtype != torch.float32
+    head_dim, rows = v.shape[3], ROWS[q.dtype]
     return {
         **stride_arguments(q=q, k=k, v=v),
         "length": q.shape[1],
@@ -292,14 +328,18 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float) -> dict:
         "RATIO": heads // k.shape[2],
         "N": state,
         "P": head_dim,
-        "BLOCK_N": tile_size(state),
-        "BLOCK_P": tile_size(head_dim),
-        "ROWS": 64 if half else 32,
-        "COLUMNS": 64 if half else 32,
+        "STEP_N": attention_step(state, q.dtype),
+        "ROWS": rows,
+        "COLUMNS": rows,
         "PRECISION": precision(q.dtype),
-        "num_warps": 8,
+        "num_warps": 8 if rows > 16 else 4,
         "num_stages": 1,
     }
+
+
+def attention_step(size: int, dtype: torch.dtype) -> int:
+    """How much of an axis of `size` a product takes at once: all of it, if tensor cores multiply."""
+    return 16 if dtype == torch.float32 else tile_size(size)
 
 
 @launching
@@ -310,7 +350,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float) ->
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     arguments = shared_arguments(q, k, v, scale)
     blocks = triton.cdiv(arguments["count"], arguments["ROWS"])
-    attend_kernel[(q.shape[2] * blocks,)](q, k, v, **sort_tokens(window_id), OUT=o, LSE=lse, **arguments)
+    attend_kernel[(q.shape[2] * blocks,)](
+        q, k, v, **sort_tokens(window_id), OUT=o, LSE=lse, BLOCK_P=tile_size(v.shape[3]), **arguments
+    )
     return o, lse
 
 
@@ -330,13 +372,15 @@ def backward(
     delta = torch.where((window_id >= 0)[..., None], (o.float() * o_grad.float()).sum(-1), 0)
     tokens = sort_tokens(window_id)
     arguments = shared_arguments(q, k, v, scale) | stride_arguments(g=o_grad) | {"natural_scale": scale}
+    arguments |= {"BLOCK_N": tile_size(q.shape[3]), "STEP_P": attention_step(v.shape[3], q.dtype)}
+    arguments["COLUMNS"] = min(32, arguments["ROWS"])  # gradients take more registers
     scores = {"LSE": lse, "DELTA": delta}
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v)]
     blocks = triton.cdiv(arguments["count"], arguments["ROWS"])
     query_gradient_kernel[(q.shape[2] * blocks,)](
         q, k, v, o_grad, **tokens, **scores, Q_GRAD=grads[0], **arguments
     )
-    arguments["COLUMNS"] = 32  # it holds two gradients in its registers
+    arguments["BLOCK_P"] = tile_size(v.shape[3])
     key_gradient_kernel[(k.shape[2] * blocks,)](
         q, k, v, o_grad, **tokens, **scores, K_GRAD=grads[1], V_GRAD=grads[2], **arguments
     )

@@ -133,7 +133,7 @@ class Conversations(Dataset):
         if isinstance(source, Image.Image):
             area = source.width * source.height
         else:
-            with Image.open(self.media._file(source)[0]) as image:
+            with Image.open(self.media.file(source)[0]) as image:
                 area = image.width * image.height
         return min(area, self.media.max_pixels or area)
 

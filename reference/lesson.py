@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .checks import require
 from .losses import hidden_loss, logit_loss
-from .shares import share, total
+from .shares import energies, share, total
 
 IGNORED_LABEL = -100  # Hugging Face's mark of positions that are not supervised
 
@@ -252,7 +252,8 @@ class Lesson(nn.Module):
         losses = [
             self.hidden_loss(pair["student"], pair["teacher"], group) for pair in pairs for group in groups
         ]
-        return (torch.stack(losses) * share(torch.stack(sizes_of(pairs, groups)).to(losses[0]))).mean()
+        sizes = energies([pair["teacher"] for pair in pairs], groups)
+        return (torch.stack(losses) * share(sizes).to(losses[0])).mean()
 
     def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Stop gradients between layers, unless the student learns end to end."""
@@ -272,12 +273,6 @@ class Lesson(nn.Module):
                 self.blocks[index]["student"] = first(layer.forward(*args, **as_student))
 
         return hook
-
-
-def sizes_of(pairs: list[dict[str, Tensor]], groups: list[Tensor]) -> list[Tensor]:
-    """What each hidden loss of `_mean_loss` is relative to: the teacher's energy, summed over the group."""
-    energies = [pair["teacher"].detach().float().square().sum(-1) for pair in pairs]  # (B, L)
-    return [energy.masked_fill(~group, 0).sum() for energy in energies for group in groups]
 
 
 def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:

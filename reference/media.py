@@ -43,7 +43,7 @@ class Media:
             return self._fit(source)
         if isinstance(source, np.ndarray | list):
             return self._fit(Image.fromarray(np.asarray(source, dtype=np.uint8)))
-        file, name = self._file(source)
+        file, name = self.file(source)
         try:
             with Image.open(file) as image:
                 return self._fit(image)
@@ -57,7 +57,7 @@ class Media:
         if isinstance(source, np.ndarray | Sequence) and not isinstance(source, str | bytes):
             count, frames = len(source), [self.image(source[i]) for i in self.kept(len(source))]
         else:
-            file, name = self._file(source)
+            file, name = self.file(source)
             count, frames, own_rate = self._decode(file, name)
             fps = own_rate if fps is None else fps
         if not frames:
@@ -102,7 +102,7 @@ class Media:
         except (av.FFmpegError, IndexError) as error:
             raise ValueError(f"{name} must be a video that can be decoded, got {error}") from error
 
-    def _file(self, source: Any) -> tuple[Any, str]:
+    def file(self, source: Any) -> tuple[Any, str]:
         """A path or an open buffer, and what to call it."""
         if isinstance(source, dict) and source.get("bytes"):
             return io.BytesIO(source["bytes"]), source.get("path") or "an image in the data set"

@@ -10,6 +10,8 @@ of sums that one process computes. Processes may hold different numbers of token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,3 +36,16 @@ def share(sizes: Tensor) -> Tensor:
         return torch.ones_like(sizes)
     sums = total(sizes)
     return processes() * sizes.detach() / sums.clamp_min(torch.finfo(sums.dtype).tiny)
+
+
+def energies(teachers: Sequence[Tensor], groups: Sequence[Tensor]) -> Tensor:
+    """What hidden losses are relative to: the teacher's squares, summed over a group of tokens.
+
+    Args:
+        teachers: each (B, L, D).
+        groups: masks (B, L) bool, True = counts.
+    Returns:
+        (teachers · groups,) float32, without gradients.
+    """
+    squares = [teacher.detach().float().square().sum(-1) for teacher in teachers]  # (B, L)
+    return torch.stack([square.masked_fill(~group, 0).sum() for square in squares for group in groups])

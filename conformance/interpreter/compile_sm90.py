@@ -1,6 +1,6 @@
 """Compile one Triton kernel of linmu.optimized for sm_90 and print what it takes, as JSON. No GPU, no driver.
 
-python compile_sm90.py KERNEL SIZE
+python compile_sm90.py KERNEL DTYPE SIZE...
 """
 
 from __future__ import annotations
@@ -13,24 +13,30 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from linmu.optimized import scan_states, scan_tiles, window_kernels
+
 # fmt: off
 FLOAT32 = {
-    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_READ", "BACKWARD_WRITE", "BIAS_GRAD",
-    "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
-    "FORWARD_PAIRS", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
-    "NEW_STATE", "PRODUCT", "SKIP_GRAD", "START", "STATES", "WEIGHT_GRAD",
+    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_STATE",
+    "BACKWARD_WRITE", "ENTERING", "FORWARD_STATE", "PARTNER",
+    "BIAS_GRAD", "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
+    "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
+    "NEW_STATE", "PRODUCT", "SCALE", "START", "STATES", "WEIGHT_GRAD",
 }
 # fmt: on
-INT64 = set(["SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "COUNT"])
+INT64 = {"SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT"}
 MASKS = {"VALID", "MASK"}
-FLOATS = {"scale", "natural_scale", "inverse"}
+FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
 
-SCAN = {"HEADS": 28, "RATIO": 7, "CHUNK": 64, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
+SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "KEEPS": True}
 SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 16, "REVERSE": True, "HAS_START": True, "STORES": True}
 SWEEP |= {"LEAVES": True, "HAS_PARTNER": True}
 CONV = {
@@ -39,12 +45,11 @@ CONV = {
     "ROWS": 32,
     "COLUMNS": 64,
     "HAS_MASK": True,
+    "HAS_ORDER": True,
     "HAS_BIAS": True,
     "HAS_START": True,
 }
-WINDOW = {"HEADS": 28, "RATIO": 7, "ROWS": 64, "COLUMNS": 64}
-EXACT = {"FORWARD_STATE": "*fp32", "BACKWARD_STATE": "*fp32"}  # what the backward pass keeps states in
-SWEPT = dict.fromkeys(("WEIGHT", "ENTERING", "PARTNER"), "*fp32")
+WINDOW = {"HEADS": 28, "RATIO": 7, "window": True}
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 # name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
@@ -53,9 +58,9 @@ KERNELS = {
         "scan_states",
         "sweep_kernel",
         SCAN | SWEEP,
-        4,
+        None,
         2,
-        {"WEIGHT": "*fp32", "ENTERING": "*fp32", "PARTNER": "*fp32"},
+        {"WEIGHT": "*fp32"},
     ),
     "link": (
         "scan_states",
@@ -65,14 +70,14 @@ KERNELS = {
         3,
         {},
     ),
+    "norm_gradient": ("norm_kernels", "norm_gradient_kernel", SCAN | {"ROWS": 32}, 4, 3, {}),
     "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
-    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, EXACT),
-    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, EXACT),
-    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, EXACT),
-    "probe": ("scan_gradients", "probe_kernel", SCAN | SWEEP, None, 1, {"OUT": "*fp32", "STATE": "*fp32"}),
-    "attend": ("window_kernels", "attend_kernel", WINDOW, 8, 1, {}),
-    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW, 8, 1, {}),
-    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"COLUMNS": 32}, 8, 1, {}),
+    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, {}),
+    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, {}),
+    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, {}),
+    "attend": ("window_kernels", "attend_kernel", WINDOW, "rows", 1, {}),
+    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
+    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
@@ -81,21 +86,25 @@ KERNELS = {
 }
 
 
-def constants(size: int, chosen: dict, names: list[str]) -> dict:
+def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     """The compile-time constants of one kernel at N = P = `size`."""
-    transposed = chosen.get("transposed", False)
-    sizes = dict.fromkeys(
-        ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_INNER", "BLOCK_OUTER"), size
-    )
+    transposed, kind = chosen.get("transposed", False), DTYPES[dtype]
+    axes = ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_OUTER")
+    steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), scan_tiles.step_size(size, kind))
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
-    known = {"PRECISION": "tf32", "SIZE": size * size} | sizes | strides | chosen
-    blocks = {"sweep_kernel": 64, "step_kernel": 32}
+    known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
+    known |= {"CHUNK": scan_tiles.chunk_size(kind)} | dict.fromkeys(axes, size) | steps | strides | chosen
+    if "window" in chosen:
+        rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
+        known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
+        known |= {"STEP_N": step, "STEP_P": step}
+    blocks = {"sweep_kernel": scan_states.BLOCKS[kind], "step_kernel": 32}
     known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
     return {name: known[name] for name in names if name in known}
 
 
-def signature(names: list[str], fixed: dict, special: dict[str, str]) -> dict[str, str]:
-    """Types of all arguments: capitals are pointers, by default to bfloat16."""
+def signature(names: list[str], dtype: str, fixed: dict, special: dict[str, str]) -> dict[str, str]:
+    """Types of all arguments: capitals are pointers, by default to `dtype`."""
 
     def kind(name: str) -> str:
         if name in fixed:
@@ -106,9 +115,8 @@ def signature(names: list[str], fixed: dict, special: dict[str, str]) -> dict[st
             return "i32"
         if name in special:
             return special[name]
-        return (
-            "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*u8" if name in MASKS else "*bf16"
-        )
+        known = (("*fp32", FLOAT32), ("*i64", INT64), ("*u8", MASKS))
+        return next((kind for kind, names in known if name in names), f"*{dtype}")
 
     return {name: kind(name) for name in names}
 
@@ -134,16 +142,20 @@ def assembler_report(ptx: str) -> str:
     raise RuntimeError(done.stderr)
 
 
-def compile_kernel(name: str, size: int) -> dict[str, int]:
+def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     """Registers, spilled bytes, shared memory and instructions of one kernel."""
     module, function, chosen, warps, stages, special = KERNELS[name]
     kernel = getattr(importlib.import_module(f"linmu.optimized.{module}"), function)
-    fixed = constants(size, chosen | {"kernel": function}, kernel.arg_names)
-    types = signature(kernel.arg_names, fixed, special)
+    fixed = constants(size, dtype, chosen | {"kernel": function}, kernel.arg_names)
+    types = signature(kernel.arg_names, dtype, fixed, special)
     aligned = (n for n, kind in types.items() if kind[0] == "*" or (kind == "i32" and n.endswith(STRIDES)))
     places = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
-    options = {"num_warps": warps or (8 if size > 64 else 4), "num_stages": stages}
+    if warps is None:
+        warps = 8 if size > 64 else 4
+    elif warps == "rows":
+        warps = 8 if fixed["ROWS"] > 16 else 4
+    options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx, report = built.asm["ptx"], assembler_report(built.asm["ptx"])
     registers, stores, loads = (
@@ -162,4 +174,5 @@ def compile_kernel(name: str, size: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_kernel(sys.argv[1], int(sys.argv[2]))))
+    sizes = map(int, sys.argv[3:])
+    print(json.dumps({size: compile_kernel(sys.argv[1], sys.argv[2], size) for size in sizes}))

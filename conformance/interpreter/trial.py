@@ -18,20 +18,19 @@ import torch
 from torch import Tensor
 
 from linmu import optimized, reference
-from linmu.optimized import conv_kernels, loss_kernels, scan_output, scan_states
+from linmu.optimized import conv_kernels, loss_kernels, scan_states, scan_tiles
 
 sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
+from compare import assert_matches
+
 from interpreter import mend_bfloat16, mend_scalars, watch_memory
 
-# Root mean square: with bfloat16 tokens states are bfloat16 too, and in the gradient of A they cancel.
-FLOORS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-MAXIMUM_OVER_RMS = 8
 Arguments = dict[str, Any]
 
 
 def shrink_blocks() -> None:
     """Chunks of 16 tokens, runs of 2 chunks, small blocks of tokens, channels and vocabulary."""
-    scan_output.CHUNKS.update(dict.fromkeys(scan_output.CHUNKS, 16))
+    scan_tiles.CHUNKS.update(dict.fromkeys(scan_tiles.CHUNKS, 16))
     scan_states.RUN = 2
     conv_kernels.ROWS, conv_kernels.COLUMNS = 8, 16
     loss_kernels.BLOCK = 16
@@ -183,27 +182,6 @@ def quarters(like: Tensor) -> Tensor:
     return ((torch.arange(like.numel()) * 7 % 17 - 8) / 4).view(like.shape).to(like.dtype)
 
 
-def faults(got: dict[str, Tensor], want: dict[str, Tensor], floor: float) -> list[str]:
-    """What is further from `want` than `floor` allows."""
-    found = []
-    for name, truth in want.items():
-        if truth.numel() == 0:
-            continue
-        error = got[name].double() - truth
-        for kind, measure, bound in (("rms", rms, floor), ("maximum", maximum, MAXIMUM_OVER_RMS * floor)):
-            if not measure(error) <= bound * max(measure(truth), 1e-6):
-                found.append(f"{name}: {kind} error {measure(error):.2e} of {measure(truth):.2e}")
-    return found
-
-
-def rms(tensor: Tensor) -> float:
-    return tensor.square().mean().sqrt().item()
-
-
-def maximum(tensor: Tensor) -> float:
-    return tensor.abs().max().item()
-
-
 def main(operator: str, dtype: torch.dtype) -> int:
     """Number of cases that fail; each is printed."""
     torch.manual_seed(0)
@@ -214,11 +192,14 @@ def main(operator: str, dtype: torch.dtype) -> int:
     failed = 0
     for number, given in enumerate(CASES[operator]()):
         names, mask = given.pop("spoil", ((), None))
-        want = results(getattr(reference, operator), rounded(given, dtype, torch.float64))
+        own = results(getattr(reference, operator), rounded(given, dtype))
+        truth = results(getattr(reference, operator), rounded(given, dtype, torch.float64))
         with watch_memory():
             got = results(getattr(optimized, operator), spoilt(rounded(given, dtype), names, mask))
-        for fault in faults(got, want, FLOORS[dtype]):
-            print(f"case {number}: {fault}")
+        try:
+            assert_matches(got, truth, own, f"case {number} of {operator}")
+        except AssertionError as error:
+            print(error)
             failed += 1
     return failed
 

@@ -1,0 +1,364 @@
+"""`python -m linmu.optimized.benchmark`: what it writes adds up, and nothing that fails ends a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as torch_flex
+
+from linmu import optimized
+from linmu.optimized import benchmark
+from linmu.optimized.benchmarks import decoding, kernels, models, peers, training, window_peers
+from linmu.optimized.benchmarks.cases import Case, LeftOutError, measure_all
+from linmu.optimized.benchmarks.counts import Sizes, attention_counts, scan_counts, window_counts
+from linmu.optimized.benchmarks.problems import WINDOW, prompt, scan_problem, window_problem
+from linmu.optimized.benchmarks.report import Report
+from linmu.optimized.benchmarks.results import crossover, growth_exponent, with_ratios
+from linmu.optimized.benchmarks.timing import Ceilings, time_calls
+
+CPU = torch.device("cpu")
+SIZES = Sizes(heads=2, groups=1, head_dim=16)
+SETTING = kernels.Setting(CPU, torch.float32, Ceilings(1e10, 1e10), seconds=0.01)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The folder of a quick run over two short lengths."""
+    folder = tmp_path_factory.mktemp("results")
+    flags = "--quick --only kernels,windows,decode --lengths 320,512 --sizes 2x1x16 --layers 1 --budget 60"
+    benchmark.main([*flags.split(), "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lines(written) -> list[dict]:
+    """What it measured."""
+    return json.loads((written / "results.json").read_text())["lines"]
+
+
+def test_a_quick_run_writes_tables_numbers_and_plots(written, lines):
+    environment = json.loads((written / "results.json").read_text())["environment"]
+    assert {"device", "commit", "date", "torch", "triton", "command"} <= environment.keys()
+    table = (written / "README.md").read_text()
+    for name in ("scan", "windows", "decode"):
+        assert (written / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert f"({name}.png)" in table
+    found = {(line["benchmark"], line["method"]) for line in lines}
+    assert {("scan", "LinMU"), ("scan", "causal attention"), ("scan", "reference")} <= found
+    assert {("windows", "gather + SDPA + scatter"), ("decode", "teacher")} <= found
+    assert [line["status"] for line in lines if line["status"] != "ok"] == []
+
+
+def test_the_numbers_of_a_line_agree_with_each_other(lines):
+    """Rates are counts over the time, a ratio is time over time, the median lies within the spread."""
+    key = ("benchmark", "size", "passes", "length")
+    ours = {tuple(line[k] for k in key): line for line in lines if line["method"] == "LinMU"}
+    for line in lines:
+        assert 0 < line["low"] <= line["seconds"] <= line["high"]
+        base = ours[tuple(line[k] for k in key)]
+        assert ("ratio" in line) == (line is not base)
+        if line is not base:
+            assert line["ratio"] == pytest.approx(line["seconds"] / base["seconds"])
+        if "flops" in line:
+            assert line["tflops"] * line["seconds"] * 1e12 == pytest.approx(line["flops"])
+            assert line["gbps"] * line["seconds"] * 1e9 == pytest.approx(line["bytes"])
+            assert line["of_floor"] * line["seconds"] == pytest.approx(line["floor"])
+        if "batch" in line:
+            assert line["tokens_per_second"] * line["seconds"] == pytest.approx(line["items"])
+
+
+def test_a_written_run_can_be_rendered_again(written):
+    before = (written / "README.md").read_text()
+    (written / "README.md").unlink()
+    benchmark.main(["--render", str(written)])
+    assert (written / "README.md").read_text() == before
+
+
+def test_model_and_stages_are_measured(tmp_path):
+    """Prefill of both models, and an optimizer step of every stage."""
+    flags = "--quick --only model,training --lengths 320 --layers 1 --budget 60"
+    report = benchmark.main([*flags.split(), "--output", str(tmp_path)])
+    rates = {(line["benchmark"], line["method"], line["passes"]): line for line in report.lines}
+    assert {passes for _, _, passes in rates} == {"decoder", *training.STAGES}
+    for line in rates.values():
+        assert line["status"] == "ok"
+        assert line["tokens_per_second"] == pytest.approx(320 / line["seconds"])
+    student, teacher = (rates["ttft", method, "decoder"] for method in models.METHODS)
+    assert teacher["cache_bytes"] == 2 * 320 * 2 * 64 * 4  # keys and values, two groups of 64 float32
+    assert student["cache_bytes"] == (8 * 64 * 64 + 3 * (2 * 2 + 8) * 64) * 4  # state and three conv inputs
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.37, 2.0])
+def test_the_growth_of_a_power_law_is_its_power(power):
+    series = {length: 3e-6 * length**power for length in (512, 1024, 4096, 8192, 65536)}
+    assert growth_exponent(series) == pytest.approx(power)
+
+
+def test_growth_is_read_off_the_longest_lengths_and_needs_two():
+    fixed_costs = {1: 100.0, 10: 1.0, 100: 10.0, 1000: 100.0, 10_000: 1000.0}
+    assert growth_exponent(fixed_costs) == pytest.approx(1.0)
+    assert growth_exponent({64: 1.0}) is None
+
+
+def test_a_crossover_lies_where_the_curves_meet():
+    lengths = (100, 1_000, 10_000, 100_000)
+    linear, square = {n: 2e-3 * n for n in lengths}, {n: 1e-6 * n**2 for n in lengths}
+    assert crossover(linear, square) == pytest.approx(2_000)
+    assert crossover(square, linear) is None  # slower at the longest length
+    assert crossover(linear, {n: 2 * seconds for n, seconds in linear.items()}) == 100
+    assert crossover(linear, {7: 1.0}) is None
+
+
+def test_counts_equal_those_made_by_hand():
+    """Two heads on one group, N = P = 4, ten tokens, eight of them vision, bfloat16."""
+    small = Sizes(heads=2, groups=1, head_dim=4)
+    # 64 columns of C Bᵀ and their product with x: 2·64·4 each; the state: 2·4·4 to write and to read, and on
+    # vision once more for the backward direction
+    flops = 2 * (10 * (2 * 64 * 4 + 2 * 64 * 4 + 2 * 16 + 2 * 16) + 8 * (2 * 16 + 2 * 16))
+    x, B, C, dt, gate, segment, y = 80, 80, 160, 80, 80, 80, 160
+    forward = scan_counts(small, 10, 8, 2, backward=False)
+    assert (forward.flops, forward.moved) == (flops, x + B + C + dt + gate + segment + y)
+    both = scan_counts(small, 10, 8, 2, backward=True)
+    inputs = x + B + C + dt + gate
+    assert (both.flops, both.moved) == (3 * flops, 2 * forward.moved + inputs)
+    windows = window_counts(small, 10, 8, 4, 2, backward=False)
+    assert (windows.flops, windows.moved) == (2 * 8 * 4 * (2 * 4 + 2 * 4), 8 * 4 * 4 * 2 + 80 + 160)
+    assert attention_counts(small, 10, 2, backward=False).flops == 2 * 55 * (2 * 4 + 2 * 4)
+
+
+def test_a_ratio_compares_the_cost_of_one_item():
+    """The teacher fits 2 rows in the time of our 20: it costs ten times as much."""
+    place = {"benchmark": "decode", "size": "s", "passes": "largest batch", "length": 8, "status": "ok"}
+    ours = place | {"method": "LinMU", "seconds": 1.0, "items": 20}
+    theirs = place | {"method": "teacher", "seconds": 1.0, "items": 2}
+    assert with_ratios([ours, theirs])[1]["ratio"] == pytest.approx(10.0)
+
+
+def timed_at(seconds: float):
+    """A case's result."""
+    return lambda: {"seconds": seconds, "low": seconds, "high": seconds, "spread": 0.0, "runs": 3}
+
+
+def failing(error: BaseException):
+    """A measurement that raises."""
+
+    def measure():
+        raise error
+
+    return measure
+
+
+def statuses(cases, budget=None) -> dict[tuple[str, int], str]:
+    """What becomes of cases, by method and length."""
+    kept: list[dict] = []
+    measure_all(cases, kept.append, budget)
+    return {(line["method"], line["length"]): line["status"] for line in kept}
+
+
+def test_nothing_that_fails_ends_a_run():
+    """The reason stands in the line; what needs more memory than what ran out is not tried."""
+    case = partial(Case, "scan", size="s", passes="forward")
+    found = statuses(
+        [
+            case(method="missing", length=8, measure=failing(LeftOutError("not installed: x"))),
+            case(method="broken", length=8, measure=failing(RuntimeError("wrong tile\nmore"))),
+            case(method="broken", length=16, measure=timed_at(1.0)),
+            case(method="large", length=8, measure=failing(torch.OutOfMemoryError("no"))),
+            case(method="large", length=16, measure=timed_at(1.0)),
+            case(method="LinMU", length=16, measure=timed_at(1.0)),
+        ]
+    )
+    assert found["missing", 8] == "not installed: x"
+    assert found["broken", 8] == "failed: RuntimeError: wrong tile"
+    assert found["large", 8] == "out of memory at 8 tokens"
+    assert found["large", 16] == "not tried: out of memory at 8 tokens"
+    assert found["broken", 16] == found["LinMU", 16] == "ok"
+
+
+def test_a_budget_leaves_out_what_would_not_fit_and_cuts_off_what_does_not_end():
+    case = partial(Case, "ttft", size="s", passes="decoder")
+    found = statuses(
+        [
+            case(method="LinMU", length=10, measure=timed_at(0.01), priority=0),
+            case(method="teacher", length=10, measure=timed_at(0.01), priority=0, growth=2.0),
+            case(method="LinMU", length=100, measure=timed_at(0.01), priority=1),
+            case(method="teacher", length=100, measure=timed_at(0.01), priority=1, growth=2.0),
+            case(method="slow", length=10, measure=lambda: time.sleep(5), priority=2),
+            case(method="late", length=10, measure=timed_at(0.01), priority=3),
+        ],
+        budget=1.8,
+    )
+    assert found["LinMU", 100] == "ok"
+    assert found["teacher", 100].startswith("left out: about 2 s foretold")
+    assert found["slow", 10] == "cut off: the budget ended within it"
+    assert found["late", 10] == "not reached: the budget was spent"
+
+
+def test_every_call_runs_before_it_is_timed():
+    """And inputs take turns."""
+    done: list[str] = []
+    timing = time_calls([partial(done.append, name) for name in "ab"], CPU, seconds=1e-9)
+    assert done[:2] == ["a", "b"] and set(done[2:]) == {"a", "b"}
+    assert timing.runs == 3 and timing.low <= timing.seconds <= timing.high and timing.memory is None
+
+
+@pytest.mark.parametrize("length", [320, 1000, 1280, 4096])
+def test_the_prompt_is_a_video_of_whole_windows_between_text(length):
+    where = prompt(length)
+    assert all(size % width == 0 for size, width in zip(where.grid, WINDOW, strict=True))
+    assert 0.5 * length <= where.vision <= 0.8 * length
+    coords = where.coords(CPU)
+    optimized.VisionLayout(coords)  # is well formed
+    problem = window_problem(length, SIZES, torch.float32, CPU)
+    ids = optimized.window_ids(coords, WINDOW, False)
+    same = problem.window_id[..., None] == problem.window_id[:, None]
+    assert torch.equal(same, ids[..., None] == ids[:, None])
+    assert torch.equal(problem.window_id == -1, ids == -1)
+    text = where.positions(CPU)[:, 0, where.inside.stop :]
+    assert torch.equal(text[0], torch.arange(text.shape[1]) + where.start + max(where.grid))
+
+
+def fake_fla() -> types.ModuleType:
+    """What fla documents of `chunk_simple_gla`: S decays by exp(g), takes k vᵀ, and q reads it."""
+
+    def chunk_simple_gla(q, k, v, g, *, scale):
+        state = torch.zeros(q.shape[0], q.shape[2], k.shape[3], v.shape[3])
+        rows = []
+        for t in range(q.shape[1]):
+            state = g[:, t].exp()[..., None, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+            rows.append(torch.einsum("bhn,bhnp->bhp", q[:, t] * scale, state))
+        return torch.stack(rows, 1), None
+
+    return types.SimpleNamespace(chunk_simple_gla=chunk_simple_gla)
+
+
+def fake_mamba() -> types.SimpleNamespace:
+    """`mamba_chunk_scan_combined`: a scan with as many groups as heads."""
+
+    def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size):
+        return optimized.selective_scan(x, dt, A, B, C, mask=(dt > 0).all(-1))[0]
+
+    return types.SimpleNamespace(mamba_chunk_scan_combined=mamba_chunk_scan_combined)
+
+
+def fake_bimamba(shared: bool) -> types.SimpleNamespace:
+    """`bimamba_chunk_scan_combined`: the sum of both directions, the token itself in both or in one."""
+
+    def bimamba_chunk_scan_combined(x, dt, A, B, C, chunk_size):
+        both = [optimized.selective_scan(x, dt, A, B, C, reverse=reverse)[0] for reverse in (False, True)]
+        own = (C * B).sum(-1, keepdim=True) * dt[..., None] * x
+        return both[0] + both[1] - (own if shared else 0)
+
+    return types.SimpleNamespace(bimamba_chunk_scan_combined=bimamba_chunk_scan_combined)
+
+
+INSTALLED = [
+    ("fla", fake_fla(), True),
+    ("mamba_ssm", fake_mamba(), True),
+    ("Bi-Mamba2", fake_bimamba(False), False),
+    ("Bi-Mamba2", fake_bimamba(True), False),
+]
+
+
+@pytest.mark.parametrize(("name", "module", "backward"), INSTALLED)
+def test_a_peer_that_works_as_documented_gives_our_result(name, module, backward, monkeypatch):
+    """Flips, gate, text and repeated groups around a peer are right, gradients included."""
+    (peer,) = (peer for peer in peers.PEERS if peer.name == name)
+    parts = peer.module.split(".")
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        monkeypatch.setitem(sys.modules, path, module if end == len(parts) else types.ModuleType(path))
+    problem = scan_problem(320, SIZES, torch.float32, CPU, seed=1)
+    assert kernels.why_wrong(kernels.from_peer(peer), problem, backward, torch.float32) is None
+
+
+def test_a_wrong_peer_is_left_out_and_a_missing_one_is_named():
+    wrong = kernels.Method("wrong", lambda _: lambda problem: 1.1 * peers.scan(problem), kernels.scan_truth)
+    problem = scan_problem(320, SIZES, torch.float32, CPU)
+    assert "differs from the truth by 1.0e-01" in kernels.why_wrong(wrong, problem, False, torch.float32)
+    nowhere = peers.Peer("nowhere", "package_that_is_nowhere", peers.scan, "")
+    reason = kernels.why_wrong(kernels.from_peer(nowhere), problem, False, torch.float32)
+    assert reason.startswith("not installed: package_that_is_nowhere")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("method", kernels.WINDOWS, ids=lambda method: method.name)
+def test_the_ways_to_attend_in_windows_agree(method, monkeypatch):
+    """flex_attention runs uncompiled here, and has no backward pass on a CPU."""
+    monkeypatch.setattr(window_peers, "compiled_flex", lambda: torch_flex.flex_attention)
+    problem = window_problem(640, SIZES, torch.float32, CPU)
+    backward = "flex" not in method.name
+    assert kernels.why_wrong(method, problem, backward, torch.float32) is None
+
+
+@pytest.mark.parametrize("method", models.METHODS)
+def test_a_chain_of_steps_gives_the_tokens_that_the_model_gives(method):
+    """Both caches of the decoding benchmark, filled by a real prompt, against the model's own forward."""
+    pair, length, chain = models.Pair("small", 1, SETTING), 12, decoding.CHAIN
+    model = pair.model(method)
+    ids = torch.randint(4, 1000, (2, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = model(input_ids=ids, use_cache=True)
+        first = output.logits[:, -1:].argmax(-1)
+        cache = decoding.cache_of(pair, model, method, length, 2, SETTING)
+        if method == "LinMU":
+            for held, slot in zip(cache.held, output.past_key_values.layers, strict=True):
+                for kept, new in zip(held, slot.state, strict=True):
+                    kept.copy_(new)
+        else:
+            for kept, layer in zip(cache.kept, output.past_key_values.layers, strict=True):
+                kept[0][:, :, :length], kept[1][:, :, :length] = layer.keys, layer.values
+        places = [torch.full((3, 2, 1), length + step) for step in range(chain)]
+        angles = [model.get_decoder().rotary_emb(torch.zeros(1), place) for place in places]
+        found = decoding.chain(model, cache, first, angles)
+        whole = torch.cat([ids, first], 1)
+        for _ in range(chain):
+            token = model(input_ids=whole, use_cache=False).logits[:, -1:].argmax(-1)
+            whole = torch.cat([whole, token], 1)
+    assert torch.equal(found, whole[:, -1:])
+
+
+def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
+    report = Report(tmp_path, {"device": "a GPU"})
+    line = {"size": "7B", "length": 32768, "status": "ok", "seconds": 0.1, "low": 0.1, "high": 0.1}
+    line |= {"spread": 0.0, "runs": 5, "memory": 3 * 2**30, "tokens_per_second": 5120.0}
+    decode = {"benchmark": "decode", "passes": "largest batch", "batch": 64, "items": 512}
+    decode |= {"cache_bytes": 2**32, "replayed": "CUDA graph", "attention": "flash attention"}
+    for method in models.METHODS:
+        report.keep(line | decode | {"method": method})
+    report.keep(line | {"benchmark": "training", "passes": "stage i", "method": "LinMU"})
+    table = (tmp_path / "README.md").read_text()
+    assert "| 3,072 | 5,120 | 64 | CUDA graph | 4,096.0 | flash attention | 1× |" in table
+    assert "| 7B | stage i | 32,768 | LinMU | 100 | 0% | 3,072 | 5,120 |" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--quick", "--only", "scan"],
+            "--only must be among kernels,windows,model,decode,training, got scan",
+        ),
+        (["--quick", "--lengths", "64"], "--lengths must be at least 320, got 64"),
+        (["--quick", "--sizes", "28x4"], "--sizes like 28x4x128"),
+        (["--quick", "--lengths", "4k"], "--lengths must be like 4096,65536"),
+    ],
+)
+def test_a_wrong_flag_is_told(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so everything would run")
+def test_without_a_gpu_the_command_says_what_to_add(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([])
+    assert "a CUDA GPU must be there, got none; add --quick for the CPU" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""What a user would call today for a scan in both directions. None of it is installed with this package.
+
+Each peer computes `bidirectional_scan` of a `ScanProblem` as well as its interface allows. The prompt has one
+video in one piece, so the backward direction is a slice, not a gather: that favours the peers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..scan import bidirectional_scan
+from .cases import LeftOutError
+from .problems import ScanProblem
+
+MAMBA_CHUNK = 256  # Mamba2's own default
+INT32 = 2**31
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Someone else's way.
+
+    Args:
+        name: as in the tables.
+        module: what must be importable.
+        run: computes y (B, L, H, P).
+        limits: what is known not to work, for the report.
+        forward_only: its gradients are known to be wrong.
+        expected: what its result must equal; by default that of `bidirectional_scan`.
+    """
+
+    name: str
+    module: str
+    run: Callable[[ScanProblem], Tensor]
+    limits: str
+    forward_only: bool = False
+    expected: Callable[[ScanProblem], tuple[Tensor, ...]] | None = None
+
+    def require(self) -> None:
+        """Raise LeftOutError if it cannot be imported."""
+        try:
+            importlib.import_module(self.module)
+        except Exception as error:  # whatever a foreign package raises while it is imported
+            raise LeftOutError(f"not installed: {self.module} ({type(error).__name__}: {error})") from error
+
+
+def repeated(problem: ScanProblem) -> tuple[Tensor, Tensor]:
+    """x and B for every head, (B, L, H, P) and (B, L, H, N): no peer has groups on one side only."""
+    ratio = problem.C.shape[2] // problem.x.shape[2]
+    return problem.x.repeat_interleave(ratio, 2), problem.B.repeat_interleave(ratio, 2)
+
+
+def fla_both_ways(problem: ScanProblem) -> Tensor:
+    """`chunk_simple_gla` over all tokens, again over the flipped video, mixed by the gate."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    v, k = repeated(problem)
+    k = (k * problem.dt[..., None]).to(v.dtype)
+    decay, inside, ends = problem.dt * problem.A, problem.prompt.inside, problem.prompt
+    forward = chunk_simple_gla(problem.C, k, v, decay, scale=1.0)[0]
+    flipped = [tensor[:, inside].flip(1) for tensor in (problem.C, k, v, decay)]
+    backward = chunk_simple_gla(*flipped, scale=1.0)[0].flip(1)
+    gate = problem.gate[:, inside, :, None].to(v.dtype)
+    mixed = gate * forward[:, inside] + (1 - gate) * backward
+    return torch.cat([forward[:, : ends.start], mixed, forward[:, ends.start + ends.vision :]], 1)
+
+
+def mamba_both_ways(problem: ScanProblem) -> Tensor:
+    """`mamba_chunk_scan_combined` on a batch of the sequence and its flip, as Hydra calls it."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    if problem.C.numel() >= INT32:
+        raise LeftOutError("left out: its int32 offsets overflow at L·H·P >= 2^31 (mamba #1015)")
+    x, B = repeated(problem)
+    is_vision = problem.segment >= 0
+    dt = torch.where(is_vision[..., None], problem.dt, 0)  # text neither writes nor decays backwards
+    both = [torch.cat([tensor, tensor.flip(1)]) for tensor in (x, B, problem.C)]
+    dt = torch.cat([problem.dt, dt.flip(1)])
+    y = mamba_chunk_scan_combined(both[0], dt, problem.A, both[1], both[2], chunk_size=MAMBA_CHUNK)
+    gate = torch.where(is_vision[..., None], problem.gate, 1)[..., None].to(x.dtype)
+    return gate * y[:1] + (1 - gate) * y[1:].flip(1)
+
+
+def bimamba_both_ways(problem: ScanProblem) -> Tensor:
+    """The one fused kernel for both directions: their plain sum over all tokens, no gate, no text."""
+    from ssd.bi.ssd_combined import bimamba_chunk_scan_combined
+
+    x, B = repeated(problem)
+    return bimamba_chunk_scan_combined(x, problem.dt, problem.A, B, problem.C, MAMBA_CHUNK)
+
+
+def plain_sums(problem: ScanProblem) -> tuple[Tensor, Tensor]:
+    """Both directions added up over all tokens; once with the token itself in both, once in one of them."""
+    gate, segment = torch.full_like(problem.gate, 0.5), torch.zeros_like(problem.segment)
+    both = 2 * scan(replace(problem, gate=gate, segment=segment))
+    ratio = problem.C.shape[2] // problem.x.shape[2]
+    own = (problem.C * problem.B.repeat_interleave(ratio, 2)).sum(-1) * problem.dt
+    return both, both - own[..., None] * problem.x.repeat_interleave(ratio, 2)
+
+
+def scan(problem: ScanProblem) -> Tensor:
+    """Our own operator on the same problem."""
+    return bidirectional_scan(
+        problem.x,
+        problem.dt,
+        problem.A,
+        problem.B,
+        problem.C,
+        gate=problem.gate,
+        segment=problem.segment,
+    )[0]
+
+
+PEERS = (
+    Peer(
+        "fla",
+        "fla.ops.simple_gla",
+        fla_both_ways,
+        "fla: keys and values are repeated for every head; its backward pass refuses to run on Hopper with "
+        "Triton 3.4 to 3.7.1 (fla #640) and keeps its states in float32.",
+    ),
+    Peer(
+        "mamba_ssm",
+        "mamba_ssm.ops.triton.ssd_combined",
+        mamba_both_ways,
+        "mamba_ssm: B has as many groups as C; int32 offsets overflow at L·H·P >= 2^31 (mamba #1015).",
+    ),
+    Peer(
+        "Bi-Mamba2",
+        "ssd.bi.ssd_combined",
+        bimamba_both_ways,
+        "Bi-Mamba2: adds up both directions over all tokens, without gate, text or segments, so it does less "
+        "here; its gradients of dt and A read memory that nothing wrote, so only its forward is timed.",
+        forward_only=True,
+        expected=plain_sums,
+    ),
+)

@@ -1,0 +1,219 @@
+"""The folder that a run leaves: `results.json`, `README.md` with the tables, a plot per benchmark.
+
+JSON and tables are written after every line, plots at the end, so that a run cut short has lost nothing;
+plots can be drawn again from the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .definitions import DEFINITIONS, METHOD, TITLES
+from .peers import PEERS
+from .results import OURS, Line, crossover, growth_exponent, measured, panels, with_ratios
+from .window_peers import FLEX_LIMIT
+
+
+class Report:
+    """Keeps the lines of a run and writes them.
+
+    Args:
+        folder: where; made if it is missing.
+        environment: what the numbers were measured on, by name.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
+        self.folder, self.environment, self.lines = folder, environment, []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """The report of an earlier run."""
+        kept = json.loads((folder / "results.json").read_text())
+        report = cls(folder, kept["environment"])
+        report.lines = kept["lines"]
+        return report
+
+    def keep(self, line: Line) -> None:
+        """Take one line and write everything so far."""
+        self.lines.append(line)
+        self.write()
+
+    def write(self) -> None:
+        """`results.json` and the tables."""
+        lines = with_ratios(self.lines)
+        kept = {"environment": self.environment, "lines": lines}
+        (self.folder / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+        (self.folder / "README.md").write_text(self.markdown() + "\n")
+
+    def of(self, benchmark: str) -> list[Line]:
+        """The lines of one benchmark, with ratios, by size, passes, length."""
+        lines = [line for line in with_ratios(self.lines) if line["benchmark"] == benchmark]
+        return sorted(lines, key=lambda line: (line["size"], line["passes"], line["length"]))
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Those that have lines, in the order of the titles."""
+        return [name for name in TITLES if any(line["benchmark"] == name for line in self.lines)]
+
+    def markdown(self) -> str:
+        """Everything, for people."""
+        parts = [f"# Benchmarks: {self.environment['device']}", self.origin(), METHOD]
+        for name in self.benchmarks:
+            lines = self.of(name)
+            parts += [f"## {TITLES[name]}", DEFINITIONS[name]]
+            if measured(lines):
+                parts += [table(name, lines)]
+                if name != "training":
+                    parts += [f"![{TITLES[name]}]({name}.png)"]
+            parts += [bullets(growth(lines) + crossovers(lines))] if name != "training" else []
+            parts += [bullets(left_out(lines))]
+        if {"scan", "windows"} & set(self.benchmarks):
+            parts += ["## Limits of the peers", bullets([*(peer.limits for peer in PEERS), FLEX_LIMIT])]
+        return "\n\n".join(part for part in parts if part)
+
+    def origin(self) -> str:
+        """Where the numbers come from."""
+        return bullets([f"{name}: {value}" for name, value in self.environment.items()])
+
+    def plot(self) -> None:
+        """A PNG per benchmark that has curves."""
+        for name in self.benchmarks:
+            curves = panels(self.of(name))
+            if name != "training" and curves:
+                draw(name, curves, self.folder / f"{name}.png", self.environment["device"])
+
+
+def bullets(items: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {item}" for item in items)
+
+
+Column = tuple[str, Callable[[Line], str]]
+
+
+def table(benchmark: str, lines: Sequence[Line]) -> str:
+    """The measured lines in Markdown."""
+    columns = columns_of(benchmark)
+    rows = [[name for name, _ in columns], ["---"] * len(columns)]
+    rows += [[show(line) for _, show in columns] for line in measured(lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def columns_of(benchmark: str) -> list[Column]:
+    """The columns of one benchmark's table."""
+
+    def number(name: str, scale: float = 1.0, form: str = ".3g") -> Callable[[Line], str]:
+        return lambda line: "" if line.get(name) is None else f"{line[name] * scale:{form}}"
+
+    columns: list[Column] = [
+        ("size", lambda line: line["size"]),
+        ("what", lambda line: line["passes"]),
+        ("tokens", lambda line: f"{line['length']:,}"),
+        ("method", lambda line: line["method"]),
+        ("ms", lambda line: f"{line['seconds'] * 1e3:.4g}"),
+        ("spread", lambda line: f"{line['spread']:.0%}" if line["runs"] > 1 else "one run"),
+        ("peak MiB", number("memory", 2**-20, ",.0f")),
+    ]
+    if benchmark in ("scan", "windows"):
+        columns += [("TFLOP/s", number("tflops")), ("GB/s", number("gbps"))]
+        columns += [("of the floor", number("of_floor", form=".0%"))]
+    else:
+        columns += [("tokens/s", number("tokens_per_second", form=",.0f"))]
+    if benchmark == "decode":
+        columns += [("rows", number("batch", form=",.0f"))]
+        columns += [("replayed", lambda line: line.get("replayed", ""))]
+    if benchmark in ("ttft", "decode"):
+        columns += [("cache MiB", number("cache_bytes", 2**-20, ",.1f"))]
+        columns += [("teacher's attention", attention)]
+    if benchmark != "training":
+        columns += [("LinMU is faster", lambda line: f"{line['ratio']:.3g}×" if "ratio" in line else "")]
+    return columns
+
+
+def attention(line: Line) -> str:
+    """Which of torch's kernels attended, where one did."""
+    return "" if line["method"] == OURS else line.get("attention", "")
+
+
+def growth(lines: Sequence[Line]) -> list[str]:
+    """How each curve grows, in words."""
+    found = []
+    for (size, passes), methods in panels(lines).items():
+        powers = {method: growth_exponent(series) for method, series in methods.items()}
+        told = [f"{method} L^{power:.2f}" for method, power in powers.items() if power is not None]
+        if told:
+            found.append(f"growth over the longest four lengths, {size}, {passes}: {', '.join(told)}")
+    return found
+
+
+def crossovers(lines: Sequence[Line]) -> list[str]:
+    """From which length on LinMU is faster, in words."""
+    found = []
+    for (size, passes), methods in panels(lines).items():
+        ours = methods.get(OURS, {})
+        for method, series in methods.items():
+            common = ours.keys() & series.keys()
+            if method == OURS or not common:
+                continue
+            length = crossover(ours, series)
+            shortest = length is not None and length <= min(common)
+            said = f"from {length:,.0f} tokens on" if length else f"not up to {max(common):,} tokens"
+            if shortest:
+                said = f"at all lengths measured, {min(common):,} to {max(common):,} tokens"
+            found.append(f"faster than {method}, {size}, {passes}: {said}")
+    return found
+
+
+def left_out(lines: Sequence[Line]) -> list[str]:
+    """What was asked for and not measured, with the reason; equal reasons together."""
+    reasons: dict[tuple[str, str, str, str], list[str]] = {}
+    for line in lines:
+        if "seconds" not in line:
+            place = (line["method"], line["size"], line["passes"], line["status"])
+            reasons.setdefault(place, []).append(f"{line['length']:,}")
+    return [
+        f"not measured: {method}, {size}, {passes}, {', '.join(lengths)} tokens: {status}"
+        for (method, size, passes, status), lengths in reasons.items()
+    ]
+
+
+def draw(benchmark: str, curves: dict[tuple[str, str], dict[str, Any]], path: Path, device: str) -> None:
+    """One panel per size and kind of pass, both axes logarithmic, crossovers marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5.2 * len(curves), 4.2), squeeze=False)
+    for axis, ((size, passes), methods) in zip(axes[0], curves.items(), strict=True):
+        ours = methods.get(OURS, {})
+        for method, series in methods.items():
+            lengths = sorted(series)
+            width = 2.5 if method == OURS else 1.4
+            (line,) = axis.plot(
+                lengths, [series[n] * 1e3 for n in lengths], "o-", label=method, lw=width, ms=4
+            )
+            length = crossover(ours, series) if method != OURS else None
+            if length and length > min(ours.keys() & series.keys()):
+                axis.axvline(length, color=line.get_color(), ls=":", lw=1)
+                axis.annotate(
+                    f"{length:,.0f}",
+                    (length, 0.02),
+                    xycoords=("data", "axes fraction"),
+                    rotation=90,
+                    color=line.get_color(),
+                    fontsize=8,
+                    ha="right",
+                )
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{size}, {passes}")
+        axis.set_ylabel("ms per token and row" if benchmark == "decode" else "ms")
+        axis.grid(True, which="both", alpha=0.2)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{TITLES[benchmark]}, {device}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,82 @@
+"""What Flex-MA does with its scan: each head normed, tokens back in their order; the torch engine of both.
+
+Letters: B batch, L tokens, H heads, P head dim. With y the scan's output in scan order, ŷ the normed one, and
+z = w ŷ in token order:
+
+    ŷ = σ y,  σ = (mean(y²) + ε)^-½        ȳ = σ (w z̄ - ŷ mean(ŷ w z̄))        w̄ = Σ ŷ z̄                  (1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import chunked_scan
+from .precision import accumulation_dtype, without_autocast
+
+
+@without_autocast
+def forward_heads(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    gate: Tensor | None,
+    segment: Tensor | None,
+    valid: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`chunked_scan.forward`, then eq. (1).
+
+    Args:
+        x, dt, A, B, C, gate, segment, valid, D, initial_state: as there, in scan order.
+        order: (B, L), the token at each place of the scan; None = they stand in their order.
+        norm_weight: (H·P,); None = no norm.
+        eps: ε.
+        keep: whether a gradient will be asked for.
+    Returns:
+        z (B, L, H, P) in token order and the final state (B, H, N, P); for the gradient y (B, L, H, P) and σ
+        (B, L, H) in scan order, empty unless there is a norm and they are to be kept.
+    """
+    y, final_state = chunked_scan.forward(x, dt, A, B, C, gate, segment, valid, D, initial_state)
+    kept = [y.new_empty(0), y.new_empty(0, dtype=accumulation_dtype(y.dtype))]
+    z = y
+    if norm_weight is not None:
+        wide = y.to(kept[1].dtype)
+        scale = torch.rsqrt(wide.square().mean(-1) + eps)
+        z = (wide * scale[..., None] * norm_weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)
+        kept = [y, scale] if keep else kept
+    if order is not None:
+        z = torch.empty_like(z).flatten(0, 1).index_copy_(0, flat(order), z.flatten(0, 1)).view(z.shape)
+    return z, final_state, *kept
+
+
+@without_autocast
+def norm_gradient(
+    z_grad: Tensor, y: Tensor, scale: Tensor, norm_weight: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Eq. (1), right: the gradients of y (B, L, H, P), in its dtype and scan order, and of w (H·P,)."""
+    z_grad = in_scan_order(z_grad, order).to(scale.dtype)
+    normed = y.to(scale.dtype) * scale[..., None]
+    weighed = z_grad * norm_weight.to(scale.dtype).view(y.shape[2:])
+    y_grad = scale[..., None] * (weighed - normed * (normed * weighed).mean(-1, keepdim=True))
+    return y_grad.to(y.dtype), (normed * z_grad).sum((0, 1)).flatten()
+
+
+def in_scan_order(tensor: Tensor, order: Tensor | None) -> Tensor:
+    """(B, L, ·, ·) in token order -> in scan order."""
+    if order is None:
+        return tensor
+    return tensor.reshape(-1, *tensor.shape[2:]).index_select(0, flat(order)).view(tensor.shape)
+
+
+def flat(order: Tensor) -> Tensor:
+    """(B, L) -> (B·L,): rows of the flattened batch."""
+    start = torch.arange(order.shape[0], device=order.device)[:, None] * order.shape[1]
+    return (order + start).flatten()
