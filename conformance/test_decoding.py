@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -128,21 +127,3 @@ def test_a_stop_string_stops(tiny, reader):
         **inputs, max_new_tokens=8, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
     )
     assert tokens.shape[1] - length == letters.index(stop) + 1
-
-
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}])
-def test_beams_over_pictures_score_what_the_whole_sequence_scores(tiny, reader, options):
-    rows = ["see {wide} now", "{small}?"]
-    inputs = tiny.inputs(*rows)
-    settings = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
-    output = reader.generate(**inputs, max_new_tokens=3, **settings, **options)
-    count = options.get("num_return_sequences", 1)
-    for index, sequence in enumerate(output.sequences):
-        alone = tiny.inputs(rows[index // count])
-        answer = sequence[inputs["input_ids"].shape[1] :]
-        ids = torch.cat([alone["input_ids"], answer[None]], dim=1)
-        with torch.no_grad():
-            given = alone | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            logits = reader(**given, use_cache=False).logits[0, -len(answer) - 1 : -1]
-        score = logits.log_softmax(-1).gather(-1, answer[:, None]).sum().item() / len(answer)
-        assert math.isclose(score, output.sequences_scores[index].item(), abs_tol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -115,14 +116,29 @@ def test_a_left_padded_batch_gives_what_each_row_gives_alone(tiny, student):
         torch.testing.assert_close(logits[None], alone, rtol=0, atol=TOLERANCE)
 
 
-def test_a_second_turn_with_a_new_image_equals_the_whole_conversation(tiny, student):
+def test_beams_over_pictures_score_what_the_whole_sequence_scores(tiny, student):
+    """Each copy of a row must keep its own pictures, however many there are."""
+    rows = prompts(tiny)[:2]
+    inputs = tiny.inputs(*rows)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+    output = run(student, inputs, **settings)
+    for index, sequence in enumerate(output.sequences):
+        alone = tiny.inputs(rows[index // 2])
+        answer = sequence[inputs["input_ids"].shape[1] :]
+        whole = torch.cat([alone["input_ids"], answer[None]], dim=1)
+        logits = uncached(tiny, student, alone, whole)[0]
+        score = logits.log_softmax(-1).gather(-1, answer[:, None]).sum().item() / len(answer)
+        assert math.isclose(score, output.sequences_scores[index].item(), abs_tol=TOLERANCE)
+
+
+def test_a_second_turn_with_new_pictures_equals_the_whole_conversation(tiny, student):
     second, first = prompts(tiny)[:2]
-    opening = run(student, tiny.inputs(first))
-    turn = tiny.inputs(second, seed=1)
-    whole = joined(tiny, tiny.inputs(first), opening.sequences, turn)
-    output = run(student, whole, past_key_values=opening.past_key_values)
-    wanted = uncached(tiny, student, whole, output.sequences)
-    torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
+    for turn in [tiny.inputs(second, seed=1)] + ([tiny.video(2)] if tiny.video else []):
+        opening = run(student, tiny.inputs(first))
+        whole = joined(tiny, tiny.inputs(first), opening.sequences, turn)
+        output = run(student, whole, **{CACHE_NAME: opening[CACHE_NAME]})
+        wanted = uncached(tiny, student, whole, output.sequences)
+        torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_placeholders_are_where_the_layout_has_vision_or_a_newline(tiny, student):
@@ -161,8 +177,8 @@ def test_a_chunk_that_ends_between_two_frames_is_refused():
         )  # after a frame, before the next one's time
 
 
-def test_a_hybrid_keeps_keys_and_values_in_the_layers_that_stay(tiny):
-    student = shake_mixers(build_student(tiny.teacher, None, [1], MMATE))
+def test_a_hybrid_keeps_keys_and_values_in_the_layers_that_stay(tiny, backend):
+    student = shake_mixers(build_student(tiny.teacher, None, [1], backend.MMATE))
     inputs = tiny.inputs(prompts(tiny)[0])
     output = run(student, inputs)
     wanted = uncached(tiny, student, inputs, output.sequences)

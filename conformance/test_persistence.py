@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import build_teacher, every_kind, logits_of, shake, shake_mixers
 from tiny_families import BUILDERS
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from linmu.optimized import convert, load
 from linmu.reference.folder import OURS, hub_name
@@ -38,16 +39,23 @@ def folder(saved, tmp_path) -> Path:
     return shutil.copytree(saved, tmp_path / "student")
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", *BUILDERS])
+@pytest.mark.parametrize("family", BUILDERS)
 def test_a_stock_class_refuses_a_students_folder(family, tmp_path):
     """Instead of drawing new attention in the place of M-MATE, with a warning."""
-    teacher = BUILDERS[family]().teacher if family in BUILDERS else build_teacher(family)
+    teacher = BUILDERS[family]().teacher
     convert(teacher, layers=[1]).save_pretrained(tmp_path)
     with pytest.raises(Exception, match=r"linmu\.MMATE"):
         type(teacher).from_pretrained(tmp_path)
     again = load(tmp_path)
     decoder = again.config.get_text_config(decoder=True)
     assert set(getattr(decoder, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+
+
+def test_a_text_decoders_converted_layers_are_marked():
+    with torch.device("meta"):
+        teacher = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=64))
+    written = json.loads(convert(teacher, layers=[0, -1]).config.to_json_string())
+    assert written["layer_types"] == ["linmu.MMATE", *["full_attention"] * 30, "linmu.MMATE"]
 
 
 def test_a_folder_is_ready_for_the_hub(saved):

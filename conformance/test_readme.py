@@ -156,7 +156,7 @@ def make_pictures(jsonl: str, folder: Path) -> None:
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the tree, so that what the README writes lands there; tests run in it."""
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "__pycache__", ".*_cache", "runs", "build", "*.egg-info"
+        ".git", ".venv*", "__pycache__", ".*_cache", "runs", "build", "*.egg-info"
     )
     shutil.copytree(ROOT, tmp_path, ignore=ignored, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

@@ -7,12 +7,12 @@ import inspect
 import pytest
 import torch
 from PIL import ImageChops
-from tiny_families import BUILDERS, Tiny
+from tiny_families import BUILDERS, QWEN, Tiny
 from torch import Tensor
 
 from linmu.reference.families import FAMILIES
-from linmu.reference.grids import placement_coords
-from linmu.reference.visions import Vision
+from linmu.reference.grids import Placement, placement_coords
+from linmu.reference.visions import LlavaOnevisionVision, Vision
 
 VISION = [name for name in BUILDERS if name not in ("qwen2", "llama")]
 
@@ -44,8 +44,7 @@ def mosaic(rows: int, columns: int, side: int) -> list[tuple[int, ...]]:
 
 
 GRIDS = {
-    "qwen3_vl": {"wide": [box(1, 2, 4)], "tall": [box(1, 5, 2)], "video": [box(3, 2, 3)]},
-    "qwen3_vl_moe": {"wide": [box(1, 2, 4)], "tall": [box(1, 5, 2)], "video": [box(3, 2, 3)]},
+    **{key: {"wide": [box(1, 2, 4)], "tall": [box(1, 5, 2)], "video": [box(3, 2, 3)]} for key in QWEN},
     "llava_onevision": {  # of 6·9 tokens 4·9 are no padding; 9·9 are more than 1.1² · 5 tiles, so they shrink
         "wide": [box(1, 3, 3), box(1, 4, 9)],
         "tall": [box(1, 3, 3), box(1, 9, 3)],
@@ -121,3 +120,32 @@ def test_tiles_in_rows_of_unequal_length_are_refused(name):
     broken = torch.cat([ids[:, : at - 1], ids[:, :1], ids[:, at - 1 :]], dim=1)  # a letter between two tiles
     with pytest.raises(ValueError, match=r"rows of equal length.*got rows of \[1, 2, 3\]; pass linmu_coords"):
         vision_of(tiny).placements(tiny.teacher.config, broken, inputs)
+
+
+@pytest.mark.parametrize(
+    ("counts", "past", "wanted"),
+    [
+        ([1, 1], 4, [1]),
+        ([2], 4, [2]),
+        ([1, 2], 4, [2]),
+        ([3], 0, [3]),
+        ([2, 1], 8, None),
+        ([2, 1], 4, "error"),
+    ],
+)
+def test_an_image_stays_alone_or_one_of_several_when_others_are_dropped(counts, past, wanted):
+    """LLaVA-OneVision shows an image that is alone in full; `batch_num_images` must go on to say which is."""
+    total = sum(counts)
+    cells = torch.zeros(1, 3, dtype=torch.int64)
+    placements = [Placement(0, "image", n, torch.tensor([4 * n]), cells) for n in range(total)]
+    inputs = {"pixel_values": torch.arange(total), "image_sizes": torch.ones(total, 2)}
+    inputs["batch_num_images"] = torch.tensor(counts)
+    vision = LlavaOnevisionVision()
+    if wanted == "error":
+        with pytest.raises(ValueError, match="one of several must come last, or be several, got"):
+            vision.keep_new(None, placements, past, inputs)
+        return
+    vision.keep_new(None, placements, past, inputs)
+    assert inputs["pixel_values"].tolist() == list(range(past // 4, total))
+    kept = inputs.get("batch_num_images")
+    assert (None if kept is None else kept.tolist()) == (None if wanted == [1] else wanted)

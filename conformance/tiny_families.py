@@ -1,7 +1,7 @@
-"""Genuine small checkpoints of every other family, with their real processors; no download.
+"""Genuine small checkpoints of every family, with their real processors; no download.
 
-`tiny_checkpoint.py` has Qwen2-VL and Qwen2.5-VL. Here pictures are pictures: what the models get is what the
-family's own processor makes of text and images. Videos, which need torchvision there, are written by hand, as
+Unlike in `tiny_checkpoint.py`, pictures are pictures: what the models get is what the family's own processor
+makes of text and images. Videos, which need torchvision there, are written by hand, as
 the family's processor writes them.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,12 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -45,6 +50,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from linmu.reference.processing import LinMUQwen2_5_VLProcessor, LinMUQwen2VLProcessor
 from linmu.reference.processors import (
     LinMUIdefics3Processor,
     LinMUInternVLProcessor,
@@ -149,34 +155,58 @@ def finished(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Pr
     return teacher
 
 
-def qwen3_vl(experts: int = 0) -> Tiny:
-    """Qwen3-VL, dense or with experts: q/k norms, heads wider than width / heads, DeepStack."""
-    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    tokenizer = byte_tokenizer(names)
+QWEN_VISION = {
+    "depth": 2,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "initializer_range": 0.3,
+}
+NARROW = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": WIDTH}
+DEEP = NARROW | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 36}
+WINDOWED = NARROW | {"window_size": 32, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+WIDE = {"head_dim": 12}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+QWEN = {  # configuration, model, processor, the vision tower's sizes, the decoder's
+    "qwen2_vl": (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        LinMUQwen2VLProcessor,
+        {"embed_dim": 16, "hidden_size": WIDTH, "mlp_ratio": 2},
+        {},
+    ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        LinMUQwen2_5_VLProcessor,
+        WINDOWED,
+        {},
+    ),
+    "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, LinMUQwen3VLProcessor, DEEP, WIDE),
+    "qwen3_vl_moe": (
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        LinMUQwen3VLProcessor,
+        DEEP,
+        EXPERTS,
+    ),
+}
+
+
+def qwen_vl(name: str) -> Tiny:
+    """Qwen's: biases and M-RoPE; Qwen3's: q/k norms, heads wider than width / heads, DeepStack, experts."""
+    config_class, model_class, processor_class, vision, text = QWEN[name]
+    tokenizer = byte_tokenizer(("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"))
     token = tokenizer.convert_tokens_to_ids
-    section = [2, 1, 1] if experts else [2, 2, 2]
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section, "mrope_interleaved": True}
-    text = TEXT | {"vocab_size": len(tokenizer), "head_dim": 2 * sum(section), "rope_parameters": rope}
-    if experts:
-        text |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_heads": 2,
-        "patch_size": PATCH,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": WIDTH,
-        "deepstack_visual_indexes": [0, 1],
-        "num_position_embeddings": 36,
-        "initializer_range": 0.3,
-    }
-    config_class = Qwen3VLMoeConfig if experts else Qwen3VLConfig
-    model_class = Qwen3VLMoeForConditionalGeneration if experts else Qwen3VLForConditionalGeneration
+    newer = name.startswith("qwen3")
+    section = [2, 2, 2] if text.get("head_dim") == 12 else [2, 1, 1]
+    rope = (
+        TEXT["rope_parameters"] | {"mrope_section": section} | ({"mrope_interleaved": True} if newer else {})
+    )
     config = config_class(
-        text_config=text,
-        vision_config=vision,
+        text_config=TEXT | text | {"vocab_size": len(tokenizer), "rope_parameters": rope},
+        vision_config=QWEN_VISION | vision,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
@@ -185,21 +215,20 @@ def qwen3_vl(experts: int = 0) -> Tiny:
     torch.manual_seed(0)
     teacher = finished(model_class(config), tokenizer)
     pixels = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, min_pixels=64, max_pixels=4096)
-    processor = LinMUQwen3VLProcessor(pixels, tokenizer)
-    image = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def video(frames: int) -> dict[str, Tensor]:
-        """A run of 2·3 tokens per frame, each after its time."""
-        runs = (f"<{i}.0 seconds><|vision_start|>{'<|video_pad|>' * 6}<|vision_end|>" for i in range(frames))
-        inputs = dict(tokenizer(f"see {''.join(runs)} end", return_tensors="pt", return_token_type_ids=False))
+        """2·3 tokens per frame: one run, or in Qwen3-VL a run per frame, each after its time."""
+        start, end = "<|vision_start|>", "<|vision_end|>"
+        runs = "".join(f"<{i}.0 seconds>{start}{'<|video_pad|>' * 6}{end}" for i in range(frames))
+        text = f"see {runs if newer else start + '<|video_pad|>' * 6 * frames + end} end"
+        inputs = dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False))
         generator = torch.Generator().manual_seed(frames)
         inputs["mm_token_type_ids"] = 2 * (inputs["input_ids"] == token("<|video_pad|>")).int()
         inputs["pixel_values_videos"] = torch.randn(frames * 24, 3 * 2 * PATCH**2, generator=generator)
         return inputs | {"video_grid_thw": torch.tensor([[frames, 4, 6]])}
 
-    sizes = {"wide": (16, 32), "tall": (40, 16)}
-    name = "qwen3_vl_moe" if experts else "qwen3_vl"
-    return Tiny(name, teacher, processor, image, video, sizes)
+    image, sizes = "<|vision_start|><|image_pad|><|vision_end|>", {"wide": (16, 32), "tall": (40, 16)}
+    return Tiny(name, teacher, processor_class(pixels, tokenizer), image, video, sizes)
 
 
 def llava_onevision() -> Tiny:
@@ -295,7 +324,7 @@ def idefics3(smol: bool = False) -> Tiny:
     model_class = SmolVLMForConditionalGeneration if smol else Idefics3ForConditionalGeneration
     teacher = finished(model_class(config), tokenizer)
     image_class = SmolVLMImageProcessorPil if smol else Idefics3ImageProcessorPil
-    pixels = image_class(size={"longest_edge": 3 * side}, max_image_size={"longest_edge": side})
+    pixels = image_class(size={"longest_edge": 48}, max_image_size={"longest_edge": side})
     processor = LinMUIdefics3Processor(pixels, tokenizer, image_seq_len=4)
     sizes = {"wide": (32, 48), "tall": (48, 16), "small": (16, 16)}
     return Tiny("smolvlm" if smol else "idefics3", teacher, processor, "<image>", None, sizes, tile_axis=1)
@@ -311,8 +340,7 @@ def text_decoder(llama: bool = False) -> Tiny:
 
 
 BUILDERS: dict[str, Callable[[], Tiny]] = {
-    "qwen3_vl": qwen3_vl,
-    "qwen3_vl_moe": lambda: qwen3_vl(experts=4),
+    **{name: partial(qwen_vl, name) for name in QWEN},
     "llava_onevision": llava_onevision,
     "internvl": internvl,
     "idefics3": idefics3,

@@ -63,28 +63,24 @@ class StudentConfig:
     def to_json_string(self, *args, **kwargs) -> str:
         """Return the configuration as `config.json` has it."""
         settings = json.loads(super().to_json_string(*args, **kwargs))
-        converted = set((settings.get("linmu") or {}).get("layers", []))
-        decoder = decoder_settings(settings)
-        count = decoder.get("num_hidden_layers")
-        if converted and count:
+        converted = set((self.linmu or {}).get("layers", []))
+        if converted:
+            decoder = self.get_text_config(decoder=True)
+            part = settings if decoder is self else settings.setdefault("text_config", {})
             kinds = ("full_attention", MARK)
-            decoder["layer_types"] = [kinds[index in converted] for index in range(count)]
+            part["layer_types"] = [kinds[index in converted] for index in range(decoder.num_hidden_layers)]
         return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Read what `to_json_string` wrote."""
-        settings = (
-            json.loads(json.dumps(config_dict, default=str)) if MARK in str(config_dict) else config_dict
-        )
-        if settings is not config_dict:
-            del decoder_settings(settings)["layer_types"]  # all alike, as Hugging Face sets them by itself
+        settings = dict(config_dict)
+        if isinstance(settings.get("text_config"), dict):
+            settings["text_config"] = dict(settings["text_config"])
+        for part in (settings, settings.get("text_config")):
+            if isinstance(part, dict) and MARK in (part.get("layer_types") or []):
+                del part["layer_types"]  # all alike, as Hugging Face sets them by itself
         return super().from_dict(settings, **kwargs)
-
-
-def decoder_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a `config.json` that is the decoder's."""
-    return settings.get("text_config") or settings
 
 
 def write_card(student: Any, folder: str | os.PathLike) -> None:
