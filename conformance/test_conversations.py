@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from linmu.reference.conversations import Conversations, InOrder, Mixture, skipped
 from linmu.reference.demo import TEACHER
-from linmu.reference.media import Media
 from linmu.reference.processing import ChatCollator, load_processor
-from linmu.reference.samples import Encoder
-from linmu.reference.sources import open_rows
-from linmu.reference.turns import read_turns
+from linmu.reference.training.conversations import Conversations, InOrder, Mixture, skipped
+from linmu.reference.training.media import Media
+from linmu.reference.training.samples import Encoder
+from linmu.reference.training.sources import open_rows
+from linmu.reference.training.turns import read_turns
 
 pytestmark = pytest.mark.trial_of_the_reference
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import distill
-from linmu.reference.conversations import Conversations, InOrder
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.processing import ChatCollator, load_processor
-from linmu.reference.stage_trainer import StageTrainer
+from linmu.reference.training.conversations import Conversations, InOrder
+from linmu.reference.training.stage_trainer import StageTrainer
 
 ROOT = Path(distill.__file__).parent
 TINY = ["--steps", "2,2,3", "--batch_size", "3", "--eval_samples", "6", "--calibration_batches", "1"]

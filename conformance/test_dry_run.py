@@ -61,8 +61,8 @@ def test_it_says_what_would_be_trained_on_what_and_writes_nothing(mine, capsys):
 MEASURED = """
 import json, sys
 import distill
-from linmu.reference.memory import peak_above, predict, weights
-from linmu.reference.run import Run
+from linmu.reference.training.memory import peak_above, predict, weights
+from linmu.reference.training.run import Run
 
 config = distill.parse(sys.argv[1:])
 run = Run(config)

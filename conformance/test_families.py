@@ -208,7 +208,7 @@ def test_a_students_folder_opens_as_the_student(tiny, student, backend, tmp_path
     inputs = tiny.inputs(prompts(tiny)[0])
     wanted = student(**inputs).logits
     assert torch.equal(load_student(tmp_path, backend.MMATE)(**inputs).logits, wanted)
-    monkeypatch.setenv("LINMU_BACKEND", backend.name.rpartition(".")[2])
+    monkeypatch.setenv("LINMU_BACKEND", backend.name.partition("@")[0].rpartition(".")[2])
     auto_class = AutoModelForImageTextToText if tiny.image else AutoModelForCausalLM
     opened = auto_class.from_pretrained(tmp_path)
     assert type(opened) is type(student)

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import distill
-from linmu.reference import whole_writes
-from linmu.reference.guards import UntrustedError
 from linmu.reference.lesson import Lesson
-from linmu.reference.stage_trainer import StageTrainer
-from linmu.reference.whole_writes import whole_file, whole_folder
+from linmu.reference.training import whole_writes
+from linmu.reference.training.guards import UntrustedError
+from linmu.reference.training.stage_trainer import StageTrainer
+from linmu.reference.training.whole_writes import whole_file, whole_folder
 
 pytestmark = pytest.mark.trial_of_the_reference
 

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from linmu.reference.demo import TEACHER
-from linmu.reference.turns import blocks, read_turns
+from linmu.reference.training.turns import blocks, read_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

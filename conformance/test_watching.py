@@ -12,8 +12,8 @@ from tiny_checkpoint import build_teacher, every_kind, shake_mixers
 
 import distill
 from linmu.reference import Lesson, Objective, attach_teacher, convert
-from linmu.reference.evaluation import evaluate
-from linmu.reference.metrics import append_json, forget_after, read_metrics
+from linmu.reference.training.evaluation import evaluate
+from linmu.reference.training.metrics import append_json, forget_after, read_metrics
 
 pytestmark = pytest.mark.trial_of_the_reference
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .checks import require
 from .losses import hidden_loss, logit_loss
-from .shares import energies, share, total
+from .training.shares import energies, share, total
 
 IGNORED_LABEL = -100  # Hugging Face's mark of positions that are not supervised
 
@@ -235,8 +235,7 @@ class Lesson(nn.Module):
 
     def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Mask (B, L) of image and video tokens."""
-        config, ids = self.student.config, inputs["input_ids"]
-        return (ids == config.image_token_id) | (ids == config.video_token_id)
+        return self.student.placeholder_mask(inputs["input_ids"])
 
     def hidden_terms(self, groups: list[Tensor]) -> dict[str, Tensor]:
         """Eqs. (1) and (2), means over layers, from what the last passes left."""

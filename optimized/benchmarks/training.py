@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from ...reference.stage_trainer import Stage
+from ...reference.training.stage_trainer import Stage
 from ..convert import convert
 from ..lesson import Lesson, Objective, attach_teacher
 from .cases import Case, values_of

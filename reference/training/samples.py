@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
-from .checks import require
-from .processing import IGNORED, ChatCollator
+from ..checks import require
+from ..processing import IGNORED, ChatCollator
 from .turns import blocks
 
 ALONG_TOKENS = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}

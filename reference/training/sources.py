@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checks import require
+from ..checks import require
 
 REMEMBERED = 64  # rows that a stream can go back
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .flex_ma import full_precision_linear
-from .lesson import Lesson
+from ..flex_ma import full_precision_linear
+from ..lesson import Lesson
 
 WAYS = ("forward", "backward", "local")
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from ..processing import IGNORED
 from .command_line import check
 from .conversations import ENDLESS, BrokenSampleError, Conversations, Mixture
 from .memory import predict
-from .processing import IGNORED
 from .stage_trainer import Stage
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .checks import require
+from ..checks import require
 from .command_line import RefusedError
 from .media import Media
 from .sources import JsonLines, Stream, Table, open_rows

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from ..lesson import TaughtMixer
+from ..projections import COPIED
 from .command_line import RefusedError
-from .lesson import TaughtMixer
-from .projections import COPIED
 from .stage_trainer import Stage
 
 if TYPE_CHECKING:

@@ -23,16 +23,16 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from .calibration import calibrate_norms
+from ..calibration import calibrate_norms
+from ..demo import TEACHER
+from ..lesson import Lesson, Objective, attach_teacher, detach_teacher
+from ..processing import load_processor
 from .command_line import check
 from .conversations import InOrder, skipped
 from .data import in_order, open_data
-from .demo import TEACHER
 from .description import about_stage, about_student
 from .evaluation import evaluate, table
-from .lesson import Lesson, Objective, attach_teacher, detach_teacher
 from .plots import plot_layers, plot_losses
-from .processing import load_processor
 from .progress import Progress
 from .samples import Encoder
 from .stage_trainer import STAGES, Stage, StageTrainer, load_taught, taught_tensors

@@ -22,7 +22,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from .checks import require
+from ..checks import require
+from ..lesson import Objective
 from .guards import (
     UntrustedError,
     refuse_idle_training,
@@ -30,7 +31,6 @@ from .guards import (
     refuse_infinite_loss,
     refuse_infinite_tensors,
 )
-from .lesson import Objective
 from .shares import processes, total
 from .whole_writes import PART, finish_folder
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .lesson import TaughtMixer
-from .projections import COPIED
+from ..lesson import TaughtMixer
+from ..projections import COPIED
 from .stage_trainer import Stage
 
 if TYPE_CHECKING:

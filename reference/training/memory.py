@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .lesson import Lesson
+from ..lesson import Lesson
 
 GIB = 2**30
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

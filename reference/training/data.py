@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import ConcatDataset, Dataset
 
+from ..demo import DigitsQuestions
 from .command_line import RefusedError
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
-from .demo import DigitsQuestions
 from .samples import Encoder
 from .sources import open_rows
 

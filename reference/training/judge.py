@@ -19,13 +19,13 @@ from torch.utils.data import ConcatDataset, DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
+from ..demo import TEACHER
+from ..lesson import supervised
+from ..processing import load_processor
 from .command_line import RefusedError, check
 from .conversations import InOrder, skipped
 from .data import open_held_out
-from .demo import TEACHER
 from .evaluation import scores
-from .lesson import supervised
-from .processing import load_processor
 from .samples import Encoder
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..lesson import Lesson
 from .command_line import RefusedError
-from .lesson import Lesson
 
 
 class UntrustedError(RefusedError):

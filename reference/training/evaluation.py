@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .lesson import Lesson, Objective, judged, pictures_encoded_once, supervised
+from ..lesson import Lesson, Objective, judged, pictures_encoded_once, supervised
 from .reliance import LayerWatch
 
 
