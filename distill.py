@@ -55,7 +55,7 @@ class Config:
     streaming: bool = about("read --data on the way instead of listing all samples first", False)
     output: str = about("folder of the run", "runs/demo")
     stages: str = about("stages to run, in order", "i,ii,iii")
-    steps: str = about("optimizer steps of stages i, ii and iii", "100,400,400")
+    steps: str = about("optimizer steps of stages i, ii and iii", "100,400,600")
     backend: Literal["reference", "optimized"] = about(
         "whose M-MATE runs: linmu.reference or linmu.optimized", "optimized"
     )
