@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ PRODUCTS = {
     "link": 0,
     "norm_gradient": 0,
 }  # products of tiles, each at least one tensor-core instruction
+SCAN = ("sweep", "output", "reader", "writer_x", "writer_b")  # float16 goes through their float32 kernels
 SIZES = {"bf16": (128, 64), "fp16": (128,), "fp32": (128,)}
 ALL_SIZES = (128, 64, 32, 16)
 
@@ -49,8 +51,10 @@ def compiled(kernel: str, dtype: str, sizes: tuple[int, ...]) -> dict[str, dict[
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("dtype", SIZES)
-@pytest.mark.parametrize("kernel", PRODUCTS)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [case for case in product(PRODUCTS, SIZES) if case[1] != "fp16" or case[0] not in SCAN],
+)
 def test_kernels_fit_a_hopper_multiprocessor(kernel, dtype, record_property, request):
     """P13, P14: registers without spills, wgmma for every product, at most 227 KB of shared memory."""
     sizes = ALL_SIZES if request.config.getoption("thorough") else SIZES[dtype]

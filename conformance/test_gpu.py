@@ -50,14 +50,14 @@ def whole_gpu() -> Iterator[None]:
 
 @HALF_AND_FULL
 @EVERY
-@pytest.mark.parametrize("head_dim", [128, 64, 80, 16])
+@pytest.mark.parametrize("head_dim", [128, 80, 16])
 def test_kernels_equal_the_torch_engine_at_real_sizes(operator, head_dim, dtype):
     """P13, P14: values, states, every gradient, of tiles that tensor cores multiply."""
     given = arguments(operator, dtype, heads=6, groups=2, head_dim=head_dim, length=517)
     assert_kernels_match(operator, given, f"{operator}, {dtype}, N = P = {head_dim}")
 
 
-@pytest.mark.parametrize("length", [65_537, 131_137])
+@pytest.mark.parametrize("length", [65_537])
 @HALF_AND_FULL
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("scan_step", "logit_loss")])
 def test_no_token_is_lost_beyond_65536(operator, dtype, length, whole_gpu):
@@ -188,10 +188,10 @@ def test_a_block_compiles_into_one_graph():
 
 
 TILES = [
-    ("scan_tiles.CHUNKS", {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}),
-    ("scan_tiles.CHUNKS", {torch.bfloat16: 16, torch.float16: 16, torch.float32: 64}),
-    ("scan_tiles.STEPS", dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), 16)),
-    ("scan_states.BLOCKS", dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), 16)),
+    ("scan_tiles.CHUNKS", {torch.bfloat16: 32, torch.float32: 32}),
+    ("scan_tiles.CHUNKS", {torch.bfloat16: 16, torch.float32: 64}),
+    ("scan_tiles.STEPS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
+    ("scan_states.BLOCKS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
     ("scan_states.RUN", 3),
     ("scan_states.RUN", 64),
     ("conv_kernels.ROWS", 8),

@@ -16,7 +16,7 @@ from .scan_decays import Decays, join_tokens, reverse_cumsum, scan_decays
 from .scan_masks import vision_mask
 from .scan_readers import read_gradients
 from .scan_states import sweep_states
-from .scan_tiles import chunk_size, rows_of
+from .scan_tiles import chunk_size, rows_of, token_dtype
 from .scan_writers import write_gradients
 
 
@@ -46,8 +46,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """`chunked_scan_backward.backward` on Triton kernels: gradients of x, dt, A, B, C, gate, D,
     initial_state."""
-    decays = scan_decays(dt, A, gate, segment, valid, chunk_size(x.dtype), torch.float32, torch.float32)
-    tokens = tuple(rows_of(tensor.to(x.dtype)) for tensor in (x, B, C, y_grad))
+    kind = token_dtype(x.dtype)
+    decays = scan_decays(dt, A, gate, segment, valid, chunk_size(kind), torch.float32, torch.float32)
+    tokens = tuple(rows_of(tensor.to(kind)) for tensor in (x, B, C, y_grad))
     has_vision = decays.segment is not None
     front, initial_grad = forward_passed(*tokens, decays, valid, initial_state, final_grad)
     back = backward_passed(*tokens, decays, valid) if has_vision else None

@@ -29,6 +29,7 @@ from .scan_tiles import (
     step_size,
     stride_arguments,
     tile_size,
+    token_dtype,
     weighed_sum,
 )
 
@@ -171,7 +172,8 @@ def forward_heads(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`scan_heads.forward_heads` on Triton kernels."""
-    x, B, C = rows_of(x), rows_of(B.to(x.dtype)), rows_of(C.to(x.dtype))
+    dtype = x.dtype
+    x, B, C = (rows_of(tensor.to(token_dtype(dtype))) for tensor in (x, B, C))
     decays = scan_decays(dt, A, gate, segment, valid, chunk_size(x.dtype), torch.float32, torch.float32)
     forward_state, final_state, _ = sweep_states(
         B, x, decays.forward_write(), decays.forward_kept(), valid, initial_state
@@ -183,8 +185,8 @@ def forward_heads(
     batch, length, groups, head_dim = x.shape
     heads, state = C.shape[2:]
     keep = keep and norm_weight is not None
-    y = x.new_empty(batch, length, heads, head_dim)
-    y_kept = torch.empty_like(y) if keep else x.new_empty(0)
+    y = x.new_empty(batch, length, heads, head_dim, dtype=dtype)
+    y_kept = torch.empty_like(y) if keep else y.new_empty(0)
     scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
     output_kernel[(heads * decays.dt.shape[1], batch)](
         x,

@@ -32,7 +32,7 @@ from .scan_tiles import (
 )
 
 RUN = 16  # chunks
-BLOCKS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # of P
+BLOCKS = {torch.bfloat16: 64, torch.float32: 32}  # of P
 
 
 @triton.jit

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .scan_decays import Decays
 
-CHUNKS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # tokens
-STEPS = {torch.bfloat16: 32, torch.float16: 16, torch.float32: 16}  # of N or P
+CHUNKS = {torch.bfloat16: 64, torch.float32: 16}  # tokens
+STEPS = {torch.bfloat16: 32, torch.float32: 16}  # of N or P
 
 
 @triton.jit
@@ -181,6 +181,12 @@ def tile_size(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def token_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the scan's kernels take tokens in: float16 would need states of more bits than tf32 has, and goes
+    through the float32 kernels."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def chunk_size(dtype: torch.dtype) -> int:
     """Tokens per chunk."""
     return CHUNKS[dtype]
@@ -192,9 +198,8 @@ def step_size(size: int, dtype: torch.dtype) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products with float32 states are taken, by the dtype of the tokens: float32 means IEEE, float16 has
-    all the bits of tf32 and so needs more than one product of it."""
-    return {torch.float32: "ieee", torch.float16: "tf32x3"}.get(dtype, "tf32")
+    """How products with float32 factors are taken, by the dtype of the tokens: float32 means IEEE."""
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def rows_of(tensor: Tensor) -> Tensor:

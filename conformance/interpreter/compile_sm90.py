@@ -89,16 +89,17 @@ KERNELS = {
 def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     """The compile-time constants of one kernel at N = P = `size`."""
     transposed, kind = chosen.get("transposed", False), DTYPES[dtype]
+    scanned = scan_tiles.token_dtype(kind)
     axes = ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_OUTER")
-    steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), scan_tiles.step_size(size, kind))
+    steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), scan_tiles.step_size(size, scanned))
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
     known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
-    known |= {"CHUNK": scan_tiles.chunk_size(kind)} | dict.fromkeys(axes, size) | steps | strides | chosen
+    known |= {"CHUNK": scan_tiles.chunk_size(scanned)} | dict.fromkeys(axes, size) | steps | strides | chosen
     if "window" in chosen:
         rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
         known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
         known |= {"STEP_N": step, "STEP_P": step}
-    blocks = {"sweep_kernel": scan_states.BLOCKS[kind], "step_kernel": 32}
+    blocks = {"sweep_kernel": scan_states.BLOCKS[scanned], "step_kernel": 32}
     known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
     return {name: known[name] for name in names if name in known}
 
