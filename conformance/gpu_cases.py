@@ -60,7 +60,7 @@ def arguments(
     else:
         case = LossCase(2, min(length, 40), 5003 if length > 100 else 37, "some", 2.0, **common)
     given = moved(case.inputs(), device)
-    if dtype == "float16" and "A" in given:  # its gradient adds up all tokens, beyond float16's largest number
+    if dtype == "float16" and "A" in given:  # its gradient, over all tokens, overflows
         given["A"] = given["A"].float()
     if operator == "scan_step":
         tokens = {name: given[name][:, 0] for name in ("x", "dt", "B", "C")}
