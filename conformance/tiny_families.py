@@ -1,8 +1,7 @@
 """Genuine small checkpoints of every family, with their real processors; no download.
 
 Unlike in `tiny_checkpoint.py`, pictures are pictures: what the models get is what the family's own processor
-makes of text and images. Videos, which need torchvision there, are written by hand, as
-the family's processor writes them.
+makes of text and images. Videos, which need torchvision there, are written by hand as that processor would.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from video_parts import video_part
 
 from linmu.reference.processing import LinMUQwen2_5_VLProcessor, LinMUQwen2VLProcessor
 from linmu.reference.processors import (
@@ -228,7 +228,8 @@ def qwen_vl(name: str) -> Tiny:
         return inputs | {"video_grid_thw": torch.tensor([[frames, 4, 6]])}
 
     image, sizes = "<|vision_start|><|image_pad|><|vision_end|>", {"wide": (16, 32), "tall": (40, 16)}
-    return Tiny(name, teacher, processor_class(pixels, tokenizer), image, video, sizes)
+    parts = video_part("Qwen3VL") if newer else {}
+    return Tiny(name, teacher, processor_class(pixels, tokenizer, **parts), image, video, sizes)
 
 
 def llava_onevision() -> Tiny:
@@ -256,6 +257,7 @@ def llava_onevision() -> Tiny:
         num_image_tokens=9,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_5",
+        **video_part("LlavaOnevision"),
     )
 
     def video(frames: int) -> dict[str, Tensor]:
@@ -292,7 +294,7 @@ def internvl() -> Tiny:
     pixels = GotOcr2ImageProcessorPil(
         size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=4
     )
-    processor = LinMUInternVLProcessor(pixels, tokenizer, image_seq_length=9)
+    processor = LinMUInternVLProcessor(pixels, tokenizer, image_seq_length=9, **video_part("InternVL"))
 
     def video(frames: int) -> dict[str, Tensor]:
         """A line per frame."""
