@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .metrics import read_metrics
 from .reliance import WAYS
@@ -50,4 +51,6 @@ def plot_layers(rows: dict[str, dict[str, Any]], image: Path) -> None:
         bottom = [below + share for below, share in zip(bottom, shares, strict=True)]
     axis.set(title=f"vision tokens rely on ({name})", xlabel="layer", ylim=(0, 1))
     axis.legend()
+    for axis in figure.axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(image, dpi=120)
