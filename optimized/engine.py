@@ -111,7 +111,12 @@ def interpreter_obstacle(dtype: torch.dtype) -> str | None:
 
 def announced(engine: str, operator: str, reason: str) -> str:
     """`engine`, said on stderr the first time it is used."""
-    if engine not in _announced:
-        _announced.add(engine)
-        print(f"linmu.optimized: {engine} engine from {operator} on ({reason})", file=sys.stderr)
+    say_once(engine, f"{engine} engine from {operator} on ({reason})")
     return engine
+
+
+def say_once(topic: str, line: str) -> None:
+    """Print a line on stderr, the first time that its topic comes up."""
+    if topic not in _announced:
+        _announced.add(topic)
+        print(f"linmu.optimized: {line}", file=sys.stderr)
