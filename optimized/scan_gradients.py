@@ -1,32 +1,111 @@
-"""The gradient of the scan on Triton kernels: states both ways, then readers and writers, chunks side by
-side.
+# ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
+"""The gradient of the scan on Triton kernels: states both ways, then readers and writers, parts of chunks side
+by side, and at last the scalars.
 
-Letters and equations as in `chunked_scan_backward`; its scalars are put together here, by the same sums.
+Letters and equations as in `chunked_scan_backward`; a kernel puts its scalars together, by the same sums.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_decays import Decays, join_tokens, reverse_cumsum, scan_decays
-from .scan_masks import vision_mask
 from .scan_readers import read_gradients
+from .scan_scalars import HEADS_AT_ONCE, Scalars, decayed, scan_scalars
 from .scan_states import sweep_states
-from .scan_tiles import chunk_size, rows_of, token_dtype
+from .scan_tiles import chunk_size, rows_of, token_dtype, token_rows
 from .scan_writers import write_gradients
 
 
-@dataclass(frozen=True)
-class Passed:
-    """One direction's states at the edges of the chunks, and what passed through them."""
-
-    entering: Tensor  # (B, K, H, N, P), what a chunk's tokens read
-    leaving_grad: Tensor  # (B, K, H, N, P), the gradient of what the chunk hands on
-    handed_on: Tensor  # (B, K, H): <S, S̄> of the state that passes the chunk, with its decay
+@triton.jit
+def rates_kernel(
+    A,
+    DT,
+    FORWARD,
+    BACKWARD,
+    FORWARD_GATE,
+    BACKWARD_GATE,
+    SEGMENT,
+    VALID,
+    FORWARD_WRITE,
+    BACKWARD_WRITE,
+    FORWARD_KEPT,
+    BACKWARD_KEPT,
+    OPENS,
+    FORWARD_PRODUCT,
+    BACKWARD_PRODUCT,
+    FORWARD_ROWS,
+    BACKWARD_ROWS,
+    FORWARD_COLUMNS,
+    BACKWARD_COLUMNS,
+    FORWARD_READ,
+    BACKWARD_READ,
+    FORWARD_WRITTEN,
+    BACKWARD_WRITTEN,
+    PAIR_DT,
+    PAIR_GATE,
+    DT_GRAD,
+    A_GRAD,
+    GATE_GRAD,
+    length,
+    chunks,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_VISION: tl.constexpr,
+):
+    """The gradients of dt, A and the gate for one chunk and a block of heads. That of a = dt A is the sum of
+    every product of a write and a read that spans the token: pairs of the chunk, reads of the state that
+    enters it, writes to the state that leaves it, and the state that passes through."""
+    chunk = tl.program_id(0)
+    heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.cast(tl.program_id(2), tl.int64)
+    place = tl.arange(0, CHUNK)[:, None]
+    rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
+    inside = heads < HEADS
+    real = inside[None, :]
+    at_chunk = (batch * chunks + chunk) * HEADS + heads
+    at = at_chunk[None, :] * CHUNK + place
+    forward, dt = tl.load(FORWARD + at, mask=real, other=0.0), tl.load(DT + at, mask=real, other=0.0)
+    read = tl.load(FORWARD_READ + at, mask=real, other=0.0)
+    gated = read
+    if HAS_VISION:
+        gated = read * tl.load(FORWARD_GATE + at, mask=real, other=0.0)
+    written = tl.load(FORWARD_WRITTEN + at, mask=real, other=0.0)
+    wrote = written * tl.load(FORWARD_WRITE + at, mask=real, other=0.0)
+    pairs = tl.load(FORWARD_ROWS + at, mask=real, other=0.0)
+    pairs -= tl.load(FORWARD_COLUMNS + at, mask=real, other=0.0)
+    rate = tl.cumsum(gated + pairs, 0, reverse=True) + (tl.cumsum(wrote, 0) - wrote)
+    kept = tl.load(FORWARD_KEPT + at_chunk, mask=inside, other=0.0)
+    rate += (kept * tl.load(FORWARD_PRODUCT + at_chunk, mask=inside, other=0.0))[None, :]
+    end = tl.sum(tl.where(place == CHUNK - 1, forward, 0.0), 0)
+    dt_grad = tl.load(PAIR_DT + at, mask=real, other=0.0) + written * decayed(end[None, :] - forward)
+    out = ((batch * length + rows) * HEADS)[:, None] + heads[None, :]
+    where = (rows < length)[:, None] & real
+    if HAS_VISION:
+        segment = tl.load(SEGMENT + batch * length + rows, mask=taken, other=-1)[:, None]
+        backward = tl.load(BACKWARD + at, mask=real, other=0.0)
+        read_back = tl.load(BACKWARD_READ + at, mask=real, other=0.0)
+        gated = read_back * tl.load(BACKWARD_GATE + at, mask=real, other=0.0)
+        written = tl.load(BACKWARD_WRITTEN + at, mask=real, other=0.0)
+        wrote = written * tl.load(BACKWARD_WRITE + at, mask=real, other=0.0)
+        pairs = tl.load(BACKWARD_ROWS + at, mask=real, other=0.0)
+        pairs -= tl.load(BACKWARD_COLUMNS + at, mask=real, other=0.0)
+        other = tl.cumsum(gated + pairs, 0) + (tl.cumsum(wrote, 0, reverse=True) - wrote)
+        kept = tl.load(BACKWARD_KEPT + at_chunk, mask=inside, other=0.0)
+        other += (kept * tl.load(BACKWARD_PRODUCT + at_chunk, mask=inside, other=0.0))[None, :]
+        rate += tl.where(segment >= 0, other, 0.0)
+        leaves = segment == tl.load(OPENS + batch * (chunks + 1) + chunk)
+        dt_grad += tl.where(leaves, written * decayed(backward), 0.0)
+        gate_grad = tl.load(PAIR_GATE + at, mask=real, other=0.0) + read - read_back
+        tl.store(GATE_GRAD + out, tl.where(segment >= 0, gate_grad, 0.0), mask=where)
+    tl.store(A_GRAD + at_chunk, tl.sum(rate * dt, 0), mask=inside)
+    dt_grad += rate * tl.load(A + heads, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(DT_GRAD + out, tl.where(taken[:, None], dt_grad, 0.0), mask=where)
 
 
 @launching
@@ -47,80 +126,70 @@ def backward(
     """`chunked_scan_backward.backward` on Triton kernels: gradients of x, dt, A, B, C, gate, D,
     initial_state."""
     kind = token_dtype(x.dtype)
-    decays = scan_decays(dt, A, gate, segment, valid, chunk_size(kind), torch.float32, torch.float32)
-    tokens = tuple(rows_of(tensor.to(kind)) for tensor in (x, B, C, y_grad))
-    has_vision = decays.segment is not None
-    front, initial_grad = forward_passed(*tokens, decays, valid, initial_state, final_grad)
-    back = backward_passed(*tokens, decays, valid) if has_vision else None
-    back_state, back_grad = (back.entering, back.leaving_grad) if has_vision else (None, None)
-    pairs = read_gradients(*tokens, decays, valid, front.entering, back_state)
-    x_grad, b_grad, *written = write_gradients(*tokens, decays, valid, D, front.leaving_grad, back_grad)
-    rate = rate_gradient(decays, pairs, written, front, back)
-    dt_grad = pairs["DT_GRAD"] + written[0] * decays.forward_reach() + rate * decays.A[:, None]
-    gate_grad = pairs["GATE_GRAD"]
-    if has_vision:
-        dt_grad += written[1] * decays.backward_reach()
-        gate_grad += pairs["FORWARD_PULLED"] - pairs["BACKWARD_PULLED"]
-
-    def scalars(grad: Tensor, mask: Tensor | None) -> Tensor:
-        grad = join_tokens(grad.transpose(2, 3), x.shape[1])
-        return grad if mask is None else torch.where(mask[..., None], grad, 0)
-
+    x, B, C, y_grad = (rows_of(tensor.to(kind)) for tensor in (x, B, C, y_grad))
+    scalars = scan_scalars(dt, A, gate, segment, valid, chunk_size(kind))
+    states, _, _ = sweep_states(B, x, scalars.write, scalars.kept, scalars.valid, initial_state)
+    state_grads, initial_grad, products = sweep_states(
+        C,
+        y_grad,
+        scalars.gated_read,
+        scalars.kept,
+        scalars.valid,
+        final_grad,
+        turned=True,
+        partner=states,
+    )
+    read = read_gradients(x, B, C, y_grad, scalars, states)
+    written = write_gradients(x, B, C, y_grad, scalars, D, state_grads)
+    dt_grad, rate_grad, gate_grad = scalar_gradients(A, scalars, read, written, products, x.shape[1])
     return (
-        x_grad,
-        scalars(dt_grad, valid),
-        (rate * decays.dt).sum((0, 1, 3)),
-        b_grad,
-        pairs["C_GRAD"],
-        scalars(gate_grad, vision_mask(segment, valid)) if has_vision else None,
-        None if D is None else skip_gradient(tokens[0], tokens[3], valid),
-        None if initial_state is None else initial_grad,
+        written["X_GRAD"],
+        dt_grad,
+        rate_grad,
+        written["B_GRAD"],
+        read["C_GRAD"],
+        gate_grad,
+        None if D is None else read["SKIP_GRAD"].sum((0, 1, 3)),
+        None if initial_state is None else initial_grad[0],
     )
 
 
-def skip_gradient(x: Tensor, y_grad: Tensor, valid: Tensor | None) -> Tensor:
-    """The gradient of D, (H,) float32, one member of each group after the other."""
-    members = y_grad.unflatten(2, (x.shape[2], -1)).unbind(3)  # H/G times (B, L, G, P)
-    products = torch.stack(
-        [(member.float() * x.float()).sum(-1) for member in members], dim=-1
-    )  # (B, L, G, H/G)
-    if valid is not None:
-        products = torch.where(valid[:, :, None, None], products, 0)
-    return products.sum((0, 1)).flatten()
-
-
-def forward_passed(
-    x, B, C, y_grad, decays: Decays, valid, initial_state, final_grad
-) -> tuple[Passed, Tensor]:
-    """The forward direction, and the gradient of the initial state."""
-    kept, write = decays.forward_kept(), decays.forward_write()
-    entering, _, _ = sweep_states(B, x, write, kept, valid, initial_state)
-    read = decays.forward_read() * decays.forward_gate
-    leaving_grad, initial_grad, product = sweep_states(
-        C, y_grad, read, kept, valid, final_grad, reverse=True, partner=entering
+def scalar_gradients(
+    A: Tensor,
+    scalars: Scalars,
+    read: dict[str, Tensor | None],
+    written: dict[str, Tensor | None],
+    products: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run `rates_kernel`: the gradients of dt (B, L, H), A (H,) and the gate (B, L, H), float32."""
+    batch, chunks, heads, _ = scalars.dt.shape
+    dt_grad = scalars.dt.new_empty(batch, length, heads)
+    rate_grad = scalars.dt.new_empty(batch, chunks, heads)
+    gate_grad = None if scalars.gates is None else torch.empty_like(dt_grad)
+    block = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
+    rates_kernel[(chunks, triton.cdiv(heads, block), batch)](
+        A,
+        **scalars.arguments(),
+        **scalars.by_direction("WRITE", scalars.write),
+        **scalars.by_direction("KEPT", scalars.kept),
+        **scalars.by_direction("PRODUCT", products),
+        OPENS=scalars.opens,
+        FORWARD_ROWS=read["FORWARD_ROWS"],
+        BACKWARD_ROWS=read["BACKWARD_ROWS"],
+        FORWARD_COLUMNS=written["FORWARD_COLUMNS"],
+        BACKWARD_COLUMNS=written["BACKWARD_COLUMNS"],
+        FORWARD_READ=read["FORWARD_PULLED"],
+        BACKWARD_READ=read["BACKWARD_PULLED"],
+        FORWARD_WRITTEN=written["FORWARD_PULLED"],
+        BACKWARD_WRITTEN=written["BACKWARD_PULLED"],
+        PAIR_DT=written["DT_GRAD"],
+        PAIR_GATE=read["GATE_GRAD"],
+        DT_GRAD=dt_grad,
+        A_GRAD=rate_grad,
+        GATE_GRAD=gate_grad,
+        length=length,
+        BLOCK=block,
+        num_warps=8,
     )
-    return Passed(entering, leaving_grad, product * kept), initial_grad
-
-
-def backward_passed(x, B, C, y_grad, decays: Decays, valid) -> Passed:
-    """The backward direction."""
-    kept, write = decays.backward_kept(), decays.backward_write()
-    entering, _, _ = sweep_states(B, x, write, kept, valid, None, reverse=True)
-    read = decays.backward_read() * decays.backward_gate
-    leaving_grad, _, product = sweep_states(C, y_grad, read, kept, valid, None, partner=entering)
-    return Passed(entering, leaving_grad, product * kept)
-
-
-def rate_gradient(
-    decays: Decays, pairs: dict[str, Tensor], written: list[Tensor | None], front: Passed, back: Passed | None
-) -> Tensor:
-    """The gradient of a = dt A, (B, K, H, C): every product of a write and a read that spans the token."""
-    wrote = written[0] * decays.forward_write()
-    rate = reverse_cumsum(pairs["FORWARD_PULLED"] * decays.forward_gate + pairs["FORWARD_PAIRS"])
-    rate += wrote.cumsum(-1) - wrote + front.handed_on[..., None]
-    if back is None:
-        return rate
-    wrote = written[1] * decays.backward_write()
-    other = (pairs["BACKWARD_PULLED"] * decays.backward_gate + pairs["BACKWARD_PAIRS"]).cumsum(-1)
-    other += reverse_cumsum(wrote) - wrote + back.handed_on[..., None]
-    return rate + other * (decays.segment >= 0)
+    return dt_grad, rate_grad.sum((0, 1)), gate_grad

@@ -1,7 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernel for the output of the scan, and the forward passes made of it: chunks side by side.
+"""Triton kernel for the output of the scan, and the forward passes made of it: parts of chunks side by side.
 
-Letters and equations as in `chunked_scan`; the kernel is its eq. (3), one program a chunk of one head. The
+Letters and equations as in `chunked_scan`; the kernel is its eq. (3), one program a part of a chunk of one head. The
 norm of each head and the way back to token order are part of the store.
 """
 
@@ -13,24 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launching
-from .scan_decays import scan_decays
+from .scan_scalars import scan_scalars
 from .scan_states import sweep_states
 from .scan_tiles import (
-    chunk_pairs,
-    chunk_rows,
+    add_product,
     chunk_size,
+    forward_gates,
     head_of,
     load_tile,
-    pair_arguments,
+    pair_gates,
     pair_products,
-    precision,
+    part_size,
     rows_of,
     state_products,
     step_size,
     stride_arguments,
     tile_size,
     token_dtype,
-    weighed_sum,
+    token_rows,
+    vision_scalars,
+    warps,
 )
 
 
@@ -75,50 +77,67 @@ def output_kernel(
     BLOCK_P: tl.constexpr,
     STEP: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_NORM: tl.constexpr,
     KEEPS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Eq. (3) of `chunked_scan`: `bidirectional_scan` and `backward_scan` of the reference, one chunk of one
-    head; then its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took the tokens from.
+    """Eq. (3) of `chunked_scan`: `bidirectional_scan` and `backward_scan` of the reference, one part of a
+    chunk of one head; then its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took the tokens from.
 
     KEEPS says whether the gradient's needs are stored too, in scan order: y, and the norm's factor of it.
     """
     head = tl.program_id(0) % HEADS
-    chunk = tl.program_id(0) // HEADS
+    part = tl.program_id(0) // HEADS % (CHUNK // ROWS)
+    chunk = tl.program_id(0) // (HEADS * (CHUNK // ROWS))
     batch = tl.cast(tl.program_id(1), tl.int64)
     columns = tl.arange(0, BLOCK_P)
-    rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
-    at_segment = (batch * chunks + chunk) * CHUNK + tl.arange(0, CHUNK)
     at_chunk = (batch * chunks + chunk) * HEADS + head
-    at = at_chunk * CHUNK + tl.arange(0, CHUNK)
+    i = part * ROWS + tl.arange(0, ROWS)
+    at = at_chunk * CHUNK + i
+    rows, taken = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
     q = head_of(C, batch, c_batch, head, c_head)
     k = head_of(B, batch, b_batch, head // RATIO, b_head)
     v = head_of(X, batch, x_batch, head // RATIO, x_head)
-    decay, gates, dt, _, _, gate_forward, gate_backward = chunk_pairs(
-        DT, FORWARD, BACKWARD, FORWARD_GATE, BACKWARD_GATE, SEGMENT, at, at_segment, True, HAS_VISION, CHUNK
+    forward, gate_forward = tl.load(FORWARD + at), forward_gates(FORWARD_GATE, at, HAS_VISION)
+    backward, gate_backward, segment = vision_scalars(
+        BACKWARD, BACKWARD_GATE, SEGMENT, at, batch * length + rows, taken, HAS_VISION
     )
-    weights = pair_products(q, c_token, k, b_token, rows, taken, N, STEP, CHUNK, PRECISION)
-    weights = weights * decay * gates * dt
-    v_tile = load_tile(v, rows, x_token, columns, taken, P)
-    y = weighed_sum(weights, v_tile, tl.zeros([CHUNK, BLOCK_P], tl.float32), PRECISION)
-    if HAS_SKIP:
-        y += v_tile.to(tl.float32) * tl.load(D + head).to(tl.float32)
     state = FORWARD_STATE + at_chunk * (N * P)
-    pulled = state_products(
-        q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, CHUNK, PRECISION
-    )
-    y += pulled * (tl.load(FORWARD_READ + at) * gate_forward)[:, None]
+    y = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
+    y *= (tl.load(FORWARD_READ + at) * gate_forward)[:, None]
     if HAS_VISION:
         state = BACKWARD_STATE + at_chunk * (N * P)
-        pulled = state_products(
-            q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, CHUNK, PRECISION
-        )
+        pulled = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
         y += pulled * (tl.load(BACKWARD_READ + at) * gate_backward)[:, None]
+    for other in range(0, CHUNK // ROWS if HAS_VISION else part + 1):
+        j = other * ROWS + tl.arange(0, ROWS)
+        at_j = at_chunk * CHUNK + j
+        writers, written = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
+        backward_j, gate_j, segment_j = vision_scalars(
+            BACKWARD, BACKWARD_GATE, SEGMENT, at_j, batch * length + writers, written, HAS_VISION
+        )
+        decay, gates, before, together = pair_gates(
+            i[:, None],
+            j[None, :],
+            forward[:, None],
+            tl.load(FORWARD + at_j)[None, :],
+            backward[:, None],
+            backward_j[None, :],
+            segment[:, None],
+            segment_j[None, :],
+            gate_forward[:, None],
+            gate_backward[:, None],
+            HAS_VISION,
+        )
+        weights = pair_products(q, c_token, rows, taken, k, b_token, writers, written, N, STEP, ROWS)
+        weights *= decay * gates * tl.load(DT + at_j)[None, :]
+        if HAS_SKIP:
+            weights += tl.where(i[:, None] == j[None, :], tl.load(D + head).to(tl.float32), 0.0)
+        y = add_product(weights, load_tile(v, writers, x_token, columns, written, P), y)
     real = rows < length
     where = real[:, None] & (columns < P)[None, :]
     place = (batch * length + rows) * HEADS + head
@@ -174,30 +193,25 @@ def forward_heads(
     """`scan_heads.forward_heads` on Triton kernels."""
     dtype = x.dtype
     x, B, C = (rows_of(tensor.to(token_dtype(dtype))) for tensor in (x, B, C))
-    decays = scan_decays(dt, A, gate, segment, valid, chunk_size(x.dtype), torch.float32, torch.float32)
-    forward_state, final_state, _ = sweep_states(
-        B, x, decays.forward_write(), decays.forward_kept(), valid, initial_state
+    scalars = scan_scalars(dt, A, gate, segment, valid, chunk_size(x.dtype))
+    states, final_state, _ = sweep_states(
+        B, x, scalars.write, scalars.kept, scalars.valid, initial_state
     )
-    backward_state = None
-    if decays.segment is not None:
-        write, kept = decays.backward_write(), decays.backward_kept()
-        backward_state, _, _ = sweep_states(B, x, write, kept, valid, None, reverse=True)
     batch, length, groups, head_dim = x.shape
     heads, state = C.shape[2:]
     keep = keep and norm_weight is not None
     y = x.new_empty(batch, length, heads, head_dim, dtype=dtype)
     y_kept = torch.empty_like(y) if keep else y.new_empty(0)
     scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
-    output_kernel[(heads * decays.dt.shape[1], batch)](
+    parts = chunk_size(x.dtype) // part_size(x.dtype)
+    output_kernel[(heads * parts * scalars.dt.shape[1], batch)](
         x,
         B,
         C,
-        **pair_arguments(decays, valid),
+        **scalars.arguments(),
+        **scalars.by_direction("READ", scalars.read),
+        **scalars.by_direction("STATE", states),
         **stride_arguments(x=x, b=B, c=C),
-        FORWARD_READ=decays.forward_read(),
-        BACKWARD_READ=None if backward_state is None else decays.backward_read(),
-        FORWARD_STATE=forward_state,
-        BACKWARD_STATE=backward_state,
         D=D,
         ORDER=order,
         NORM=norm_weight,
@@ -211,12 +225,12 @@ def forward_heads(
         P=head_dim,
         BLOCK_P=tile_size(head_dim),
         STEP=step_size(state, x.dtype),
+        ROWS=part_size(x.dtype),
         HAS_SKIP=D is not None,
         HAS_ORDER=order is not None,
         HAS_NORM=norm_weight is not None,
         KEEPS=keep,
-        PRECISION=precision(x.dtype),
-        num_warps=8 if head_dim > 64 else 4,
+        num_warps=warps(head_dim),
         num_stages=1,
     )
-    return y, final_state, y_kept, scale
+    return y, final_state[0], y_kept, scale

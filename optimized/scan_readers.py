@@ -1,9 +1,9 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernel for what the readers of the scan owe: the gradient of C, and the scalars of pairs of tokens.
+"""Triton kernel for what the readers of the scan owe: the gradient of C, and the scalars of their pairs.
 
 Letters and equations as in `chunked_scan_backward`. Its eq. (3), the products that span a token, is summed
-from the left as (row sum - column sum) of the pairs off the diagonal: without the diagonal, which both sums
-would hold, what cancels is no larger than what stays.
+from the left as (row sum - column sum) of the pairs off the diagonal, row sums here, column sums with the
+writers: without the diagonal, which both sums would hold, what cancels is no larger than what stays.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scan_decays import Decays
+from .scan_scalars import Scalars
 from .scan_tiles import (
-    chunk_pairs,
-    chunk_rows,
+    add_product,
+    forward_gates,
     head_of,
     load_tile,
-    pair_arguments,
+    pair_gates,
     pair_products,
-    precision,
+    part_size,
     state_products,
     step_size,
     stride_arguments,
     tile_size,
-    weighed_sum,
+    token_rows,
+    vision_scalars,
 )
 
 
@@ -48,10 +49,10 @@ def reader_kernel(
     FORWARD_STATE,
     BACKWARD_STATE,
     C_GRAD,
-    DT_GRAD,
+    SKIP_GRAD,
     GATE_GRAD,
-    FORWARD_PAIRS,
-    BACKWARD_PAIRS,
+    FORWARD_ROWS,
+    BACKWARD_ROWS,
     FORWARD_PULLED,
     BACKWARD_PULLED,
     x_batch,
@@ -76,103 +77,122 @@ def reader_kernel(
     STEP_N: tl.constexpr,
     STEP_P: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """The gradient of C, and the scalars of a chunk's readers: `inside_chunk` and `read_side` of the torch
+    """The gradient of C, and the scalars of a part of a chunk: `inside_chunk` and `read_side` of the torch
     engine."""
     head = tl.program_id(0) % HEADS
-    chunk = tl.program_id(0) // HEADS
+    part = tl.program_id(0) // HEADS % (CHUNK // ROWS)
+    chunk = tl.program_id(0) // (HEADS * (CHUNK // ROWS))
     batch = tl.cast(tl.program_id(1), tl.int64)
     columns = tl.arange(0, BLOCK_N)
-    place = tl.arange(0, CHUNK)
-    rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
-    at_segment = (batch * chunks + chunk) * CHUNK + place
     at_chunk = (batch * chunks + chunk) * HEADS + head
-    at = at_chunk * CHUNK + place
+    i = part * ROWS + tl.arange(0, ROWS)
+    at = at_chunk * CHUNK + i
+    rows, taken = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
     q = head_of(C, batch, c_batch, head, c_head)
     k = head_of(B, batch, b_batch, head // RATIO, b_head)
     v = head_of(X, batch, x_batch, head // RATIO, x_head)
     grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
-    decay, gates, dt, before, together, gate_forward, gate_backward = chunk_pairs(
-        DT, FORWARD, BACKWARD, FORWARD_GATE, BACKWARD_GATE, SEGMENT, at, at_segment, True, HAS_VISION, CHUNK
+    forward, gate_forward = tl.load(FORWARD + at), forward_gates(FORWARD_GATE, at, HAS_VISION)
+    backward, gate_backward, segment = vision_scalars(
+        BACKWARD, BACKWARD_GATE, SEGMENT, at, batch * length + rows, taken, HAS_VISION
     )
-    target = decay * pair_products(grad, g_token, v, x_token, rows, taken, P, STEP_P, CHUNK, PRECISION)
-    spent = target * pair_products(q, c_token, k, b_token, rows, taken, N, STEP_N, CHUNK, PRECISION)
-    tl.store(DT_GRAD + at, tl.sum(spent * gates, 0))
-    spent = spent * dt
-    gate_grad = tl.sum(tl.where(before, spent, 0.0), 1)
-    pairs = tl.where(place[:, None] > place[None, :], spent * gates, 0.0)
-    tl.store(FORWARD_PAIRS + at, tl.sum(pairs, 1) - tl.sum(pairs, 0))
-    if HAS_VISION:
-        gate_grad -= tl.sum(tl.where(together, spent, 0.0), 1)
-        tl.store(GATE_GRAD + at, gate_grad)
-        pairs = tl.where(place[:, None] < place[None, :], spent * gates, 0.0)
-        tl.store(BACKWARD_PAIRS + at, tl.sum(pairs, 1) - tl.sum(pairs, 0))
-    k_tile = load_tile(k, rows, b_token, columns, taken, N)
-    nothing = tl.zeros([CHUNK, BLOCK_N], tl.float32)
-    c_grad = weighed_sum(target * gates * dt, k_tile, nothing, PRECISION)
     q_tile = load_tile(q, rows, c_token, columns, taken, N).to(tl.float32)
     state = FORWARD_STATE + at_chunk * (N * P)
     pulled = state_products(
-        grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK, PRECISION
+        grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, ROWS
     )
     read = tl.load(FORWARD_READ + at)
-    c_grad += pulled * (read * gate_forward)[:, None]
     tl.store(FORWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
+    c_grad = pulled * (read * gate_forward)[:, None]
     if HAS_VISION:
         state = BACKWARD_STATE + at_chunk * (N * P)
         pulled = state_products(
-            grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK, PRECISION
+            grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, ROWS
         )
         read = tl.load(BACKWARD_READ + at)
-        c_grad += pulled * (read * gate_backward)[:, None]
         tl.store(BACKWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
+        c_grad += pulled * (read * gate_backward)[:, None]
+    gate_grad = tl.zeros([ROWS], tl.float32)
+    forward_sum = tl.zeros([ROWS], tl.float32)
+    backward_sum = tl.zeros([ROWS], tl.float32)
+    skip_grad = tl.zeros([ROWS], tl.float32)
+    for other in range(0, CHUNK // ROWS if HAS_VISION else part + 1):
+        j = other * ROWS + tl.arange(0, ROWS)
+        at_j = at_chunk * CHUNK + j
+        writers, written = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
+        backward_j, gate_j, segment_j = vision_scalars(
+            BACKWARD, BACKWARD_GATE, SEGMENT, at_j, batch * length + writers, written, HAS_VISION
+        )
+        decay, gates, before, together = pair_gates(
+            i[:, None],
+            j[None, :],
+            forward[:, None],
+            tl.load(FORWARD + at_j)[None, :],
+            backward[:, None],
+            backward_j[None, :],
+            segment[:, None],
+            segment_j[None, :],
+            gate_forward[:, None],
+            gate_backward[:, None],
+            HAS_VISION,
+        )
+        target = pair_products(grad, g_token, rows, taken, v, x_token, writers, written, P, STEP_P, ROWS)
+        skip_grad += tl.sum(tl.where(i[:, None] == j[None, :], target, 0.0), 1)
+        target *= decay * tl.load(DT + at_j)[None, :]
+        spent = target * pair_products(
+            q, c_token, rows, taken, k, b_token, writers, written, N, STEP_N, ROWS
+        )
+        k_tile = load_tile(k, writers, b_token, columns, written, N)
+        c_grad = add_product(target * gates, k_tile, c_grad)
+        if HAS_VISION:
+            gate_grad += tl.sum(tl.where(before, spent, 0.0) - tl.where(together, spent, 0.0), 1)
+        spent *= gates
+        forward_sum += tl.sum(tl.where(j[None, :] < i[:, None], spent, 0.0), 1)
+        if HAS_VISION:
+            backward_sum += tl.sum(tl.where(j[None, :] > i[:, None], spent, 0.0), 1)
+    tl.store(SKIP_GRAD + at, skip_grad)
+    tl.store(FORWARD_ROWS + at, forward_sum)
+    if HAS_VISION:
+        tl.store(GATE_GRAD + at, gate_grad)
+        tl.store(BACKWARD_ROWS + at, backward_sum)
     out = C_GRAD + ((batch * length + rows) * HEADS + head)[:, None] * N + columns[None, :]
     where = (rows < length)[:, None] & (columns < N)[None, :]
     tl.store(out, c_grad.to(C_GRAD.dtype.element_ty), mask=where)
 
 
 def read_gradients(
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    y_grad: Tensor,
-    decays: Decays,
-    valid: Tensor | None,
-    forward_state: Tensor,
-    backward_state: Tensor | None,
+    x: Tensor, B: Tensor, C: Tensor, y_grad: Tensor, scalars: Scalars, states: Tensor
 ) -> dict[str, Tensor | None]:
     """Run `reader_kernel`.
 
     Returns:
-        C_GRAD (B, L, H, N), and (B, K, H, C) float32, None for a direction that is not there: DT_GRAD at
-        fixed dt A; GATE_GRAD without what passes through the states; FORWARD_PAIRS and BACKWARD_PAIRS of eq.
-        (3); FORWARD_PULLED and BACKWARD_PULLED, ȳ_i · read_i Sᵀ C_i without the gate.
+        C_GRAD (B, L, H, N), and (B, K, H, C) float32, None for a direction that is not there: SKIP_GRAD, that
+        of D; GATE_GRAD without what passes through the states; FORWARD_ROWS and BACKWARD_ROWS, the row sums
+        of eq. (3); FORWARD_PULLED and BACKWARD_PULLED, ȳ_i · read_i Sᵀ C_i without the gate.
     """
-    has_vision = decays.segment is not None
-    always, sometimes = (
-        ("DT_GRAD", "FORWARD_PAIRS", "FORWARD_PULLED"),
-        ("GATE_GRAD", "BACKWARD_PAIRS", "BACKWARD_PULLED"),
-    )
-    results = {name: torch.empty_like(decays.dt) for name in always}
-    results |= {name: torch.empty_like(decays.dt) if has_vision else None for name in sometimes}
+    has_vision = scalars.gates is not None
+    always = ("SKIP_GRAD", "FORWARD_ROWS", "FORWARD_PULLED")
+    sometimes = ("GATE_GRAD", "BACKWARD_ROWS", "BACKWARD_PULLED")
+    results = {name: torch.empty_like(scalars.dt) for name in always}
+    results |= {name: torch.empty_like(scalars.dt) if has_vision else None for name in sometimes}
     results["C_GRAD"] = C.new_empty(C.shape)
-    batch, chunks, heads, _ = decays.dt.shape
+    batch, chunks, heads, chunk = scalars.dt.shape
     state, head_dim = C.shape[3], x.shape[3]
-    reader_kernel[(heads * chunks, batch)](
+    parts = chunk // part_size(x.dtype)
+    reader_kernel[(heads * parts * chunks, batch)](
         x,
         B,
         C,
         y_grad,
-        **pair_arguments(decays, valid),
+        **scalars.arguments(),
+        **scalars.by_direction("READ", scalars.read),
+        **scalars.by_direction("STATE", states),
         **stride_arguments(x=x, b=B, c=C, g=y_grad),
         **results,
-        FORWARD_READ=decays.forward_read(),
-        BACKWARD_READ=decays.backward_read() if has_vision else None,
-        FORWARD_STATE=forward_state,
-        BACKWARD_STATE=backward_state,
         length=x.shape[1],
         RATIO=heads // x.shape[2],
         N=state,
@@ -180,7 +200,7 @@ def read_gradients(
         BLOCK_N=tile_size(state),
         STEP_N=step_size(state, x.dtype),
         STEP_P=step_size(head_dim, x.dtype),
-        PRECISION=precision(x.dtype),
+        ROWS=part_size(x.dtype),
         num_warps=8,
         num_stages=1,
     )

@@ -1,15 +1,13 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """What the scan's Triton kernels share: tiles of tokens, the weights of pairs, products over long axes.
 
-Letters and equations as in `chunked_scan`. A program works on one chunk of one head. It walks along N and P
-in steps, so that no tile outgrows the registers: short ones in float32, whose products are not the tensor
-cores'. What is not a token, states and weights of pairs, keeps float32's range and at least tf32's bits in
-every product: bfloat16 results then differ from the reference's by their last rounding only.
+Letters and equations as in `chunked_scan`. A chunk has parts of ROWS tokens, which are what a program holds at
+once. Products take the tokens as they are: bfloat16 ones by tensor cores, with weights and states rounded to
+bfloat16 as factors and float32 sums; float32 ones in IEEE float32, a step of N or P after the other, so that
+no tile outgrows the registers.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -17,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .engine import say_once
-from .scan_decays import Decays
 
-CHUNKS = {torch.bfloat16: 64, torch.float32: 16}  # tokens
-STEPS = {torch.bfloat16: 32, torch.float32: 16}  # of N or P
+CHUNKS = {torch.bfloat16: 128, torch.float32: 16}  # tokens between two states
+ROWS = {torch.bfloat16: 64, torch.float32: 16}  # tokens of a chunk that a program takes at once
+STEPS = {torch.bfloat16: 64, torch.float32: 16}  # of N or P
 
 
 @triton.jit
@@ -61,9 +59,9 @@ def head_of(TOKENS, batch, batch_stride, head, head_stride):
 
 
 @triton.jit
-def chunk_rows(VALID, batch, chunk, length, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr):
-    """The tokens of a chunk, in int64, and which of them take part."""
-    rows = tl.cast(chunk, tl.int64) * CHUNK + tl.arange(0, CHUNK)
+def token_rows(VALID, batch, first, length, COUNT: tl.constexpr, HAS_VALID: tl.constexpr):
+    """COUNT tokens from `first` on, in int64, and which of them take part."""
+    rows = tl.cast(first, tl.int64) + tl.arange(0, COUNT)
     taken = rows < length
     if HAS_VALID:
         taken = taken & (tl.load(VALID + batch * length + rows, mask=taken, other=0) != 0)
@@ -71,81 +69,84 @@ def chunk_rows(VALID, batch, chunk, length, CHUNK: tl.constexpr, HAS_VALID: tl.c
 
 
 @triton.jit
-def chunk_pairs(
-    DT,
-    FORWARD,
-    BACKWARD,
-    FORWARD_GATE,
-    BACKWARD_GATE,
-    SEGMENT,
-    at,
-    at_segment,
-    READER_IS_ROW: tl.constexpr,
-    HAS_VISION: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Eq. (2) of `chunked_scan` for the pairs of a chunk, rows read and columns write, or the other way.
-
-    Returns the decay, the gates that weigh it, and dt, broadcast along the readers; where a pair is of the
-    forward and of the backward direction; and the two gates of each token.
-    """
-    place = tl.arange(0, CHUNK)
-    dt = tl.load(DT + at)
-    forward = tl.load(FORWARD + at)
-    gate_forward = tl.full([CHUNK], 1.0, tl.float32)
-    gate_backward = tl.full([CHUNK], 0.0, tl.float32)
-    if READER_IS_ROW:
-        before = place[:, None] >= place[None, :]
-        after = place[:, None] <= place[None, :]
-        exponent = forward[:, None] - forward[None, :]
-        dt = dt[None, :]
-    else:
-        before = place[:, None] <= place[None, :]
-        after = place[:, None] >= place[None, :]
-        exponent = forward[None, :] - forward[:, None]
-        dt = dt[:, None]
-    together = after
-    gates = tl.where(before, 1.0, 0.0)
+def vision_scalars(SUM, GATE, SEGMENT, at, place, taken, HAS_VISION: tl.constexpr):
+    """b of eq. (1), gB and the segment of tokens; of text, where there is no vision at all."""
     if HAS_VISION:
-        gate_forward = tl.load(FORWARD_GATE + at)
-        gate_backward = tl.load(BACKWARD_GATE + at)
-        backward = tl.load(BACKWARD + at)
-        segment = tl.load(SEGMENT + at_segment)
-        together = after & (segment[:, None] == segment[None, :])
-        if READER_IS_ROW:
-            reach = backward[None, :] - backward[:, None]
-            gates = tl.where(before, gate_forward[:, None], 0.0)
-            gates += tl.where(together, gate_backward[:, None], 0.0)
-        else:
-            reach = backward[:, None] - backward[None, :]
-            gates = tl.where(before, gate_forward[None, :], 0.0)
-            gates += tl.where(together, gate_backward[None, :], 0.0)
-        exponent = tl.where(before, exponent, reach)
+        return tl.load(SUM + at), tl.load(GATE + at), tl.load(SEGMENT + place, mask=taken, other=-1)
+    else:
+        nothing = tl.zeros(at.shape, tl.float32)
+        return nothing, nothing, tl.full(at.shape, -1, tl.int64)
+
+
+@triton.jit
+def forward_gates(GATE, at, HAS_VISION: tl.constexpr):
+    """gF of tokens: 1 where there is no vision at all."""
+    if HAS_VISION:
+        return tl.load(GATE + at)
+    else:
+        return tl.full(at.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def pair_gates(
+    i,
+    j,
+    forward_i,
+    forward_j,
+    backward_i,
+    backward_j,
+    segment_i,
+    segment_j,
+    gate_forward,
+    gate_backward,
+    HAS_VISION: tl.constexpr,
+):
+    """Eq. (2) of `chunked_scan` but for dt: readers i and writers j along either axis, (I, 1) with (1, J) or
+    (1, I) with (J, 1).
+
+    Returns the decay, the gates that weigh it, and where a pair is of the forward and of the backward
+    direction.
+    """
+    before = j <= i
+    together = j >= i
+    exponent = forward_i - forward_j
+    gates = tl.where(before, gate_forward, 0.0)
+    if HAS_VISION:
+        together = together & (segment_i == segment_j)
+        exponent = tl.where(before, exponent, backward_j - backward_i)
+        gates += tl.where(together, gate_backward, 0.0)
     decay = tl.exp(tl.minimum(exponent, 0.0))
-    return decay, gates, dt, before, together, gate_forward, gate_backward
+    return decay, gates, before, together
 
 
 @triton.jit
 def pair_products(
     left,
     left_stride,
+    left_rows,
+    left_taken,
     right,
     right_stride,
-    rows,
-    taken,
+    right_rows,
+    right_taken,
     SIZE: tl.constexpr,
     STEP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """left_i · right_j of the tokens of a chunk, (CHUNK, CHUNK): never the transpose of a product."""
-    total = tl.zeros([CHUNK, CHUNK], tl.float32)
+    """left_i · right_j of two parts of a chunk, (ROWS, ROWS): never the transpose of a product."""
+    total = tl.zeros([ROWS, ROWS], tl.float32)
     for start in range(0, SIZE, STEP):
         columns = start + tl.arange(0, STEP)
-        left_tile = load_tile(left, rows, left_stride, columns, taken, SIZE)
-        right_tile = load_tile(right, rows, right_stride, columns, taken, SIZE)
-        total = tl.dot(left_tile, tl.trans(right_tile), total, input_precision=PRECISION)
+        left_tile = load_tile(left, left_rows, left_stride, columns, left_taken, SIZE)
+        right_tile = load_tile(right, right_rows, right_stride, columns, right_taken, SIZE)
+        total = tl.dot(left_tile, tl.trans(right_tile), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def add_product(weights, tile, total):
+    """total + weights · tile of tokens, the weights rounded as the tokens are."""
+    return tl.dot(weights.to(tile.dtype), tile, total, input_precision="ieee")
 
 
 @triton.jit
@@ -162,18 +163,16 @@ def state_products(
     OUTER_STRIDE: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     STEP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Σ_inner tokens[i, inner] state[inner, outer], (CHUNK, BLOCK_OUTER)."""
-    total = tl.zeros([CHUNK, BLOCK_OUTER], tl.float32)
+    """Σ_inner tokens[i, inner] state[inner, outer], (ROWS, BLOCK_OUTER)."""
+    total = tl.zeros([ROWS, BLOCK_OUTER], tl.float32)
     for start in range(0, INNER, STEP):
         inner = start + tl.arange(0, STEP)
-        tile = load_tile(tokens, rows, stride, inner, taken, INNER).to(tl.float32)
+        tile = load_tile(tokens, rows, stride, inner, taken, INNER)
         inside = (inner < INNER)[:, None] & (outer < OUTER)[None, :]
         where = STATE + inner[:, None] * INNER_STRIDE + outer[None, :] * OUTER_STRIDE
-        state = tl.load(where, mask=inside, other=0.0)
-        total = tl.dot(tile, state, total, input_precision=PRECISION)
+        total = tl.dot(tile, tl.load(where, mask=inside, other=0.0), total, input_precision="ieee")
     return total
 
 
@@ -183,8 +182,7 @@ def tile_size(size: int) -> int:
 
 
 def token_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the scan's kernels take tokens in. Float16's own kernels read wild addresses on a GPU with triton
-    3.6, so it goes through those of float32."""
+    """What the scan's kernels take tokens in. States outgrow float16, so it goes through float32's kernels."""
     if dtype != torch.float16:
         return dtype
     say_once("float16 scans", "float16 scans run on the float32 kernels")
@@ -196,9 +194,19 @@ def chunk_size(dtype: torch.dtype) -> int:
     return CHUNKS[dtype]
 
 
+def part_size(dtype: torch.dtype) -> int:
+    """Tokens of a chunk that a program takes at once."""
+    return min(ROWS[dtype], CHUNKS[dtype])
+
+
 def step_size(size: int, dtype: torch.dtype) -> int:
     """How much of an axis of `size` a program takes at once."""
     return min(tile_size(size), STEPS[dtype])
+
+
+def warps(*sizes: int) -> int:
+    """Warps of a program whose tiles are that wide."""
+    return 8 if max(sizes) > 64 else 4
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -214,25 +222,6 @@ def rows_of(tensor: Tensor) -> Tensor:
 def as_bytes(mask: Tensor | None) -> Tensor | None:
     """A bool mask as kernels read it."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def pair_arguments(decays: Decays, valid: Tensor | None) -> dict[str, Any]:
-    """What `chunk_rows` and `chunk_pairs` read, under the names that all kernels give it."""
-    has_vision = decays.segment is not None
-    return {
-        "DT": decays.dt,
-        "FORWARD": decays.forward_sum,
-        "BACKWARD": decays.backward_sum,
-        "FORWARD_GATE": decays.forward_gate,
-        "BACKWARD_GATE": decays.backward_gate,
-        "SEGMENT": decays.segment,
-        "VALID": as_bytes(valid),
-        "chunks": decays.dt.shape[1],
-        "HEADS": decays.dt.shape[2],
-        "CHUNK": decays.dt.shape[3],
-        "HAS_VALID": valid is not None,
-        "HAS_VISION": has_vision,
-    }
 
 
 def stride_arguments(**tensors: Tensor) -> dict[str, int]:

@@ -1,5 +1,5 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernel for what the writers of the scan owe: the gradients of x and of B.
+"""Triton kernel for what the writers of the scan owe: the gradients of x and of B, the scalars of their pairs.
 
 Letters and equations as in `chunked_scan_backward`. A program loops over the heads that share a group, so
 nothing is added atomically, and forms (C Bᵀ)ᵀ = B Cᵀ as a product of its own instead of transposing a result.
@@ -12,29 +12,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scan_decays import Decays
+from .scan_scalars import Scalars
 from .scan_tiles import (
-    chunk_pairs,
-    chunk_rows,
+    add_product,
+    forward_gates,
     head_of,
     load_tile,
-    pair_arguments,
+    pair_gates,
     pair_products,
-    precision,
+    part_size,
     state_products,
     step_size,
     stride_arguments,
     tile_size,
-    weighed_sum,
+    token_rows,
+    vision_scalars,
 )
 
 
 @triton.jit
 def writer_kernel(
-    OWN,
-    CROSS,
-    VALUE,
-    TARGET,
+    X,
+    B,
+    C,
+    Y_GRAD,
     DT,
     FORWARD,
     BACKWARD,
@@ -46,195 +47,181 @@ def writer_kernel(
     BACKWARD_WRITE,
     FORWARD_STATE,
     BACKWARD_STATE,
-    GRAD,
+    D,
+    X_GRAD,
+    B_GRAD,
+    DT_GRAD,
+    FORWARD_COLUMNS,
+    BACKWARD_COLUMNS,
     FORWARD_PULLED,
     BACKWARD_PULLED,
-    own_batch,
-    own_token,
-    own_head,
-    cross_batch,
-    cross_token,
-    cross_head,
-    value_batch,
-    value_token,
-    value_head,
-    target_batch,
-    target_token,
-    target_head,
+    x_batch,
+    x_token,
+    x_head,
+    b_batch,
+    b_token,
+    b_head,
+    c_batch,
+    c_token,
+    c_head,
+    g_batch,
+    g_token,
+    g_head,
     length,
     chunks,
     HEADS: tl.constexpr,
     RATIO: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    INNER_STRIDE: tl.constexpr,
-    OUTER_STRIDE: tl.constexpr,
-    STEP: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    STEP_N: tl.constexpr,
+    STEP_P: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
-    PULLS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
 ):
-    """The gradient of TARGET, head by head of a group: `inside_chunk` and `write_side` of the torch engine.
-
-    With own, cross, value, target = B, C, ȳ, x or x, ȳ, C, B. The sums B_jᵀ S̄ x_j come from either; PULLS
-    says whether they are stored.
-    """
+    """The gradients of x and B of a part of a chunk, head by head of a group: `inside_chunk` and `write_side`
+    of the torch engine."""
     groups = HEADS // RATIO
     group = tl.program_id(0) % groups
-    chunk = tl.program_id(0) // groups
+    part = tl.program_id(0) // groups % (CHUNK // ROWS)
+    chunk = tl.program_id(0) // (groups * (CHUNK // ROWS))
     batch = tl.cast(tl.program_id(1), tl.int64)
-    columns = tl.arange(0, BLOCK_OUTER)
-    rows, taken = chunk_rows(VALID, batch, chunk, length, CHUNK, HAS_VALID)
-    at_segment = (batch * chunks + chunk) * CHUNK + tl.arange(0, CHUNK)
-    own = head_of(OWN, batch, own_batch, group, own_head)
-    grad = tl.zeros([CHUNK, BLOCK_OUTER], tl.float32)
-    for member in range(RATIO):
+    columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    j = part * ROWS + tl.arange(0, ROWS)
+    rows, taken = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
+    k = head_of(B, batch, b_batch, group, b_head)
+    v = head_of(X, batch, x_batch, group, x_head)
+    x_grad = tl.zeros([ROWS, BLOCK_P], tl.float32)
+    b_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for member in tl.range(0, RATIO, disable_licm=True):
         head = group * RATIO + member
         at_chunk = (batch * chunks + chunk) * HEADS + head
-        at = at_chunk * CHUNK + tl.arange(0, CHUNK)
-        cross = head_of(CROSS, batch, cross_batch, head, cross_head)
-        value = head_of(VALUE, batch, value_batch, head, value_head)
-        decay, gates, dt, _, _, _, _ = chunk_pairs(
-            DT,
-            FORWARD,
-            BACKWARD,
-            FORWARD_GATE,
-            BACKWARD_GATE,
-            SEGMENT,
-            at,
-            at_segment,
-            False,
-            HAS_VISION,
-            CHUNK,
+        at = at_chunk * CHUNK + j
+        q = head_of(C, batch, c_batch, head, c_head)
+        grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
+        forward, dt = tl.load(FORWARD + at), tl.load(DT + at)
+        backward, own_gate, segment = vision_scalars(
+            BACKWARD, BACKWARD_GATE, SEGMENT, at, batch * length + rows, taken, HAS_VISION
         )
-        weights = pair_products(
-            own, own_token, cross, cross_token, rows, taken, INNER, STEP, CHUNK, PRECISION
-        )
-        weights = weights * decay * gates * dt
-        tile = load_tile(value, rows, value_token, columns, taken, OUTER)
-        grad = weighed_sum(weights, tile, grad, PRECISION)
-        state = FORWARD_STATE + at_chunk * (INNER * OUTER)
-        pulled = state_products(
-            own,
-            own_token,
-            rows,
-            taken,
-            state,
-            columns,
-            INNER,
-            OUTER,
-            INNER_STRIDE,
-            OUTER_STRIDE,
-            BLOCK_OUTER,
-            STEP,
-            CHUNK,
-            PRECISION,
-        )
-        grad += pulled * tl.load(FORWARD_WRITE + at)[:, None]
-        if PULLS:
-            target = head_of(TARGET, batch, target_batch, group, target_head)
-            tile = load_tile(target, rows, target_token, columns, taken, OUTER)
-            tl.store(FORWARD_PULLED + at, tl.sum(pulled * tile.to(tl.float32), 1))
-        if HAS_VISION:
-            state = BACKWARD_STATE + at_chunk * (INNER * OUTER)
-            pulled = state_products(
-                own,
-                own_token,
-                rows,
-                taken,
-                state,
-                columns,
-                INNER,
-                OUTER,
-                INNER_STRIDE,
-                OUTER_STRIDE,
-                BLOCK_OUTER,
-                STEP,
-                CHUNK,
-                PRECISION,
+        dt_grad = tl.zeros([ROWS], tl.float32)
+        forward_sum = tl.zeros([ROWS], tl.float32)
+        backward_sum = tl.zeros([ROWS], tl.float32)
+        for other in tl.range(0 if HAS_VISION else part, CHUNK // ROWS, disable_licm=True):
+            i = other * ROWS + tl.arange(0, ROWS)
+            at_i = at_chunk * CHUNK + i
+            readers, seen = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
+            backward_i, gate_backward, segment_i = vision_scalars(
+                BACKWARD, BACKWARD_GATE, SEGMENT, at_i, batch * length + readers, seen, HAS_VISION
             )
-            grad += pulled * tl.load(BACKWARD_WRITE + at)[:, None]
-            if PULLS:
-                target = head_of(TARGET, batch, target_batch, group, target_head)
-                tile = load_tile(target, rows, target_token, columns, taken, OUTER)
-                tl.store(BACKWARD_PULLED + at, tl.sum(pulled * tile.to(tl.float32), 1))
-    out = GRAD + ((batch * length + rows) * groups + group)[:, None] * OUTER + columns[None, :]
-    where = (rows < length)[:, None] & (columns < OUTER)[None, :]
-    tl.store(out, grad.to(GRAD.dtype.element_ty), mask=where)
+            decay, gates, before, together = pair_gates(
+                i[None, :],
+                j[:, None],
+                tl.load(FORWARD + at_i)[None, :],
+                forward[:, None],
+                backward_i[None, :],
+                backward[:, None],
+                segment_i[None, :],
+                segment[:, None],
+                forward_gates(FORWARD_GATE, at_i, HAS_VISION)[None, :],
+                gate_backward[None, :],
+                HAS_VISION,
+            )
+            decay *= gates
+            scores = pair_products(k, b_token, rows, taken, q, c_token, readers, seen, N, STEP_N, ROWS)
+            target = pair_products(v, x_token, rows, taken, grad, g_token, readers, seen, P, STEP_P, ROWS)
+            spent = scores * target * decay
+            dt_grad += tl.sum(spent, 1)
+            forward_sum += tl.sum(tl.where(j[:, None] < i[None, :], spent, 0.0), 1)
+            if HAS_VISION:
+                backward_sum += tl.sum(tl.where(j[:, None] > i[None, :], spent, 0.0), 1)
+            decay *= dt[:, None]
+            weights = scores * decay
+            if HAS_SKIP:
+                weights += tl.where(j[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
+            grad_tile = load_tile(grad, readers, g_token, columns_p, seen, P)
+            x_grad = add_product(weights, grad_tile, x_grad)
+            q_tile = load_tile(q, readers, c_token, columns_n, seen, N)
+            b_grad = add_product(target * decay, q_tile, b_grad)
+        tl.store(DT_GRAD + at, dt_grad)
+        tl.store(FORWARD_COLUMNS + at, forward_sum * dt)
+        state = FORWARD_STATE + at_chunk * (N * P)
+        write = tl.load(FORWARD_WRITE + at)
+        pulled = state_products(
+            k, b_token, rows, taken, state, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS
+        )
+        x_grad += pulled * write[:, None]
+        pulled = state_products(
+            v, x_token, rows, taken, state, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS
+        )
+        b_grad += pulled * write[:, None]
+        k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
+        tl.store(FORWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
+        if HAS_VISION:
+            tl.store(BACKWARD_COLUMNS + at, backward_sum * dt)
+            state = BACKWARD_STATE + at_chunk * (N * P)
+            write = tl.load(BACKWARD_WRITE + at)
+            pulled = state_products(
+                k, b_token, rows, taken, state, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS
+            )
+            x_grad += pulled * write[:, None]
+            pulled = state_products(
+                v, x_token, rows, taken, state, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS
+            )
+            b_grad += pulled * write[:, None]
+            k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
+            tl.store(BACKWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
+    place = ((batch * length + rows) * groups + group)[:, None]
+    real = (rows < length)[:, None]
+    out = X_GRAD + place * P + columns_p[None, :]
+    tl.store(out, x_grad.to(X_GRAD.dtype.element_ty), mask=real & (columns_p < P)[None, :])
+    out = B_GRAD + place * N + columns_n[None, :]
+    tl.store(out, b_grad.to(B_GRAD.dtype.element_ty), mask=real & (columns_n < N)[None, :])
 
 
 def write_gradients(
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    y_grad: Tensor,
-    decays: Decays,
-    valid: Tensor | None,
-    D: Tensor | None,
-    forward_grad: Tensor,
-    backward_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Run `writer_kernel` twice.
+    x: Tensor, B: Tensor, C: Tensor, y_grad: Tensor, scalars: Scalars, D: Tensor | None, state_grads: Tensor
+) -> dict[str, Tensor | None]:
+    """Run `writer_kernel`.
 
     Returns:
-        The gradients of x (B, L, G, P) and of B (B, L, G, N), and for each direction B_jᵀ S̄ x_j, the write
-        weight left out, (B, K, H, C) float32.
+        X_GRAD (B, L, G, P), B_GRAD (B, L, G, N), and (B, K, H, C) float32, None for a direction that is not
+        there: DT_GRAD at fixed dt A, of pairs inside chunks; FORWARD_COLUMNS and BACKWARD_COLUMNS, the column
+        sums of eq. (3); FORWARD_PULLED and BACKWARD_PULLED, B_jᵀ S̄ x_j, the write weight left out.
     """
-    has_vision = backward_grad is not None
-    pulled = [torch.empty_like(decays.dt), torch.empty_like(decays.dt) if has_vision else None]
-    shared = pair_arguments(decays, valid) | {
-        "FORWARD_WRITE": decays.forward_write(),
-        "BACKWARD_WRITE": decays.backward_write() if has_vision else None,
-        "FORWARD_STATE": forward_grad,
-        "BACKWARD_STATE": backward_grad,
-        "FORWARD_PULLED": pulled[0],
-        "BACKWARD_PULLED": pulled[1],
-    }
-    head_dim = x.shape[3]
-    x_grad = write_one(B, C, y_grad, x, shared, INNER_STRIDE=head_dim, OUTER_STRIDE=1, PULLS=False)
-    if D is not None:
-        x_grad = with_skip(x_grad, y_grad, valid, D)
-    b_grad = write_one(x, y_grad, C, B, shared, INNER_STRIDE=1, OUTER_STRIDE=head_dim, PULLS=True)
-    return x_grad, b_grad, *pulled
-
-
-def with_skip(x_grad: Tensor, y_grad: Tensor, valid: Tensor | None, D: Tensor) -> Tensor:
-    """Add what D x owes x; in torch, where it takes none of the kernel's registers."""
-    groups = x_grad.shape[2]
-    by_member = y_grad.unflatten(2, (groups, -1)).unbind(3)  # H/G times (B, L, G, P)
-    total = x_grad.float()
-    for member, weight in zip(by_member, D.float().view(groups, -1).unbind(1), strict=True):
-        total.addcmul_(member, weight[:, None])
-    if valid is not None:
-        total = torch.where(valid[:, :, None, None], total, 0)
-    return total.to(x_grad.dtype)
-
-
-def write_one(own: Tensor, cross: Tensor, value: Tensor, target: Tensor, shared: dict, **chosen) -> Tensor:
-    """Launch `writer_kernel`: (B, L, G, inner), (B, L, H, inner), (B, L, H, outer) -> (B, L, G, outer)."""
-    batch, length, groups, inner = own.shape
-    outer = value.shape[3]
-    grad = own.new_empty(batch, length, groups, outer)
-    writer_kernel[(groups * shared["chunks"], batch)](
-        own,
-        cross,
-        value,
-        target,
-        GRAD=grad,
-        **shared,
-        **chosen,
-        **stride_arguments(own=own, cross=cross, value=value, target=target),
-        length=length,
-        RATIO=shared["HEADS"] // groups,
-        INNER=inner,
-        OUTER=outer,
-        BLOCK_OUTER=tile_size(outer),
-        STEP=step_size(inner, own.dtype),
-        PRECISION=precision(own.dtype),
+    has_vision = scalars.gates is not None
+    always, sometimes = ("DT_GRAD", "FORWARD_COLUMNS", "FORWARD_PULLED"), ("BACKWARD_COLUMNS", "BACKWARD_PULLED")
+    results = {name: torch.empty_like(scalars.dt) for name in always}
+    results |= {name: torch.empty_like(scalars.dt) if has_vision else None for name in sometimes}
+    results |= {"X_GRAD": x.new_empty(x.shape), "B_GRAD": B.new_empty(B.shape)}
+    batch, chunks, heads, chunk = scalars.dt.shape
+    groups, state, head_dim = x.shape[2], B.shape[3], x.shape[3]
+    parts = chunk // part_size(x.dtype)
+    writer_kernel[(groups * parts * chunks, batch)](
+        x,
+        B,
+        C,
+        y_grad,
+        **scalars.arguments(),
+        **scalars.by_direction("WRITE", scalars.write),
+        **scalars.by_direction("STATE", state_grads),
+        **stride_arguments(x=x, b=B, c=C, g=y_grad),
+        **results,
+        D=D,
+        length=x.shape[1],
+        RATIO=heads // groups,
+        N=state,
+        P=head_dim,
+        BLOCK_N=tile_size(state),
+        BLOCK_P=tile_size(head_dim),
+        STEP_N=step_size(state, x.dtype),
+        STEP_P=step_size(head_dim, x.dtype),
+        ROWS=part_size(x.dtype),
+        HAS_SKIP=D is not None,
         num_warps=8,
         num_stages=1,
     )
-    return grad
+    return results

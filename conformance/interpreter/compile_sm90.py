@@ -22,14 +22,16 @@ from linmu.optimized import scan_states, scan_tiles, window_kernels
 
 # fmt: off
 FLOAT32 = {
-    "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_STATE",
-    "BACKWARD_WRITE", "ENTERING", "FORWARD_STATE", "PARTNER",
-    "BIAS_GRAD", "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
-    "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
-    "NEW_STATE", "PRODUCT", "SCALE", "START", "STATES", "WEIGHT_GRAD",
+    "A", "A_GRAD", "BACKWARD", "BACKWARD_COLUMNS", "BACKWARD_GATE", "BACKWARD_KEPT", "BACKWARD_PRODUCT",
+    "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_ROWS", "BACKWARD_WRITE", "BACKWARD_WRITTEN", "BIAS_GRAD", "D",
+    "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_COLUMNS", "FORWARD_GATE",
+    "FORWARD_KEPT", "FORWARD_PRODUCT", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_ROWS", "FORWARD_WRITE",
+    "FORWARD_WRITTEN", "GATE", "GATES", "GATE_GRAD", "KEPT", "LEAVING", "LSE", "NEW_STATE", "PAIR_DT",
+    "PAIR_GATE", "PRODUCT", "READ", "RUN_KEPT", "SCALE", "SKIP_GRAD", "START", "STATES", "SUMS", "TIME_STEP",
+    "WEIGHT_GRAD", "WRITE",
 }
 # fmt: on
-INT64 = {"SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT"}
+INT64 = {"SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS"}
 MASKS = {"VALID", "MASK"}
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
@@ -37,8 +39,7 @@ STRIDES = ("batch", "token", "head")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
 SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "KEEPS": True}
-SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 16, "REVERSE": True, "HAS_START": True, "STORES": True}
-SWEEP |= {"LEAVES": True, "HAS_PARTNER": True}
+SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 8, "BACKWARDS": 1, "LAST": True}
 CONV = {
     "CHANNELS": 4608,
     "TAPS": 4,
@@ -54,27 +55,16 @@ LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 # name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
 KERNELS = {
-    "sweep": (
-        "scan_states",
-        "sweep_kernel",
-        SCAN | SWEEP,
-        None,
-        2,
-        {"WEIGHT": "*fp32"},
-    ),
-    "link": (
-        "scan_states",
-        "link_kernel",
-        {"HEADS": 28, "BLOCK": 1024, "REVERSE": True, "HAS_START": True},
-        4,
-        3,
-        {},
-    ),
+    "scalars": ("scan_scalars", "scalars_kernel", SCAN | {"BLOCK": 32}, 4, 3, {}),
+    "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, None, 2, {"WEIGHT": "*fp32"}),
+    "sweep_runs": ("scan_states", "sweep_kernel", SCAN | SWEEP | {"LAST": False}, None, 2, {"WEIGHT": "*fp32"}),
+    "sweep_partner": ("scan_states", "sweep_kernel", SCAN | SWEEP | {"HAS_PARTNER": True}, None, 2, {"WEIGHT": "*fp32"}),
+    "link": ("scan_states", "link_kernel", {"HEADS": 28, "BLOCK": 512, "BACKWARDS": 1, "HAS_START": True}, 4, 3, {}),
+    "rates": ("scan_gradients", "rates_kernel", SCAN | {"BLOCK": 32}, 8, 3, {}),
     "norm_gradient": ("norm_kernels", "norm_gradient_kernel", SCAN | {"ROWS": 32}, 4, 3, {}),
     "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
     "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, {}),
-    "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, {}),
-    "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, {}),
+    "writer": ("scan_writers", "writer_kernel", SCAN, 8, 1, {}),
     "attend": ("window_kernels", "attend_kernel", WINDOW, "rows", 1, {}),
     "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
     "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
@@ -88,19 +78,21 @@ KERNELS = {
 
 def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     """The compile-time constants of one kernel at N = P = `size`."""
-    transposed, kind = chosen.get("transposed", False), DTYPES[dtype]
+    kind = DTYPES[dtype]
     scanned = scan_tiles.token_dtype(kind)
-    axes = ("N", "P", "BLOCK_N", "BLOCK_P", "INNER", "OUTER", "BLOCK_OUTER")
+    axes = ("N", "P", "BLOCK_N", "BLOCK_P")
     steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), scan_tiles.step_size(size, scanned))
-    strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
-    known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
-    known |= {"CHUNK": scan_tiles.chunk_size(scanned)} | dict.fromkeys(axes, size) | steps | strides | chosen
+    known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "HAS_PARTNER": False}
+    known |= {"CHUNK": scan_tiles.chunk_size(scanned), "ROWS": scan_tiles.part_size(scanned)}
+    known |= dict.fromkeys(axes, size) | steps | chosen
     if "window" in chosen:
         rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
         known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
         known |= {"STEP_N": step, "STEP_P": step}
-    blocks = {"sweep_kernel": scan_states.BLOCKS[scanned], "step_kernel": 32}
-    known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
+    if chosen["kernel"] == "sweep_kernel":
+        known["BLOCK_P"] = scan_states.sweep_block(size, size, scanned, known["HAS_PARTNER"])
+    elif chosen["kernel"] == "step_kernel":
+        known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}
 
 
