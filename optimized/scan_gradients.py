@@ -16,7 +16,7 @@ from .launch import launching
 from .scan_readers import read_gradients
 from .scan_scalars import HEADS_AT_ONCE, Scalars, decayed, scan_scalars
 from .scan_states import sweep_states
-from .scan_tiles import chunk_size, rows_of, token_dtype, token_rows
+from .scan_tiles import gradient_chunk_size, rows_of, token_dtype, token_rows
 from .scan_writers import write_gradients
 
 
@@ -87,7 +87,7 @@ def rates_kernel(
     out = ((batch * length + rows) * HEADS)[:, None] + heads[None, :]
     where = (rows < length)[:, None] & real
     if HAS_VISION:
-        segment = tl.load(SEGMENT + batch * length + rows, mask=taken, other=-1)[:, None]
+        segment = tl.load(SEGMENT + (batch * chunks + chunk) * CHUNK + place)
         backward = tl.load(BACKWARD + at, mask=real, other=0.0)
         read_back = tl.load(BACKWARD_READ + at, mask=real, other=0.0)
         gated = read_back * tl.load(BACKWARD_GATE + at, mask=real, other=0.0)
@@ -99,7 +99,7 @@ def rates_kernel(
         kept = tl.load(BACKWARD_KEPT + at_chunk, mask=inside, other=0.0)
         other += (kept * tl.load(BACKWARD_PRODUCT + at_chunk, mask=inside, other=0.0))[None, :]
         rate += tl.where(segment >= 0, other, 0.0)
-        leaves = segment == tl.load(OPENS + batch * (chunks + 1) + chunk)
+        leaves = segment == tl.load(OPENS + batch * (chunks + 1) + chunk).to(tl.int32)
         dt_grad += tl.where(leaves, written * decayed(backward), 0.0)
         gate_grad = tl.load(PAIR_GATE + at, mask=real, other=0.0) + read - read_back
         tl.store(GATE_GRAD + out, tl.where(segment >= 0, gate_grad, 0.0), mask=where)
@@ -127,7 +127,7 @@ def backward(
     initial_state."""
     kind = token_dtype(x.dtype)
     x, B, C, y_grad = (rows_of(tensor.to(kind)) for tensor in (x, B, C, y_grad))
-    scalars = scan_scalars(dt, A, gate, segment, valid, chunk_size(kind))
+    scalars = scan_scalars(dt, A, gate, segment, valid, gradient_chunk_size(kind))
     states, _, _ = sweep_states(B, x, scalars.write, scalars.kept, scalars.valid, initial_state)
     state_grads, initial_grad, products = sweep_states(
         C,

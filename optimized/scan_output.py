@@ -18,10 +18,12 @@ from .scan_states import sweep_states
 from .scan_tiles import (
     add_product,
     chunk_size,
-    forward_gates,
+    gate_of,
     head_of,
     load_tile,
+    pair_decay,
     pair_gates,
+    pair_masks,
     pair_products,
     part_size,
     rows_of,
@@ -31,7 +33,6 @@ from .scan_tiles import (
     tile_size,
     token_dtype,
     token_rows,
-    vision_scalars,
     warps,
 )
 
@@ -102,39 +103,27 @@ def output_kernel(
     q = head_of(C, batch, c_batch, head, c_head)
     k = head_of(B, batch, b_batch, head // RATIO, b_head)
     v = head_of(X, batch, x_batch, head // RATIO, x_head)
-    forward, gate_forward = tl.load(FORWARD + at), forward_gates(FORWARD_GATE, at, HAS_VISION)
-    backward, gate_backward, segment = vision_scalars(
-        BACKWARD, BACKWARD_GATE, SEGMENT, at, batch * length + rows, taken, HAS_VISION
-    )
     state = FORWARD_STATE + at_chunk * (N * P)
     y = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
-    y *= (tl.load(FORWARD_READ + at) * gate_forward)[:, None]
+    y *= (tl.load(FORWARD_READ + at) * gate_of(FORWARD_GATE, at, HAS_VISION))[:, None]
     if HAS_VISION:
         state = BACKWARD_STATE + at_chunk * (N * P)
         pulled = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
-        y += pulled * (tl.load(BACKWARD_READ + at) * gate_backward)[:, None]
+        y += pulled * (tl.load(BACKWARD_READ + at) * tl.load(BACKWARD_GATE + at))[:, None]
+    at_segment = (batch * chunks + chunk) * CHUNK
     for other in range(0, CHUNK // ROWS if HAS_VISION else part + 1):
         j = other * ROWS + tl.arange(0, ROWS)
         at_j = at_chunk * CHUNK + j
         writers, written = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
-        backward_j, gate_j, segment_j = vision_scalars(
-            BACKWARD, BACKWARD_GATE, SEGMENT, at_j, batch * length + writers, written, HAS_VISION
-        )
-        decay, gates, before, together = pair_gates(
-            i[:, None],
-            j[None, :],
-            forward[:, None],
-            tl.load(FORWARD + at_j)[None, :],
-            backward[:, None],
-            backward_j[None, :],
-            segment[:, None],
-            segment_j[None, :],
-            gate_forward[:, None],
-            gate_backward[:, None],
-            HAS_VISION,
-        )
         weights = pair_products(q, c_token, rows, taken, k, b_token, writers, written, N, STEP, ROWS)
-        weights *= decay * gates * tl.load(DT + at_j)[None, :]
+        weights *= pair_decay(
+            i[:, None], j[None, :], FORWARD, BACKWARD, at[:, None], at_j[None, :], HAS_VISION
+        )
+        before, together = pair_masks(
+            i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION
+        )
+        weights *= pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at[:, None], HAS_VISION)
+        weights *= tl.load(DT + at_j)[None, :]
         if HAS_SKIP:
             weights += tl.where(i[:, None] == j[None, :], tl.load(D + head).to(tl.float32), 0.0)
         y = add_product(weights, load_tile(v, writers, x_token, columns, written, P), y)
@@ -203,8 +192,9 @@ def forward_heads(
     y = x.new_empty(batch, length, heads, head_dim, dtype=dtype)
     y_kept = torch.empty_like(y) if keep else y.new_empty(0)
     scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
-    parts = chunk_size(x.dtype) // part_size(x.dtype)
-    output_kernel[(heads * parts * scalars.dt.shape[1], batch)](
+    chunks, chunk = scalars.dt.shape[1], scalars.dt.shape[3]
+    rows = part_size(x.dtype, chunk)
+    output_kernel[(heads * (chunk // rows) * chunks, batch)](
         x,
         B,
         C,
@@ -225,7 +215,7 @@ def forward_heads(
         P=head_dim,
         BLOCK_P=tile_size(head_dim),
         STEP=step_size(state, x.dtype),
-        ROWS=part_size(x.dtype),
+        ROWS=rows,
         HAS_SKIP=D is not None,
         HAS_ORDER=order is not None,
         HAS_NORM=norm_weight is not None,

@@ -16,10 +16,12 @@ from torch import Tensor
 from .scan_scalars import Scalars
 from .scan_tiles import (
     add_product,
-    forward_gates,
+    gate_of,
     head_of,
     load_tile,
+    pair_decay,
     pair_gates,
+    pair_masks,
     pair_products,
     part_size,
     state_products,
@@ -27,7 +29,6 @@ from .scan_tiles import (
     stride_arguments,
     tile_size,
     token_rows,
-    vision_scalars,
 )
 
 
@@ -96,10 +97,6 @@ def reader_kernel(
     k = head_of(B, batch, b_batch, head // RATIO, b_head)
     v = head_of(X, batch, x_batch, head // RATIO, x_head)
     grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
-    forward, gate_forward = tl.load(FORWARD + at), forward_gates(FORWARD_GATE, at, HAS_VISION)
-    backward, gate_backward, segment = vision_scalars(
-        BACKWARD, BACKWARD_GATE, SEGMENT, at, batch * length + rows, taken, HAS_VISION
-    )
     q_tile = load_tile(q, rows, c_token, columns, taken, N).to(tl.float32)
     state = FORWARD_STATE + at_chunk * (N * P)
     pulled = state_products(
@@ -107,7 +104,7 @@ def reader_kernel(
     )
     read = tl.load(FORWARD_READ + at)
     tl.store(FORWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
-    c_grad = pulled * (read * gate_forward)[:, None]
+    c_grad = pulled * (read * gate_of(FORWARD_GATE, at, HAS_VISION))[:, None]
     if HAS_VISION:
         state = BACKWARD_STATE + at_chunk * (N * P)
         pulled = state_products(
@@ -115,45 +112,37 @@ def reader_kernel(
         )
         read = tl.load(BACKWARD_READ + at)
         tl.store(BACKWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
-        c_grad += pulled * (read * gate_backward)[:, None]
+        c_grad += pulled * (read * tl.load(BACKWARD_GATE + at))[:, None]
     gate_grad = tl.zeros([ROWS], tl.float32)
     forward_sum = tl.zeros([ROWS], tl.float32)
     backward_sum = tl.zeros([ROWS], tl.float32)
     skip_grad = tl.zeros([ROWS], tl.float32)
+    at_segment = (batch * chunks + chunk) * CHUNK
     for other in range(0, CHUNK // ROWS if HAS_VISION else part + 1):
         j = other * ROWS + tl.arange(0, ROWS)
         at_j = at_chunk * CHUNK + j
         writers, written = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
-        backward_j, gate_j, segment_j = vision_scalars(
-            BACKWARD, BACKWARD_GATE, SEGMENT, at_j, batch * length + writers, written, HAS_VISION
-        )
-        decay, gates, before, together = pair_gates(
-            i[:, None],
-            j[None, :],
-            forward[:, None],
-            tl.load(FORWARD + at_j)[None, :],
-            backward[:, None],
-            backward_j[None, :],
-            segment[:, None],
-            segment_j[None, :],
-            gate_forward[:, None],
-            gate_backward[:, None],
-            HAS_VISION,
-        )
         target = pair_products(grad, g_token, rows, taken, v, x_token, writers, written, P, STEP_P, ROWS)
         skip_grad += tl.sum(tl.where(i[:, None] == j[None, :], target, 0.0), 1)
-        target *= decay * tl.load(DT + at_j)[None, :]
+        target *= pair_decay(
+            i[:, None], j[None, :], FORWARD, BACKWARD, at[:, None], at_j[None, :], HAS_VISION
+        )
+        target *= tl.load(DT + at_j)[None, :]
         spent = target * pair_products(
             q, c_token, rows, taken, k, b_token, writers, written, N, STEP_N, ROWS
         )
-        k_tile = load_tile(k, writers, b_token, columns, written, N)
-        c_grad = add_product(target * gates, k_tile, c_grad)
+        before, together = pair_masks(
+            i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION
+        )
         if HAS_VISION:
             gate_grad += tl.sum(tl.where(before, spent, 0.0) - tl.where(together, spent, 0.0), 1)
+        gates = pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at[:, None], HAS_VISION)
         spent *= gates
         forward_sum += tl.sum(tl.where(j[None, :] < i[:, None], spent, 0.0), 1)
         if HAS_VISION:
             backward_sum += tl.sum(tl.where(j[None, :] > i[:, None], spent, 0.0), 1)
+        k_tile = load_tile(k, writers, b_token, columns, written, N)
+        c_grad = add_product(target * gates, k_tile, c_grad)
     tl.store(SKIP_GRAD + at, skip_grad)
     tl.store(FORWARD_ROWS + at, forward_sum)
     if HAS_VISION:
@@ -182,8 +171,8 @@ def read_gradients(
     results["C_GRAD"] = C.new_empty(C.shape)
     batch, chunks, heads, chunk = scalars.dt.shape
     state, head_dim = C.shape[3], x.shape[3]
-    parts = chunk // part_size(x.dtype)
-    reader_kernel[(heads * parts * chunks, batch)](
+    rows = part_size(x.dtype, chunk)
+    reader_kernel[(heads * (chunk // rows) * chunks, batch)](
         x,
         B,
         C,
@@ -200,7 +189,7 @@ def read_gradients(
         BLOCK_N=tile_size(state),
         STEP_N=step_size(state, x.dtype),
         STEP_P=step_size(head_dim, x.dtype),
-        ROWS=part_size(x.dtype),
+        ROWS=rows,
         num_warps=8,
         num_stages=1,
     )

@@ -31,7 +31,7 @@ class Scalars:
     read: Tensor  # what is left of the state that enters a chunk at token i, the gate left out
     write: Tensor  # dt_j, and what is left of token j's write to the state that leaves
     kept: Tensor  # (directions, B, K, H): what a chunk leaves of the state that enters it
-    segment: Tensor | None  # (B, L) int64
+    segment: Tensor | None  # (B, K, C) int32, -1 on text and where masked
     opens: Tensor | None  # (B, K + 1) int64: `next_segment`
     valid: Tensor | None  # (B, L) bytes
 
@@ -82,7 +82,7 @@ def scalars_kernel(
     TIME_STEP,
     A,
     GATE,
-    SEGMENT,
+    IDS,
     VALID,
     OPENS,
     DT,
@@ -91,6 +91,7 @@ def scalars_kernel(
     READ,
     WRITE,
     KEPT,
+    SEGMENT,
     step_batch,
     step_token,
     step_head,
@@ -127,11 +128,13 @@ def scalars_kernel(
     tl.store(KEPT + at_chunk, decayed(end), mask=heads < HEADS)
     if HAS_VISION:
         beyond = tl.cast(tl.num_programs(2), tl.int64) * chunks * HEADS  # the next direction's chunks
-        segment = tl.load(SEGMENT + batch * length + rows, mask=taken, other=-1)[:, None]
+        segment = tl.load(IDS + batch * length + rows, mask=taken, other=-1)[:, None]
         is_vision = segment >= 0
+        if tl.program_id(1) == 0:
+            tl.store(SEGMENT + (batch * chunks + chunk) * CHUNK + place, segment.to(tl.int32))
         opens = OPENS + batch * (chunks + 1) + chunk
         left, right = tl.load(opens), tl.load(opens + 1)
-        preceding, counted = vision_before(SEGMENT, VALID, batch, rows, length, CHUNK, HAS_VALID)
+        preceding, counted = vision_before(IDS, VALID, batch, rows, length, CHUNK, HAS_VALID)
         steps = head_scalars(
             TIME_STEP, batch, step_batch, preceding, step_token, heads, step_head, counted[:, None] & real
         )
@@ -151,13 +154,13 @@ def scalars_kernel(
 
 
 @triton.jit
-def vision_before(SEGMENT, VALID, batch, rows, length, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr):
+def vision_before(IDS, VALID, batch, rows, length, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr):
     """The token before each of a chunk, and whether it is a vision token of the same chunk."""
     rows -= 1
     counted = (tl.arange(0, CHUNK) > 0) & (rows < length)
     if HAS_VALID:
         counted = counted & (tl.load(VALID + batch * length + rows, mask=counted, other=0) != 0)
-    return rows, counted & (tl.load(SEGMENT + batch * length + rows, mask=counted, other=-1) >= 0)
+    return rows, counted & (tl.load(IDS + batch * length + rows, mask=counted, other=-1) >= 0)
 
 
 def scan_scalars(
@@ -192,7 +195,7 @@ def scan_scalars(
         read=empty(directions, batch, chunks, heads, chunk),
         write=empty(directions, batch, chunks, heads, chunk),
         kept=empty(directions, batch, chunks, heads),
-        segment=segment,
+        segment=None if segment is None else empty(batch, chunks, chunk).view(torch.int32),
         opens=opens,
         valid=as_bytes(valid),
     )
@@ -210,6 +213,7 @@ def scan_scalars(
         scalars.read,
         scalars.write,
         scalars.kept,
+        scalars.segment,
         *dt.stride(),
         *((0, 0, 0) if gate is None else gate.stride()),
         length=length,

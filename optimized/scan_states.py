@@ -34,7 +34,8 @@ from .scan_tiles import (
     warps,
 )
 
-RUN = 8  # chunks
+RUN = 32  # chunks one after the other, at most
+PROGRAMS = 512  # that sweep side by side at least, if there are chunks enough
 BLOCKS = {torch.bfloat16: 128, torch.float32: 32}  # of P
 LINKED = 512  # elements of a state that one program carries over the runs
 
@@ -123,7 +124,8 @@ def sweep_kernel(
             state = add_product(tl.trans(left_tile), weighed, state)
     if not LAST:
         tl.store(LEAVING + at_run * (N * P) + tile, state, mask=inside)
-        tl.store(RUN_KEPT + at_run, run_kept, mask=tl.program_id(1) == 0)
+        if tl.program_id(1) == 0:
+            tl.store(RUN_KEPT + at_run, run_kept)
 
 
 @triton.jit
@@ -187,12 +189,13 @@ def sweep_states(
     """
     directions, batch, chunks, heads, _ = weight.shape
     sizes = (left.shape[-1], right.shape[-1])
-    runs = triton.cdiv(chunks, RUN)
+    run = run_length(chunks, heads * batch * directions)
+    runs = triton.cdiv(chunks, run)
     entering = left.new_empty(directions, batch, chunks, heads, *sizes)
     states = left.new_empty(directions, batch, runs, heads, *sizes, dtype=torch.float32)
     run_kept = kept.new_empty(directions, batch, runs, heads)
     final = left.new_empty(directions, batch, heads, *sizes, dtype=torch.float32)
-    sweep = Sweep(rows_of(left), rows_of(right), weight, kept, valid, 0 if turned else 1)
+    sweep = Sweep(rows_of(left), rows_of(right), weight, kept, valid, run, 0 if turned else 1)
     sweep.launch(leaving=states, run_kept=run_kept)
     link_runs(states, run_kept, start, final, sweep.backwards)
     product = sweep.launch(start=states, entering=entering, partner=partner)
@@ -208,6 +211,7 @@ class Sweep:
     weight: Tensor
     kept: Tensor
     valid: Tensor | None
+    run: int  # chunks
     backwards: int  # the direction that goes from the last chunk to the first
 
     def launch(
@@ -222,7 +226,7 @@ class Sweep:
         """Run `sweep_kernel`; returns the inner products with `partner`, (directions, B, K, H)."""
         directions, batch, chunks, heads, chunk = self.weight.shape
         state, head_dim = self.left.shape[-1], self.right.shape[-1]
-        runs, kind = triton.cdiv(chunks, RUN), self.left.dtype
+        runs, kind = triton.cdiv(chunks, self.run), self.left.dtype
         block = sweep_block(state, head_dim, kind, partner is not None)
         blocks = triton.cdiv(head_dim, block)
         product = None
@@ -253,16 +257,24 @@ class Sweep:
             BLOCK_N=tile_size(state),
             BLOCK_P=block,
             CHUNK=chunk,
-            ROWS=part_size(kind),
-            RUN=RUN,
+            ROWS=part_size(kind, chunk),
+            RUN=self.run,
             BACKWARDS=self.backwards,
             HAS_VALID=self.valid is not None,
             LAST=start is not None,
             HAS_PARTNER=partner is not None,
             num_warps=warps(state, block),
-            num_stages=2,
+            num_stages=3,
         )
         return None if product is None else product.sum(-1)
+
+
+def run_length(chunks: int, lines: int) -> int:
+    """Chunks per run: a power of two, as long as enough programs are left for `lines` heads and rows."""
+    run = RUN
+    while run > 1 and triton.cdiv(chunks, run) * lines < PROGRAMS:
+        run //= 2
+    return run
 
 
 def sweep_block(state: int, head_dim: int, kind: torch.dtype, partnered: bool) -> int:

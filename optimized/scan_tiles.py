@@ -17,6 +17,7 @@ from torch import Tensor
 from .engine import say_once
 
 CHUNKS = {torch.bfloat16: 128, torch.float32: 16}  # tokens between two states
+GRADIENT_CHUNKS = {torch.bfloat16: 64, torch.float32: 16}  # the same in the backward pass
 ROWS = {torch.bfloat16: 64, torch.float32: 16}  # tokens of a chunk that a program takes at once
 STEPS = {torch.bfloat16: 64, torch.float32: 16}  # of N or P
 
@@ -69,54 +70,42 @@ def token_rows(VALID, batch, first, length, COUNT: tl.constexpr, HAS_VALID: tl.c
 
 
 @triton.jit
-def vision_scalars(SUM, GATE, SEGMENT, at, place, taken, HAS_VISION: tl.constexpr):
-    """b of eq. (1), gB and the segment of tokens; of text, where there is no vision at all."""
+def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
+    """Where readers i and writers j, places of one chunk along either axis, are a pair of the forward and of
+    the backward direction."""
+    together = j >= i
     if HAS_VISION:
-        return tl.load(SUM + at), tl.load(GATE + at), tl.load(SEGMENT + place, mask=taken, other=-1)
-    else:
-        nothing = tl.zeros(at.shape, tl.float32)
-        return nothing, nothing, tl.full(at.shape, -1, tl.int64)
+        together = together & (tl.load(SEGMENT + at + i) == tl.load(SEGMENT + at + j))
+    return j <= i, together
 
 
 @triton.jit
-def forward_gates(GATE, at, HAS_VISION: tl.constexpr):
-    """gF of tokens: 1 where there is no vision at all."""
+def pair_decay(i, j, FORWARD, BACKWARD, at_i, at_j, HAS_VISION: tl.constexpr):
+    """What is left of j's write when i reads, in whichever direction: the exponentials of eq. (2) of
+    `chunked_scan`."""
+    exponent = tl.load(FORWARD + at_i) - tl.load(FORWARD + at_j)
+    if HAS_VISION:
+        exponent = tl.where(j <= i, exponent, tl.load(BACKWARD + at_j) - tl.load(BACKWARD + at_i))
+    return tl.exp(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
+def pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at_i, HAS_VISION: tl.constexpr):
+    """gF_i [j≤i] + gB_i [j≥i, one segment] of eq. (2)."""
+    if HAS_VISION:
+        gates = tl.where(before, tl.load(FORWARD_GATE + at_i), 0.0)
+        return gates + tl.where(together, tl.load(BACKWARD_GATE + at_i), 0.0)
+    else:
+        return tl.where(before, 1.0, 0.0)
+
+
+@triton.jit
+def gate_of(GATE, at, HAS_VISION: tl.constexpr):
+    """A gate of tokens: 1 where there is no vision at all."""
     if HAS_VISION:
         return tl.load(GATE + at)
     else:
         return tl.full(at.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def pair_gates(
-    i,
-    j,
-    forward_i,
-    forward_j,
-    backward_i,
-    backward_j,
-    segment_i,
-    segment_j,
-    gate_forward,
-    gate_backward,
-    HAS_VISION: tl.constexpr,
-):
-    """Eq. (2) of `chunked_scan` but for dt: readers i and writers j along either axis, (I, 1) with (1, J) or
-    (1, I) with (J, 1).
-
-    Returns the decay, the gates that weigh it, and where a pair is of the forward and of the backward
-    direction.
-    """
-    before = j <= i
-    together = j >= i
-    exponent = forward_i - forward_j
-    gates = tl.where(before, gate_forward, 0.0)
-    if HAS_VISION:
-        together = together & (segment_i == segment_j)
-        exponent = tl.where(before, exponent, backward_j - backward_i)
-        gates += tl.where(together, gate_backward, 0.0)
-    decay = tl.exp(tl.minimum(exponent, 0.0))
-    return decay, gates, before, together
 
 
 @triton.jit
@@ -190,13 +179,18 @@ def token_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_size(dtype: torch.dtype) -> int:
-    """Tokens per chunk."""
+    """Tokens per chunk in the forward pass."""
     return CHUNKS[dtype]
 
 
-def part_size(dtype: torch.dtype) -> int:
+def gradient_chunk_size(dtype: torch.dtype) -> int:
+    """Tokens per chunk in the backward pass."""
+    return GRADIENT_CHUNKS[dtype]
+
+
+def part_size(dtype: torch.dtype, chunk: int) -> int:
     """Tokens of a chunk that a program takes at once."""
-    return min(ROWS[dtype], CHUNKS[dtype])
+    return min(ROWS[dtype], chunk)
 
 
 def step_size(size: int, dtype: torch.dtype) -> int:

@@ -15,10 +15,11 @@ from torch import Tensor
 from .scan_scalars import Scalars
 from .scan_tiles import (
     add_product,
-    forward_gates,
     head_of,
     load_tile,
+    pair_decay,
     pair_gates,
+    pair_masks,
     pair_products,
     part_size,
     state_products,
@@ -26,8 +27,9 @@ from .scan_tiles import (
     stride_arguments,
     tile_size,
     token_rows,
-    vision_scalars,
 )
+
+WARPS = 8
 
 
 @triton.jit
@@ -82,9 +84,10 @@ def writer_kernel(
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    OF_X: tl.constexpr,
 ):
-    """The gradients of x and B of a part of a chunk, head by head of a group: `inside_chunk` and `write_side`
-    of the torch engine."""
+    """The gradient of x or of B of a part of a chunk, head by head of a group: `inside_chunk` and `write_side`
+    of the torch engine. The launch for B also stores the scalars."""
     groups = HEADS // RATIO
     group = tl.program_id(0) % groups
     part = tl.program_id(0) // groups % (CHUNK // ROWS)
@@ -95,97 +98,92 @@ def writer_kernel(
     rows, taken = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
     k = head_of(B, batch, b_batch, group, b_head)
     v = head_of(X, batch, x_batch, group, x_head)
-    x_grad = tl.zeros([ROWS, BLOCK_P], tl.float32)
-    b_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for member in tl.range(0, RATIO, disable_licm=True):
+    at_segment = (batch * chunks + chunk) * CHUNK
+    if OF_X:
+        total = tl.zeros([ROWS, BLOCK_P], tl.float32)
+    else:
+        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for member in range(RATIO):
         head = group * RATIO + member
         at_chunk = (batch * chunks + chunk) * HEADS + head
         at = at_chunk * CHUNK + j
         q = head_of(C, batch, c_batch, head, c_head)
         grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
-        forward, dt = tl.load(FORWARD + at), tl.load(DT + at)
-        backward, own_gate, segment = vision_scalars(
-            BACKWARD, BACKWARD_GATE, SEGMENT, at, batch * length + rows, taken, HAS_VISION
-        )
+        dt = tl.load(DT + at)
         dt_grad = tl.zeros([ROWS], tl.float32)
         forward_sum = tl.zeros([ROWS], tl.float32)
         backward_sum = tl.zeros([ROWS], tl.float32)
-        for other in tl.range(0 if HAS_VISION else part, CHUNK // ROWS, disable_licm=True):
+        for other in range(0 if HAS_VISION else part, CHUNK // ROWS):
             i = other * ROWS + tl.arange(0, ROWS)
             at_i = at_chunk * CHUNK + i
             readers, seen = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
-            backward_i, gate_backward, segment_i = vision_scalars(
-                BACKWARD, BACKWARD_GATE, SEGMENT, at_i, batch * length + readers, seen, HAS_VISION
-            )
-            decay, gates, before, together = pair_gates(
-                i[None, :],
-                j[:, None],
-                tl.load(FORWARD + at_i)[None, :],
-                forward[:, None],
-                backward_i[None, :],
-                backward[:, None],
-                segment_i[None, :],
-                segment[:, None],
-                forward_gates(FORWARD_GATE, at_i, HAS_VISION)[None, :],
-                gate_backward[None, :],
-                HAS_VISION,
-            )
-            decay *= gates
             scores = pair_products(k, b_token, rows, taken, q, c_token, readers, seen, N, STEP_N, ROWS)
-            target = pair_products(v, x_token, rows, taken, grad, g_token, readers, seen, P, STEP_P, ROWS)
-            spent = scores * target * decay
-            dt_grad += tl.sum(spent, 1)
-            forward_sum += tl.sum(tl.where(j[:, None] < i[None, :], spent, 0.0), 1)
-            if HAS_VISION:
-                backward_sum += tl.sum(tl.where(j[:, None] > i[None, :], spent, 0.0), 1)
-            decay *= dt[:, None]
-            weights = scores * decay
-            if HAS_SKIP:
-                weights += tl.where(j[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
-            grad_tile = load_tile(grad, readers, g_token, columns_p, seen, P)
-            x_grad = add_product(weights, grad_tile, x_grad)
-            q_tile = load_tile(q, readers, c_token, columns_n, seen, N)
-            b_grad = add_product(target * decay, q_tile, b_grad)
-        tl.store(DT_GRAD + at, dt_grad)
-        tl.store(FORWARD_COLUMNS + at, forward_sum * dt)
+            before, together = pair_masks(i[None, :], j[:, None], SEGMENT, at_segment, HAS_VISION)
+            decay = pair_decay(
+                i[None, :], j[:, None], FORWARD, BACKWARD, at_i[None, :], at[:, None], HAS_VISION
+            )
+            decay *= pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at_i[None, :], HAS_VISION)
+            if OF_X:
+                weights = scores * decay * dt[:, None]
+                if HAS_SKIP:
+                    weights += tl.where(j[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
+                grad_tile = load_tile(grad, readers, g_token, columns_p, seen, P)
+                total = add_product(weights, grad_tile, total)
+            else:
+                target = decay * pair_products(
+                    v, x_token, rows, taken, grad, g_token, readers, seen, P, STEP_P, ROWS
+                )
+                q_tile = load_tile(q, readers, c_token, columns_n, seen, N)
+                total = add_product(target * dt[:, None], q_tile, total)
+                spent = scores * target
+                dt_grad += tl.sum(spent, 1)
+                forward_sum += tl.sum(tl.where(j[:, None] < i[None, :], spent, 0.0), 1)
+                if HAS_VISION:
+                    backward_sum += tl.sum(tl.where(j[:, None] > i[None, :], spent, 0.0), 1)
         state = FORWARD_STATE + at_chunk * (N * P)
         write = tl.load(FORWARD_WRITE + at)
-        pulled = state_products(
-            k, b_token, rows, taken, state, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS
-        )
-        x_grad += pulled * write[:, None]
-        pulled = state_products(
-            v, x_token, rows, taken, state, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS
-        )
-        b_grad += pulled * write[:, None]
-        k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
-        tl.store(FORWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
-        if HAS_VISION:
-            tl.store(BACKWARD_COLUMNS + at, backward_sum * dt)
-            state = BACKWARD_STATE + at_chunk * (N * P)
-            write = tl.load(BACKWARD_WRITE + at)
+        if OF_X:
             pulled = state_products(
                 k, b_token, rows, taken, state, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS
             )
-            x_grad += pulled * write[:, None]
+        else:
             pulled = state_products(
                 v, x_token, rows, taken, state, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS
             )
-            b_grad += pulled * write[:, None]
             k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
-            tl.store(BACKWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
+            tl.store(FORWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
+            tl.store(DT_GRAD + at, dt_grad)
+            tl.store(FORWARD_COLUMNS + at, forward_sum * dt)
+        total += pulled * write[:, None]
+        if HAS_VISION:
+            state = BACKWARD_STATE + at_chunk * (N * P)
+            write = tl.load(BACKWARD_WRITE + at)
+            if OF_X:
+                pulled = state_products(
+                    k, b_token, rows, taken, state, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS
+                )
+            else:
+                pulled = state_products(
+                    v, x_token, rows, taken, state, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS
+                )
+                k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
+                tl.store(BACKWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
+                tl.store(BACKWARD_COLUMNS + at, backward_sum * dt)
+            total += pulled * write[:, None]
     place = ((batch * length + rows) * groups + group)[:, None]
     real = (rows < length)[:, None]
-    out = X_GRAD + place * P + columns_p[None, :]
-    tl.store(out, x_grad.to(X_GRAD.dtype.element_ty), mask=real & (columns_p < P)[None, :])
-    out = B_GRAD + place * N + columns_n[None, :]
-    tl.store(out, b_grad.to(B_GRAD.dtype.element_ty), mask=real & (columns_n < N)[None, :])
+    if OF_X:
+        out = X_GRAD + place * P + columns_p[None, :]
+        tl.store(out, total.to(X_GRAD.dtype.element_ty), mask=real & (columns_p < P)[None, :])
+    else:
+        out = B_GRAD + place * N + columns_n[None, :]
+        tl.store(out, total.to(B_GRAD.dtype.element_ty), mask=real & (columns_n < N)[None, :])
 
 
 def write_gradients(
     x: Tensor, B: Tensor, C: Tensor, y_grad: Tensor, scalars: Scalars, D: Tensor | None, state_grads: Tensor
 ) -> dict[str, Tensor | None]:
-    """Run `writer_kernel`.
+    """Run `writer_kernel` twice.
 
     Returns:
         X_GRAD (B, L, G, P), B_GRAD (B, L, G, N), and (B, K, H, C) float32, None for a direction that is not
@@ -199,29 +197,32 @@ def write_gradients(
     results |= {"X_GRAD": x.new_empty(x.shape), "B_GRAD": B.new_empty(B.shape)}
     batch, chunks, heads, chunk = scalars.dt.shape
     groups, state, head_dim = x.shape[2], B.shape[3], x.shape[3]
-    parts = chunk // part_size(x.dtype)
-    writer_kernel[(groups * parts * chunks, batch)](
-        x,
-        B,
-        C,
-        y_grad,
-        **scalars.arguments(),
-        **scalars.by_direction("WRITE", scalars.write),
-        **scalars.by_direction("STATE", state_grads),
-        **stride_arguments(x=x, b=B, c=C, g=y_grad),
-        **results,
-        D=D,
-        length=x.shape[1],
-        RATIO=heads // groups,
-        N=state,
-        P=head_dim,
-        BLOCK_N=tile_size(state),
-        BLOCK_P=tile_size(head_dim),
-        STEP_N=step_size(state, x.dtype),
-        STEP_P=step_size(head_dim, x.dtype),
-        ROWS=part_size(x.dtype),
-        HAS_SKIP=D is not None,
-        num_warps=8,
-        num_stages=1,
-    )
+    rows = part_size(x.dtype, chunk)
+    launch = writer_kernel[(groups * (chunk // rows) * chunks, batch)]
+    for of_x in (True, False):  # two launches: the registers do not hold both gradients
+        launch(
+            x,
+            B,
+            C,
+            y_grad,
+            **scalars.arguments(),
+            **scalars.by_direction("WRITE", scalars.write),
+            **scalars.by_direction("STATE", state_grads),
+            **stride_arguments(x=x, b=B, c=C, g=y_grad),
+            **results,
+            D=D,
+            length=x.shape[1],
+            RATIO=heads // groups,
+            N=state,
+            P=head_dim,
+            BLOCK_N=tile_size(state),
+            BLOCK_P=tile_size(head_dim),
+            STEP_N=step_size(state, x.dtype),
+            STEP_P=step_size(head_dim, x.dtype),
+            ROWS=rows,
+            HAS_SKIP=D is not None,
+            OF_X=of_x,
+            num_warps=WARPS,
+            num_stages=1,
+        )
     return results

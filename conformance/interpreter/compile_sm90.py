@@ -31,7 +31,8 @@ FLOAT32 = {
     "WEIGHT_GRAD", "WRITE",
 }
 # fmt: on
-INT64 = {"SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS"}
+INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS"}
+INT32 = {"SEGMENT"}
 MASKS = {"VALID", "MASK"}
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
@@ -39,7 +40,8 @@ STRIDES = ("batch", "token", "head")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
 SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "KEEPS": True}
-SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 8, "BACKWARDS": 1, "LAST": True}
+SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 32, "BACKWARDS": 1, "LAST": True}
+GRADIENT = {"gradient": True}
 CONV = {
     "CHANNELS": 4608,
     "TAPS": 4,
@@ -56,15 +58,16 @@ LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 # name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
 KERNELS = {
     "scalars": ("scan_scalars", "scalars_kernel", SCAN | {"BLOCK": 32}, 4, 3, {}),
-    "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, None, 2, {"WEIGHT": "*fp32"}),
-    "sweep_runs": ("scan_states", "sweep_kernel", SCAN | SWEEP | {"LAST": False}, None, 2, {"WEIGHT": "*fp32"}),
-    "sweep_partner": ("scan_states", "sweep_kernel", SCAN | SWEEP | {"HAS_PARTNER": True}, None, 2, {"WEIGHT": "*fp32"}),
+    "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, None, 3, {"WEIGHT": "*fp32"}),
+    "sweep_runs": ("scan_states", "sweep_kernel", SCAN | SWEEP | {"LAST": False}, None, 3, {"WEIGHT": "*fp32"}),
+    "sweep_partner": ("scan_states", "sweep_kernel", SCAN | SWEEP | GRADIENT | {"HAS_PARTNER": True}, None, 3, {"WEIGHT": "*fp32"}),
     "link": ("scan_states", "link_kernel", {"HEADS": 28, "BLOCK": 512, "BACKWARDS": 1, "HAS_START": True}, 4, 3, {}),
-    "rates": ("scan_gradients", "rates_kernel", SCAN | {"BLOCK": 32}, 8, 3, {}),
+    "rates": ("scan_gradients", "rates_kernel", SCAN | GRADIENT | {"BLOCK": 32}, 8, 3, {}),
     "norm_gradient": ("norm_kernels", "norm_gradient_kernel", SCAN | {"ROWS": 32}, 4, 3, {}),
     "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
-    "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, {}),
-    "writer": ("scan_writers", "writer_kernel", SCAN, 8, 1, {}),
+    "reader": ("scan_readers", "reader_kernel", SCAN | GRADIENT, 8, 1, {}),
+    "writer_x": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": True}, 8, 1, {}),
+    "writer_b": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": False}, 8, 1, {}),
     "attend": ("window_kernels", "attend_kernel", WINDOW, "rows", 1, {}),
     "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
     "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
@@ -83,7 +86,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     axes = ("N", "P", "BLOCK_N", "BLOCK_P")
     steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), scan_tiles.step_size(size, scanned))
     known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "HAS_PARTNER": False}
-    known |= {"CHUNK": scan_tiles.chunk_size(scanned), "ROWS": scan_tiles.part_size(scanned)}
+    sizes = scan_tiles.GRADIENT_CHUNKS if chosen.get("gradient") else scan_tiles.CHUNKS
+    known |= {"CHUNK": sizes[scanned], "ROWS": scan_tiles.part_size(scanned, sizes[scanned])}
     known |= dict.fromkeys(axes, size) | steps | chosen
     if "window" in chosen:
         rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
@@ -108,7 +112,7 @@ def signature(names: list[str], dtype: str, fixed: dict, special: dict[str, str]
             return "i32"
         if name in special:
             return special[name]
-        known = (("*fp32", FLOAT32), ("*i64", INT64), ("*u8", MASKS))
+        known = (("*fp32", FLOAT32), ("*i32", INT32), ("*i64", INT64), ("*u8", MASKS))
         return next((kind for kind, names in known if name in names), f"*{dtype}")
 
     return {name: kind(name) for name in names}

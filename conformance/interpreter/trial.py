@@ -29,9 +29,11 @@ Arguments = dict[str, Any]
 
 
 def shrink_blocks() -> None:
-    """Chunks of 16 tokens, runs of 2 chunks, small blocks of tokens, channels and vocabulary."""
-    scan_tiles.CHUNKS.update(dict.fromkeys(scan_tiles.CHUNKS, 16))
-    scan_states.RUN = 2
+    """Chunks of two parts of 16 tokens, runs of 2 chunks, small blocks of tokens, channels and vocabulary."""
+    scan_tiles.CHUNKS.update(dict.fromkeys(scan_tiles.CHUNKS, 32))
+    scan_tiles.GRADIENT_CHUNKS.update(dict.fromkeys(scan_tiles.CHUNKS, 32))
+    scan_tiles.ROWS.update(dict.fromkeys(scan_tiles.ROWS, 16))
+    scan_states.RUN, scan_states.PROGRAMS = 2, 1
     conv_kernels.ROWS, conv_kernels.COLUMNS = 8, 16
     loss_kernels.BLOCK = 16
 
@@ -53,10 +55,10 @@ def scan_arguments(length: int, heads: int, groups: int, state: int, head_dim: i
 
 
 def bidirectional_cases() -> Iterator[Arguments]:
-    for length, sizes in ((1, (2, 1, 3, 2)), (17, (2, 2, 4, 5)), (53, (4, 2, 5, 3))):
+    for length, sizes in ((1, (2, 1, 3, 2)), (17, (2, 2, 4, 5)), (85, (4, 2, 5, 3))):
         given = scan_arguments(length, *sizes)
         position = torch.arange(length).expand(2, length)
-        segment = (position // 11 * 7 % 5).where(position % 11 > 1, -1)
+        segment = (position // 11 * 7 % 9).where(position % 11 > 1, -1)
         segment = segment.where(torch.rand(2, length) < 0.9, -1)
         valid = position >= torch.tensor([[length // 4], [0]])
         gate = torch.rand(2, length, sizes[0], dtype=torch.float64)
@@ -67,8 +69,8 @@ def bidirectional_cases() -> Iterator[Arguments]:
 
 def selective_cases() -> Iterator[Arguments]:
     for reverse in (False, True):
-        mask = torch.rand(2, 35) < 0.7
-        yield spoil_at(scan_arguments(35, 2, 1, 4, 3), ("x", "dt", "B", "C"), mask) | {
+        mask = torch.rand(2, 69) < 0.7
+        yield spoil_at(scan_arguments(69, 2, 1, 4, 3), ("x", "dt", "B", "C"), mask) | {
             "mask": mask,
             "reverse": reverse,
         }
