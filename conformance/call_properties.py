@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from compare import assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float, quarters
+from sums import sizes_of_sums
 from torch import Tensor
 
 from linmu import reference
@@ -32,7 +34,11 @@ def check_matches_the_reference(backend: Any, case: Any, gradients: bool = True)
     inputs, sound = case.inputs(), operator_of(reference, case)
     truth = evaluate(sound, in_float64(inputs), gradients)
     own = evaluate(sound, inputs, gradients)
-    assert_matches(evaluate(operator_of(backend, case), inputs, gradients), truth, own, case)
+    sizes = None
+    if gradients:
+        run = partial(evaluate, sound, in_float64(inputs), gradients)
+        sizes = partial(sizes_of_sums, lambda draw: run(draw=draw))
+    assert_matches(evaluate(operator_of(backend, case), inputs, gradients), truth, own, case, sizes)
 
 
 def check_strides_do_not_matter(backend: Any, case: Any) -> None:

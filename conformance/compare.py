@@ -2,7 +2,8 @@
 
     error(got, truth) <= max(2 · error(the reference in the same dtype, truth), floor · size of the truth)
 
-The truth is the reference in float64 on the same rounded inputs. Both the root mean square of the error and
+The truth is the reference in float64 on the same rounded inputs. Its size is that of what is summed where a
+test says so: a sum over tokens that cancels resolves, in half precision, less than its terms do. Both the root mean square of the error and
 its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 # Root mean square of the error over that of the truth; maximum over maximum may be four times as much.
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+HALF = (torch.float16, torch.bfloat16)
 MAXIMUM_OVER_RMS = 4.0
 TINY = 1e-30
 PER_TOKEN = {"x", "dt", "B", "C", "gate", "u", "q", "k", "v", "student", "teacher", "hidden_states"}
@@ -25,7 +28,9 @@ PER_TOKEN = {"x", "dt", "B", "C", "gate", "u", "q", "k", "v", "student", "teache
 Results = Mapping[str, Tensor]
 
 
-def assert_matches(got: Results, truth: Results, own: Results, case: Any) -> None:
+def assert_matches(
+    got: Results, truth: Results, own: Results, case: Any, sizes: Callable[[], Results] | None = None
+) -> None:
     """Each tensor of `got` equals `truth` about as well as `own`, the reference in the same dtypes, does.
 
     Args:
@@ -33,14 +38,21 @@ def assert_matches(got: Results, truth: Results, own: Results, case: Any) -> Non
         truth: results of the reference on the same inputs in float64.
         own: results of the reference on the same inputs in their own dtypes.
         case: what was run; its repr goes into the message.
+        sizes: what `sums.sizes_of_sums` says of this case; asked in half precision, if an error is large.
     Raises:
         AssertionError: naming shape, dtype, or the worst element, the case and a command that reproduces it.
     """
     assert set(got) == set(truth), report(f"results must be {sorted(truth)}, got {sorted(got)}", case)
+    precision = coarsest(own, case)
     for name, tensor in got.items():
         check_form(name, tensor, own[name], case)
-        precision = coarsest(own, case)
-        check_errors(name, tensor, truth[name], case, floor=FLOORS[precision], own=own[name])
+        check = partial(check_errors, name, tensor, truth[name], case, floor=FLOORS[precision], own=own[name])
+        try:
+            check()
+        except AssertionError:
+            if sizes is None or precision not in HALF:
+                raise
+            check(size=sizes().get(name))
 
 
 def assert_same(got: Results, want: Results, case: Any, factor: float = 1.0) -> None:
@@ -93,6 +105,7 @@ def check_errors(
     *,
     floor: float,
     own: Tensor | None = None,
+    size: Tensor | None = None,
     maximum_over_rms: float = MAXIMUM_OVER_RMS,
 ) -> None:
     """Root mean square and maximum of the error against their bounds."""
@@ -103,14 +116,15 @@ def check_errors(
         got - truth,
         torch.zeros_like(truth) if own is None else own.detach().double().cpu() - truth,
     )
+    size = truth if size is None else torch.maximum(truth.abs(), size.double().cpu())
     for kind, measure, share in (("RMS", rms, 1.0), ("maximum", maximum, maximum_over_rms)):
-        bound = max(2 * measure(rounding), share * floor * measure(truth), TINY)
+        bound = max(2 * measure(rounding), share * floor * measure(size), TINY)
         found = measure(error)
         if not found <= bound:
             index = tuple(int(i) for i in torch.unravel_index(error.abs().argmax(), error.shape))
             values = f"worst at {index}: got {got[index].item()!r}, expected {truth[index].item()!r}"
             line = (
-                f"{name}: {kind} error {found:.3e} exceeds {bound:.3e} (size {measure(truth):.3e}); {values}"
+                f"{name}: {kind} error {found:.3e} exceeds {bound:.3e} (size {measure(size):.3e}); {values}"
             )
             raise AssertionError(report(line, case))
 
@@ -131,12 +145,17 @@ def coarsest(results: Results, case: Any) -> torch.dtype:
 
 
 def evaluate(
-    function: Callable, inputs: Mapping[str, Any], gradients: bool = False, seed: int = 0
+    function: Callable,
+    inputs: Mapping[str, Any],
+    gradients: bool = False,
+    seed: int = 0,
+    draw: int | None = None,
 ) -> dict[str, Tensor]:
     """Call `function(**inputs)`; its outputs by name and, if asked, the gradient of every float input.
 
     The cotangents are random quarters, exact in every dtype, so that all dtypes answer the same question. An
-    input that takes no part has gradient zero, whether autograd says None or zeros.
+    input that takes no part has gradient zero, whether autograd says None or zeros. With `draw`, which numbers
+    random signs, each token of the outputs has one.
     """
     floats = {name: value for name, value in inputs.items() if is_float(value)}
     leaves = {name: value.detach().clone().requires_grad_(gradients) for name, value in floats.items()}
@@ -145,7 +164,9 @@ def evaluate(
     results = {f"output {i}": output for i, output in enumerate(outputs)}
     if not gradients:
         return results
-    asked = {output: quarters(output, seed + i) for i, output in enumerate(outputs) if output.requires_grad}
+    asked = {
+        output: cotangent(output, seed + i, draw) for i, output in enumerate(outputs) if output.requires_grad
+    }
     found = [None] * len(leaves)
     if asked:
         found = torch.autograd.grad(
@@ -163,6 +184,16 @@ def quarters(like: Tensor, seed: int) -> Tensor:
         torch.randint(low, high, like.shape, generator=generator) for low, high in ((1, 9), (0, 2))
     )
     return (steps * (2 * signs - 1) / 4).to(like)
+
+
+def cotangent(like: Tensor, seed: int, draw: int | None = None) -> Tensor:
+    """`quarters`; with `draw`, each token, (B, L), has a random sign."""
+    if draw is None:
+        return quarters(like, seed)
+    generator = torch.Generator().manual_seed(draw * 97 + seed)
+    shape = (*like.shape[:2], *(1,) * (like.ndim - 2))
+    signs = 2 * torch.randint(0, 2, shape, generator=generator) - 1
+    return quarters(like, seed) * signs.to(like)
 
 
 def is_float(value: Any) -> bool:

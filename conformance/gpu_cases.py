@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from compare import Results, assert_matches, evaluate, in_float64, is_float, qua
 from devices import moved
 from layouts import Layout, Pad, Text, Vision
 from strategies import BidirectionalCase, ConvCase, LossCase, ScanCase, WindowCase
+from sums import sizes_of_sums
 from torch import Tensor
 
 from linmu import optimized
@@ -88,16 +90,17 @@ def engine(name: str) -> Iterator[None]:
         optimized.set_engine(None)
 
 
-def results(operator: str, given: Arguments, name: str = "triton") -> Results:
+def results(operator: str, given: Arguments, name: str = "triton", draw: int | None = None) -> Results:
     """Values and every gradient on one engine."""
     with engine(name):
-        return evaluate(getattr(optimized, operator), given, gradients=True)
+        return evaluate(getattr(optimized, operator), given, gradients=True, draw=draw)
 
 
 def assert_kernels_match(operator: str, given: Arguments, case: Any) -> None:
     """Values, states and every gradient of the kernels against the torch engine's."""
     truth, own = results(operator, in_float64(given), "torch"), results(operator, given, "torch")
-    assert_matches(results(operator, given), truth, own, case)
+    sizes = partial(sizes_of_sums, lambda draw: results(operator, in_float64(given), "torch", draw))
+    assert_matches(results(operator, given), truth, own, case, sizes)
 
 
 FAR = {  # operator -> the tensors whose slices lie far apart, and the axis that is sliced

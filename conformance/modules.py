@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from compare import Results, quarters
+from compare import Results, assert_matches, cotangent
 from hypothesis import strategies as st
 from layouts import Layout, layouts
 from strategies import COMPILED, DTYPES, EXACT, SEEDS, Numbers, dtypes
+from sums import sizes_of_sums
 from torch import Tensor, nn
 
 from linmu.reference import LinMUConfig, VisionLayout
@@ -95,19 +97,29 @@ def run(
     return {"output": output, "conv state": state.conv, "scan state": state.scan}
 
 
-def run_with_gradients(module: nn.Module, name: str, case: ModuleCase, **changes: Any) -> Results:
-    """Outputs, and the gradients of the hidden states and of every parameter."""
+def run_with_gradients(
+    module: nn.Module, name: str, case: ModuleCase, draw: int | None = None, **changes: Any
+) -> Results:
+    """Outputs, and the gradients of the hidden states and of every parameter; `draw` as in `evaluate`."""
     hidden_states = case.hidden_states().requires_grad_()
     results = run(module, name, case, hidden_states, **changes)
     asked = {key: result for key, result in results.items() if result.requires_grad}
     leaves = {"hidden_states": hidden_states, **dict(module.named_parameters())}
-    cotangents = [quarters(result, i) for i, result in enumerate(asked.values())]
+    cotangents = [cotangent(result, i, draw) for i, result in enumerate(asked.values())]
     found = torch.autograd.grad(list(asked.values()), list(leaves.values()), cotangents, allow_unused=True)
     gradients = {
         f"gradient of {key}": torch.zeros_like(leaf) if gradient is None else gradient
         for (key, leaf), gradient in zip(leaves.items(), found, strict=True)
     }
     return {key: result.detach() for key, result in {**results, **gradients}.items()}
+
+
+def check_module(module: nn.Module, reference: Any, name: str, case: ModuleCase) -> None:
+    """Outputs, states and every gradient against the reference with the same parameters."""
+    state = module.state_dict()
+    truth, own = truth_and_own(reference, name, case, state)
+    of_sums = partial(sizes, reference, name, case, state)
+    assert_matches(run_with_gradients(module, name, case), truth, own, case, of_sums)
 
 
 def truth_and_own(
@@ -121,6 +133,13 @@ def truth_and_own(
     wide_module.double()
     wide = RoundedCase(case)
     return run_with_gradients(wide_module, name, wide), own
+
+
+def sizes(reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]) -> Results:
+    """`sizes_of_sums` of the reference with these parameters."""
+    module = initial(reference, name, case)
+    module.load_state_dict(state)
+    return sizes_of_sums(partial(run_with_gradients, module.double(), name, RoundedCase(case)))
 
 
 class RoundedCase:

@@ -119,14 +119,12 @@ def output_kernel(
         weights *= pair_decay(
             i[:, None], j[None, :], FORWARD, BACKWARD, at[:, None], at_j[None, :], HAS_VISION
         )
-        before, together = pair_masks(
-            i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION
-        )
+        before, together = pair_masks(i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION)
         weights *= pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at[:, None], HAS_VISION)
         weights *= tl.load(DT + at_j)[None, :]
-        if HAS_SKIP:
-            weights += tl.where(i[:, None] == j[None, :], tl.load(D + head).to(tl.float32), 0.0)
         y = add_product(weights, load_tile(v, writers, x_token, columns, written, P), y)
+    if HAS_SKIP:
+        y += load_tile(v, rows, x_token, columns, taken, P).to(tl.float32) * tl.load(D + head).to(tl.float32)
     real = rows < length
     where = real[:, None] & (columns < P)[None, :]
     place = (batch * length + rows) * HEADS + head
@@ -183,9 +181,7 @@ def forward_heads(
     dtype = x.dtype
     x, B, C = (rows_of(tensor.to(token_dtype(dtype))) for tensor in (x, B, C))
     scalars = scan_scalars(dt, A, gate, segment, valid, chunk_size(x.dtype))
-    states, final_state, _ = sweep_states(
-        B, x, scalars.write, scalars.kept, scalars.valid, initial_state
-    )
+    states, final_state, _ = sweep_states(B, x, scalars.write, scalars.kept, scalars.valid, initial_state)
     batch, length, groups, head_dim = x.shape
     heads, state = C.shape[2:]
     keep = keep and norm_weight is not None
@@ -221,6 +217,7 @@ def forward_heads(
         HAS_NORM=norm_weight is not None,
         KEEPS=keep,
         num_warps=warps(head_dim),
+        maxnreg=128 if x.dtype == torch.bfloat16 else None,  # two programs per multiprocessor hide the loads
         num_stages=1,
     )
     return y, final_state[0], y_kept, scale

@@ -99,17 +99,13 @@ def reader_kernel(
     grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
     q_tile = load_tile(q, rows, c_token, columns, taken, N).to(tl.float32)
     state = FORWARD_STATE + at_chunk * (N * P)
-    pulled = state_products(
-        grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, ROWS
-    )
+    pulled = state_products(grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, ROWS)
     read = tl.load(FORWARD_READ + at)
     tl.store(FORWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
     c_grad = pulled * (read * gate_of(FORWARD_GATE, at, HAS_VISION))[:, None]
     if HAS_VISION:
         state = BACKWARD_STATE + at_chunk * (N * P)
-        pulled = state_products(
-            grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, ROWS
-        )
+        pulled = state_products(grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, ROWS)
         read = tl.load(BACKWARD_READ + at)
         tl.store(BACKWARD_PULLED + at, tl.sum(pulled * q_tile, 1) * read)
         c_grad += pulled * (read * tl.load(BACKWARD_GATE + at))[:, None]
@@ -128,12 +124,8 @@ def reader_kernel(
             i[:, None], j[None, :], FORWARD, BACKWARD, at[:, None], at_j[None, :], HAS_VISION
         )
         target *= tl.load(DT + at_j)[None, :]
-        spent = target * pair_products(
-            q, c_token, rows, taken, k, b_token, writers, written, N, STEP_N, ROWS
-        )
-        before, together = pair_masks(
-            i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION
-        )
+        spent = target * pair_products(q, c_token, rows, taken, k, b_token, writers, written, N, STEP_N, ROWS)
+        before, together = pair_masks(i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION)
         if HAS_VISION:
             gate_grad += tl.sum(tl.where(before, spent, 0.0) - tl.where(together, spent, 0.0), 1)
         gates = pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at[:, None], HAS_VISION)

@@ -113,9 +113,7 @@ def scalars_kernel(
     place = tl.arange(0, CHUNK)[:, None]
     rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
     real = (heads < HEADS)[None, :]
-    dt = head_scalars(
-        TIME_STEP, batch, step_batch, rows, step_token, heads, step_head, taken[:, None] & real
-    )
+    dt = head_scalars(TIME_STEP, batch, step_batch, rows, step_token, heads, step_head, taken[:, None] & real)
     rate = tl.load(A + heads, mask=heads < HEADS, other=0.0).to(tl.float32)[None, :]
     forward = tl.cumsum(dt * rate, 0)
     end = tl.sum(tl.where(place == CHUNK - 1, forward, 0.0), 0)
@@ -141,9 +139,7 @@ def scalars_kernel(
         backward = tl.cumsum(steps * rate, 0)
         through = backward + tl.where(is_vision, dt * rate, 0.0)
         end = tl.sum(tl.where(place == CHUNK - 1, through, 0.0), 0)
-        gate = head_scalars(
-            GATE, batch, gate_batch, rows, gate_token, heads, gate_head, is_vision & real
-        )
+        gate = head_scalars(GATE, batch, gate_batch, rows, gate_token, heads, gate_head, is_vision & real)
         tl.store(GATES + at, tl.where(is_vision, gate, 1.0), mask=real)
         tl.store(KEPT + beyond + at_chunk, tl.where(left == right, decayed(end), 0.0), mask=heads < HEADS)
         at += beyond * CHUNK

@@ -1,5 +1,6 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernel for what the writers of the scan owe: the gradients of x and of B, the scalars of their pairs.
+"""Triton kernel for what the writers of the scan owe: the gradients of x and of B, and the scalars of
+their pairs.
 
 Letters and equations as in `chunked_scan_backward`. A program loops over the heads that share a group, so
 nothing is added atomically, and forms (C Bᵀ)ᵀ = B Cᵀ as a product of its own instead of transposing a result.
@@ -86,8 +87,8 @@ def writer_kernel(
     HAS_SKIP: tl.constexpr,
     OF_X: tl.constexpr,
 ):
-    """The gradient of x or of B of a part of a chunk, head by head of a group: `inside_chunk` and `write_side`
-    of the torch engine. The launch for B also stores the scalars."""
+    """The gradient of x or of B of a part of a chunk, head by head of a group: `inside_chunk` and
+    `write_side` of the torch engine. The launch for B also stores the scalars."""
     groups = HEADS // RATIO
     group = tl.program_id(0) % groups
     part = tl.program_id(0) // groups % (CHUNK // ROWS)
@@ -99,10 +100,7 @@ def writer_kernel(
     k = head_of(B, batch, b_batch, group, b_head)
     v = head_of(X, batch, x_batch, group, x_head)
     at_segment = (batch * chunks + chunk) * CHUNK
-    if OF_X:
-        total = tl.zeros([ROWS, BLOCK_P], tl.float32)
-    else:
-        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    total = tl.zeros([ROWS, BLOCK_P if OF_X else BLOCK_N], tl.float32)
     for member in range(RATIO):
         head = group * RATIO + member
         at_chunk = (batch * chunks + chunk) * HEADS + head
@@ -191,7 +189,8 @@ def write_gradients(
         sums of eq. (3); FORWARD_PULLED and BACKWARD_PULLED, B_jᵀ S̄ x_j, the write weight left out.
     """
     has_vision = scalars.gates is not None
-    always, sometimes = ("DT_GRAD", "FORWARD_COLUMNS", "FORWARD_PULLED"), ("BACKWARD_COLUMNS", "BACKWARD_PULLED")
+    always = ("DT_GRAD", "FORWARD_COLUMNS", "FORWARD_PULLED")
+    sometimes = ("BACKWARD_COLUMNS", "BACKWARD_PULLED")
     results = {name: torch.empty_like(scalars.dt) for name in always}
     results |= {name: torch.empty_like(scalars.dt) if has_vision else None for name in sometimes}
     results |= {"X_GRAD": x.new_empty(x.shape), "B_GRAD": B.new_empty(B.shape)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from linmu import optimized, reference
 from linmu.optimized import conv_kernels, loss_kernels, scan_states, scan_tiles
 
 sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
-from compare import assert_matches
+from compare import assert_matches, cotangent
+from sums import sizes_of_sums
 
 from interpreter import mend_bfloat16, mend_scalars, watch_memory
 
@@ -157,8 +159,8 @@ def rounded(given: Arguments, dtype: torch.dtype, width: torch.dtype | None = No
     return {name: cast(name, value) for name, value in given.items()}
 
 
-def results(function: Callable, given: Arguments) -> dict[str, Tensor]:
-    """Outputs and gradients by name; a gradient that does not exist is zero."""
+def results(function: Callable, given: Arguments, draw: int | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients by name; a gradient that does not exist is zero. `draw` as in `evaluate`."""
     floats = {
         k: v.clone().requires_grad_()
         for k, v in given.items()
@@ -167,7 +169,7 @@ def results(function: Callable, given: Arguments) -> dict[str, Tensor]:
     floats.pop("teacher", None)
     outputs = function(**{**given, **floats})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    steps = [quarters(output) for output in outputs]
+    steps = [cotangent(output, i, draw) for i, output in enumerate(outputs)]
     asked = [(output, step) for output, step in zip(outputs, steps, strict=True) if output.requires_grad]
     found = [None] * len(floats)
     if asked:
@@ -177,11 +179,6 @@ def results(function: Callable, given: Arguments) -> dict[str, Tensor]:
     for (name, leaf), grad in zip(floats.items(), found, strict=True):
         named[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return named
-
-
-def quarters(like: Tensor) -> Tensor:
-    """Multiples of 1/4 from -2 to 2, exact in every dtype."""
-    return ((torch.arange(like.numel()) * 7 % 17 - 8) / 4).view(like.shape).to(like.dtype)
 
 
 def main(operator: str, dtype: torch.dtype) -> int:
@@ -199,7 +196,9 @@ def main(operator: str, dtype: torch.dtype) -> int:
         with watch_memory():
             got = results(getattr(optimized, operator), spoilt(rounded(given, dtype), names, mask))
         try:
-            assert_matches(got, truth, own, f"case {number} of {operator}")
+            wide = partial(results, getattr(reference, operator), rounded(given, dtype, torch.float64))
+            sizes = partial(sizes_of_sums, lambda draw, wide=wide: wide(draw=draw))
+            assert_matches(got, truth, own, f"case {number} of {operator}", sizes)
         except AssertionError as error:
             print(error)
             failed += 1
