@@ -18,14 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linmu.optimized import scan_states, scan_tiles, window_kernels
+from linmu.optimized import scan_states, scan_tiles, window_kernels, window_plan
 
 # fmt: off
 FLOAT32 = {
     "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_STATE",
     "BACKWARD_WRITE", "ENTERING", "FORWARD_STATE", "PARTNER",
     "BIAS_GRAD", "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
-    "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
+    "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE", "LSE_AT", "DELTA_AT",
     "NEW_STATE", "PRODUCT", "SCALE", "START", "STATES", "WEIGHT_GRAD",
 }
 # fmt: on
@@ -49,10 +49,11 @@ CONV = {
     "HAS_BIAS": True,
     "HAS_START": True,
 }
-WINDOW = {"HEADS": 28, "RATIO": 7, "window": True}
+WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK}
+PLAN = dict.fromkeys(("TOKEN", "FIRST", "LAST", "BLOCKS"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
-# name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
+# name -> module, kernel, constants, warps or tiles, stages, pointers of another type than their name has elsewhere
 KERNELS = {
     "sweep": (
         "scan_states",
@@ -75,9 +76,16 @@ KERNELS = {
     "reader": ("scan_readers", "reader_kernel", SCAN, 8, 1, {}),
     "writer_x": ("scan_writers", "writer_kernel", SCAN | {"transposed": False}, 8, 1, {}),
     "writer_b": ("scan_writers", "writer_kernel", SCAN | {"transposed": True}, 8, 1, {}),
-    "attend": ("window_kernels", "attend_kernel", WINDOW, "rows", 1, {}),
-    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
-    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
+    "attend": ("window_kernels", "attend_kernel", WINDOW, window_kernels.FORWARD, None, PLAN),
+    "query_gradient": (
+        "window_kernels",
+        "query_gradient_kernel",
+        WINDOW,
+        window_kernels.QUERY_GRADIENT,
+        None,
+        PLAN,
+    ),
+    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW, window_kernels.KEY_GRADIENT, None, PLAN),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
@@ -95,10 +103,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
     known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
     known |= {"CHUNK": scan_tiles.chunk_size(scanned)} | dict.fromkeys(axes, size) | steps | strides | chosen
-    if "window" in chosen:
-        rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
-        known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
-        known |= {"STEP_N": step, "STEP_P": step}
+    if "tiles" in chosen:
+        known |= {"ROWS": chosen["tiles"].rows, "COLUMNS": chosen["tiles"].columns}
     blocks = {"sweep_kernel": scan_states.BLOCKS[scanned], "step_kernel": 32}
     known["BLOCK_P"] = min(size, blocks.get(chosen.get("kernel"), size))
     return {name: known[name] for name in names if name in known}
@@ -147,6 +153,9 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     """Registers, spilled bytes, shared memory and instructions of one kernel."""
     module, function, chosen, warps, stages, special = KERNELS[name]
     kernel = getattr(importlib.import_module(f"linmu.optimized.{module}"), function)
+    if isinstance(warps, dict):  # window attention's tiles, by dtype
+        chosen = chosen | {"tiles": warps[DTYPES[dtype]]}
+        warps, stages = chosen["tiles"].warps, chosen["tiles"].stages
     fixed = constants(size, dtype, chosen | {"kernel": function}, kernel.arg_names)
     types = signature(kernel.arg_names, dtype, fixed, special)
     aligned = (n for n, kind in types.items() if kind[0] == "*" or (kind == "i32" and n.endswith(STRIDES)))
@@ -154,8 +163,6 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
     if warps is None:
         warps = 8 if size > 64 else 4
-    elif warps == "rows":
-        warps = 8 if fixed["ROWS"] > 16 else 4
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx, report = built.asm["ptx"], assembler_report(built.asm["ptx"])
