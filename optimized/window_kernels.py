@@ -38,9 +38,9 @@ def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
     return {torch.bfloat16: half, torch.float16: half, torch.float32: full}
 
 
-FORWARD = tiles(Tiles(128, 64, 8, 3), Tiles(16, 16, 4, 1))
-QUERY_GRADIENT = tiles(Tiles(128, 64, 8, 3), Tiles(16, 16, 4, 1))
-KEY_GRADIENT = tiles(Tiles(64, 64, 8, 3), Tiles(16, 16, 4, 1))
+FORWARD = tiles(Tiles(128, 64, 8, 5), Tiles(16, 16, 4, 1))
+QUERY_GRADIENT = tiles(Tiles(128, 64, 8, 5), Tiles(16, 16, 8, 1))
+KEY_GRADIENT = tiles(Tiles(128, 32, 8, 5), Tiles(16, 16, 4, 1))
 
 
 @triton.jit
@@ -277,8 +277,8 @@ def key_gradient_kernel(
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """Eq. (2), k̄ and v̄, for blocks of tokens of one group: it walks over the group's heads, one after the
-    other in one loop, adding nothing atomically."""
+    """Eq. (2), k̄ and v̄, for blocks of tokens of one group: it walks over pairs of tokens and the
+    group's heads in one loop, adding nothing atomically."""
     groups = HEADS // RATIO
     group = tl.cast(tl.program_id(0) % groups, tl.int64)
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
@@ -294,10 +294,9 @@ def key_gradient_kernel(
         v_tile = tile_at(V + group * v_head, v_place, columns_p, taken, P)
         k_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
         v_grad = tl.zeros([ROWS, BLOCK_P], tl.float32)
-        steps = tl.cdiv(high - low, COLUMNS)
-        for step in range(0, RATIO * steps):
-            head = group * RATIO + step // steps
-            row = low + step % steps * COLUMNS + tl.arange(0, COLUMNS)
+        for step in range(0, RATIO * tl.cdiv(high - low, COLUMNS)):
+            head = group * RATIO + step % RATIO
+            row = low + step // RATIO * COLUMNS + tl.arange(0, COLUMNS)
             other, other_window = tokens_at(TOKEN, FIRST, row, high)
             seen = other_window >= 0
             q_place = offsets(other, length, q_batch, q_token, FLAT)
