@@ -298,8 +298,8 @@ def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
 @window_plan.register_fake
 def _(window_id):
     tokens = window_id.shape[0] * window_id.shape[1]
-    places = window_id.new_empty((3, tokens), dtype=torch.int32)
-    return places, window_id.new_empty(plans.most_blocks(tokens) + 2, dtype=torch.int32)
+    places = window_id.new_empty((2, tokens), dtype=torch.int32)
+    return places, window_id.new_empty((1 + plans.most_blocks(tokens), 4), dtype=torch.int32)
 
 
 @torch.library.custom_op("linmu::window_attention", mutates_args=())

@@ -44,22 +44,21 @@ KEY_GRADIENT = tiles(Tiles(128, 32, 8, 5), Tiles(16, 16, 4, 1))
 
 
 @triton.jit
-def part_of_block(item, FIRST, LAST, BLOCKS, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One of a block's parts of ROWS places: [start, end), and [low, high), which its windows cover."""
+def part_of_block(BLOCKS, item, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """One of a block's parts of ROWS places: [start, end), and [low, high), which the block's windows cover."""
     parts = BLOCK // ROWS
-    block = item // parts
-    start = tl.load(BLOCKS + 1 + block) + item % parts * ROWS
-    end = tl.minimum(tl.load(BLOCKS + 2 + block), start + ROWS)
-    low = tl.load(FIRST + start, mask=start < end, other=0)
-    high = tl.load(LAST + end - 1, mask=start < end, other=0)
-    return start, end, low, high
+    block = BLOCKS + 4 * (1 + item // parts)
+    start = tl.load(block) + item % parts * ROWS
+    end = tl.minimum(tl.load(block + 1), start + ROWS)
+    low, high = tl.load(block + 2), tl.load(block + 3)
+    return start, end, low, tl.where(start < end, high, low)
 
 
 @triton.jit
-def tokens_at(TOKEN, FIRST, place, end):
-    """(token, window) of places below `end`; a window is called by its first place, no token's is -1."""
+def tokens_at(TOKEN, WINDOW, place, end):
+    """(token, window) of places below `end`; a window is called by its first place, -1 = none."""
     token = tl.load(TOKEN + place, mask=place < end, other=0)
-    window = tl.load(FIRST + place, mask=place < end, other=-1)
+    window = tl.load(WINDOW + place, mask=place < end, other=-1)
     return token, window
 
 
@@ -96,8 +95,7 @@ def attend_kernel(
     K,
     V,
     TOKEN,
-    FIRST,
-    LAST,
+    WINDOW,
     BLOCKS,
     OUT,
     LSE,
@@ -128,19 +126,23 @@ def attend_kernel(
     head = tl.cast(tl.program_id(0) % HEADS, tl.int64)
     q, k, v = Q + head * q_head, K + head // RATIO * k_head, V + head // RATIO * v_head
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    item, programs = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
     items = tl.load(BLOCKS) * (BLOCK // ROWS)
-    for item in range(tl.program_id(0) // HEADS, items, tl.num_programs(0) // HEADS):
-        start, end, low, high = part_of_block(item, FIRST, LAST, BLOCKS, ROWS, BLOCK)
+    following = part_of_block(BLOCKS, item, ROWS, BLOCK)
+    for item in range(item, items, programs):
+        start, end, low, high = following
+        following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
         place = start + tl.arange(0, ROWS)
-        token, window = tokens_at(TOKEN, FIRST, place, end)
+        token, window = tokens_at(TOKEN, WINDOW, place, end)
         taken = window >= 0
         q_tile = tile_at(q, offsets(token, length, q_batch, q_token, FLAT), columns_n, taken, N)
         largest = tl.full([ROWS], -1e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         out = tl.zeros([ROWS, BLOCK_P], tl.float32)
         for column in range(low, high, COLUMNS):
-            other, other_window = tokens_at(TOKEN, FIRST, column + tl.arange(0, COLUMNS), high)
-            seen = other_window >= 0
+            row = column + tl.arange(0, COLUMNS)
+            seen = row < high
+            other, other_window = tokens_at(TOKEN, WINDOW, row, high)
             k_tile = tile_at(k, offsets(other, length, k_batch, k_token, FLAT), columns_n, seen, N)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
             scores = tl.where(window[:, None] == other_window[None, :], scores, -1e30)
@@ -166,8 +168,7 @@ def query_gradient_kernel(
     OUT,
     O_GRAD,
     TOKEN,
-    FIRST,
-    LAST,
+    WINDOW,
     BLOCKS,
     LSE,
     LSE_AT,
@@ -205,11 +206,14 @@ def query_gradient_kernel(
     head = tl.cast(tl.program_id(0) % HEADS, tl.int64)
     q, k, v = Q + head * q_head, K + head // RATIO * k_head, V + head // RATIO * v_head
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    item, programs = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
     items = tl.load(BLOCKS) * (BLOCK // ROWS)
-    for item in range(tl.program_id(0) // HEADS, items, tl.num_programs(0) // HEADS):
-        start, end, low, high = part_of_block(item, FIRST, LAST, BLOCKS, ROWS, BLOCK)
+    following = part_of_block(BLOCKS, item, ROWS, BLOCK)
+    for item in range(item, items, programs):
+        start, end, low, high = following
+        following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
         place = start + tl.arange(0, ROWS)
-        token, window = tokens_at(TOKEN, FIRST, place, end)
+        token, window = tokens_at(TOKEN, WINDOW, place, end)
         taken = window >= 0
         at = tl.cast(token, tl.int64) * HEADS + head
         g_place = offsets(token, length, g_batch, g_token, FLAT)
@@ -222,8 +226,9 @@ def query_gradient_kernel(
         q_tile = tile_at(q, offsets(token, length, q_batch, q_token, FLAT), columns_n, taken, N)
         q_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
         for column in range(low, high, COLUMNS):
-            other, other_window = tokens_at(TOKEN, FIRST, column + tl.arange(0, COLUMNS), high)
-            seen = other_window >= 0
+            row = column + tl.arange(0, COLUMNS)
+            seen = row < high
+            other, other_window = tokens_at(TOKEN, WINDOW, row, high)
             k_tile = tile_at(k, offsets(other, length, k_batch, k_token, FLAT), columns_n, seen, N)
             v_tile = tile_at(v, offsets(other, length, v_batch, v_token, FLAT), columns_p, seen, P)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -242,8 +247,7 @@ def key_gradient_kernel(
     V,
     O_GRAD,
     TOKEN,
-    FIRST,
-    LAST,
+    WINDOW,
     BLOCKS,
     LSE_AT,
     DELTA_AT,
@@ -282,11 +286,14 @@ def key_gradient_kernel(
     groups = HEADS // RATIO
     group = tl.cast(tl.program_id(0) % groups, tl.int64)
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    item, programs = tl.program_id(0) // groups, tl.num_programs(0) // groups
     items = tl.load(BLOCKS) * (BLOCK // ROWS)
-    for item in range(tl.program_id(0) // groups, items, tl.num_programs(0) // groups):
-        start, end, low, high = part_of_block(item, FIRST, LAST, BLOCKS, ROWS, BLOCK)
+    following = part_of_block(BLOCKS, item, ROWS, BLOCK)
+    for item in range(item, items, programs):
+        start, end, low, high = following
+        following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
         place = start + tl.arange(0, ROWS)
-        token, window = tokens_at(TOKEN, FIRST, place, end)
+        token, window = tokens_at(TOKEN, WINDOW, place, end)
         taken = window >= 0
         k_place = offsets(token, length, k_batch, k_token, FLAT)
         v_place = offsets(token, length, v_batch, v_token, FLAT)
@@ -297,8 +304,8 @@ def key_gradient_kernel(
         for step in range(0, RATIO * tl.cdiv(high - low, COLUMNS)):
             head = group * RATIO + step % RATIO
             row = low + step // RATIO * COLUMNS + tl.arange(0, COLUMNS)
-            other, other_window = tokens_at(TOKEN, FIRST, row, high)
-            seen = other_window >= 0
+            seen = row < high
+            other, other_window = tokens_at(TOKEN, WINDOW, row, high)
             q_place = offsets(other, length, q_batch, q_token, FLAT)
             g_place = offsets(other, length, g_batch, g_token, FLAT)
             q_tile = tile_at(Q + head * q_head, q_place, columns_n, seen, N)
@@ -327,7 +334,7 @@ def shared_arguments(tensors: dict[str, Tensor], places: Tensor, blocks: Tensor,
     q, k, v = (tensors[name] for name in "qkv")
     return {
         **stride_arguments(**tensors),
-        **dict(zip(("TOKEN", "FIRST", "LAST"), places, strict=True)),
+        **dict(zip(("TOKEN", "WINDOW"), places, strict=True)),
         "BLOCKS": blocks,
         "BLOCK": window_plan.BLOCK,
         "length": q.shape[1],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 128  # tokens; a power of two
 
@@ -25,21 +26,25 @@ def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         window_id: (B, L) int64; -1 = in no window.
     Returns:
-        places (3, B·L) int32: for each place of the order its token in the flattened batch, the first place of
-        its window and the one after the last, both -1 in no window.
-        blocks (most_blocks + 2,) int32: the number of blocks, where each starts, B·L from there on.
+        places (2, B·L) int32: for each place of the order its token in the flattened batch, and the first place
+        of its window, -1 in no window.
+        blocks (1 + most_blocks, 4) int32: the number of blocks in the first row; then for each block where it
+        starts and ends, and where the windows that it touches start and end; both 0 in no window.
     """
     token, first, last, kind = in_order(window_id)
-    place = torch.arange(len(token), device=token.device)
-    origin = torch.where(kind == 0, first, torch.searchsorted(kind, kind))  # windows of one block or more; kinds
-    starts = (place - origin) % BLOCK == 0
-    beyond = most_blocks(len(token)) + 2
-    blocks = place.new_full((beyond + 1,), len(token))
-    blocks.scatter_(0, torch.where(starts, starts.cumsum(0), beyond), place)
-    blocks[0] = starts.sum()
-    outside = kind == 2
-    spans = (first.masked_fill(outside, -1), last.masked_fill(outside, -1))
-    return torch.stack([token, *spans]).int(), blocks[:beyond].int()
+    tokens, most = len(token), most_blocks(len(token))
+    place = torch.arange(tokens, device=token.device)
+    origin = torch.where(kind == 0, first, torch.searchsorted(kind, kind))  # of the window, or of all of a kind
+    begins = (place - origin) % BLOCK == 0
+    number = torch.where(begins, begins.cumsum(0) - 1, most + 1)
+    edges = place.new_full((most + 2,), tokens).scatter_(0, number, place)
+    start, end = edges[:most], edges[1 : most + 1]
+    first, last = (span.masked_fill(kind == 2, 0) for span in (first, last))
+    low, high = pad(first, (0, 1))[start], pad(last, (1, 0))[end]
+    blocks = torch.stack([start, end, low, high], dim=1)
+    how_many = pad(begins.sum()[None], (0, 3))
+    places = torch.stack([token, first.masked_fill(kind == 2, -1)])
+    return places.int(), torch.cat([how_many[None], blocks]).int()
 
 
 def in_order(window_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -50,7 +50,7 @@ CONV = {
     "HAS_START": True,
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK}
-PLAN = dict.fromkeys(("TOKEN", "FIRST", "LAST", "BLOCKS"), "*i32")
+PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 # name -> module, kernel, constants, warps or tiles, stages, pointers of another type than their name has elsewhere
