@@ -306,8 +306,10 @@ def _(window_id):
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, places: Tensor, blocks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o, and the logarithm of softmax's denominator, (B, L, H), that the backward pass starts from; places and
-    blocks are the plan of `window_id`."""
+    """o, and the logarithm of softmax's denominator, (B, L, H), that the backward pass starts from.
+
+    places and blocks are the plan of `window_id`.
+    """
     if choose_engine("window_attention", q, q.shape[-1], v.shape[-1]) == "torch":
         return batched_windows.forward(q, k, v, window_id, scale)
     return kernels("window_kernels").forward(q, k, v, places, blocks, scale)

@@ -2,10 +2,10 @@
 """Triton kernels for window attention: tokens gathered window by window, forward, ∂q, and ∂k with ∂v.
 
 Letters and equations as in `batched_windows`, the order of the tokens and its blocks in `window_plan`. A
-program takes blocks of one head and walks over the tokens of all windows that a block touches. Heads are
-launched fastest: those of a group find its keys in the cache. Products of half-precision tokens take softmax's
-weights in that precision too and sum in float32. Scores live in powers of two: lse is log2 of softmax's
-denominator.
+program takes a block of one head and walks over the tokens of all windows that the block touches. Heads are
+launched fastest: those of a group find its keys in the cache. Products of half-precision tokens take the
+softmax's weights in that precision too and sum in float32. Scores live in powers of two: lse is log2 of
+softmax's denominator.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KEY_GRADIENT = tiles(Tiles(128, 32, 8, 5), Tiles(16, 16, 4, 1))
 
 @triton.jit
 def part_of_block(BLOCKS, item, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One of a block's parts of ROWS places: [start, end), and [low, high), which the block's windows cover."""
+    """One of a block's parts of ROWS places: [start, end), and [low, high), which its windows cover."""
     parts = BLOCK // ROWS
     block = BLOCKS + 4 * (1 + item // parts)
     start = tl.load(block) + item % parts * ROWS
@@ -126,10 +126,10 @@ def attend_kernel(
     head = tl.cast(tl.program_id(0) % HEADS, tl.int64)
     q, k, v = Q + head * q_head, K + head // RATIO * k_head, V + head // RATIO * v_head
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
-    item, programs = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
+    begin, programs = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
     items = tl.load(BLOCKS) * (BLOCK // ROWS)
-    following = part_of_block(BLOCKS, item, ROWS, BLOCK)
-    for item in range(item, items, programs):
+    following = part_of_block(BLOCKS, begin, ROWS, BLOCK)
+    for item in range(begin, items, programs):
         start, end, low, high = following
         following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
         place = start + tl.arange(0, ROWS)
@@ -206,10 +206,10 @@ def query_gradient_kernel(
     head = tl.cast(tl.program_id(0) % HEADS, tl.int64)
     q, k, v = Q + head * q_head, K + head // RATIO * k_head, V + head // RATIO * v_head
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
-    item, programs = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
+    begin, programs = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
     items = tl.load(BLOCKS) * (BLOCK // ROWS)
-    following = part_of_block(BLOCKS, item, ROWS, BLOCK)
-    for item in range(item, items, programs):
+    following = part_of_block(BLOCKS, begin, ROWS, BLOCK)
+    for item in range(begin, items, programs):
         start, end, low, high = following
         following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
         place = start + tl.arange(0, ROWS)
@@ -286,10 +286,10 @@ def key_gradient_kernel(
     groups = HEADS // RATIO
     group = tl.cast(tl.program_id(0) % groups, tl.int64)
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
-    item, programs = tl.program_id(0) // groups, tl.num_programs(0) // groups
+    begin, programs = tl.program_id(0) // groups, tl.num_programs(0) // groups
     items = tl.load(BLOCKS) * (BLOCK // ROWS)
-    following = part_of_block(BLOCKS, item, ROWS, BLOCK)
-    for item in range(item, items, programs):
+    following = part_of_block(BLOCKS, begin, ROWS, BLOCK)
+    for item in range(begin, items, programs):
         start, end, low, high = following
         following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
         place = start + tl.arange(0, ROWS)
@@ -351,20 +351,19 @@ def shared_arguments(tensors: dict[str, Tensor], places: Tensor, blocks: Tensor,
 
 
 def launch(kernel, chosen: Tiles, heads: int, tensors: tuple[Tensor, ...], **arguments) -> None:
-    """Enough programs that each takes about one part of a block; the plan's device knows how many there are."""
+    """As many programs as there are blocks at least: some take two, for only the device knows how many."""
     blocks = triton.cdiv(tensors[0].shape[0] * tensors[0].shape[1], window_plan.BLOCK)
-    parts = window_plan.BLOCK // chosen.rows
-    sizes = {"ROWS": chosen.rows, "COLUMNS": chosen.columns}
+    rows = min(chosen.rows, window_plan.BLOCK)
+    sizes = {"ROWS": rows, "COLUMNS": chosen.columns}
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    kernel[(heads * blocks * parts,)](*tensors, **arguments, **sizes, **options)
+    kernel[(heads * blocks * (window_plan.BLOCK // rows),)](*tensors, **arguments, **sizes, **options)
 
 
 @launching
 def forward(
     q: Tensor, k: Tensor, v: Tensor, places: Tensor, blocks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`batched_windows.forward` on Triton kernels and a plan: o (B, L, H, P), and lse (B, L, H) as a power of
-    two."""
+    """`batched_windows.forward` on Triton kernels: o (B, L, H, P), and lse (B, L, H) as a power of two."""
     q, k, v = (rows_of(tensor.to(q.dtype)) for tensor in (q, k, v))
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -385,8 +384,7 @@ def backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`batched_windows.backward` on Triton kernels and a plan: the gradients of q, k and v in the dtype of
-    `q`."""
+    """`batched_windows.backward` on Triton kernels: the gradients of q, k and v in the dtype of `q`."""
     q, k, v, o_grad = (rows_of(tensor.to(q.dtype)) for tensor in (q, k, v, o_grad))
     arguments = shared_arguments({"q": q, "k": k, "v": v, "g": o_grad}, places, blocks, scale)
     arguments |= {"natural_scale": scale, "count": places.shape[1]}

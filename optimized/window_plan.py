@@ -1,9 +1,10 @@
 """Which tokens a window's kernels take together: they depend on the window ids alone, not on the layer.
 
-Letters: B batch, L tokens. The tokens of all rows stand in one order, window after window: first windows of at
-least half a block, cut into blocks of their own, then smaller ones, packed into common blocks, last the tokens
-of no window. So blocks waste less than half of their rows or pairs, whatever the windows' sizes, and tokens of
-no window cost their zeros. Nothing is asked from the device: the number of blocks has a bound.
+Letters: B batch, L tokens. The tokens of all rows stand in one order, window after window: first windows of
+at least half a block, cut into blocks of their own, then smaller ones, packed into common blocks, last the
+tokens of no window, which cost their zeros. Windows of any sizes thus fill their blocks by half at least, and
+a block walks over one window, or over twice its own length at most. Nothing is asked from the device: the
+number of blocks has a bound.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         window_id: (B, L) int64; -1 = in no window.
     Returns:
-        places (2, B·L) int32: for each place of the order its token in the flattened batch, and the first place
-        of its window, -1 in no window.
+        places (2, B·L) int32: for each place of the order its token in the flattened batch, and the first
+        place of its window, -1 in no window.
         blocks (1 + most_blocks, 4) int32: the number of blocks in the first row; then for each block where it
         starts and ends, and where the windows that it touches start and end; both 0 in no window.
     """
     token, first, last, kind = in_order(window_id)
     tokens, most = len(token), most_blocks(len(token))
     place = torch.arange(tokens, device=token.device)
-    origin = torch.where(kind == 0, first, torch.searchsorted(kind, kind))  # of the window, or of all of a kind
+    of_kind = torch.searchsorted(kind, kind)
+    origin = torch.where(kind == 0, first, of_kind)
     begins = (place - origin) % BLOCK == 0
     number = torch.where(begins, begins.cumsum(0) - 1, most + 1)
     edges = place.new_full((most + 2,), tokens).scatter_(0, number, place)

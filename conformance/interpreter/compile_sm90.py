@@ -23,9 +23,9 @@ from linmu.optimized import scan_states, scan_tiles, window_kernels, window_plan
 # fmt: off
 FLOAT32 = {
     "A", "BACKWARD", "BACKWARD_GATE", "BACKWARD_PAIRS", "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_STATE",
-    "BACKWARD_WRITE", "ENTERING", "FORWARD_STATE", "PARTNER",
+    "BACKWARD_WRITE", "DELTA_AT", "ENTERING", "FORWARD_STATE", "LSE_AT", "PARTNER",
     "BIAS_GRAD", "D", "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_GATE",
-    "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE", "LSE_AT", "DELTA_AT",
+    "FORWARD_PAIRS", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_WRITE", "GATE_GRAD", "KEPT", "LEAVING", "LSE",
     "NEW_STATE", "PRODUCT", "SCALE", "START", "STATES", "WEIGHT_GRAD",
 }
 # fmt: on
@@ -53,7 +53,7 @@ WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
-# name -> module, kernel, constants, warps or tiles, stages, pointers of another type than their name has elsewhere
+# name -> module, kernel, constants, warps or tiles by dtype, stages, pointers of another type than elsewhere
 KERNELS = {
     "sweep": (
         "scan_states",
@@ -85,7 +85,14 @@ KERNELS = {
         None,
         PLAN,
     ),
-    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW, window_kernels.KEY_GRADIENT, None, PLAN),
+    "key_gradient": (
+        "window_kernels",
+        "key_gradient_kernel",
+        WINDOW,
+        window_kernels.KEY_GRADIENT,
+        None,
+        PLAN,
+    ),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),

@@ -1,7 +1,7 @@
 """What a user would call today for attention in windows: torch's own attention, in three ways.
 
 All take a `WindowProblem`, whose windows are whole, and give o (B, L, H, P) with 0 on text. What depends on
-the layout alone (the order of the tokens, our plan of it, flex_attention's block mask) is made once and not timed.
+the layout alone (the order of the tokens, our plan, flex_attention's block mask) is made once and not timed.
 """
 
 from __future__ import annotations
