@@ -10,83 +10,28 @@ softmax's denominator.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import window_plan
 from .launch import launching
-from .scan_tiles import precision, rows_of, stride_arguments, tile_size
-
-LOG2_E = 1.4426950408889634
-
-
-class Tiles(NamedTuple):
-    """What a program takes at once: its own tokens, at most a plan's block, and those it walks over."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
-    """Tiles by the dtype of the tokens."""
-    return {torch.bfloat16: half, torch.float16: half, torch.float32: full}
-
+from .scan_tiles import rows_of
+from .window_tiles import (
+    Tiles,
+    launch,
+    offsets,
+    part_of_block,
+    shared_arguments,
+    store_tile,
+    tile_at,
+    tiles,
+    tokens_at,
+)
 
 FORWARD = tiles(Tiles(128, 64, 8, 5), Tiles(16, 16, 4, 1))
 QUERY_GRADIENT = tiles(Tiles(128, 64, 8, 5), Tiles(16, 16, 8, 1))
 KEY_GRADIENT = tiles(Tiles(128, 32, 8, 5), Tiles(16, 16, 4, 1))
-
-
-@triton.jit
-def part_of_block(BLOCKS, item, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One of a block's parts of ROWS places: [start, end), and [low, high), which its windows cover."""
-    parts = BLOCK // ROWS
-    block = BLOCKS + 4 * (1 + item // parts)
-    start = tl.load(block) + item % parts * ROWS
-    end = tl.minimum(tl.load(block + 1), start + ROWS)
-    low, high = tl.load(block + 2), tl.load(block + 3)
-    return start, end, low, tl.where(start < end, high, low)
-
-
-@triton.jit
-def tokens_at(TOKEN, WINDOW, place, end):
-    """(token, window) of places below `end`; a window is called by its first place, -1 = none."""
-    token = tl.load(TOKEN + place, mask=place < end, other=0)
-    window = tl.load(WINDOW + place, mask=place < end, other=-1)
-    return token, window
-
-
-@triton.jit
-def offsets(token, length, batch_stride, token_stride, FLAT: tl.constexpr):
-    """Where tokens of the flattened (B, L) begin; FLAT says that its rows follow each other evenly."""
-    if FLAT:
-        return tl.cast(token, tl.int64) * token_stride
-    row = token // length
-    return tl.cast(row, tl.int64) * batch_stride + tl.cast(token - row * length, tl.int64) * token_stride
-
-
-@triton.jit
-def tile_at(base, offset, columns, taken, SIZE: tl.constexpr):
-    """A tile of gathered tokens, 0 where not taken; `columns` hold SIZE or more."""
-    where = taken[:, None]
-    if columns.shape[0] > SIZE:
-        where = where & (columns < SIZE)[None, :]
-    return tl.load(base + offset[:, None] + columns[None, :], mask=where, other=0.0)
-
-
-@triton.jit
-def store_tile(base, tile, columns, real, SIZE: tl.constexpr):
-    """Write tokens of SIZE elements to their pointers."""
-    where = real[:, None]
-    if columns.shape[0] > SIZE:
-        where = where & (columns < SIZE)[None, :]
-    tl.store(base[:, None] + columns[None, :], tile.to(base.dtype.element_ty), mask=where)
 
 
 @triton.jit
@@ -324,41 +269,6 @@ def key_gradient_kernel(
         store_tile(V_GRAD + at * P, v_grad, columns_p, place < end, P)
 
 
-def is_flat(tensor: Tensor) -> bool:
-    """Say whether the rows of (B, L, ...) follow each other as evenly as their tokens do."""
-    return tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
-
-
-def shared_arguments(tensors: dict[str, Tensor], places: Tensor, blocks: Tensor, scale: float) -> dict:
-    """Sizes, strides and the order of the tokens, which all three kernels take."""
-    q, k, v = (tensors[name] for name in "qkv")
-    return {
-        **stride_arguments(**tensors),
-        **dict(zip(("TOKEN", "WINDOW"), places, strict=True)),
-        "BLOCKS": blocks,
-        "BLOCK": window_plan.BLOCK,
-        "length": q.shape[1],
-        "scale": scale * LOG2_E,
-        "HEADS": q.shape[2],
-        "RATIO": q.shape[2] // k.shape[2],
-        "N": q.shape[3],
-        "P": v.shape[3],
-        "BLOCK_N": tile_size(q.shape[3]),
-        "BLOCK_P": tile_size(v.shape[3]),
-        "PRECISION": precision(q.dtype),
-        "FLAT": all(map(is_flat, tensors.values())),
-    }
-
-
-def launch(kernel, chosen: Tiles, heads: int, tensors: tuple[Tensor, ...], **arguments) -> None:
-    """As many programs as there are blocks at least: some take two, for only the device knows how many."""
-    blocks = triton.cdiv(tensors[0].shape[0] * tensors[0].shape[1], window_plan.BLOCK)
-    rows = min(chosen.rows, window_plan.BLOCK)
-    sizes = {"ROWS": rows, "COLUMNS": chosen.columns}
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    kernel[(heads * blocks * (window_plan.BLOCK // rows),)](*tensors, **arguments, **sizes, **options)
-
-
 @launching
 def forward(
     q: Tensor, k: Tensor, v: Tensor, places: Tensor, blocks: Tensor, scale: float
@@ -368,7 +278,7 @@ def forward(
     o = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     arguments = shared_arguments({"q": q, "k": k, "v": v}, places, blocks, scale)
-    launch(attend_kernel, FORWARD[q.dtype], q.shape[2], (q, k, v), OUT=o, LSE=lse, **arguments)
+    launch(attend_kernel, FORWARD, q.shape[2], (q, k, v), OUT=o, LSE=lse, **arguments)
     return o, lse
 
 
@@ -393,7 +303,7 @@ def backward(
     q_grad, k_grad, v_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     launch(
         query_gradient_kernel,
-        QUERY_GRADIENT[q.dtype],
+        QUERY_GRADIENT,
         q.shape[2],
         (q, k, v, o.contiguous(), o_grad),
         LSE=lse.contiguous(),
@@ -402,7 +312,7 @@ def backward(
     )
     launch(
         key_gradient_kernel,
-        KEY_GRADIENT[q.dtype],
+        KEY_GRADIENT,
         k.shape[2],
         (q, k, v, o_grad),
         K_GRAD=k_grad,
