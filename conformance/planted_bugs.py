@@ -122,6 +122,12 @@ def the_last_token_of_the_row_is_in_no_window(sound, q, k, v, window_id, **rest)
     return sound(q, k, v, window_id.masked_fill(last, -1), **rest)
 
 
+@planted("window_attention", windows.test_windows_changed_in_place_are_the_new_ones)
+def windows_are_remembered_by_their_tensor(sound, q, k, v, window_id, **rest):
+    remembered = window_id.__dict__.setdefault("remembered", window_id.clone())
+    return sound(q, k, v, remembered, **rest)
+
+
 @planted("window_attention", windows.test_renumbering_the_windows_changes_nothing)
 def window_ids_index_a_small_table(sound, q, k, v, window_id, **rest):
     return sound(q, k, v, window_id.clamp(max=4096), **rest)

@@ -197,6 +197,12 @@ TILES = [
     ("conv_kernels.ROWS", 8),
     ("conv_kernels.COLUMNS", 128),
     ("loss_kernels.BLOCK", 256),
+    ("window_plan.BLOCK", 64),
+    *[
+        (f"window_kernels.{table}", sizes)
+        for table in ("FORWARD", "QUERY_GRADIENT", "KEY_GRADIENT")
+        for sizes in ((16, 32, 4, 2), (32, 16, 4, 1))
+    ],
 ]
 
 
@@ -204,9 +210,14 @@ TILES = [
 @HALF_AND_FULL
 def test_tiles_do_not_change_the_results(dtype, name, value):
     """P12: chunks, runs and blocks of other sizes, within the bounds of the truth."""
-    operator = {"scan": "bidirectional_scan", "conv": "causal_conv", "loss": "logit_loss"}[name[:4]]
+    operators = {"scan": "bidirectional_scan", "conv": "causal_conv", "loss": "logit_loss"}
+    operator = (operators | {"wind": "window_attention"})[name[:4]]
     given = arguments(operator, dtype, heads=4, groups=2, head_dim=32, length=700)
     truth, own = results(operator, in_float64(given), "torch"), results(operator, given, "torch")
+    if operator == "window_attention" and isinstance(value, tuple):
+        from linmu.optimized.window_kernels import Tiles
+
+        value = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), Tiles(*value))
     with mock.patch(f"linmu.optimized.{name}", value):
         found = results(operator, given)
     assert_matches(found, truth, own, f"{operator}, {dtype}, {name} = {value}")

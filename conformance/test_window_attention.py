@@ -146,6 +146,18 @@ def test_the_result_does_not_depend_on_the_batch(backend, case: WindowCase):
         assert_same({"o": backend.window_attention(**one)}, {"o": together[row : row + 1]}, case)
 
 
+@windows(case=window_cases(batch=2, windows=3))
+def test_windows_changed_in_place_are_the_new_ones(backend, case: WindowCase):
+    """Nothing about a tensor of ids is remembered from one call to the next."""
+    inputs = case.inputs()
+    backend.window_attention(**inputs)
+    ids = inputs["window_id"]
+    changed = ids.roll(1, 1) % 3
+    wanted = backend.window_attention(**{**inputs, "window_id": changed})
+    ids.copy_(changed)
+    assert_same({"o": backend.window_attention(**inputs)}, {"o": wanted}, case)
+
+
 test_strides_do_not_matter = windows(case=window_cases(DTYPES))(call_properties.check_strides_do_not_matter)
 test_inputs_are_left_as_they_were = windows(case=window_cases())(
     call_properties.check_inputs_are_left_as_they_were

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.layout import SCAN_AXES, inverse_order
 from ..reference.layout import check_coords as explain_coords
+from . import operators
 from .checks import require, require_int64
 from .scan_masks import interleaved_row
 
@@ -107,6 +108,12 @@ class VisionLayout(reference.VisionLayout):
         shifted = layer_index % 2 == 1
         key = ("windows", window_thw, shifted)
         return self._once(key, lambda: numbered_windows(self.coords, window_thw, shifted))
+
+    def window_plan(self, window_thw: tuple[int, int, int], layer_index: int) -> tuple[Tensor, Tensor]:
+        """The order in which kernels take the tokens of these windows, `operators.window_plan`."""
+        windows = self.windows(window_thw, layer_index)
+        key = ("window plan", window_thw, layer_index % 2 == 1)
+        return self._once(key, lambda: operators.window_plan(windows))
 
 
 def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:

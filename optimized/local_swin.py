@@ -11,7 +11,7 @@ from .. import reference
 from .checks import require, require_shape
 from .layout import VisionLayout, fast
 from .projections import apply_rope
-from .window_attention import window_attention
+from .window_attention import planned_attention
 
 __all__ = ["LocalSwin"]
 
@@ -33,6 +33,7 @@ class LocalSwin(reference.LocalSwin):
         require(same, "LocalSwin", "layout must describe the same (B, L) as hidden_states", got)
         q, k, v = self.project_heads(hidden_states)
         q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
-        windows = fast(layout).windows(self.config.window_thw, self.layer_index)
-        output = self.o_proj(window_attention(q, k, v, windows).flatten(2))
+        layout, where = fast(layout), (self.config.window_thw, self.layer_index)
+        output = planned_attention(q, k, v, layout.windows(*where), layout.window_plan(*where))
+        output = self.o_proj(output.flatten(2))
         return output * layout.is_vision[..., None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import batched_windows, chunked_scan, chunked_scan_backward, conv, step
 from . import scan_heads as torch_heads
+from . import window_plan as plans
 from .engine import choose_engine
 from .precision import accumulation_dtype
 
@@ -288,18 +289,34 @@ def _causal_conv_gradients(ctx, out_grad: Tensor, final_grad: Tensor):
 causal_conv.register_autograd(_causal_conv_gradients, setup_context=save_inputs)
 
 
+@torch.library.custom_op("linmu::window_plan", mutates_args=())
+def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
+    """places and blocks: what the kernels of `window_attention` need to know of the windows."""
+    return plans.window_plan(window_id)
+
+
+@window_plan.register_fake
+def _(window_id):
+    tokens = window_id.shape[0] * window_id.shape[1]
+    places = window_id.new_empty((2, tokens), dtype=torch.int32)
+    return places, window_id.new_empty((1 + plans.most_blocks(tokens), 4), dtype=torch.int32)
+
+
 @torch.library.custom_op("linmu::window_attention", mutates_args=())
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, places: Tensor, blocks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """o, and the logarithm of softmax's denominator, (B, L, H), that the backward pass starts from."""
-    engine = choose_engine("window_attention", q, q.shape[-1], v.shape[-1])
-    module = batched_windows if engine == "torch" else kernels("window_kernels")
-    return module.forward(q, k, v, window_id, scale)
+    """o, and the logarithm of softmax's denominator, (B, L, H), that the backward pass starts from.
+
+    places and blocks are the plan of `window_id`.
+    """
+    if choose_engine("window_attention", q, q.shape[-1], v.shape[-1]) == "torch":
+        return batched_windows.forward(q, k, v, window_id, scale)
+    return kernels("window_kernels").forward(q, k, v, places, blocks, scale)
 
 
 @window_attention.register_fake
-def _(q, k, v, window_id, scale):
+def _(q, k, v, window_id, places, blocks, scale):
     o = q.new_empty(*q.shape[:3], v.shape[3])
     return o, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
@@ -311,28 +328,32 @@ def window_attention_backward(
     k: Tensor,
     v: Tensor,
     window_id: Tensor,
+    places: Tensor,
+    blocks: Tensor,
     o: Tensor,
     lse: Tensor,
     scale: float,
 ) -> list[Tensor]:
     """The gradients of q, k and v."""
-    engine = choose_engine("window_attention", q, q.shape[-1], v.shape[-1])
-    module = batched_windows if engine == "torch" else kernels("window_kernels")
-    return like_inputs(module.backward(o_grad, q, k, v, window_id, o, lse, scale), (q, k, v))
+    if choose_engine("window_attention", q, q.shape[-1], v.shape[-1]) == "torch":
+        grads = batched_windows.backward(o_grad, q, k, v, window_id, o, lse, scale)
+    else:
+        grads = kernels("window_kernels").backward(o_grad, q, k, v, places, blocks, o, lse, scale)
+    return like_inputs(grads, (q, k, v))
 
 
 @window_attention_backward.register_fake
-def _(o_grad, q, k, v, window_id, o, lse, scale):
+def _(o_grad, q, k, v, window_id, places, blocks, o, lse, scale):
     return empty_like_inputs((q, k, v))
 
 
 def _save_attention(ctx, inputs, output) -> None:
-    q, k, v, window_id, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, window_id, *output)
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _attention_gradients(ctx, o_grad: Tensor, _):
-    return *window_attention_backward(o_grad, *ctx.saved_tensors, ctx.scale), None, None
+    return *window_attention_backward(o_grad, *ctx.saved_tensors, ctx.scale), None, None, None, None
 
 
 window_attention.register_autograd(_attention_gradients, setup_context=_save_attention)

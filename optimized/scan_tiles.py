@@ -30,30 +30,6 @@ def load_tile(base, rows, stride, columns, mask, SIZE: tl.constexpr):
 
 
 @triton.jit
-def rounded_to_tf32(tile):
-    """float32 to the nearest that tensor cores take: they would cut the other bits off, all downwards."""
-    bits = tile.to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def as_factor(tile, PRECISION: tl.constexpr):
-    """A float32 tile as products of this precision take it."""
-    if PRECISION == "tf32":
-        tile = rounded_to_tf32(tile)
-    return tile
-
-
-@triton.jit
-def weighed_sum(weights, tile, total, PRECISION: tl.constexpr):
-    """total + weights · tile of tokens: tf32 has all the bits that a result in half precision keeps."""
-    if PRECISION == "ieee":
-        return tl.dot(weights, tile.to(tl.float32), total, input_precision="ieee")
-    else:
-        return tl.dot(rounded_to_tf32(weights), tile.to(tl.float32), total, input_precision="tf32")
-
-
-@triton.jit
 def head_of(TOKENS, batch, batch_stride, head, head_stride):
     """Where one head of one row of the batch begins; `batch` in int64."""
     return TOKENS + batch * batch_stride + tl.cast(head, tl.int64) * head_stride

@@ -19,5 +19,20 @@ def window_attention(
 ) -> Tensor:
     """`linmu.reference.window_attention`: arguments, result and errors are the same."""
     check_window_attention("window_attention", q, k, v, window_id)
+    return planned_attention(q, k, v, window_id, operators.window_plan(window_id), scale=scale)
+
+
+@without_autocast
+def planned_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_id: Tensor,
+    plan: tuple[Tensor, Tensor],
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """`window_attention` with the plan of `window_id` made before, `VisionLayout.window_plan`'s for one: it
+    serves any number of layers and passes."""
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return operators.window_attention(q, k, v, window_id, scale)[0]
+    return operators.window_attention(q, k, v, window_id, *plan, scale)[0]

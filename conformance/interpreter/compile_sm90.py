@@ -18,17 +18,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linmu.optimized import scan_states, scan_tiles, window_kernels
+from linmu.optimized import scan_states, scan_tiles, window_kernels, window_plan
 
 # fmt: off
 FLOAT32 = {
     "A", "A_GRAD", "BACKWARD", "BACKWARD_COLUMNS", "BACKWARD_GATE", "BACKWARD_KEPT", "BACKWARD_PRODUCT",
-    "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_ROWS", "BACKWARD_WRITE", "BACKWARD_WRITTEN", "BIAS_GRAD", "D",
-    "DELTA", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD", "FORWARD_COLUMNS", "FORWARD_GATE",
-    "FORWARD_KEPT", "FORWARD_PRODUCT", "FORWARD_PULLED", "FORWARD_READ", "FORWARD_ROWS", "FORWARD_WRITE",
-    "FORWARD_WRITTEN", "GATE", "GATES", "GATE_GRAD", "KEPT", "LEAVING", "LSE", "NEW_STATE", "PAIR_DT",
-    "PAIR_GATE", "PRODUCT", "READ", "RUN_KEPT", "SCALE", "SKIP_GRAD", "START", "STATES", "SUMS", "TIME_STEP",
-    "WEIGHT_GRAD", "WRITE",
+    "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_ROWS", "BACKWARD_WRITE", "BACKWARD_WRITTEN", "BIAS_GRAD",
+    "D", "DELTA", "DELTA_AT", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD",
+    "FORWARD_COLUMNS", "FORWARD_GATE", "FORWARD_KEPT", "FORWARD_PRODUCT", "FORWARD_PULLED", "FORWARD_READ",
+    "FORWARD_ROWS", "FORWARD_WRITE", "FORWARD_WRITTEN", "GATE", "GATES", "GATE_GRAD", "KEPT", "LEAVING",
+    "LSE", "LSE_AT", "NEW_STATE", "PAIR_DT", "PAIR_GATE", "PRODUCT", "READ", "RUN_KEPT", "SCALE",
+    "SKIP_GRAD", "START", "STATES", "SUMS", "TIME_STEP", "WEIGHT_GRAD", "WRITE",
 }
 # fmt: on
 INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS"}
@@ -52,10 +52,11 @@ CONV = {
     "HAS_BIAS": True,
     "HAS_START": True,
 }
-WINDOW = {"HEADS": 28, "RATIO": 7, "window": True}
+WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK}
+PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
-# name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
+# name -> module, kernel, constants, warps or tiles by dtype, stages, pointers of another type than elsewhere
 KERNELS = {
     "scalars": ("scan_scalars", "scalars_kernel", SCAN | {"BLOCK": 32}, 4, 3, {}),
     "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, None, 3, {"WEIGHT": "*fp32"}),
@@ -89,9 +90,23 @@ KERNELS = {
     "reader": ("scan_readers", "reader_kernel", SCAN | GRADIENT, 8, 1, {}),
     "writer_x": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": True}, 8, 1, {}),
     "writer_b": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": False}, 8, 1, {}),
-    "attend": ("window_kernels", "attend_kernel", WINDOW, "rows", 1, {}),
-    "query_gradient": ("window_kernels", "query_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
-    "key_gradient": ("window_kernels", "key_gradient_kernel", WINDOW | {"narrow": True}, "rows", 1, {}),
+    "attend": ("window_kernels", "attend_kernel", WINDOW, window_kernels.FORWARD, None, PLAN),
+    "query_gradient": (
+        "window_kernels",
+        "query_gradient_kernel",
+        WINDOW,
+        window_kernels.QUERY_GRADIENT,
+        None,
+        PLAN,
+    ),
+    "key_gradient": (
+        "window_kernels",
+        "key_gradient_kernel",
+        WINDOW,
+        window_kernels.KEY_GRADIENT,
+        None,
+        PLAN,
+    ),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
@@ -110,10 +125,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     sizes = scan_tiles.GRADIENT_CHUNKS if chosen.get("gradient") else scan_tiles.CHUNKS
     known |= {"CHUNK": sizes[scanned], "ROWS": scan_tiles.part_size(scanned, sizes[scanned])}
     known |= dict.fromkeys(axes, size) | steps | chosen
-    if "window" in chosen:
-        rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
-        known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
-        known |= {"STEP_N": step, "STEP_P": step}
+    if "tiles" in chosen:
+        known |= {"ROWS": chosen["tiles"].rows, "COLUMNS": chosen["tiles"].columns}
     if chosen["kernel"] == "sweep_kernel":
         known["BLOCK_P"] = scan_states.sweep_block(size, size, scanned, known["HAS_PARTNER"])
     elif chosen["kernel"] == "step_kernel":
@@ -164,6 +177,9 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     """Registers, spilled bytes, shared memory and instructions of one kernel."""
     module, function, chosen, warps, stages, special = KERNELS[name]
     kernel = getattr(importlib.import_module(f"linmu.optimized.{module}"), function)
+    if isinstance(warps, dict):  # window attention's tiles, by dtype
+        chosen = chosen | {"tiles": warps[DTYPES[dtype]]}
+        warps, stages = chosen["tiles"].warps, chosen["tiles"].stages
     fixed = constants(size, dtype, chosen | {"kernel": function}, kernel.arg_names)
     types = signature(kernel.arg_names, dtype, fixed, special)
     aligned = (n for n, kind in types.items() if kind[0] == "*" or (kind == "i32" and n.endswith(STRIDES)))
@@ -171,9 +187,9 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
     if warps is None:
         warps = 8 if size > 64 else 4
-    elif warps == "rows":
-        warps = 8 if fixed["ROWS"] > 16 else 4
     options = {"num_warps": warps, "num_stages": stages}
+    if name == "output" and dtype == "bf16":
+        options["maxnreg"] = 128
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx, report = built.asm["ptx"], assembler_report(built.asm["ptx"])
     registers, stores, loads = (

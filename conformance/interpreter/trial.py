@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from linmu import optimized, reference
-from linmu.optimized import conv_kernels, loss_kernels, scan_states, scan_tiles
+from linmu.optimized import conv_kernels, loss_kernels, scan_states, scan_tiles, window_kernels, window_plan
 
 sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
 from compare import assert_matches, cotangent
@@ -31,13 +31,16 @@ Arguments = dict[str, Any]
 
 
 def shrink_blocks() -> None:
-    """Chunks of two parts of 16 tokens, runs of 2 chunks, small blocks of tokens, channels and vocabulary."""
+    """Chunks of two parts of 16 tokens, runs of 2 chunks, small blocks of the rest."""
     scan_tiles.CHUNKS.update(dict.fromkeys(scan_tiles.CHUNKS, 32))
     scan_tiles.GRADIENT_CHUNKS.update(dict.fromkeys(scan_tiles.CHUNKS, 32))
     scan_tiles.ROWS.update(dict.fromkeys(scan_tiles.ROWS, 16))
     scan_states.RUN, scan_states.PROGRAMS = 2, 1
     conv_kernels.ROWS, conv_kernels.COLUMNS = 8, 16
     loss_kernels.BLOCK = 16
+    window_plan.BLOCK = 32
+    for table in (window_kernels.FORWARD, window_kernels.QUERY_GRADIENT, window_kernels.KEY_GRADIENT):
+        table.update(dict.fromkeys(table, window_kernels.Tiles(16, 16, 4, 1)))
 
 
 def numbers(*shape: int) -> Tensor:
@@ -97,6 +100,7 @@ def window_cases() -> Iterator[Arguments]:
         (1, 1, (1, 1)),
         (70, 9, (4, 2)),
         (70, 1, (2, 1)),
+        (70, 3, (3, 1)),
         (5, 0, (2, 2)),
     ):
         ids = torch.randint(-1, windows, (2, length))

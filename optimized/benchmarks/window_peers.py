@@ -1,7 +1,7 @@
 """What a user would call today for attention in windows: torch's own attention, in three ways.
 
 All take a `WindowProblem`, whose windows are whole, and give o (B, L, H, P) with 0 on text. What depends on
-the layout alone (the order of the tokens, flex_attention's block mask) is made once and not timed.
+the layout alone (the order of the tokens, our plan, flex_attention's block mask) is made once and not timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..window_attention import window_attention
+from .. import operators
+from ..window_attention import planned_attention
 from .cases import LeftOutError
 from .problems import WINDOW_TOKENS, WindowProblem
 
@@ -24,9 +25,10 @@ FLEX_LIMIT = (
 )
 
 
-def kernel(_: WindowProblem) -> Run:
-    """Our own operator."""
-    return lambda problem: window_attention(problem.q, problem.k, problem.v, problem.window_id)
+def kernel(problem: WindowProblem) -> Run:
+    """Our own operator, as the layers of a model call it."""
+    ids, plan = problem.window_id, operators.window_plan(problem.window_id)
+    return lambda problem: planned_attention(problem.q, problem.k, problem.v, ids, plan)
 
 
 def gathered(_: WindowProblem) -> Run:

@@ -1,0 +1,138 @@
+"""The plan of linmu.optimized's window kernels: an order of the tokens and its blocks, in whole numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from compare import assert_exact
+from gpu_cases import prompt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linmu import optimized
+from linmu.optimized import operators, window_plan
+
+BLOCK = 8  # small, so that few tokens make windows of every kind
+
+
+@dataclass(frozen=True)
+class PlanCase:
+    """Rows of windows of given sizes, id -1 among them, and how their tokens are mixed."""
+
+    sizes: tuple[tuple[int, ...], ...]
+    seed: int
+
+    def ids(self) -> torch.Tensor:
+        """(B, L), every row's first size in no window, rows filled up with -1."""
+        generator = torch.Generator().manual_seed(self.seed)
+        length = max(map(sum, self.sizes))
+        ids = torch.full((len(self.sizes), length), -1)
+        for row, sizes in zip(ids, self.sizes, strict=True):
+            values = torch.repeat_interleave(torch.arange(-1, len(sizes) - 1), torch.tensor(sizes))
+            row[: len(values)] = values
+            row[:] = row[torch.randperm(length, generator=generator)]
+        return ids
+
+
+SIZES = st.lists(st.integers(0, 3 * BLOCK), min_size=1, max_size=7).map(tuple)
+CASES = st.builds(PlanCase, st.lists(SIZES, min_size=1, max_size=3).map(tuple), st.integers(0, 2**16))
+cases = given(case=CASES)
+
+
+def planned(case: PlanCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token and window of each place, the blocks there are, and the ids of the places' tokens."""
+    ids = case.ids()
+    with mock.patch.object(window_plan, "BLOCK", BLOCK):
+        places, blocks = operators.window_plan(ids)
+        assert len(blocks) == 1 + window_plan.most_blocks(ids.numel())
+    row = torch.arange(len(ids))[:, None].expand_as(ids).flatten()
+    token, window = places.long()
+    keys = torch.stack([row, ids.flatten()], dim=1)[token]
+    count = int(blocks[0, 0])
+    assert count < len(blocks), f"more blocks than their bound: {case!r}"
+    return token, window, blocks[1 : 1 + count].long(), keys
+
+
+@cases
+def test_every_token_has_one_place_beside_its_window(case):
+    """A permutation; tokens share a window's name exactly if they share row and id; -1 in none."""
+    token, window, _, keys = planned(case)
+    assert_exact(token.sort().values, torch.arange(len(token)), case, "tokens")
+    inside = keys[:, 1] >= 0
+    assert_exact(window >= 0, inside, case, "places in a window")
+    same = (keys[:, None] == keys[None, :]).all(-1) & inside[:, None]
+    assert_exact((window[:, None] == window[None, :]) & inside[:, None], same, case, "window mates")
+    for first in window[inside].unique().tolist():
+        members = (window == first).nonzero().squeeze(1)
+        wanted = torch.arange(first, first + len(members))
+        assert_exact(members, wanted, case, f"places of window {first}")
+
+
+@cases
+def test_blocks_cover_all_places_once_and_name_what_their_windows_cover(case):
+    """One after the other, none empty, none too long; tokens of no window see nothing."""
+    _, window, blocks, _ = planned(case)
+    place = 0
+    for start, end, low, high in blocks.tolist():
+        assert start == place < end <= start + BLOCK, f"block [{start}, {end}) after {place}: {case!r}"
+        place = end
+        names = window[start:end].unique()
+        covered = torch.isin(window, names[names >= 0]).nonzero().squeeze(1)
+        assert (names >= 0).all() or (names < 0).all(), f"[{start}, {end}) mixes both: {case!r}"
+        wanted = torch.arange(low, high)
+        assert_exact(wanted, covered, case, f"places that block [{start}, {end}) walks over")
+    assert place == len(window), f"blocks end at {place} of {len(window)}: {case!r}"
+
+
+@cases
+def test_no_block_wastes_much(case):
+    """A window of half a block or more has blocks of its own; the others see at most two blocks' length."""
+    _, window, blocks, _ = planned(case)
+    for start, end, low, high in blocks.tolist():
+        names = window[start:end].unique()
+        sizes = [int((window == name).sum()) for name in names if name >= 0]
+        alone = len(sizes) == 1 and 2 * sizes[0] >= BLOCK
+        assert alone or not any(2 * size >= BLOCK for size in sizes), f"[{start}, {end}): {case!r}"
+        assert alone or high - low <= 2 * BLOCK, f"[{start}, {end}) walks over {high - low}: {case!r}"
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
+@pytest.mark.parametrize("number", [-1, 0])
+def test_hardly_any_tokens_make_a_plan(shape, number):
+    places, blocks = operators.window_plan(torch.full(shape, number))
+    assert places.shape == (2, shape[0] * shape[1])
+    assert blocks[0].tolist() == [min(1, shape[0] * shape[1]), 0, 0, 0]
+
+
+def test_layers_with_the_same_windows_share_a_plan():
+    """A layout makes one for its regular and one for its shifted windows, however many layers ask."""
+    layout = optimized.VisionLayout(prompt(203).coords)
+    plans = [layout.window_plan((2, 4, 4), layer) for layer in range(6)]
+    assert all(plan is plans[layer % 2] for layer, plan in enumerate(plans))
+    assert plans[0] is not plans[1]
+    for layer, plan in enumerate(plans[:2]):
+        wanted = operators.window_plan(layout.windows((2, 4, 4), layer))
+        for found, want in zip(plan, wanted, strict=True):
+            assert_exact(found, want, layer, "plan")
+
+
+def test_a_layer_makes_no_plan_of_its_own_twice():
+    """Forward and backward, twice: the layout's plan is made once."""
+    where = prompt(203)
+    config = optimized.LinMUConfig(width=16, heads=2, groups=1, head_dim=8, window_thw=(2, 4, 4))
+    layers = [optimized.LocalSwin(config, layer_index) for layer_index in (1, 3)]
+    layout, u = optimized.VisionLayout(where.coords), torch.randn(2, 203, 16, requires_grad=True)
+    angles = torch.rand(2, 203, 8)
+    embeddings = (angles.cos(), angles.sin())
+    with mock.patch.object(window_plan, "window_plan", wraps=window_plan.window_plan) as made:
+        for layer in layers:
+            layer(u, layout, position_embeddings=embeddings).sum().backward()
+    assert made.call_count == 1
+
+
+def test_a_plan_passes_torchs_own_checks_of_operators():
+    """Shapes promised to the compiler, no aliasing, no change of the argument."""
+    torch.library.opcheck(operators.window_plan, (torch.randint(-1, 4, (2, 37)),))
