@@ -1,7 +1,8 @@
 """`reference/flex_ma.py` on the fast operators: same constructor, parameters, names and results.
 
 Letters: B batch, L tokens, D width, H heads. Projections run in token order; the convolution takes the tokens
-into scan order as it loads them, and the scan norms its heads and brings them back as it stores them.
+into scan order as it loads them, and the scan norms its heads and brings them back as it stores them. One
+token of text takes two kernels between its hidden states and W_o: `text_step`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..reference.flex_ma import FlexMAState, full_precision_linear, rms_norm_per_head
-from . import operators
+from ..reference.flex_ma import FlexMAState, LentState, full_precision_linear, rms_norm_per_head
+from . import operators, step_operators
 from .layout import VisionLayout, fast, permute_tokens
+from .projections import apply_rope, are_plain
 from .scan import causal_conv, scan_heads, scan_step
 
 __all__ = ["FlexMA", "FlexMAState", "full_precision_linear", "rms_norm_per_head"]
+
+
+MOST_ROWS = 8  # of the batch, in one launch of all projections of a token
 
 
 class FlexMA(reference.FlexMA):
@@ -49,8 +54,11 @@ class FlexMA(reference.FlexMA):
         """Eqs. (1) to (5) but for W_o: (B, L, H·P), and the state after the last token."""
         self.check_inputs(hidden_states, layout, valid)
         layout = fast(layout)
+        one_token = layout is None and state is not None and hidden_states.shape[1] == 1
+        if one_token and not self.asks_for_gradient(hidden_states, state):
+            return self.text_step(hidden_states, valid, position_embeddings, state)
         taken, dt, gate = self.project(hidden_states, position_embeddings)
-        if layout is None and state is not None and taken.shape[1] == 1:
+        if one_token:
             y, state = self.step(taken, dt, valid, state)
         else:
             y, state = self.mix(taken, dt, gate, layout, valid, state)
@@ -102,6 +110,82 @@ class FlexMA(reference.FlexMA):
             return causal_conv(taken, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)
         return operators.causal_conv(taken, self.conv_weight, self.conv_bias, valid, start, order)
 
+    def asks_for_gradient(self, hidden_states: Tensor, state: FlexMAState) -> bool:
+        """Whether autograd would record this call."""
+        if not torch.is_grad_enabled():
+            return False
+        return any(tensor.requires_grad for tensor in (hidden_states, *state, *self.parameters()))
+
+    def text_step(
+        self,
+        hidden_states: Tensor,
+        valid: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        state: FlexMAState,
+    ) -> tuple[Tensor, FlexMAState]:
+        """Eqs. (1) to (5) but for W_o for one token of text that needs no gradient: (B, 1, H·P), and the state.
+
+        A choice of route, with the results of `step`, which keeps autograd's record. A state that was lent is
+        overwritten; any other is left as it was.
+        """
+        x, B, C, rate, z = self.project_token(hidden_states, position_embeddings)
+        scan_state = state.scan
+        if not (isinstance(state, LentState) and may_be_overwritten(scan_state, rate.dtype)):
+            scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
+        has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
+        y, conv_state = step_operators.text_step(
+            scan_state,
+            state.conv if has_taps else None,
+            x,
+            B,
+            C,
+            rate,
+            self.A_log,
+            self.D,
+            self.conv_weight if has_taps else None,
+            self.conv_bias if has_taps else None,
+            self.norm_weight if has_norm else None,
+            z,
+            None if valid is None else valid[:, 0],
+            self.config.head_dim**-0.5,
+            self.config.norm_eps,
+        )
+        return y[:, None], FlexMAState(conv_state, scan_state)
+
+    def project_token(
+        self, u: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """x (B, G, P), B (B, G, N), C (B, H, N), not yet scaled, dt before its softplus (B, H), and z (B, H·P).
+
+        The gate is left out: text has one direction. All weights are read in one launch where they are plain
+        tensors; their modules are called where they are not, and in large batches, which GEMMs suit better.
+        """
+        config, z = self.config, None
+        linears = [self.v_proj, self.k_proj, self.q_proj]
+        linears += [self.z_proj] if config.output_gate else []
+        plain = are_plain(linears, u.dtype) and are_plain([self.dt_proj])
+        if plain and u.shape[0] <= MOST_ROWS and not torch.is_autocast_enabled(u.device.type):
+            biases = [linear.bias for linear in linears]
+            gated = (linears[3].weight, biases[3]) if config.output_gate else (None, None)
+            taken, rate, z = step_operators.text_projection(
+                u[:, 0],
+                [linear.weight for linear in linears[:3]],
+                biases[:3],
+                self.dt_proj.weight,
+                self.dt_proj.bias,
+                *gated,
+            )
+            x, B, C = self.split(taken[:, None])
+            if config.qk_norm:
+                C, B = self.q_norm(C), self.k_norm(B)
+        else:
+            C, B, x = self.project_heads(u)
+            rate = full_precision_linear(u, self.dt_proj)[:, 0]
+            z = self.z_proj(u)[:, 0] if config.output_gate else None
+        if config.scan_rope:
+            C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
+        return x[:, 0], B[:, 0], C[:, 0], rate, z if config.output_gate else None
+
     def step(
         self, taken: Tensor, dt: Tensor, valid: Tensor | None, state: FlexMAState
     ) -> tuple[Tensor, FlexMAState]:
@@ -114,3 +198,13 @@ class FlexMA(reference.FlexMA):
         if self.config.head_norm:
             y = rms_norm_per_head(y, self.norm_weight, self.config.norm_eps)
         return y, FlexMAState(conv_state, scan_state)
+
+
+def may_be_overwritten(state: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel may write a new state over this one: its layout fits and autograd has no use for it.
+
+    A tensor made in inference mode may not be changed outside, and a compiler's trace cannot tell one.
+    """
+    if torch.compiler.is_compiling() or state.dtype != dtype or not state.is_contiguous():
+        return False
+    return not state.requires_grad and (torch.is_inference_mode_enabled() or not state.is_inference())
