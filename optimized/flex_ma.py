@@ -21,7 +21,7 @@ from .scan import causal_conv, scan_heads, scan_step
 __all__ = ["FlexMA", "FlexMAState", "full_precision_linear", "rms_norm_per_head"]
 
 
-MOST_ROWS = 8  # of the batch, in one launch of all projections of a token
+MOST_ROWS = 4  # of the batch, in one launch of all projections of a token: beyond, a GEMM's tensor cores pay
 
 
 class FlexMA(reference.FlexMA):

@@ -17,9 +17,9 @@ from torch import Tensor
 from .launch import launching
 from .scan_tiles import rows_of
 
-MOST_ROWS = 8  # rows of the batch: with more of them a library's matrix product is faster
-ELEMENTS = {1: 4096, 2: 4096, 4: 8192, 8: 16384}  # rows of the batch -> of a program's sums
-OUTPUTS = {1: 4, 2: 4, 4: 8, 8: 16}  # rows of the batch -> rows of the weight that a program takes
+ELEMENTS = {1: 4096, 2: 4096, 4: 8192}  # rows of the batch -> of a program's sums
+OUTPUTS = {1: 4, 2: 4, 4: 8}  # rows of the batch -> rows of the weight that a program takes
+WARPS = {True: 16, False: 4}  # of a step: a head beyond 64 does not fit the registers of eight
 SERIES = tl.constexpr(0.1)  # below, log(1 + e) would lose the last bits of a small e
 
 
@@ -151,29 +151,30 @@ def convolved(
     taken,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """Eq. (2) at `place`s before `end` of x, B or C, whose first channel is `shift`; the new state at those
     before `written`.
     """
     inside = place < end
-    now = tl.load(TOKENS + place, mask=inside, other=0.0).to(tl.float32) * factor
-    out = now
-    if TAPS > 0:
-        channel = shift + place
-        weights = WEIGHT + channel * TAPS
-        out = now * tl.load(weights + TAPS - 1, mask=inside, other=0.0).to(tl.float32)
+    if TAPS == 0:
+        out = tl.load(TOKENS + place, mask=inside, other=0.0).to(tl.float32) * factor
+    else:  # the window in one tile, the last row the token: loaded once, not by every thread that reads it
+        tap = tl.arange(0, ROWS)[:, None]
+        channel = shift + place[None, :]
         state = batch * (TAPS - 1) * CHANNELS + channel
-        for tap in tl.static_range(TAPS - 1):
-            before = tl.load(START + state + tap * CHANNELS, mask=inside, other=0.0)
-            out += before * tl.load(weights + tap, mask=inside, other=0.0).to(tl.float32)
-            after = now
-            if tap < TAPS - 2:
-                after = tl.load(START + state + (tap + 1) * CHANNELS, mask=inside, other=0.0)
-            after = tl.where(taken, after, before)
-            tl.store(NEXT + state + tap * CHANNELS, after, mask=place < written)
+        before = inside[None, :] & (tap < TAPS - 1)
+        now = inside[None, :] & (tap == TAPS - 1)
+        window = tl.load(START + state + tap * CHANNELS, mask=before, other=0.0)
+        window += tl.load(TOKENS + place[None, :] + tap * 0, mask=now, other=0.0).to(tl.float32) * factor
+        weight = tl.load(WEIGHT + channel * TAPS + tap, mask=before | now, other=0.0).to(tl.float32)
+        out = tl.sum(window * weight, 0)
+        row = tap - tl.where(taken, 1, 0)  # where a row of the window stands in the new state
+        kept = (place < written)[None, :] & (row >= 0) & (row < TAPS - 1)
+        tl.store(NEXT + state + row * CHANNELS, window, mask=kept)
         if HAS_BIAS:
-            out += tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)
+            out += tl.load(BIAS + shift + place, mask=inside, other=0.0).to(tl.float32)
     return tl.where(taken, out, 0.0)  # a row at rest may hold anything
 
 
@@ -201,41 +202,42 @@ def text_step_kernel(
     eps,
     HEADS: tl.constexpr,
     RATIO: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """`text_step.advance` for one head, N = P = SIZE; STATE is overwritten."""
+    """`text_step.advance` for one head, N = P = P; STATE is overwritten."""
     head = tl.program_id(0) % HEADS
     batch = tl.cast(tl.program_id(0) // HEADS, tl.int64)
     group = head // RATIO
-    grouped: tl.constexpr = HEADS // RATIO * SIZE
-    channels: tl.constexpr = 2 * grouped + HEADS * SIZE
-    n, p = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    grouped: tl.constexpr = HEADS // RATIO * P
+    channels: tl.constexpr = 2 * grouped + HEADS * P
+    n, p = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P)
     at = batch * HEADS + head
-    tile = STATE + at * (SIZE * SIZE) + n[:, None] * SIZE + p[None, :]
-    inside = (n < SIZE)[:, None] & (p < SIZE)[None, :]
+    tile = STATE + at * (P * P) + n[:, None] * P + p[None, :]
+    inside = (n < P)[:, None] & (p < P)[None, :]
     state = tl.load(tile, mask=inside, other=0.0)  # first: all else is computed while it comes
     taken = batch >= 0
     if HAS_VALID:
         taken = tl.load(VALID + batch) != 0
-    own, last = group * SIZE, (group + 1) * SIZE
+    own, last = group * P, (group + 1) * P
     written = tl.where(head % RATIO == 0, last, 0)  # the first head of a group writes its state
     x = convolved(
         X + batch * x_batch, START, NEXT, WEIGHT, BIAS, own + p, 0, 1.0, last, written, batch, taken,
-        channels, TAPS, HAS_BIAS,
+        channels, TAPS, ROWS, HAS_BIAS,
     )  # fmt: skip
     b = convolved(
         B + batch * b_batch, START, NEXT, WEIGHT, BIAS, own + n, grouped, 1.0, last, written, batch,
-        taken, channels, TAPS, HAS_BIAS,
+        taken, channels, TAPS, ROWS, HAS_BIAS,
     )  # fmt: skip
     c = convolved(
-        C + batch * c_batch, START, NEXT, WEIGHT, BIAS, head * SIZE + n, 2 * grouped, scale, (head + 1) * SIZE,
-        (head + 1) * SIZE, batch, taken, channels, TAPS, HAS_BIAS,
+        C + batch * c_batch, START, NEXT, WEIGHT, BIAS, head * P + n, 2 * grouped, scale, (head + 1) * P,
+        (head + 1) * P, batch, taken, channels, TAPS, ROWS, HAS_BIAS,
     )  # fmt: skip
     dt = tl.where(taken, softplus(tl.load(RATE + at).to(tl.float32)), 0.0)
     decay = tl.exp(-dt * tl.exp(tl.load(A_LOG + head).to(tl.float32)))
@@ -244,15 +246,15 @@ def text_step_kernel(
     tl.store(tile, state, mask=inside)
     y = tl.sum(state * c[:, None], 0)
     y += tl.load(D + head).to(tl.float32) * x
-    real = p < SIZE
+    real = p < P
     if HAS_NORM:
-        weight = tl.load(NORM + head * SIZE + p, mask=real, other=0.0).to(tl.float32)
-        y = y * (1.0 / tl.sqrt(tl.sum(y * y, 0) / SIZE + eps)) * weight
+        weight = tl.load(NORM + head * P + p, mask=real, other=0.0).to(tl.float32)
+        y = y * (1.0 / tl.sqrt(tl.sum(y * y, 0) / P + eps)) * weight
     if HAS_Z:
-        z = tl.load(Z + at * SIZE + p, mask=real, other=0.0).to(tl.float32)
+        z = tl.load(Z + at * P + p, mask=real, other=0.0).to(tl.float32)
         y = y * z / (1.0 + tl.exp(-z))
     y = tl.where(taken, y, 0.0)
-    tl.store(Y + at * SIZE + p, y.to(Y.dtype.element_ty), mask=real)
+    tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=real)
 
 
 @launching
@@ -265,7 +267,7 @@ def project(
     z_weight: Tensor | None,
     z_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`text_step.project` on a Triton kernel; weights are contiguous, and rows `MOST_ROWS` at most."""
+    """`text_step.project` on a Triton kernel; weights are contiguous, and there are four rows at most."""
     batch, width = u.shape
     (grouped, _), (inner, _) = weights[0].shape, weights[2].shape
     heads = len(dt_weight)
@@ -356,13 +358,14 @@ def advance(
         eps,
         HEADS=heads,
         RATIO=heads // groups,
-        SIZE=size,
-        BLOCK=triton.next_power_of_2(size),
+        P=size,
+        BLOCK_P=triton.next_power_of_2(size),
         TAPS=taps,
+        ROWS=triton.next_power_of_2(max(taps, 1)),
         HAS_BIAS=conv_bias is not None,
         HAS_NORM=norm_weight is not None,
         HAS_Z=z is not None,
         HAS_VALID=valid is not None,
-        num_warps=8 if size > 64 else 4,
+        num_warps=WARPS[size > 64],
     )
     return y, new_conv_state

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linmu.optimized import scan_states, scan_tiles, window_kernels
+from linmu.optimized import scan_states, scan_tiles, text_step_kernels, window_kernels
 
 # fmt: off
 FLOAT32 = {
@@ -49,8 +49,14 @@ CONV = {
     "HAS_BIAS": True,
     "HAS_START": True,
 }
+TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
+TOKEN |= {"HAS_VALID": True}
+PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
 WINDOW = {"HEADS": 28, "RATIO": 7, "window": True}
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
+
+TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
+WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
 # name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
 KERNELS = {
@@ -83,6 +89,9 @@ KERNELS = {
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
     "divergence_gradient": ("loss_kernels", "gradient_kernel", LOSS, 8, 3, {}),
     "step": ("step_kernels", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
+    "text_step": ("text_step_kernels", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
+    "project_one": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
+    "project_four": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
 }
 
 
@@ -95,6 +104,9 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
     known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
     known |= {"CHUNK": scan_tiles.chunk_size(scanned)} | dict.fromkeys(axes, size) | steps | strides | chosen
+    if "rows" in chosen:  # the sizes of a projection are its own
+        rows, outputs = chosen["rows"], text_step_kernels.OUTPUTS[chosen["rows"]]
+        known |= {"ROWS": rows, "OUTPUTS": outputs, "STEP": text_step_kernels.ELEMENTS[rows] // (rows * outputs)}
     if "window" in chosen:
         rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
         known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
@@ -154,6 +166,8 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
     if warps is None:
         warps = 8 if size > 64 else 4
+    elif warps == "step":
+        warps = text_step_kernels.WARPS[size > 64]
     elif warps == "rows":
         warps = 8 if fixed["ROWS"] > 16 else 4
     options = {"num_warps": warps, "num_stages": stages}
