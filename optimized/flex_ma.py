@@ -123,7 +123,7 @@ class FlexMA(reference.FlexMA):
         position_embeddings: tuple[Tensor, Tensor] | None,
         state: FlexMAState,
     ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (1) to (5) but for W_o for one token of text that needs no gradient: (B, 1, H·P), and the state.
+        """Eqs. (1) to (5) but for W_o, one token of text without a gradient: (B, 1, H·P), and the state.
 
         A choice of route, with the results of `step`, which keeps autograd's record. A state that was lent is
         overwritten; any other is left as it was.
@@ -155,7 +155,7 @@ class FlexMA(reference.FlexMA):
     def project_token(
         self, u: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """x (B, G, P), B (B, G, N), C (B, H, N), not yet scaled, dt before its softplus (B, H), and z (B, H·P).
+        """x (B, G, P), B (B, G, N), C (B, H, N) before its scale, dt before its softplus (B, H), z (B, H·P).
 
         The gate is left out: text has one direction. All weights are read in one launch where they are plain
         tensors; their modules are called where they are not, and in large batches, which GEMMs suit better.

@@ -19,7 +19,7 @@ from .scan_tiles import rows_of
 
 ELEMENTS = {1: 4096, 2: 4096, 4: 8192}  # rows of the batch -> of a program's sums
 OUTPUTS = {1: 4, 2: 4, 4: 8}  # rows of the batch -> rows of the weight that a program takes
-WARPS = {True: 16, False: 4}  # of a step: a head beyond 64 does not fit the registers of eight
+WARPS = {True: 8, False: 4}  # of a step, for heads beyond 64 and for smaller ones
 SERIES = tl.constexpr(0.1)  # below, log(1 + e) would lose the last bits of a small e
 
 
@@ -220,8 +220,6 @@ def text_step_kernel(
     n, p = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P)
     at = batch * HEADS + head
     tile = STATE + at * (P * P) + n[:, None] * P + p[None, :]
-    inside = (n < P)[:, None] & (p < P)[None, :]
-    state = tl.load(tile, mask=inside, other=0.0)  # first: all else is computed while it comes
     taken = batch >= 0
     if HAS_VALID:
         taken = tl.load(VALID + batch) != 0
@@ -242,8 +240,15 @@ def text_step_kernel(
     dt = tl.where(taken, softplus(tl.load(RATE + at).to(tl.float32)), 0.0)
     decay = tl.exp(-dt * tl.exp(tl.load(A_LOG + head).to(tl.float32)))
     decay = tl.where(taken, decay, 1.0)
+    if P == BLOCK_P:  # without a mask the tile's addresses take one register
+        state = tl.load(tile)
+    else:
+        state = tl.load(tile, mask=(n < P)[:, None] & (p < P)[None, :], other=0.0)
     state = decay * state + (dt * b)[:, None] * x[None, :]
-    tl.store(tile, state, mask=inside)
+    if P == BLOCK_P:
+        tl.store(tile, state)
+    else:
+        tl.store(tile, state, mask=(n < P)[:, None] & (p < P)[None, :])
     y = tl.sum(state * c[:, None], 0)
     y += tl.load(D + head).to(tl.float32) * x
     real = p < P

@@ -3,7 +3,8 @@
 A cache has a slot per decoder layer. Layers that stay attention keep their growing keys and values; a
 converted layer keeps a `FlexMAState` (conv (B, K-1, channels), scan (B, H, N, P), float32) and counts the
 tokens it has seen. A state's tensors belong to their slot alone, and the next token may overwrite them: to go
-on twice from one place, copy the cache before (`copy.deepcopy`), as with any cache. Models call the cache by the name `CACHE_NAME`; a student takes either name.
+on twice from one place, copy the cache (`copy.deepcopy`). Models call the cache by the name `CACHE_NAME`; a
+student takes either name.
 """
 
 from __future__ import annotations

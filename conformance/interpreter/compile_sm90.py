@@ -106,7 +106,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     known |= {"CHUNK": scan_tiles.chunk_size(scanned)} | dict.fromkeys(axes, size) | steps | strides | chosen
     if "rows" in chosen:  # the sizes of a projection are its own
         rows, outputs = chosen["rows"], text_step_kernels.OUTPUTS[chosen["rows"]]
-        known |= {"ROWS": rows, "OUTPUTS": outputs, "STEP": text_step_kernels.ELEMENTS[rows] // (rows * outputs)}
+        step = text_step_kernels.ELEMENTS[rows] // (rows * outputs)
+        known |= {"ROWS": rows, "OUTPUTS": outputs, "STEP": step}
     if "window" in chosen:
         rows, step = window_kernels.ROWS[kind], window_kernels.attention_step(size, kind)
         known |= {"ROWS": rows, "COLUMNS": min(rows, 32) if "narrow" in chosen else rows}
