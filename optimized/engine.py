@@ -19,9 +19,11 @@ from .checks import require
 ENGINES = ("triton", "torch")
 KERNELS = frozenset(
     (
+        "apply_rope",
         "bidirectional_scan",
         "causal_conv",
         "logit_loss",
+        "mix_branches",
         "scan_step",
         "text_projection",
         "text_step",

@@ -86,7 +86,7 @@ def advance(
         new_conv_state = taken.new_zeros(batch, 0, taken.shape[2])
     else:
         mask = None if valid is None else valid[:, None]
-        taken, new_conv_state = conv.forward(taken, conv_weight, conv_bias, mask, conv_state, None)
+        taken, new_conv_state = conv.forward(taken, conv_weight, conv_bias, mask, conv_state, None, 1.0)
     parts = zip(taken[:, 0].split(sizes, dim=1), (x, B, C), strict=True)
     x, B, C = (part.view(like.shape) for part, like in parts)
     dt, A = F.softplus(rate.to(wide)), -torch.exp(A_log.to(wide))

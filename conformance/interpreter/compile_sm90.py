@@ -42,12 +42,14 @@ SWEEP |= {"LEAVES": True, "HAS_PARTNER": True}
 CONV = {
     "CHANNELS": 4608,
     "TAPS": 4,
+    "BEFORE": 4,
     "ROWS": 32,
     "COLUMNS": 64,
     "HAS_MASK": True,
     "HAS_ORDER": True,
     "HAS_BIAS": True,
     "HAS_START": True,
+    "SCALES": True,
 }
 TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
 TOKEN |= {"HAS_VALID": True}
