@@ -1,5 +1,5 @@
 """The registered operators of a block around its scan and its attention: products with a few columns, RoPE,
-the mix of the branches. As in `operators`: a forward and a backward pass each, on the engine of their tensors.
+the mix of the branches. As in `operators`: a forward and a backward pass each, on their tensors' engine.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype.
 
-    With `order` (B, L), place i of out and mask is token order[i] of u. The convolution takes u times `scale`,
-    and the state holds that.
+    With `order` (B, L), place i of out and mask is token order[i] of u. The inputs, and those that the state
+    keeps, are u times `scale`.
     """
     u = scaled(u if order is None else take(u, order), scale)
     packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]

@@ -139,16 +139,15 @@ def forward_kernel(
     if TAPS > 1:
         final = FINAL + batch * (TAPS - 1) * CHANNELS + channel[None, :]
         kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
-        tl.store(
-            final + kept[:, None] * CHANNELS, seen, mask=(taken & (kept >= 0))[:, None] & inside[None, :]
-        )
+        last = (taken & (kept >= 0))[:, None] & inside[None, :]
+        tl.store(final + kept[:, None] * CHANNELS, seen, mask=last)
         if tl.program_id(0) == 0:
             place = tl.arange(0, BEFORE)
             older = (place + count < TAPS - 1)[:, None] & inside[None, :]
             before = tl.zeros([BEFORE, COLUMNS], tl.float32)
             if HAS_START:
-                tile = START + (batch * (TAPS - 1) + place + count)[:, None] * CHANNELS + channel[None, :]
-                before = tl.load(tile, mask=older, other=0.0)
+                start = START + (batch * (TAPS - 1) + place + count)[:, None] * CHANNELS + channel[None, :]
+                before = tl.load(start, mask=older, other=0.0)
             tl.store(final + place[:, None] * CHANNELS, before, mask=older)
 
 

@@ -123,8 +123,8 @@ class FlexMA(reference.FlexMA):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The scale of C and eq. (2), each of x, B, C by itself: in scan order, and the convolution's state.
 
-        Side by side in one tensor, C scaled before, they would be written and read once more: 32 KB per token of
-        width 3584.
+        Side by side in one tensor, C scaled before, they would be written and read once more: 32 KB per token
+        of width 3584.
         """
         parts = [tensor.flatten(2) for tensor in (x, B, C)]
         scales = (1.0, 1.0, self.config.head_dim**-0.5)

@@ -34,8 +34,8 @@ class MMATE(reference.MMATE):
     ) -> tuple[Tensor, FlexMAState]:
         """`linmu.reference.MMATE.forward`: arguments, result and errors are the same.
 
-        Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled before
-        it, would read and write as many bytes per token, and could not be adapted by branch.
+        Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
+        before it, would read and write as many bytes per token, and could not be adapted by branch.
         """
         flex_ma, local_swin, given = (
             self.flex_ma,
@@ -58,7 +58,9 @@ class MMATE(reference.MMATE):
         return block_operators.mix_branches(y, local, mix, layout.is_vision), state
 
     def reaches_into_branches(self) -> bool:
-        """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes them."""
+        """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes
+        them.
+        """
         branches = ((self.flex_ma, FlexMA), (self.local_swin, LocalSwin))
         own = all(is_unwatched(branch) and type(branch).forward is kind.forward for branch, kind in branches)
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])

@@ -1,7 +1,7 @@
 """The mix of the two branches, the torch engine; and its gradient.
 
-Letters: B batch, L tokens, D width. With s the product before the sigmoid, f Flex-MA's output, l Local-Swin's,
-on vision
+Letters: B batch, L tokens, D width. With s the product before the sigmoid, f Flex-MA's output and l
+Local-Swin's, on vision
 
     m = sigmoid(s)    y = m f + (1 - m) l        f̄ = m ȳ    l̄ = (1 - m) ȳ    s̄ = m (1 - m) Σ_D ȳ (f - l)   (1)
 

@@ -22,8 +22,8 @@ WATCHERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backwar
 
 
 def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
-    """`linmu.reference.projections.apply_rope`, for angles without a gradient in one pass: arguments, result and
-    errors are the same.
+    """`linmu.reference.projections.apply_rope`, in one pass for angles that need no gradient: arguments,
+    result and errors are the same.
     """
     require(position_embeddings is not None, "apply_rope", "position_embeddings must be (cos, sin)", None)
     cos, sin = position_embeddings

@@ -15,8 +15,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     cos, sin = (angle.to(wide.dtype)[:, :, None] for angle in (cos, sin))
     turned = wide * sin if backward else wide
     first, second = turned.chunk(2, dim=-1)
-    if backward:
-        rotated = torch.cat([second, -first], dim=-1)
-    else:
-        rotated = torch.cat([-second, first], dim=-1) * sin
-    return (wide * cos + rotated).to(x.dtype)
+    rotated = torch.cat([second, -first] if backward else [-second, first], dim=-1)
+    return (wide * cos + (rotated if backward else rotated * sin)).to(x.dtype)

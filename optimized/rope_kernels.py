@@ -3,14 +3,13 @@
 
 Letters: B batch, L tokens, N head dim. Halves a, b of a head, and their gradients:
 
-    a' = a cos₁ - b sin₁    b' = b cos₂ + a sin₂        ā = ā' cos₁ + b̄' sin₂    b̄ = b̄' cos₂ - ā' sin₁      (1)
+    a' = a cos₁ - b sin₁    b' = b cos₂ + a sin₂       ā = ā' cos₁ + b̄' sin₂    b̄ = b̄' cos₂ - ā' sin₁    (1)
 
 `reference/projections.py`, eq. (1).
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

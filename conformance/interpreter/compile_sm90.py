@@ -30,7 +30,7 @@ FLOAT32 = {
 }
 # fmt: on
 INT64 = {"SEGMENT", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT"}
-MASKS = {"VALID", "MASK"}
+MASKS = {"VALID", "MASK", "VISION"}
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
 
@@ -54,10 +54,13 @@ CONV = {
 TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
 TOKEN |= {"HAS_VALID": True}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
+MIX = {"WIDTH": 3584, "BLOCK": 1024}
+ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True}
 WINDOW = {"HEADS": 28, "RATIO": 7, "window": True}
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
+MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
 WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
 # name -> module, kernel, constants, warps, stages, pointers of another type than their name has elsewhere
@@ -91,6 +94,9 @@ KERNELS = {
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
     "divergence_gradient": ("loss_kernels", "gradient_kernel", LOSS, 8, 3, {}),
     "step": ("step_kernels", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
+    "mix": ("mixing_kernels", "mix_kernel", MIX, 4, 3, {"LOGIT": "*fp32"}),
+    "mix_gradient": ("mixing_kernels", "mix_gradient_kernel", MIX, 4, 3, MIX_POINTERS),
+    "rope": ("rope_kernels", "rope_kernel", ROPE, 4, 3, dict.fromkeys(("COS", "SIN"), "*fp32")),
     "text_step": ("text_step_kernels", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
     "project_one": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
@@ -106,6 +112,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     strides = {"INNER_STRIDE": 1 if transposed else size, "OUTER_STRIDE": size if transposed else 1}
     known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "PULLS": transposed}
     known |= {"CHUNK": scan_tiles.chunk_size(scanned)} | dict.fromkeys(axes, size) | steps | strides | chosen
+    known |= {"HALF": size // 2, "BLOCK_HALF": size // 2}
     if "rows" in chosen:  # the sizes of a projection are its own
         rows, outputs = chosen["rows"], text_step_kernels.OUTPUTS[chosen["rows"]]
         step = text_step_kernels.ELEMENTS[rows] // (rows * outputs)
