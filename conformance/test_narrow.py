@@ -1,5 +1,5 @@
-"""Products of bfloat16 hidden states with a few float32 columns, made of bfloat16 parts as on a GPU, are those
-of float32, every bit of the weight taken along.
+"""Products of bfloat16 hidden states with a few float32 columns, made of bfloat16 parts as on a GPU, are
+those of float32, every bit of the weight taken along.
 """
 
 from __future__ import annotations
