@@ -213,7 +213,7 @@ class FlexMA(reference.FlexMA):
                 C, B = self.q_norm(C), self.k_norm(B)
         else:
             C, B, x = self.project_heads(u)
-            rate = narrow_products(u, [self.dt_proj])[0][:, 0]
+            rate = full_precision_linear(u, self.dt_proj)[:, 0]
             z = self.z_proj(u)[:, 0] if config.output_gate else None
         if config.scan_rope:
             C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
