@@ -3,8 +3,9 @@
     error(got, truth) <= max(2 · error(the reference in the same dtype, truth), floor · size of the truth)
 
 The truth is the reference in float64 on the same rounded inputs. Its size is that of what is summed where a
-test says so: a sum over tokens that cancels resolves, in half precision, less than its terms do. Both the root mean square of the error and
-its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide.
+test says so: a sum over tokens that cancels resolves, in half precision, less than its terms do. Both the
+root mean square of the error and its maximum are bounded, so that neither a small error everywhere nor one
+wrong row can hide.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def evaluate(
     """Call `function(**inputs)`; its outputs by name and, if asked, the gradient of every float input.
 
     The cotangents are random quarters, exact in every dtype, so that all dtypes answer the same question. An
-    input that takes no part has gradient zero, whether autograd says None or zeros. With `draw`, which numbers
-    random signs, each token of the outputs has one.
+    input that takes no part has gradient zero, whether autograd says None or zeros. With `draw`, which
+    numbers random signs, each token of the outputs has one.
     """
     floats = {name: value for name, value in inputs.items() if is_float(value)}
     leaves = {name: value.detach().clone().requires_grad_(gradients) for name, value in floats.items()}

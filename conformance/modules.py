@@ -151,9 +151,12 @@ class RoundedCase:
     def hidden_states(self) -> Tensor:
         return self.case.hidden_states().double()
 
-    def arguments(self, name: str) -> dict[str, Any]:
+    def position_embeddings(self) -> tuple[Tensor, Tensor]:
         cos, sin = self.case.position_embeddings()
-        return {**self.case.arguments(name), "position_embeddings": (cos.double(), sin.double())}
+        return cos.double(), sin.double()
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        return {**self.case.arguments(name), "position_embeddings": self.position_embeddings()}
 
 
 def random_attention(case: ModuleCase, **changes: Any) -> nn.Module:

@@ -34,6 +34,12 @@ PRODUCTS = {
     "divergence": 0,
     "divergence_gradient": 0,
     "step": 0,
+    "mix": 0,
+    "mix_gradient": 0,
+    "rope": 0,
+    "text_step": 0,
+    "project_one": 0,
+    "project_four": 0,
     "link": 0,
     "norm_gradient": 0,
 }  # products of tiles, each at least one tensor-core instruction

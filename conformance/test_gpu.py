@@ -29,6 +29,7 @@ from gpu_cases import (
 )
 
 from linmu import optimized
+from linmu.reference.flex_ma import LentState
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: kernels cannot be compiled"
@@ -150,6 +151,41 @@ def test_a_block_never_waits_for_the_device(options):
     run(u).sum().backward()
     with no_waiting():
         run(u).sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_a_step_never_waits_and_replays_from_a_graph(batch):
+    """Outputs and states of three steps in a CUDA graph, the state overwritten, are those of eager ones."""
+    config = optimized.LinMUConfig(width=256, heads=8, groups=2, head_dim=64, qkv_bias=True, output_gate=True)
+    torch.manual_seed(0)
+    module = optimized.FlexMA(config, 0).to("cuda")
+    for name, parameter in module.named_parameters():
+        if any(part in name for part in ("q_", "k_", "v_", "o_", "z_")):
+            parameter.data = parameter.data.bfloat16()
+    u = torch.randn(batch, 4, 256, device="cuda", dtype=torch.bfloat16)
+    _, start = module(u[:, :1])
+
+    def steps(scan):
+        outputs, state = [], LentState(start.conv, scan)
+        for t in range(1, 4):
+            y, state = module(u[:, t : t + 1], state=LentState(*state))
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    wanted, last = steps(start.scan.clone())
+    with no_waiting():
+        steps(start.scan.clone())
+    scan = start.scan.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found, state = steps(scan)
+    scan.copy_(start.scan)
+    graph.replay()
+    assert state.scan is scan
+    assert_exact(found, wanted, batch, "outputs")
+    for name, got, want in zip(state._fields, state, last, strict=True):
+        assert_exact(got, want, batch, name)
 
 
 @pytest.fixture(autouse=True)

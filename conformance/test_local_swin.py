@@ -15,6 +15,7 @@ from layouts import Layout, Text, Vision
 from module_properties import check_batch_mates_change_nothing
 from modules import (
     ModuleCase,
+    check_module,
     initial,
     module_cases,
     random_attention,

@@ -19,6 +19,7 @@ from module_properties import (
 )
 from modules import (
     ModuleCase,
+    check_module,
     initial,
     module_cases,
     random_attention,

@@ -1,7 +1,7 @@
 """The torch engine of the causal convolution: K shifted products, over the valid tokens of a row moved
 together.
 
-Letters: B batch, L tokens, K taps. With s the state and then the valid inputs of a row:
+Letters: B batch, L tokens, K taps. With s the state and then the valid inputs of a row times the scale:
 
     out_t = Σ_k weight[k] s_{t+k} + bias     s̄_t = Σ_k weight[k] out̄_{t-k}     weight̄[k] = Σ_t out̄_t s_{t+k}
 """
@@ -58,12 +58,14 @@ def forward(
     mask: Tensor | None,
     initial_state: Tensor | None,
     order: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype.
 
-    With `order` (B, L), place i of out and mask is token order[i] of u.
+    With `order` (B, L), place i of out and mask is token order[i] of u. The inputs, and those that the state
+    keeps, are u times `scale`.
     """
-    u = u if order is None else take(u, order)
+    u = scaled(u if order is None else take(u, order), scale)
     packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
     padded = with_start(packing.pack(u), taps, initial_state)
     wide = weight.to(padded.dtype)
@@ -85,10 +87,11 @@ def gradient(
     mask: Tensor | None,
     initial_state: Tensor | None,
     order: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, weight, bias and initial_state in the accumulation dtype, none a view of another."""
     packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
-    u = u if order is None else take(u, order)
+    u = scaled(u if order is None else take(u, order), scale)
     padded = with_start(packing.pack(u), taps, initial_state)
     wide, grad = weight.to(padded.dtype), packing.pack(out_grad.to(padded.dtype))
     padded_grad = torch.zeros_like(padded)
@@ -99,13 +102,18 @@ def gradient(
         shifted = slice(tap, tap + length)
         padded_grad[:, shifted].addcmul_(grad, wide[:, tap])
         weight_grad[:, tap] = (grad * padded[:, shifted]).sum((0, 1))
-    u_grad = packing.unpack(padded_grad[:, taps - 1 :])
+    u_grad = scaled(packing.unpack(padded_grad[:, taps - 1 :]), scale)
     return (
         u_grad.clone() if order is None else take(u_grad, order.argsort(dim=1)),
         weight_grad,
         None if bias is None else grad.sum((0, 1)),
         None if initial_state is None else padded_grad[:, : taps - 1].clone(),
     )
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """`tensor` times `scale`, in its dtype."""
+    return tensor if scale == 1 else tensor * scale
 
 
 def with_start(u: Tensor, taps: int, initial_state: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 ∂bias.
 
 Letters: B batch, L tokens, K taps. With r the rank of a token among the valid ones of its row and s_r the
-input of that rank, the state standing at ranks 1-K … -1:
+input of that rank times the scale, the state standing at ranks 1-K … -1:
 
     out_r = Σ_k weight[k] s_{r-K+1+k} + bias        ∂s_r = Σ_k weight[k] ∂out_{r+K-1-k}                    (1)
 
@@ -37,11 +37,13 @@ def input_of(
     u_token,
     length,
     channel,
+    scale,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_START: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     """s of eq. (1) at some ranks, those of the state included, 0 where not taken: (ranks, channels)."""
     inside = (channel < CHANNELS)[None, :]
@@ -53,6 +55,8 @@ def input_of(
         where = tl.load(ORDER + batch * length + where, mask=among, other=0)
     tile = U + batch * u_batch + where[:, None] * u_token + channel[None, :]
     seen = tl.load(tile, mask=among[:, None] & inside, other=0.0).to(tl.float32)
+    if SCALES:  # rounded as a tensor would be that holds the product
+        seen = (seen * scale).to(U.dtype.element_ty).to(tl.float32)
     if HAS_START:
         before = taken & (rank < 0)
         tile = START + (batch * (TAPS - 1) + rank + TAPS - 1)[:, None] * CHANNELS + channel[None, :]
@@ -68,21 +72,29 @@ def forward_kernel(
     RANK,
     PLACE,
     ORDER,
+    COUNT,
     START,
     OUT,
+    FINAL,
     u_batch,
     u_token,
     length,
+    scale,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
+    BEFORE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
-    """Eq. (1), left: the loop of the reference's `causal_conv`; RANK is -1 on masked tokens."""
+    """Eq. (1), left: the loop of the reference's `causal_conv`; RANK is -1 on masked tokens.
+
+    Each of the last K-1 valid tokens puts its input into FINAL; what is older comes from START.
+    """
     batch = tl.cast(tl.program_id(2), tl.int64)
     token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -90,11 +102,13 @@ def forward_kernel(
     inside = channel < CHANNELS
     rank = token
     taken = real
+    count = tl.cast(length, tl.int64)
     if HAS_MASK:
         rank = tl.load(RANK + batch * length + token, mask=real, other=-1)
         taken = rank >= 0
+        count = tl.load(COUNT + batch)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for tap in range(TAPS):
+    for tap in tl.static_range(TAPS):
         seen = input_of(
             U,
             PLACE,
@@ -107,11 +121,13 @@ def forward_kernel(
             u_token,
             length,
             channel,
+            scale,
             CHANNELS,
             TAPS,
             HAS_MASK,
             HAS_ORDER,
             HAS_START,
+            SCALES,
         )
         weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         out += seen * weight[None, :]
@@ -120,6 +136,19 @@ def forward_kernel(
     out = tl.where(taken[:, None], out, 0.0)
     tile = OUT + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
     tl.store(tile, out.to(OUT.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    if TAPS > 1:
+        final = FINAL + batch * (TAPS - 1) * CHANNELS + channel[None, :]
+        kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+        last = (taken & (kept >= 0))[:, None] & inside[None, :]
+        tl.store(final + kept[:, None] * CHANNELS, seen, mask=last)
+        if tl.program_id(0) == 0:
+            place = tl.arange(0, BEFORE)
+            older = (place + count < TAPS - 1)[:, None] & inside[None, :]
+            before = tl.zeros([BEFORE, COLUMNS], tl.float32)
+            if HAS_START:
+                start = START + (batch * (TAPS - 1) + place + count)[:, None] * CHANNELS + channel[None, :]
+                before = tl.load(start, mask=older, other=0.0)
+            tl.store(final + place[:, None] * CHANNELS, before, mask=older)
 
 
 @triton.jit
@@ -141,6 +170,7 @@ def backward_kernel(
     g_batch,
     g_token,
     length,
+    scale,
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -149,6 +179,7 @@ def backward_kernel(
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_START: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     """Eq. (1), right, and what a block of tokens adds to the gradients of weight and bias."""
     batch = tl.cast(tl.program_id(2), tl.int64)
@@ -192,11 +223,13 @@ def backward_kernel(
             u_token,
             length,
             channel,
+            scale,
             CHANNELS,
             TAPS,
             HAS_MASK,
             HAS_ORDER,
             HAS_START,
+            SCALES,
         )
         tl.store(WEIGHT_GRAD + (part * TAPS + tap) * CHANNELS + channel, tl.sum(seen * grad, 0), mask=inside)
     kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
@@ -206,6 +239,8 @@ def backward_kernel(
     if HAS_BIAS:
         tl.store(BIAS_GRAD + part * CHANNELS + channel, tl.sum(grad, 0), mask=inside)
     u_grad = tl.where(taken[:, None], u_grad, 0.0)
+    if SCALES:
+        u_grad = u_grad * scale
     if HAS_ORDER:
         token = tl.load(ORDER + batch * length + token, mask=real, other=0)
     tile = U_GRAD + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
@@ -217,7 +252,10 @@ def ranks(mask: Tensor | None) -> dict[str, Tensor | None]:
     if mask is None:
         return {"RANK": None, "PLACE": None, "COUNT": None}
     rank = torch.where(mask, mask.cumsum(1) - 1, -1)
-    place = (~mask).to(torch.int8).argsort(dim=1, stable=True)
+    length = mask.shape[1]
+    token = torch.arange(length, device=mask.device).expand(mask.shape)
+    place = token.new_zeros(len(mask), length + 1)  # masked tokens meet in the last place
+    place = place.scatter_(1, torch.where(mask, rank, length), token)[:, :length].contiguous()
     return {"RANK": rank, "PLACE": place, "COUNT": mask.sum(1)}
 
 
@@ -228,6 +266,7 @@ def flags(
     start: Tensor | None,
     order: Tensor | None,
     channels: int,
+    scale: float,
 ) -> dict:
     """The compile-time constants of both kernels."""
     return {
@@ -239,6 +278,7 @@ def flags(
         "HAS_ORDER": order is not None,
         "HAS_BIAS": bias is not None,
         "HAS_START": start is not None and taps > 1,
+        "SCALES": scale != 1,
         "num_warps": 4,
     }
 
@@ -256,12 +296,14 @@ def forward(
     mask: Tensor | None,
     initial_state: Tensor | None,
     order: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`conv.forward` on a Triton kernel: out (B, L, channels) and the last K-1 valid inputs, float32."""
     u = rows_of(u)
     length, channels = u.shape[1:]
     taps = weight.shape[1]
     out = u.new_empty(u.shape)
+    final = u.new_empty(u.shape[0], taps - 1, channels, dtype=torch.float32)
     start = None if initial_state is None else initial_state.float().contiguous()
     index = ranks(mask)
     forward_kernel[grid(u)](
@@ -271,34 +313,17 @@ def forward(
         index["RANK"],
         index["PLACE"],
         order,
+        index["COUNT"],
         start,
         out,
+        final,
         *u.stride()[:2],
         length,
-        **flags(taps, mask, bias, start, order, channels),
+        scale,
+        BEFORE=triton.next_power_of_2(max(taps - 1, 1)),
+        **flags(taps, mask, bias, start, order, channels, scale),
     )
-    return out, last_inputs(u, taps, index, start, order)
-
-
-def last_inputs(
-    u: Tensor, taps: int, index: dict[str, Tensor | None], start: Tensor | None, order: Tensor | None
-) -> Tensor:
-    """The last K-1 valid inputs, older ones from the state: (B, K-1, channels) float32."""
-    batch, length, _ = u.shape
-    place = torch.arange(taps - 1, device=u.device)
-    count = length if index["COUNT"] is None else index["COUNT"][:, None]
-    rank = (count - (taps - 1) + place).expand(batch, taps - 1)
-    token = rank.clamp_min(0)
-    for table in (index["PLACE"], order):
-        token = token if table is None else table.gather(1, token)
-    row = torch.arange(batch, device=u.device)[:, None]
-    recent = u[row, token].float()
-    older = (
-        torch.zeros_like(recent)
-        if start is None
-        else start[row, (rank + taps - 1).clamp_max(max(taps - 2, 0))]
-    )
-    return torch.where((rank >= 0)[..., None], recent, older)
+    return out, final
 
 
 @launching
@@ -311,6 +336,7 @@ def gradient(
     mask: Tensor | None,
     initial_state: Tensor | None,
     order: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor | None, ...]:
     """`conv.gradient` on a Triton kernel; partial sums are added in a fixed order."""
     u, out_grad = rows_of(u), rows_of(out_grad)
@@ -337,7 +363,8 @@ def gradient(
         *u.stride()[:2],
         *out_grad.stride()[:2],
         length,
-        **flags(taps, mask, bias, start, order, channels),
+        scale,
+        **flags(taps, mask, bias, start, order, channels, scale),
     )
     start_grad = None if start is None else start_gradient(out_grad, final_grad, weight, index, length)
     bias_grad = None if bias is None else bias_grad.sum(0)

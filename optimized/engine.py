@@ -17,7 +17,19 @@ from torch import Tensor
 from .checks import require
 
 ENGINES = ("triton", "torch")
-KERNELS = frozenset(("bidirectional_scan", "scan_step", "causal_conv", "window_attention", "logit_loss"))
+KERNELS = frozenset(
+    (
+        "apply_rope",
+        "bidirectional_scan",
+        "causal_conv",
+        "logit_loss",
+        "mix_branches",
+        "scan_step",
+        "text_projection",
+        "text_step",
+        "window_attention",
+    )
+)
 MAX_HEAD_DIM = 128  # larger tiles do not fit a multiprocessor's registers
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores
 

@@ -1,7 +1,8 @@
 """`reference/flex_ma.py` on the fast operators: same constructor, parameters, names and results.
 
 Letters: B batch, L tokens, D width, H heads. Projections run in token order; the convolution takes the tokens
-into scan order as it loads them, and the scan norms its heads and brings them back as it stores them.
+into scan order as it loads them, and the scan norms its heads and brings them back as it stores them. One
+token of text takes two kernels between its hidden states and W_o: `text_step`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..reference.flex_ma import FlexMAState, full_precision_linear, rms_norm_per_head
-from . import operators
+from ..reference.flex_ma import FlexMAState, LentState, full_precision_linear, rms_norm_per_head
+from . import operators, step_operators
 from .layout import VisionLayout, fast, permute_tokens
-from .scan import causal_conv, scan_heads, scan_step
+from .projections import apply_rope, are_plain, narrow_products
+from .scan import scan_heads, scan_step
 
 __all__ = ["FlexMA", "FlexMAState", "full_precision_linear", "rms_norm_per_head"]
+
+
+MOST_ROWS = 4  # of the batch, in one launch of all projections of a token: beyond, a GEMM's tensor cores pay
 
 
 class FlexMA(reference.FlexMA):
@@ -45,15 +50,30 @@ class FlexMA(reference.FlexMA):
         valid: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         state: FlexMAState | None,
+        rates: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (1) to (5) but for W_o: (B, L, H·P), and the state after the last token."""
+        """Eqs. (1) to (5) but for W_o: (B, L, H·P), and the state after the last token.
+
+        `rates` are dt before its softplus and the gate before its sigmoid, where the caller has them.
+        """
         self.check_inputs(hidden_states, layout, valid)
         layout = fast(layout)
-        taken, dt, gate = self.project(hidden_states, position_embeddings)
-        if layout is None and state is not None and taken.shape[1] == 1:
-            y, state = self.step(taken, dt, valid, state)
+        one_token = layout is None and state is not None and hidden_states.shape[1] == 1
+        if one_token and not self.asks_for_gradient(hidden_states, state):
+            return self.text_step(hidden_states, valid, position_embeddings, state)
+        C, B, x = self.project_heads(hidden_states)
+        if self.config.scan_rope:
+            C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
+        has_gate = layout is not None and self.config.backward_scan
+        if rates is None:
+            linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
+            rates = narrow_products(hidden_states, linears)
+        dt = F.softplus(rates[0])
+        if one_token:
+            y, state = self.step(x, B, C, dt, valid, state)
         else:
-            y, state = self.mix(taken, dt, gate, layout, valid, state)
+            gate = torch.sigmoid(rates[1]) if has_gate else dt  # text has none, and does not read it
+            y, state = self.mix(x, B, C, dt, gate, layout, valid, state)
         y = y.flatten(2)  # (B, L, H·P)
         if self.config.output_gate:
             y = y * F.silu(self.z_proj(hidden_states))
@@ -61,7 +81,9 @@ class FlexMA(reference.FlexMA):
 
     def mix(
         self,
-        taken: Tensor,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
         dt: Tensor,
         gate: Tensor,
         layout: VisionLayout | None,
@@ -72,8 +94,7 @@ class FlexMA(reference.FlexMA):
         order = None if layout is None else layout.order(self.scan_axes)
         if order is not None:
             dt, gate = permute_tokens(dt, order), permute_tokens(gate, order)
-        taken, conv_state = self.convolve_in_order(taken, valid, state, order)
-        x, B, C = self.split(taken)
+        (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order)
         y, scan_state = scan_heads(
             x,
             dt,
@@ -92,25 +113,131 @@ class FlexMA(reference.FlexMA):
         return y, FlexMAState(conv_state, scan_state)
 
     def convolve_in_order(
-        self, taken: Tensor, valid: Tensor | None, state: FlexMAState | None, order: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Eq. (2): [x, B, C] in token order -> the same in scan order, and the convolution's state."""
-        if not self.config.conv_kernel:
-            return super().convolve(taken if order is None else permute_tokens(taken, order), valid, state)
-        start = None if state is None else state.conv
-        if order is None:
-            return causal_conv(taken, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)
-        return operators.causal_conv(taken, self.conv_weight, self.conv_bias, valid, start, order)
+        self,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        valid: Tensor | None,
+        state: FlexMAState | None,
+        order: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The scale of C and eq. (2), each of x, B, C by itself: in scan order, and the convolution's state.
+
+        Side by side in one tensor, C scaled before, they would be written and read once more: 32 KB per token
+        of width 3584.
+        """
+        parts = [tensor.flatten(2) for tensor in (x, B, C)]
+        scales = (1.0, 1.0, self.config.head_dim**-0.5)
+        if self.config.conv_kernel:
+            sizes = [part.shape[2] for part in parts]
+            starts = [None] * 3 if state is None else state.conv.split(sizes, dim=2)
+            weights, biases = self.conv_weight.split(sizes), self.conv_bias.split(sizes)
+            given = zip(parts, weights, biases, starts, scales, strict=True)
+            found = [operators.causal_conv(*each, valid, start, order, by) for *each, start, by in given]
+            parts, states = zip(*found, strict=True)
+            conv_state = torch.cat(states, dim=2)
+        else:
+            parts[2] = parts[2] * scales[2]
+            if order is not None:
+                parts = [permute_tokens(part, order) for part in parts]
+            conv_state = x.new_zeros(len(x), 0, self.config.conv_channels)
+        return tuple(part.view(like.shape) for part, like in zip(parts, (x, B, C), strict=True)), conv_state
+
+    def asks_for_gradient(self, hidden_states: Tensor, state: FlexMAState) -> bool:
+        """Whether autograd would record this call."""
+        if not torch.is_grad_enabled():
+            return False
+        return any(tensor.requires_grad for tensor in (hidden_states, *state, *self.parameters()))
+
+    def text_step(
+        self,
+        hidden_states: Tensor,
+        valid: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        state: FlexMAState,
+    ) -> tuple[Tensor, FlexMAState]:
+        """Eqs. (1) to (5) but for W_o, one token of text without a gradient: (B, 1, H·P), and the state.
+
+        A choice of route, with the results of `step`, which keeps autograd's record. A state that was lent is
+        overwritten; any other is left as it was.
+        """
+        x, B, C, rate, z = self.project_token(hidden_states, position_embeddings)
+        scan_state = state.scan
+        if not (isinstance(state, LentState) and may_be_overwritten(scan_state, rate.dtype)):
+            scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
+        has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
+        y, conv_state = step_operators.text_step(
+            scan_state,
+            state.conv if has_taps else None,
+            x,
+            B,
+            C,
+            rate,
+            self.A_log,
+            self.D,
+            self.conv_weight if has_taps else None,
+            self.conv_bias if has_taps else None,
+            self.norm_weight if has_norm else None,
+            z,
+            None if valid is None else valid[:, 0],
+            self.config.head_dim**-0.5,
+            self.config.norm_eps,
+        )
+        return y[:, None], FlexMAState(conv_state, scan_state)
+
+    def project_token(
+        self, u: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """x (B, G, P), B (B, G, N), C (B, H, N) before its scale, dt before its softplus (B, H), z (B, H·P).
+
+        The gate is left out: text has one direction. All weights are read in one launch where they are plain
+        tensors; their modules are called where they are not, and in large batches, which GEMMs suit better.
+        """
+        config, z = self.config, None
+        linears = [self.v_proj, self.k_proj, self.q_proj]
+        linears += [self.z_proj] if config.output_gate else []
+        plain = are_plain(linears, u.dtype) and are_plain([self.dt_proj])
+        if plain and u.shape[0] <= MOST_ROWS and not torch.is_autocast_enabled(u.device.type):
+            biases = [linear.bias for linear in linears]
+            gated = (linears[3].weight, biases[3]) if config.output_gate else (None, None)
+            taken, rate, z = step_operators.text_projection(
+                u[:, 0],
+                [linear.weight for linear in linears[:3]],
+                biases[:3],
+                self.dt_proj.weight,
+                self.dt_proj.bias,
+                *gated,
+            )
+            x, B, C = self.split(taken[:, None])
+            if config.qk_norm:
+                C, B = self.q_norm(C), self.k_norm(B)
+        else:
+            C, B, x = self.project_heads(u)
+            rate = full_precision_linear(u, self.dt_proj)[:, 0]
+            z = self.z_proj(u)[:, 0] if config.output_gate else None
+        if config.scan_rope:
+            C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
+        return x[:, 0], B[:, 0], C[:, 0], rate, z if config.output_gate else None
 
     def step(
-        self, taken: Tensor, dt: Tensor, valid: Tensor | None, state: FlexMAState
+        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, valid: Tensor | None, state: FlexMAState
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (2), (4) and the norm of (5) for one token of text: (B, 1, H, P), and the state."""
-        taken, conv_state = self.convolve_in_order(taken, valid, state, None)
-        x, B, C = (tensor[:, 0] for tensor in self.split(taken))
+        parts, conv_state = self.convolve_in_order(x, B, C, valid, state, None)
+        x, B, C = (part[:, 0] for part in parts)
         A, row = -torch.exp(self.A_log.to(dt.dtype)), None if valid is None else valid[:, 0]
         y, scan_state = scan_step(state.scan, x, dt[:, 0], A, B, C, D=self.D, valid=row)
         y = y[:, None]
         if self.config.head_norm:
             y = rms_norm_per_head(y, self.norm_weight, self.config.norm_eps)
         return y, FlexMAState(conv_state, scan_state)
+
+
+def may_be_overwritten(state: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel may write a new state over this one: its layout fits and autograd has no use for it.
+
+    A tensor made in inference mode may not be changed outside, and a compiler's trace cannot tell one.
+    """
+    if torch.compiler.is_compiling() or state.dtype != dtype or not state.is_contiguous():
+        return False
+    return not state.requires_grad and (torch.is_inference_mode_enabled() or not state.is_inference())

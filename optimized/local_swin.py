@@ -27,6 +27,17 @@ class LocalSwin(reference.LocalSwin):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`linmu.reference.LocalSwin.forward`: arguments, result and errors are the same."""
+        output = self.attend(hidden_states, layout, position_embeddings=position_embeddings)
+        return output * layout.is_vision[..., None]
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Eqs. (1) and (2), (B, L, D); on text the output's bias, which is nobody's."""
         require_shape("LocalSwin", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
         got = f"{tuple(layout.coords.shape[:2])} for {tuple(hidden_states.shape[:2])}"
         same = layout.coords.shape[:2] == hidden_states.shape[:2]
@@ -35,5 +46,4 @@ class LocalSwin(reference.LocalSwin):
         q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
         layout, where = fast(layout), (self.config.window_thw, self.layer_index)
         output = planned_attention(q, k, v, layout.windows(*where), layout.window_plan(*where))
-        output = self.o_proj(output.flatten(2))
-        return output * layout.is_vision[..., None]
+        return self.o_proj(output.flatten(2))

@@ -1,10 +1,18 @@
-"""`reference/m_mate.py` on the fast branches: same constructor, parameters, names and results."""
+"""`reference/m_mate.py` on the fast branches: same constructor, parameters, names and results.
+
+Letters: B batch, L tokens, D width.
+"""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import reference
-from .flex_ma import FlexMA
+from . import block_operators
+from .flex_ma import FlexMA, FlexMAState
+from .layout import VisionLayout
 from .local_swin import LocalSwin
+from .projections import are_plain, is_unwatched, narrow_products
 
 __all__ = ["MMATE"]
 
@@ -14,3 +22,45 @@ class MMATE(reference.MMATE):
 
     flex_ma_class = FlexMA
     local_swin_class = LocalSwin
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout | None = None,
+        *,
+        valid: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        state: FlexMAState | None = None,
+    ) -> tuple[Tensor, FlexMAState]:
+        """`linmu.reference.MMATE.forward`: arguments, result and errors are the same.
+
+        Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
+        before it, would read and write as many bytes per token, and could not be adapted by branch.
+        """
+        flex_ma, local_swin, given = (
+            self.flex_ma,
+            self.local_swin,
+            {"position_embeddings": position_embeddings},
+        )
+        if layout is None or not self.reaches_into_branches():
+            y, state = flex_ma(hidden_states, layout, valid=valid, state=state, **given)
+            if layout is None:
+                return y, state
+            local = local_swin(hidden_states, layout, **given)
+            (mix,) = narrow_products(hidden_states, [self.mix_proj])
+        else:
+            *rates, mix = narrow_products(
+                hidden_states, [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
+            )
+            y, state = flex_ma.heads(hidden_states, layout, valid=valid, state=state, rates=rates, **given)
+            y = flex_ma.o_proj(y)
+            local = local_swin.attend(hidden_states, layout, **given)
+        return block_operators.mix_branches(y, local, mix, layout.is_vision), state
+
+    def reaches_into_branches(self) -> bool:
+        """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes
+        them.
+        """
+        branches = ((self.flex_ma, FlexMA), (self.local_swin, LocalSwin))
+        own = all(is_unwatched(branch) and type(branch).forward is kind.forward for branch, kind in branches)
+        return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])

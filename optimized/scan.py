@@ -137,4 +137,4 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.causal_conv`: arguments, result and errors are the same."""
     check_conv("causal_conv", u, weight, bias, mask, initial_state)
-    return operators.causal_conv(u, weight, bias, mask, initial_state, None)
+    return operators.causal_conv(u, weight, bias, mask, initial_state, None, 1.0)

@@ -1,6 +1,6 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""The gradient of the scan on Triton kernels: states both ways, then readers and writers, parts of chunks side
-by side, and at last the scalars.
+"""The gradient of the scan on Triton kernels: states both ways, then readers and writers, parts of chunks
+side by side, and at last the scalars.
 
 Letters and equations as in `chunked_scan_backward`; a kernel puts its scalars together, by the same sums.
 """

@@ -1,8 +1,8 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernel for the output of the scan, and the forward passes made of it: parts of chunks side by side.
 
-Letters and equations as in `chunked_scan`; the kernel is its eq. (3), one program a part of a chunk of one head. The
-norm of each head and the way back to token order are part of the store.
+Letters and equations as in `chunked_scan`; the kernel is its eq. (3), one program a part of a chunk of one
+head. The norm of each head and the way back to token order are part of the store.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def output_kernel(
     KEEPS: tl.constexpr,
 ):
     """Eq. (3) of `chunked_scan`: `bidirectional_scan` and `backward_scan` of the reference, one part of a
-    chunk of one head; then its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took the tokens from.
+    chunk of one head; then its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took
+    the tokens from.
 
     KEEPS says whether the gradient's needs are stored too, in scan order: y, and the norm's factor of it.
     """

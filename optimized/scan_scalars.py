@@ -43,7 +43,7 @@ class Scalars:
     def arguments(self) -> dict[str, Any]:
         """What kernels read for the pairs of a chunk, under the names that all of them give it."""
         both = self.gates is not None
-        _, batch, chunks, heads, chunk = self.sums.shape
+        chunks, heads, chunk = self.sums.shape[2:]
         return {
             "DT": self.dt,
             "FORWARD": self.sums[0],

@@ -149,9 +149,8 @@ def link_kernel(
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < SIZE
     state = tl.zeros([BLOCK], tl.float32)
-    if HAS_START:
-        if direction == 0:
-            state = tl.load(START + row * SIZE + place, mask=inside, other=0.0)
+    if HAS_START and direction == 0:
+        state = tl.load(START + row * SIZE + place, mask=inside, other=0.0)
     for step in tl.range(0, runs, num_stages=4):
         run = tl.where(direction == BACKWARDS, runs - 1 - step, step)
         at_run = (line // HEADS * runs + run) * HEADS + line % HEADS

@@ -2,7 +2,9 @@
 
 A cache has a slot per decoder layer. Layers that stay attention keep their growing keys and values; a
 converted layer keeps a `FlexMAState` (conv (B, K-1, channels), scan (B, H, N, P), float32) and counts the
-tokens it has seen. Models call the cache by the name `CACHE_NAME`; a student takes either name.
+tokens it has seen. A state's tensors belong to their slot alone, and the next token may overwrite them: to go
+on twice from one place, copy the cache (`copy.deepcopy`). Models call the cache by the name `CACHE_NAME`; a
+student takes either name.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .checks import require
-from .flex_ma import FlexMAState
+from .flex_ma import FlexMAState, LentState
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 _ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -35,8 +37,15 @@ class LinMUCacheLayer(CacheLayerMixin):
         self.state: FlexMAState | None = None
         self.seen_tokens = 0
 
+    def lend(self) -> LentState | None:
+        """Return the state for the next tokens, None before the first; `store` brings what comes of it.
+
+        Nobody else holds a slot's tensors, so that a token may overwrite them instead of copying them.
+        """
+        return None if self.state is None else LentState(*self.state)
+
     def store(self, state: FlexMAState, new_tokens: int) -> None:
-        """Take the state after `new_tokens` more tokens."""
+        """Take over the state after `new_tokens` more tokens: its tensors are the slot's from now on."""
         self.state = state
         self.seen_tokens += new_tokens
         self.is_initialized = True

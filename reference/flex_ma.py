@@ -43,6 +43,12 @@ class FlexMAState(NamedTuple):
     scan: Tensor
 
 
+class LentState(FlexMAState):
+    """A state that the token it is given to may overwrite: whoever lends it keeps what comes back instead."""
+
+    __slots__ = ()
+
+
 class FlexMA(HeadProjections):
     """The global branch of M-MATE (LinMU, arXiv 2601.01322), eqs. (1) to (5).
 

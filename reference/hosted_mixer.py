@@ -51,7 +51,7 @@ class HostedMixer:
             hidden_states: (B, L, D).
             attention_mask: (B, S) bool, True = not padding, of which the last L columns count; None = all
                 valid.
-            cache: its slot of this layer is read and replaced; None = no decoding.
+            cache: its slot of this layer lends its state and stores the next; None = no decoding.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N).
             linmu_layout: where the vision tokens are, from the model's forward; None = all text.
             past_key_values: what older transformers call `cache`.
@@ -76,7 +76,7 @@ class HostedMixer:
             linmu_layout,
             valid=valid_tokens(attention_mask, hidden_states.shape[1]),
             position_embeddings=position_embeddings,
-            state=None if slot is None else slot.state,
+            state=None if slot is None else slot.lend(),
         )
         if slot is not None:
             slot.store(state, hidden_states.shape[1])

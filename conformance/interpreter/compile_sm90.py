@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linmu.optimized import scan_states, scan_tiles, window_kernels, window_plan
+from linmu.optimized import scan_states, scan_tiles, text_step_kernels, window_kernels, window_plan
 
 # fmt: off
 FLOAT32 = {
@@ -33,7 +33,7 @@ FLOAT32 = {
 # fmt: on
 INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS"}
 INT32 = {"SEGMENT"}
-MASKS = {"VALID", "MASK"}
+MASKS = {"VALID", "MASK", "VISION"}
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
 
@@ -45,16 +45,27 @@ GRADIENT = {"gradient": True}
 CONV = {
     "CHANNELS": 4608,
     "TAPS": 4,
+    "BEFORE": 4,
     "ROWS": 32,
     "COLUMNS": 64,
     "HAS_MASK": True,
     "HAS_ORDER": True,
     "HAS_BIAS": True,
     "HAS_START": True,
+    "SCALES": True,
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK}
+TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
+TOKEN |= {"HAS_VALID": True}
+PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
+MIX = {"WIDTH": 3584, "BLOCK": 1024}
+ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
+
+TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
+MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
+WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
 # name -> module, kernel, constants, warps or tiles by dtype, stages, pointers of another type than elsewhere
 KERNELS = {
@@ -112,6 +123,12 @@ KERNELS = {
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
     "divergence_gradient": ("loss_kernels", "gradient_kernel", LOSS, 8, 3, {}),
     "step": ("step_kernels", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
+    "mix": ("mixing_kernels", "mix_kernel", MIX, 4, 3, {"LOGIT": "*fp32"}),
+    "mix_gradient": ("mixing_kernels", "mix_gradient_kernel", MIX, 4, 3, MIX_POINTERS),
+    "rope": ("rope_kernels", "rope_kernel", ROPE, 4, 3, dict.fromkeys(("COS", "SIN"), "*fp32")),
+    "text_step": ("text_step_kernels", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
+    "project_one": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
+    "project_four": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
 }
 
 
@@ -125,6 +142,11 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     sizes = scan_tiles.GRADIENT_CHUNKS if chosen.get("gradient") else scan_tiles.CHUNKS
     known |= {"CHUNK": sizes[scanned], "ROWS": scan_tiles.part_size(scanned, sizes[scanned])}
     known |= dict.fromkeys(axes, size) | steps | chosen
+    known |= {"HALF": size // 2, "BLOCK_HALF": size // 2}
+    if "rows" in chosen:  # the sizes of a projection are its own
+        rows, outputs = chosen["rows"], text_step_kernels.OUTPUTS[chosen["rows"]]
+        step = text_step_kernels.ELEMENTS[rows] // (rows * outputs)
+        known |= {"ROWS": rows, "OUTPUTS": outputs, "STEP": step}
     if "tiles" in chosen:
         known |= {"ROWS": chosen["tiles"].rows, "COLUMNS": chosen["tiles"].columns}
     if chosen["kernel"] == "sweep_kernel":
@@ -187,6 +209,8 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     source = ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=places)
     if warps is None:
         warps = 8 if size > 64 else 4
+    elif warps == "step":
+        warps = text_step_kernels.WARPS[size > 64]
     options = {"num_warps": warps, "num_stages": stages}
     if name == "output" and dtype == "bf16":
         options["maxnreg"] = 128

@@ -26,7 +26,7 @@ CHAIN = 8  # steps in one graph
 ONE, LARGEST = "batch 1", "largest batch"
 SHARE = 0.85  # of the free memory that caches may fill
 MOST_ROWS = 2048
-COPIES = 2.2  # the student's states before and after a step are there at once
+COPIES = 1.1  # a step overwrites the student's states, the convolution's few inputs excepted
 TRIES = 5
 
 
@@ -80,7 +80,7 @@ class StateCache(DynamicCache):
             self.held.append(state)
 
     def start(self) -> None:
-        """Read the held states again."""
+        """Read the held states again: a step overwrites the scan's, which no time depends on."""
         for slot, state in zip(self.layers, self.held, strict=True):
             slot.state = state
 

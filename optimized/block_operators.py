@@ -1,0 +1,105 @@
+"""The registered operators of a block around its scan and its attention: products with a few columns, RoPE,
+the mix of the branches. As in `operators`: a forward and a backward pass each, on their tensors' engine.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import mixing, narrow, rope
+from .engine import choose_engine
+from .operators import empty_like_inputs, kernels, like_inputs, save_inputs
+from .precision import accumulation_dtype
+
+
+@torch.library.custom_op("linmu::narrow_product", mutates_args=())
+def narrow_product(u: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
+    """u Wᵀ + b in the accumulation dtype: (B, L, D), (n, D), (n,) -> (B, L, n), n the sum of `sizes`."""
+    return narrow.forward(u, weight, bias, sizes)
+
+
+@narrow_product.register_fake
+def _(u, weight, bias, sizes):
+    return u.new_empty(*u.shape[:2], weight.shape[0], dtype=accumulation_dtype(u.dtype))
+
+
+@torch.library.custom_op("linmu::narrow_product_backward", mutates_args=())
+def narrow_product_backward(grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """The gradients of u, weight and bias."""
+    return like_inputs(narrow.gradient(grad, u, weight), (u, weight, bias))
+
+
+@narrow_product_backward.register_fake
+def _(grad, u, weight, bias):
+    return empty_like_inputs((u, weight, bias))
+
+
+def _narrow_gradients(ctx, grad: Tensor):
+    return *narrow_product_backward(grad, *ctx.saved_tensors), None
+
+
+def _save_product(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+narrow_product.register_autograd(_narrow_gradients, setup_context=_save_product)
+
+
+@torch.library.custom_op("linmu::mix_branches", mutates_args=())
+def mix_branches(flex: Tensor, local: Tensor, logit: Tensor, is_vision: Tensor) -> Tensor:
+    """The two branches' outputs mixed on vision, Flex-MA's on text."""
+    return _mixing(flex).forward(flex, local, logit, is_vision)
+
+
+@mix_branches.register_fake
+def _(flex, local, logit, is_vision):
+    return flex.new_empty(flex.shape)
+
+
+@torch.library.custom_op("linmu::mix_branches_backward", mutates_args=())
+def mix_branches_backward(
+    grad: Tensor, flex: Tensor, local: Tensor, logit: Tensor, is_vision: Tensor
+) -> list[Tensor]:
+    """The gradients of both branches and of the product before the sigmoid."""
+    return like_inputs(_mixing(flex).gradient(grad, flex, local, logit, is_vision), (flex, local, logit))
+
+
+@mix_branches_backward.register_fake
+def _(grad, flex, local, logit, is_vision):
+    return empty_like_inputs((flex, local, logit))
+
+
+def _mixing(flex: Tensor):
+    return mixing if choose_engine("mix_branches", flex) == "torch" else kernels("mixing_kernels")
+
+
+def _mix_gradients(ctx, grad: Tensor):
+    return *mix_branches_backward(grad, *ctx.saved_tensors), None
+
+
+mix_branches.register_autograd(_mix_gradients, setup_context=save_inputs)
+
+
+@torch.library.custom_op("linmu::rotate", mutates_args=())
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    """RoPE on (B, L, heads, N), or what its gradient makes of one; the angles have none."""
+    module = rope if choose_engine("apply_rope", x) == "torch" else kernels("rope_kernels")
+    return module.rotate(x, cos, sin, backward)
+
+
+@rotate.register_fake
+def _(x, cos, sin, backward):
+    return x.new_empty(x.shape)
+
+
+def _save_angles(ctx, inputs, output) -> None:
+    _, cos, sin, ctx.backward = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotate_gradients(ctx, grad: Tensor):
+    return rotate(grad, *ctx.saved_tensors, not ctx.backward), None, None, None
+
+
+rotate.register_autograd(_rotate_gradients, setup_context=_save_angles)
