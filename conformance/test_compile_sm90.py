@@ -21,7 +21,11 @@ import pytest
 COMPILER = Path(__file__).parent / "interpreter" / "compile_sm90.py"
 SHARED_MEMORY = 227 * 1024
 PRODUCTS = {
+    "scalars": 0,
     "sweep": 1,
+    "sweep_runs": 1,
+    "sweep_partner": 1,
+    "rates": 0,
     "output": 3,
     "reader": 5,
     "writer_x": 4,
@@ -43,7 +47,20 @@ PRODUCTS = {
     "link": 0,
     "norm_gradient": 0,
 }  # products of tiles, each at least one tensor-core instruction
-SCAN = ("sweep", "output", "reader", "writer_x", "writer_b")  # float16 goes through their float32 kernels
+SCAN = (  # float16 goes through their float32 kernels
+    "scalars",
+    "sweep",
+    "sweep_runs",
+    "sweep_partner",
+    "rates",
+    "output",
+    "reader",
+    "writer_x",
+    "writer_b",
+)
+# Bytes spilled on purpose: with 128 registers two programs share a multiprocessor, and the kernel takes 1.5 ms
+# instead of 2.3 (64k tokens, H=28, G=4, N=P=128, bfloat16, one H100, triton 3.6, 2026-11-24).
+SPILLED = {("output", "bf16", 128): 16}
 SIZES = {"bf16": (128, 64), "fp16": (128,), "fp32": (128,)}
 ALL_SIZES = (128, 64, 32, 16)
 
@@ -62,12 +79,13 @@ def compiled(kernel: str, dtype: str, sizes: tuple[int, ...]) -> dict[str, dict[
     [case for case in product(PRODUCTS, SIZES) if case[1] != "fp16" or case[0] not in SCAN],
 )
 def test_kernels_fit_a_hopper_multiprocessor(kernel, dtype, record_property, request):
-    """P13, P14: registers without spills, wgmma for every product, at most 227 KB of shared memory."""
+    """P13, P14: registers without spills but a few on purpose, wgmma for every product, at most 227 KB of shared memory."""
     sizes = ALL_SIZES if request.config.getoption("thorough") else SIZES[dtype]
     for size, found in compiled(kernel, dtype, sizes).items():
         record_property("sm_90", (kernel, dtype, int(size), found))
         case = f"{kernel}, {dtype}, N = P = {size}: {found}"
-        assert (found["spill_stores"], found["spill_loads"]) == (0, 0), case
+        spilled = SPILLED.get((kernel, dtype, int(size)), 0)
+        assert max(found["spill_stores"], found["spill_loads"]) <= spilled, case
         assert found["wgmma"] + found["mma_sync"] >= (0 if dtype == "fp32" else PRODUCTS[kernel]), case
         assert found["mma_sync"] == 0 or int(size) < 64, case
         assert found["linear_layouts"] == 0, case

@@ -2,8 +2,8 @@
 """What the scan's Triton kernels share: tiles of tokens, the weights of pairs, products over long axes.
 
 Letters and equations as in `chunked_scan`. A chunk has parts of ROWS tokens, which are what a program holds
-at once. Products take the tokens as they are: bfloat16 ones by tensor cores, with weights and states rounded to
-bfloat16 as factors and float32 sums; float32 ones in IEEE float32, a step of N or P after the other, so that
+at once. Products take the tokens as they are: bfloat16 ones by tensor cores, with weights and states rounded
+to bfloat16 as factors and float32 sums; float32 ones in IEEE float32, a step of N or P after the other, so that
 no tile outgrows the registers.
 """
 
@@ -147,7 +147,7 @@ def tile_size(size: int) -> int:
 
 
 def token_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the scan's kernels take tokens in: states outgrow float16, so it goes through float32's kernels."""
+    """What the scan's kernels take tokens in: states outgrow float16, so it takes float32's kernels."""
     if dtype != torch.float16:
         return dtype
     say_once("float16 scans", "float16 scans run on the float32 kernels")

@@ -29,9 +29,9 @@ from .window_tiles import (
     tokens_at,
 )
 
-FORWARD = tiles(Tiles(128, 64, 8, 5), Tiles(16, 16, 4, 1))
-QUERY_GRADIENT = tiles(Tiles(128, 64, 8, 5), Tiles(16, 16, 8, 1))
-KEY_GRADIENT = tiles(Tiles(128, 32, 8, 5), Tiles(16, 16, 4, 1))
+FORWARD = tiles(Tiles(64, 64, 4, 3), Tiles(16, 16, 4, 1))
+QUERY_GRADIENT = tiles(Tiles(64, 64, 4, 3), Tiles(16, 16, 8, 1))
+KEY_GRADIENT = tiles(Tiles(128, 32, 8, 3), Tiles(16, 16, 4, 1))
 
 
 @triton.jit
