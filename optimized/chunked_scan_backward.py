@@ -6,10 +6,10 @@ and T = M∘V∘(W without gates and dt):
     C̄ = (V∘W) B      B̄ = (V∘W)ᵀ C      x̄ = (M∘W)ᵀ ȳ        plus what passes through the states        (1)
     S̄_F(before) = e^{f_end} S̄_F(after) + Σ_i gF_i e^{f_i} C_i ⊗ ȳ_i       S̄_R alike, the other way      (2)
     ā_k = Σ_{i≥k>j} U_ij,  U_ij = gF_i T_ij dt_j       for the backward direction  Σ_{i≤k<j} U_ij        (3)
-        = Σ_{i≥k} (Σ_{j<i} U_ij) - Σ_{j≥k} (Σ_{i>j} U_ij)                          Σ_{i≤k} alike          (4)
 
-Eq. (4) has no term of a token with itself, which would cancel and outweigh the rest where decay is strong, and
-its outer sums are float64. Writes to and reads from the states span from the token to the chunk's edge.
+Eq. (3) sums the products that span token k, all of them direct: a difference of row and column sums, which is
+cheaper, loses what cancels, and a step so large that nothing spans it multiplies what is left. Writes to and
+reads from the states span from the token to the chunk's edge.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .chunk_layout import Chunks, Direction, cut, matrices
@@ -58,29 +59,27 @@ class Carried:
 
 @dataclass(frozen=True)
 class Spans:
-    """What one direction sends through the decays of a slab, (K, B, H, C): sums of the products U of eq. (3).
-
-    Both sides of a pair, and reads and writes of the state, each without the factor in brackets.
-    """
+    """What one direction sends through the decays of a slab, (K, B, H, C), each without the factor in brackets."""
 
     rows: Tensor  # Σ_j over the pairs that i reads [gate_i]
     columns: Tensor  # Σ_i over the pairs that j writes [dt_j]
-    read: Tensor  # what i reads of the state that enters [gate_i]
-    written: Tensor  # what j adds to the state that leaves [dt_j]
-    passed: Tensor  # (K, B, H, 1): of the state that passes the chunk
+    spanning: Tensor  # eq. (3)
 
-    def decay_gradient(self, direction: Direction, dt: Tensor) -> Tensor:
-        """ā (K, B, H, C): eq. (4) and what passes through the states; summed in float64."""
-        to_the_end, to_the_start = (cumsum, reverse_cumsum) if direction.reverse else (reverse_cumsum, cumsum)
-        written = (self.written * dt).double()
-        inside = ((self.rows + self.read) * direction.gate).double() - self.columns * dt
-        total = to_the_end(inside) + to_the_start(written) - written
-        return (total + self.passed).to(dt.dtype)
+    @classmethod
+    def of(cls, products: Tensor, slab: Chunks, side: Direction) -> Spans:
+        """From T of eq. (3), (K, B, H, C, C), 0 at the pairs that this direction leaves out."""
+        dt = slab.dt[..., None, :]
+        gated = products * side.gate[..., None]
+        return cls((products * dt).sum(-1), gated.sum(-2), spanning(gated.mul_(dt), side.reverse))
 
 
-def cumsum(tensor: Tensor) -> Tensor:
-    """Σ_{i≤k} over the last axis."""
-    return tensor.cumsum(-1)
+def spanning(products: Tensor, reverse: bool) -> Tensor:
+    """Eq. (3) of one direction, (K, B, H, C, C) -> (K, B, H, C); the products are overwritten."""
+    unlike = products.new_ones(products.shape[-2:])
+    if reverse:
+        return torch.cumsum(products, -2, out=products).mul_(unlike.triu_(1)).sum(-1)  # Σ_{j>k} Σ_{i≤k}
+    sums = torch.cumsum(products, -1, out=products).mul_(unlike.tril_(-1)).sum(-2)  # Σ_{i≥k} Σ_{j<k}, at k - 1
+    return F.pad(sums[..., :-1], (1, 0))
 
 
 @without_autocast
@@ -99,7 +98,7 @@ def backward(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, gate, D and initial_state, each in its accumulation dtype; eqs. (1) to
-    (4).
+    (3).
     """
     chunks = cut(x, dt, A, B, C, gate, segment, valid)
     y_grad = cut_gradient(y_grad, chunks, valid)  # (K, B, H, C, P)
@@ -162,32 +161,38 @@ def slab_gradients(
     grads: Gradients, where: slice, slab: Chunks, y_grad: Tensor, carried: list[Carried], D: Tensor | None
 ) -> None:
     """Fill in the gradients of the tokens of one slab."""
-    x_grad, B_grad, C_grad, own, pairs = inside_chunks(slab, y_grad, D)
-    dt_grad = own
-    total = None
-    for side, (rows, columns), state in zip(slab.directions, pairs, carried, strict=False):
-        entering = side.entering(state.states)[where]
-        leaving_grad = side.leaving(state.grads)[where]
+    x_grad, B_grad, C_grad, dt_grad, inside = inside_chunks(slab, y_grad, D)
+    for side, spans, edges in zip(slab.directions, inside, carried, strict=False):
+        entering, leaving_grad = side.entering(edges.states)[where], side.leaving(edges.grads)[where]
         read = add_read(C_grad, slab, side, y_grad, entering)
         written = add_written(x_grad, B_grad, slab, side, leaving_grad)
         passed = (entering * leaving_grad).sum((-2, -1)) * side.kept
-        spans = Spans(rows, columns, read, written, passed[..., None])
-        dt_grad = dt_grad + columns + written
-        a_grad = spans.decay_gradient(side, slab.dt)
+        dt_grad = dt_grad + spans.columns + written
+        a_grad = spans.spanning + through_states(side, read * side.gate, written * slab.dt, passed)
         if side.reverse:
             grads.a[where] += a_grad * (slab.segment >= 0)
-            grads.gate[where] -= rows + read
+            grads.gate[where] -= spans.rows + read
         else:
             grads.a[where] = a_grad
-            grads.gate[where] = rows + read
+            grads.gate[where] = spans.rows + read
     grads.dt[where] = dt_grad
-    grads.x[:, where] = x_grad.permute(1, 0, 3, 2, 4)
-    grads.B[:, where] = B_grad.permute(1, 0, 3, 2, 4)
-    grads.C[:, where] = C_grad.permute(1, 0, 3, 2, 4)
+    for room, grad in ((grads.x, x_grad), (grads.B, B_grad), (grads.C, C_grad)):
+        room[:, where] = grad.permute(1, 0, 3, 2, 4)
 
 
-def inside_chunks(slab: Chunks, y_grad: Tensor, D: Tensor | None):
-    """What tokens of one chunk owe each other; eqs. (1) and (4)."""
+def through_states(side: Direction, read: Tensor, written: Tensor, passed: Tensor) -> Tensor:
+    """What passes a token (K, B, H, C) on its way from or to a state: reads to it, writes after it, and all that
+    passes the chunk, (K, B, H).
+    """
+    if side.reverse:
+        return read.cumsum(-1) + (reverse_cumsum(written) - written) + passed[..., None]
+    return reverse_cumsum(read) + (written.cumsum(-1) - written) + passed[..., None]
+
+
+def inside_chunks(slab: Chunks, y_grad: Tensor, D: Tensor | None) -> tuple:
+    """What tokens of one chunk owe each other, eq. (1): the gradients of x (K, B, G, C, P), B (K, B, G, C, N)
+    and C (K, B, H, C, N), of dt (K, B, H, C) through a token's own read, and the spans of each direction.
+    """
     groups = slab.x.shape[:3]
     pairs, decays = Pairs.of(slab), pair_decays(slab)
     scores = slab.by_head(torch.bmm(slab.by_group(slab.C), matrices(slab.B)))  # M
@@ -200,12 +205,9 @@ def inside_chunks(slab: Chunks, y_grad: Tensor, D: Tensor | None):
     x_grad = torch.bmm(slab.by_group(scores).mT, slab.by_group(y_grad)).unflatten(0, groups)
     B_grad = torch.bmm(score_grad.mT, slab.by_group(slab.C)).unflatten(0, groups)
     C_grad = slab.by_head(torch.bmm(score_grad, matrices(slab.B).mT))
-    sums = []
-    for side, mask in zip(slab.directions, (pairs.before, pairs.after), strict=False):
-        part = spent * mask
-        columns = (part * side.gate[..., None]).sum(-2)
-        sums.append((part.mul_(slab.dt[..., None, :]).sum(-1), columns))
-    return x_grad, B_grad, C_grad, spent.diagonal(dim1=-2, dim2=-1), sums
+    masks = zip(slab.directions, (pairs.before, pairs.after), strict=False)
+    inside = [Spans.of(spent * mask, slab, side) for side, mask in masks]
+    return x_grad, B_grad, C_grad, spent.diagonal(dim1=-2, dim2=-1), inside
 
 
 def add_read(C_grad: Tensor, slab: Chunks, side: Direction, y_grad: Tensor, state: Tensor) -> Tensor:
