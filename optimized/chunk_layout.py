@@ -64,7 +64,7 @@ class Chunks:
         return *self.C.shape[:4], *self.B.shape[2:4], self.x.shape[-1]
 
     def slabs(self) -> Iterator[tuple[slice, Chunks]]:
-        """Runs of chunks whose score matrices fit the slab; those of text alone have no backward direction."""
+        """Runs of chunks whose score matrices fit the slab; text alone has no backward direction."""
         count, batch, heads, chunk = self.C.shape[:4]
         elements = SLAB_ELEMENTS.get(self.C.device.type, 2**20)
         step = max(1, elements // (batch * heads * chunk * chunk))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .chunk_layout import Chunks, Direction, cut, matrices
 from .chunk_pairs import Pairs, pair_decays
-from .chunk_states import edge_gradients, edge_states, reads, writes
+from .chunk_states import edge_gradients, edge_states, writes
 from .chunked_scan import add_skip
 from .precision import without_autocast
 from .scan_decays import join_tokens, reverse_cumsum, split_tokens, unsqueeze_like
@@ -59,7 +59,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Spans:
-    """What one direction sends through the decays of a slab, (K, B, H, C), each without the factor in brackets."""
+    """What one direction sends through the decays of a slab, (K, B, H, C), without the factor in brackets."""
 
     rows: Tensor  # Σ_j over the pairs that i reads [gate_i]
     columns: Tensor  # Σ_i over the pairs that j writes [dt_j]
@@ -75,11 +75,12 @@ class Spans:
 
 def spanning(products: Tensor, reverse: bool) -> Tensor:
     """Eq. (3) of one direction, (K, B, H, C, C) -> (K, B, H, C); the products are overwritten."""
-    unlike = products.new_ones(products.shape[-2:])
+    others = products.new_ones(products.shape[-2:])
     if reverse:
-        return torch.cumsum(products, -2, out=products).mul_(unlike.triu_(1)).sum(-1)  # Σ_{j>k} Σ_{i≤k}
-    sums = torch.cumsum(products, -1, out=products).mul_(unlike.tril_(-1)).sum(-2)  # Σ_{i≥k} Σ_{j<k}, at k - 1
-    return F.pad(sums[..., :-1], (1, 0))
+        before = torch.cumsum(products, -2, out=products)  # Σ_{i≤k}, row k
+        return before.mul_(others.triu_(1)).sum(-1)
+    before = torch.cumsum(products, -1, out=products)  # Σ_{j<k}, column k - 1
+    return F.pad(before.mul_(others.tril_(-1)).sum(-2)[..., :-1], (1, 0))
 
 
 @without_autocast
@@ -161,11 +162,11 @@ def slab_gradients(
     grads: Gradients, where: slice, slab: Chunks, y_grad: Tensor, carried: list[Carried], D: Tensor | None
 ) -> None:
     """Fill in the gradients of the tokens of one slab."""
-    x_grad, B_grad, C_grad, dt_grad, inside = inside_chunks(slab, y_grad, D)
+    x_grad, write_grad, read_grad, dt_grad, inside = inside_chunks(slab, y_grad, D)
     for side, spans, edges in zip(slab.directions, inside, carried, strict=False):
         entering, leaving_grad = side.entering(edges.states)[where], side.leaving(edges.grads)[where]
-        read = add_read(C_grad, slab, side, y_grad, entering)
-        written = add_written(x_grad, B_grad, slab, side, leaving_grad)
+        read = add_read(read_grad, slab, side, y_grad, entering)
+        written = add_written(x_grad, write_grad, slab, side, leaving_grad)
         passed = (entering * leaving_grad).sum((-2, -1)) * side.kept
         dt_grad = dt_grad + spans.columns + written
         a_grad = spans.spanning + through_states(side, read * side.gate, written * slab.dt, passed)
@@ -176,13 +177,13 @@ def slab_gradients(
             grads.a[where] = a_grad
             grads.gate[where] = spans.rows + read
     grads.dt[where] = dt_grad
-    for room, grad in ((grads.x, x_grad), (grads.B, B_grad), (grads.C, C_grad)):
+    for room, grad in ((grads.x, x_grad), (grads.B, write_grad), (grads.C, read_grad)):
         room[:, where] = grad.permute(1, 0, 3, 2, 4)
 
 
 def through_states(side: Direction, read: Tensor, written: Tensor, passed: Tensor) -> Tensor:
-    """What passes a token (K, B, H, C) on its way from or to a state: reads to it, writes after it, and all that
-    passes the chunk, (K, B, H).
+    """ā (K, B, H, C) through the states: of what is read at or after a token and written before it, along the
+    direction, and of what passes the chunk, (K, B, H).
     """
     if side.reverse:
         return read.cumsum(-1) + (reverse_cumsum(written) - written) + passed[..., None]
@@ -203,21 +204,23 @@ def inside_chunks(slab: Chunks, y_grad: Tensor, D: Tensor | None) -> tuple:
     add_skip(scores, D)
     score_grad = slab.by_group(target.mul_(weights))
     x_grad = torch.bmm(slab.by_group(scores).mT, slab.by_group(y_grad)).unflatten(0, groups)
-    B_grad = torch.bmm(score_grad.mT, slab.by_group(slab.C)).unflatten(0, groups)
-    C_grad = slab.by_head(torch.bmm(score_grad, matrices(slab.B).mT))
+    write_grad = torch.bmm(score_grad.mT, slab.by_group(slab.C)).unflatten(0, groups)
+    read_grad = slab.by_head(torch.bmm(score_grad, matrices(slab.B).mT))
     masks = zip(slab.directions, (pairs.before, pairs.after), strict=False)
     inside = [Spans.of(spent * mask, slab, side) for side, mask in masks]
-    return x_grad, B_grad, C_grad, spent.diagonal(dim1=-2, dim2=-1), inside
+    return x_grad, write_grad, read_grad, spent.diagonal(dim1=-2, dim2=-1), inside
 
 
-def add_read(C_grad: Tensor, slab: Chunks, side: Direction, y_grad: Tensor, state: Tensor) -> Tensor:
+def add_read(read_grad: Tensor, slab: Chunks, side: Direction, y_grad: Tensor, state: Tensor) -> Tensor:
     """Add to C̄ what its tokens read; return ȳ_i · read_i Sᵀ C_i, (K, B, H, C), the gate left out."""
-    pulled = torch.bmm(matrices(y_grad), matrices(state).mT).view_as(C_grad)
-    C_grad.addcmul_((side.read * side.gate)[..., None], pulled)
+    pulled = torch.bmm(matrices(y_grad), matrices(state).mT).view_as(read_grad)
+    read_grad.addcmul_((side.read * side.gate)[..., None], pulled)
     return pulled.mul_(slab.C).sum(-1).mul_(side.read)
 
 
-def add_written(x_grad: Tensor, B_grad: Tensor, slab: Chunks, side: Direction, state_grad: Tensor) -> Tensor:
+def add_written(
+    x_grad: Tensor, write_grad: Tensor, slab: Chunks, side: Direction, state_grad: Tensor
+) -> Tensor:
     """Add to x̄ and B̄ what their tokens wrote; return reach_j B_jᵀ S̄ x_j, (K, B, H, C), without dt."""
     groups = slab.x.shape[2]
     stacked = slab.by_group(state_grad)  # (·, H/G·N, P)
@@ -226,5 +229,5 @@ def add_written(x_grad: Tensor, B_grad: Tensor, slab: Chunks, side: Direction, s
     pulled = slab.by_head(pulled).unflatten(2, (groups, -1))  # (K, B, G, H/G, N, C)
     written = (pulled * slab.B[:, :, :, None]).sum(-2).flatten(2, 3) * side.reach
     weight = (side.reach * slab.dt).unflatten(2, (groups, -1))
-    B_grad += pulled.mul_(weight[..., None, :]).sum(3).mT
+    write_grad += pulled.mul_(weight[..., None, :]).sum(3).mT
     return written
