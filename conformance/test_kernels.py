@@ -32,7 +32,7 @@ def interpreted(*command: str, interpret: str = "1") -> subprocess.CompletedProc
         **os.environ,
         "TRITON_INTERPRET": interpret,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(FOLDER),
+        "PYTHONPATH": os.pathsep.join((str(FOLDER), os.environ.get("PYTHONPATH", ""))),
     }
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 

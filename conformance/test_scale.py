@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,16 +20,19 @@ import distill
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.training.shares import share
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.trial_of_the_reference
 
 TINY = ["--steps", "3,4,3", "--calibration_batches", "1", "--cpu"]
 TINY += ["--backend", "optimized", "--save_every", "9", "--log_every", "1", "--eval_samples", "2"]
-TINY += ["--teacher", str(TEACHER)]
+TINY += ["--teacher", str(TEACHER), "--preset", "smoke"]
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }
+# As the README writes it; without an accelerator to shard on, accelerate copies what is trained.
+LAUNCH = "launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --num_processes 2"
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +75,15 @@ def take_for_accelerators() -> None:
     PartialState.__init__ = start_as_accelerator
 
 
-def run_together(arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """The same command in two processes that share each batch."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run_together(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """The same command in two processes that share each batch."""
+    port = free_port()
     fork = multiprocessing.get_context("fork")
     started = [
         fork.Process(target=work, args=(rank, 2, port, environment or {}, arguments)) for rank in range(2)
@@ -101,19 +109,38 @@ def alone(uneven, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
-def test_two_processes_see_the_losses_of_one(alone, uneven, tmp_path, kind):
-    arguments = [*TINY, "--data", str(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
-    run_together(arguments, FSDP if kind == "FSDP2" else None)
-    one, two = losses(alone), losses(tmp_path / "run")
+def check_losses(alone: Path, together: Path) -> None:
+    """Both runs wrote the same losses, gradient norms and held-out KL, and a student."""
+    one, two = losses(alone), losses(together)
     assert one.keys() == two.keys() and {stage for stage, _ in one} == {"i", "ii", "iii"}
     for place, terms in one.items():
         norms = one[place].pop("grad_norm"), two[place].pop("grad_norm")
         assert two[place] == pytest.approx(terms, rel=1e-5), place
         assert norms[1] == pytest.approx(norms[0], rel=1e-4), place  # AdamW enlarges what rounding differs in
-    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
-    accuracy = [json.loads((f / "results.json").read_text())["rows"] for f in (alone, tmp_path / "run")]
+    assert (together / "student" / "model.safetensors").is_file()
+    accuracy = [json.loads((folder / "results.json").read_text())["rows"] for folder in (alone, together)]
     assert accuracy[1]["stage iii"]["kl"] == pytest.approx(accuracy[0]["stage iii"]["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_two_processes_see_the_losses_of_one(alone, uneven, tmp_path, kind):
+    arguments = [*TINY, "--data", str(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
+    run_together(arguments, FSDP if kind == "FSDP2" else None)
+    check_losses(alone, tmp_path / "run")
+
+
+def test_accelerate_launches_two_processes_that_see_the_losses_of_one(alone, uneven, tmp_path):
+    """And only one of the two prints and logs."""
+    arguments = [*TINY, "--data", str(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH.split()]
+    command = [*accelerate, "--main_process_port", str(free_port()), str(ROOT / "distill.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "run" / "stage_i").glob("checkpoint-*/rng_state_1.pth")), "one process, not two"
+    check_losses(alone, tmp_path / "run")
+    for line in ("stage iii trains", "losses "):
+        assert sum(each.startswith(line) for each in done.stdout.splitlines()) == 1, done.stdout
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(losses(alone))
 
 
 def test_two_sharded_processes_resume_to_the_losses_of_one(alone, uneven, tmp_path):

@@ -40,6 +40,28 @@ def test_a_logger_is_told_what_metrics_jsonl_holds(watched):
             assert told == pytest.approx({step: lines[stage, step][term] for step in (1, 2)})
 
 
+def test_wandb_has_a_run_for_each_stage(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the extra [watch] is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    told, finish = {}, wandb.finish
+
+    def note_and_finish() -> None:
+        told[wandb.run.name] = dict(wandb.run.summary)
+        finish()
+
+    monkeypatch.setattr(wandb, "finish", note_and_finish)
+    distill.main([*TINY, "--report", "wandb", "--output", str(tmp_path / "run")])
+    lines = {(line["stage"], line["step"]): line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    assert list(told) == [f"run, stage {stage}" for stage in ("i", "ii", "iii")]
+    for name, summary in told.items():
+        last = lines[name.removeprefix("run, stage "), 2]
+        for term in ("loss", "grad_norm"):
+            assert summary[f"train/{term}"] == pytest.approx(last[term])
+        assert summary["train/global_step"] == 2
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 3
+
+
 def test_plots_of_losses_and_layers_are_drawn(watched):
     for name in ("loss.png", "layers.png"):
         with Image.open(watched / name) as image:

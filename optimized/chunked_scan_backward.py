@@ -1,53 +1,86 @@
-"""The gradient of `chunked_scan.forward`, slab by slab, with everything but the chunk states recomputed.
+"""The gradient of `chunked_scan.forward`, slab by slab, with everything recomputed.
 
-Letters as in `chunked_scan`; ȳ is the gradient of y, and so on. With M = C Bᵀ, V = ȳ xᵀ and W of eq. (2)
-there:
+Letters as in `chunked_scan`; ȳ is the gradient of y, and so on. With M = C Bᵀ, V = ȳ xᵀ, W of eq. (2) there
+and T = M∘V∘(W without gates and dt):
 
     C̄ = (V∘W) B      B̄ = (V∘W)ᵀ C      x̄ = (M∘W)ᵀ ȳ        plus what passes through the states        (1)
     S̄_F(before) = e^{f_end} S̄_F(after) + Σ_i gF_i e^{f_i} C_i ⊗ ȳ_i       S̄_R alike, the other way      (2)
-    ā_k = Σ_{i≥k>j} U_ij,  U = M∘V∘W        and for the backward direction  Σ_{i≤k<j} U_ij               (3)
+    ā_k = Σ_{i≥k>j} U_ij,  U_ij = gF_i T_ij dt_j       for the backward direction  Σ_{i≤k<j} U_ij        (3)
 
 Eq. (3) sums the products that span token k, all of them direct: a difference of row and column sums, which is
-cheaper, loses what cancels. Writes to and reads from the states span from the token to the chunk's edge.
+cheaper, loses what cancels, and a step so large that nothing spans it multiplies what is left. Writes to and
+reads from the states span from the token to the chunk's edge.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked_scan import Chunks, backward_states, carry, cut, decay_matrix, forward_states, gates
+from .chunk_layout import Chunks, Direction, cut, matrices
+from .chunk_pairs import Pairs, pair_decays
+from .chunk_states import edge_gradients, edge_states, writes
+from .chunked_scan import add_skip
 from .precision import without_autocast
 from .scan_decays import join_tokens, reverse_cumsum, split_tokens, unsqueeze_like
 from .scan_masks import vision_mask
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gradients:
-    """What one slab adds: tokens (B, slab, H, C, ·) per head, scalars (B, slab, H, C)."""
+    """The gradients of all tokens, filled slab by slab."""
 
-    x: Tensor
-    B: Tensor
-    C: Tensor
-    dt: Tensor  # at fixed a = dt A
-    a: Tensor
-    gate: Tensor  # of gF minus gB: both come from one gate
+    x: Tensor  # (B, K, C, G, P)
+    B: Tensor  # (B, K, C, G, N)
+    C: Tensor  # (B, K, C, H, N)
+    dt: Tensor  # (K, B, H, C), at fixed a = dt A
+    a: Tensor  # (K, B, H, C)
+    gate: Tensor  # (K, B, H, C), of gF minus gB: both come from one gate; on text without meaning
 
     @classmethod
-    def join(cls, slabs: list[Gradients]) -> Gradients:
-        """All slabs as one."""
-        parts = ([getattr(slab, entry.name) for slab in slabs] for entry in fields(cls))
-        return cls(*(torch.cat(part, dim=1) for part in parts))
+    def room_for(cls, chunks: Chunks) -> Gradients:
+        """Nothing yet."""
+        count, batch, heads, size, groups, state, head_dim = chunks.sizes
+        tokens = ((groups, head_dim), (groups, state), (heads, state))
+        scalars = (torch.empty_like(chunks.dt) for _ in range(3))
+        return cls(*(chunks.x.new_empty(batch, count, size, *each) for each in tokens), *scalars)
 
 
 @dataclass(frozen=True)
 class Carried:
-    """One direction's states and their gradients at the edge of each chunk, all (B, K, H, N, P)."""
+    """One direction's states and their gradients at the edges of the chunks, (K + 1, B, H, N, P)."""
 
-    entering: Tensor  # the state that the chunk's tokens read
-    leaving_grad: Tensor  # the gradient of the state that the chunk hands on
+    states: Tensor
+    grads: Tensor
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What one direction sends through the decays of a slab, (K, B, H, C), without the factor in brackets."""
+
+    rows: Tensor  # Σ_j over the pairs that i reads [gate_i]
+    columns: Tensor  # Σ_i over the pairs that j writes [dt_j]
+    spanning: Tensor  # eq. (3)
+
+    @classmethod
+    def of(cls, products: Tensor, slab: Chunks, side: Direction) -> Spans:
+        """From T of eq. (3), (K, B, H, C, C), 0 at the pairs that this direction leaves out."""
+        dt = slab.dt[..., None, :]
+        gated = products * side.gate[..., None]
+        return cls((products * dt).sum(-1), gated.sum(-2), spanning(gated.mul_(dt), side.reverse))
+
+
+def spanning(products: Tensor, reverse: bool) -> Tensor:
+    """Eq. (3) of one direction, (K, B, H, C, C) -> (K, B, H, C); the products are overwritten."""
+    others = products.new_ones(products.shape[-2:])
+    if reverse:
+        before = torch.cumsum(products, -2, out=products)  # Σ_{i≤k}, row k
+        return before.mul_(others.triu_(1)).sum(-1)
+    before = torch.cumsum(products, -1, out=products)  # Σ_{j<k}, column k - 1
+    return F.pad(before.mul_(others.tril_(-1)).sum(-2)[..., :-1], (1, 0))
 
 
 @without_autocast
@@ -69,194 +102,132 @@ def backward(
     (3).
     """
     chunks = cut(x, dt, A, B, C, gate, segment, valid)
-    length, groups = x.shape[1:3]
-    y_grad = y_grad.to(chunks.x.dtype)
-    if valid is not None:
-        y_grad = torch.where(unsqueeze_like(valid, y_grad), y_grad, y_grad.new_zeros(()))
-    y_grad = split_tokens(y_grad, chunks.x.shape[2], 0)  # (B, K, C, H, P)
-    forward_side, initial_grad = forward_carried(chunks, y_grad, final_grad, initial_state)
-    backward_side = None if chunks.decays.segment is None else backward_carried(chunks, y_grad)
-    total = Gradients.join(
-        [slab_gradients(chunks, slab, y_grad, forward_side, backward_side, D) for slab in chunks.slabs]
-    )
-    dt_grad = total.dt + total.a * chunks.decays.A[:, None]
-    rate_grad = (total.a * chunks.decays.dt).sum((0, 1, 3))
-    skip_grad = None if D is None else skip_gradient(chunks, y_grad)
-
-    def tokens(grad: Tensor) -> Tensor:
-        grad = grad.unflatten(2, (groups, -1)).sum(3) if grad.shape[2] != groups else grad
-        return join_tokens(grad.transpose(2, 3), length)
-
-    def scalars(grad: Tensor, mask: Tensor | None) -> Tensor:
-        grad = join_tokens(grad.transpose(2, 3), length)
-        return grad if mask is None else torch.where(mask[..., None], grad, grad.new_zeros(()))
-
+    y_grad = cut_gradient(y_grad, chunks, valid)  # (K, B, H, C, P)
+    carried = [carry_forward(chunks, y_grad, final_grad, initial_state)]
+    if chunks.backward is not None:
+        carried.append(carry_backward(chunks, y_grad))
+    grads = Gradients.room_for(chunks)
+    for where, slab in chunks.slabs():
+        slab_gradients(grads, where, slab, y_grad[where], carried, D)
+    dt_grad = grads.dt + grads.a * A.to(grads.a.dtype)[:, None]
+    vision = vision_mask(segment, valid)
     return (
-        tokens(total.x),
-        scalars(dt_grad, valid),
-        rate_grad,
-        tokens(total.B),
-        join_tokens(total.C.transpose(2, 3), length),
-        None if gate is None else scalars(total.gate, vision_mask(segment, valid)),
-        skip_grad,
-        None if initial_state is None else initial_grad,
+        join_tokens(grads.x, x.shape[1]),
+        join_scalars(dt_grad, x.shape[1], valid),
+        (grads.a * chunks.dt).sum((0, 1, 3)),
+        join_tokens(grads.B, x.shape[1]),
+        join_tokens(grads.C, x.shape[1]),
+        None if gate is None else join_scalars(grads.gate, x.shape[1], vision),
+        None if D is None else skip_gradient(chunks, y_grad),
+        None if initial_state is None else carried[0].grads[0],
     )
+
+
+def cut_gradient(y_grad: Tensor, chunks: Chunks, valid: Tensor | None) -> Tensor:
+    """(B, L, H, P) -> (K, B, H, C, P), 0 where masked."""
+    y_grad = y_grad.to(chunks.x.dtype)
+    return split_tokens(masked(y_grad, valid), chunks.C.shape[3], 0).permute(1, 0, 3, 2, 4).contiguous()
+
+
+def join_scalars(tensor: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    """(K, B, H, C) -> (B, L, H), 0 where masked."""
+    return masked(join_tokens(tensor.permute(1, 0, 3, 2), length), mask)
+
+
+def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """`tensor` (B, L, ...) where `mask`, else 0, whatever stands there."""
+    return tensor if mask is None else torch.where(unsqueeze_like(mask, tensor), tensor, tensor.new_zeros(()))
 
 
 def skip_gradient(chunks: Chunks, y_grad: Tensor) -> Tensor:
     """The gradient of D, (H,)."""
-    grad = y_grad.unflatten(3, (chunks.x.shape[3], -1))  # (B, K, C, G, H/G, P)
-    return torch.einsum("bkcgrp,bkcgp->gr", grad, chunks.x).flatten()
+    grad = y_grad.unflatten(2, (chunks.x.shape[2], -1))  # (K, B, G, H/G, C, P)
+    return torch.einsum("kbgrcp,kbgcp->gr", grad, chunks.x).flatten()
 
 
-def forward_carried(
+def carry_forward(
     chunks: Chunks, y_grad: Tensor, final_grad: Tensor, initial_state: Tensor | None
-) -> tuple[Carried, Tensor]:
-    """The forward states and their gradients, eq. (2), and the gradient of the initial state."""
-    entering, _ = forward_states(chunks, initial_state)
-    reads = read_gradients(chunks, y_grad, forward_weight(chunks))
-    leaving, initial_grad = carry(reads, chunks.decays.forward_kept(), final_grad, reverse=True)
-    return Carried(entering, leaving), initial_grad
+) -> Carried:
+    """The forward states and their gradients, eq. (2)."""
+    states = edge_states(chunks, chunks.forward, initial_state)
+    return Carried(states, edge_gradients(chunks, chunks.forward, y_grad, final_grad))
 
 
-def backward_carried(chunks: Chunks, y_grad: Tensor) -> Carried:
+def carry_backward(chunks: Chunks, y_grad: Tensor) -> Carried:
     """The backward states and their gradients, eq. (2) the other way."""
-    reads = read_gradients(chunks, y_grad, backward_weight(chunks))
-    leaving, _ = carry(reads, chunks.decays.backward_kept(), None)
-    return Carried(backward_states(chunks), leaving)
-
-
-def forward_weight(chunks: Chunks):
-    """gF_i e^{f_i} of one slab."""
-    return lambda slab: chunks.decays.forward_read(slab) * chunks.decays.forward_gate[:, slab]
-
-
-def backward_weight(chunks: Chunks):
-    """gB_i e^{b_end - b_i} of one slab."""
-    return lambda slab: chunks.decays.backward_read(slab) * chunks.decays.backward_gate[:, slab]
-
-
-def read_gradients(chunks: Chunks, y_grad: Tensor, weight) -> Tensor:
-    """Σ_i weight_i C_i ⊗ ȳ_i of every chunk, (B, K, H, N, P)."""
-    batch, count = chunks.x.shape[:2]
-    sizes = (chunks.heads, chunks.C.shape[-1], chunks.x.shape[-1])
-    states = chunks.x.new_empty(batch, count, *sizes)
-    for slab in chunks.slabs:
-        C, grad = chunks.per_head(chunks.C, slab), chunks.per_head(y_grad, slab)
-        states[:, slab] = (C * weight(slab)[..., None]).mT @ grad
-    return states
+    return Carried(edge_states(chunks, chunks.backward), edge_gradients(chunks, chunks.backward, y_grad))
 
 
 def slab_gradients(
-    chunks: Chunks,
-    slab: slice,
-    y_grad: Tensor,
-    forward_side: Carried,
-    backward_side: Carried | None,
-    D: Tensor | None,
-) -> Gradients:
-    """All gradients of the tokens of one slab."""
-    grads = inside_chunk(chunks, slab, y_grad, D)
-    through_forward_state(grads, chunks, slab, y_grad, forward_side)
-    if backward_side is not None:
-        through_backward_state(grads, chunks, slab, y_grad, backward_side)
-    groups = chunks.x.shape[3]
-    grads.x = grads.x.unflatten(2, (groups, -1)).sum(3)
-    grads.B = grads.B.unflatten(2, (groups, -1)).sum(3)
-    return grads
-
-
-def inside_chunk(chunks: Chunks, slab: slice, y_grad: Tensor, D: Tensor | None) -> Gradients:
-    """What tokens of one chunk owe each other; eqs. (1) and (3)."""
-    q, k, v, grad = (chunks.per_head(t, slab) for t in (chunks.C, chunks.B, chunks.x, y_grad))
-    dt = chunks.decays.dt[:, slab, :, None]  # (B, slab, H, 1, C)
-    decay, before, together = decay_matrix(chunks.decays, slab)
-    gate = gates(chunks.decays, slab, before, together)
-    weights = decay * gate * dt
-    scores, target = q @ k.mT, grad @ v.mT
-    scores_grad = target * weights
-    spent = scores * target * decay
-    gated = spent * gate
-    products = gated * dt  # U of eq. (3)
-    spent = spent * dt
-    gate_grad = (spent * before).sum(-1)
-    if together is not None:
-        gate_grad -= (spent * together).sum(-1)
-    x_grad = (scores * weights).mT @ grad
-    if D is not None:
-        x_grad += grad * D.to(grad.dtype)[:, None, None]
-    return Gradients(
-        x=x_grad,
-        B=scores_grad.mT @ q,
-        C=scores_grad @ k,
-        dt=gated.sum(-2),
-        a=spanning(products, chunks, slab, before),
-        gate=gate_grad,
-    )
-
-
-def spanning(products: Tensor, chunks: Chunks, slab: slice, before: Tensor) -> Tensor:
-    """Eq. (3): (B, slab, H, C, C) -> (B, slab, H, C)."""
-    ones = before.to(products.dtype)
-    from_left = (ones.T @ products * before.tril(-1)).sum(-1)  # Σ_{i≥k} Σ_{j<k}
-    if chunks.decays.segment is None:
-        return from_left
-    from_right = (ones @ products * before.T.triu(1)).sum(-1)  # Σ_{i≤k} Σ_{j>k}
-    return from_left + from_right * (chunks.decays.segment[:, slab] >= 0)
-
-
-def through_forward_state(
-    grads: Gradients, chunks: Chunks, slab: slice, y_grad: Tensor, side: Carried
+    grads: Gradients, where: slice, slab: Chunks, y_grad: Tensor, carried: list[Carried], D: Tensor | None
 ) -> None:
-    """What passes through S_F: read at its chunk's tokens, written by them, handed on."""
-    q, k, v, grad = (chunks.per_head(t, slab) for t in (chunks.C, chunks.B, chunks.x, y_grad))
-    read, write = chunks.decays.forward_read(slab), chunks.decays.forward_write(slab)
-    gate = chunks.decays.forward_gate[:, slab]
-    spent = read_side(grads, q, grad, side.entering[:, slab], read, gate)
-    grads.gate += spent
-    grads.a += reverse_cumsum(spent * gate)
-    written = write_side(grads, k, v, side.leaving_grad[:, slab], write)
-    grads.dt += written * chunks.decays.forward_reach(slab)
-    written = written * write
-    grads.a += written.cumsum(-1) - written
-    grads.a += handed_on(side, slab) * chunks.decays.forward_kept()[:, slab, :, None]
+    """Fill in the gradients of the tokens of one slab."""
+    x_grad, write_grad, read_grad, dt_grad, inside = inside_chunks(slab, y_grad, D)
+    for side, spans, edges in zip(slab.directions, inside, carried, strict=False):
+        entering, leaving_grad = side.entering(edges.states)[where], side.leaving(edges.grads)[where]
+        read = add_read(read_grad, slab, side, y_grad, entering)
+        written = add_written(x_grad, write_grad, slab, side, leaving_grad)
+        passed = (entering * leaving_grad).sum((-2, -1)) * side.kept
+        dt_grad = dt_grad + spans.columns + written
+        a_grad = spans.spanning + through_states(side, read * side.gate, written * slab.dt, passed)
+        if side.reverse:
+            grads.a[where] += a_grad * (slab.segment >= 0)
+            grads.gate[where] -= spans.rows + read
+        else:
+            grads.a[where] = a_grad
+            grads.gate[where] = spans.rows + read
+    grads.dt[where] = dt_grad
+    for room, grad in ((grads.x, x_grad), (grads.B, write_grad), (grads.C, read_grad)):
+        room[:, where] = grad.permute(1, 0, 3, 2, 4)
 
 
-def through_backward_state(
-    grads: Gradients, chunks: Chunks, slab: slice, y_grad: Tensor, side: Carried
-) -> None:
-    """What passes through S_R: the mirror image, over vision tokens only."""
-    q, k, v, grad = (chunks.per_head(t, slab) for t in (chunks.C, chunks.B, chunks.x, y_grad))
-    read, write = chunks.decays.backward_read(slab), chunks.decays.backward_write(slab)
-    gate = chunks.decays.backward_gate[:, slab]
-    spent = read_side(grads, q, grad, side.entering[:, slab], read, gate)
-    grads.gate -= spent
-    a_grad = (spent * gate).cumsum(-1)
-    written = write_side(grads, k, v, side.leaving_grad[:, slab], write)
-    grads.dt += written * chunks.decays.backward_reach(slab)
-    written = written * write
-    a_grad += reverse_cumsum(written) - written
-    a_grad += handed_on(side, slab) * chunks.decays.backward_kept()[:, slab, :, None]
-    grads.a += a_grad * (chunks.decays.segment[:, slab] >= 0)
-
-
-def read_side(grads: Gradients, q: Tensor, grad: Tensor, state: Tensor, read: Tensor, gate: Tensor) -> Tensor:
-    """Add to C̄ what its tokens read; return ȳ_i · read_i Sᵀ C_i, (B, slab, H, C), the gate left out."""
-    pulled = grad @ state.mT * read[..., None]  # (B, slab, H, C, N)
-    grads.C += pulled * gate[..., None]
-    return (q * pulled).sum(-1)
-
-
-def write_side(grads: Gradients, k: Tensor, v: Tensor, state_grad: Tensor, write: Tensor) -> Tensor:
-    """Add to x̄ and B̄ what their tokens wrote; return B_jᵀ S̄ x_j, (B, slab, H, C), without the write
-    weight.
+def through_states(side: Direction, read: Tensor, written: Tensor, passed: Tensor) -> Tensor:
+    """ā (K, B, H, C) through the states: of what is read at or after a token and written before it, along the
+    direction, and of what passes the chunk, (K, B, H).
     """
-    grads.x += k @ state_grad * write[..., None]
-    pulled = v @ state_grad.mT
-    grads.B += pulled * write[..., None]
-    return (k * pulled).sum(-1)
+    if side.reverse:
+        return read.cumsum(-1) + (reverse_cumsum(written) - written) + passed[..., None]
+    return reverse_cumsum(read) + (written.cumsum(-1) - written) + passed[..., None]
 
 
-def handed_on(side: Carried, slab: slice) -> Tensor:
-    """<S, S̄> of the state that passes a chunk, (B, slab, H, 1), without its decay."""
-    return (side.entering[:, slab] * side.leaving_grad[:, slab]).sum((-2, -1))[..., None]
+def inside_chunks(slab: Chunks, y_grad: Tensor, D: Tensor | None) -> tuple:
+    """What tokens of one chunk owe each other, eq. (1): the gradients of x (K, B, G, C, P), B (K, B, G, C, N)
+    and C (K, B, H, C, N), of dt (K, B, H, C) through a token's own read, and the spans of each direction.
+    """
+    groups = slab.x.shape[:3]
+    pairs, decays = Pairs.of(slab), pair_decays(slab)
+    scores = slab.by_head(torch.bmm(slab.by_group(slab.C), matrices(slab.B)))  # M
+    target = slab.by_head(torch.bmm(slab.by_group(y_grad), matrices(slab.x).mT))  # V
+    spent = (scores * target).mul_(decays)  # T of eq. (3)
+    weights = decays.mul_(pairs.gates(slab)).mul_(slab.dt[..., None, :])
+    scores.mul_(weights)
+    add_skip(scores, D)
+    score_grad = slab.by_group(target.mul_(weights))
+    x_grad = torch.bmm(slab.by_group(scores).mT, slab.by_group(y_grad)).unflatten(0, groups)
+    write_grad = torch.bmm(score_grad.mT, slab.by_group(slab.C)).unflatten(0, groups)
+    read_grad = slab.by_head(torch.bmm(score_grad, matrices(slab.B).mT))
+    masks = zip(slab.directions, (pairs.before, pairs.after), strict=False)
+    inside = [Spans.of(spent * mask, slab, side) for side, mask in masks]
+    return x_grad, write_grad, read_grad, spent.diagonal(dim1=-2, dim2=-1), inside
+
+
+def add_read(read_grad: Tensor, slab: Chunks, side: Direction, y_grad: Tensor, state: Tensor) -> Tensor:
+    """Add to C̄ what its tokens read; return ȳ_i · read_i Sᵀ C_i, (K, B, H, C), the gate left out."""
+    pulled = torch.bmm(matrices(y_grad), matrices(state).mT).view_as(read_grad)
+    read_grad.addcmul_((side.read * side.gate)[..., None], pulled)
+    return pulled.mul_(slab.C).sum(-1).mul_(side.read)
+
+
+def add_written(
+    x_grad: Tensor, write_grad: Tensor, slab: Chunks, side: Direction, state_grad: Tensor
+) -> Tensor:
+    """Add to x̄ and B̄ what their tokens wrote; return reach_j B_jᵀ S̄ x_j, (K, B, H, C), without dt."""
+    groups = slab.x.shape[2]
+    stacked = slab.by_group(state_grad)  # (·, H/G·N, P)
+    matrices(x_grad).baddbmm_(slab.by_group(writes(slab, side)).mT, stacked)
+    pulled = torch.bmm(stacked, matrices(slab.x).mT)
+    pulled = slab.by_head(pulled).unflatten(2, (groups, -1))  # (K, B, G, H/G, N, C)
+    written = (pulled * slab.B[:, :, :, None]).sum(-2).flatten(2, 3) * side.reach
+    weight = (side.reach * slab.dt).unflatten(2, (groups, -1))
+    write_grad += pulled.mul_(weight[..., None, :]).sum(3).mT
+    return written

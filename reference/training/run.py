@@ -190,6 +190,8 @@ class Run:
         else:
             trainer = self.trainer(stage, folder)
             trainer.train(resume_from_checkpoint=self.last_checkpoint(folder))
+            if self.config.report == "wandb":  # which alone would log the next stage into this run
+                importlib.import_module("wandb").finish()
             trainer.model.close()
             taught = taught_tensors(self.student)  # gathered, so by all processes
             if self.process.is_main_process:
