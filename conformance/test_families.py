@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compare import assert_same
 from packaging.version import Version
 from tiny_checkpoint import shake_mixers
 from tiny_families import BUILDERS, Tiny
@@ -212,4 +213,7 @@ def test_a_students_folder_opens_as_the_student(tiny, student, backend, tmp_path
     auto_class = AutoModelForImageTextToText if tiny.image else AutoModelForCausalLM
     opened = auto_class.from_pretrained(tmp_path)
     assert type(opened) is type(student)
-    assert torch.equal(opened(**inputs).logits, wanted)
+    device = backend.name.partition("@")[2]
+    if not device:  # of a device, only what the tests build computes there: what is opened does not
+        assert torch.equal(opened(**inputs).logits, wanted)
+    assert_same({"logits": opened(**inputs).logits}, {"logits": wanted}, tiny.name)

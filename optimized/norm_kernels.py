@@ -76,7 +76,7 @@ def norm_gradient(
         z_grad,
         y,
         scale,
-        norm_weight,
+        norm_weight.contiguous(),
         order,
         y_grad,
         parts,

@@ -127,6 +127,7 @@ def backward(
     initial_state."""
     kind = token_dtype(x.dtype)
     x, B, C, y_grad = (rows_of(tensor.to(kind)) for tensor in (x, B, C, y_grad))
+    A, D = A.contiguous(), None if D is None else D.contiguous()
     scalars = scan_scalars(dt, A, gate, segment, valid, gradient_chunk_size(kind))
     states, _, _ = sweep_states(B, x, scalars.write, scalars.kept, scalars.valid, initial_state)
     state_grads, initial_grad, products = sweep_states(

@@ -198,7 +198,7 @@ def scan_scalars(
     block = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
     scalars_kernel[(chunks, triton.cdiv(heads, block), batch)](
         dt,
-        A,
+        A.contiguous(),
         gate,
         segment,
         scalars.valid,
