@@ -143,6 +143,11 @@ def output_kernel(
     tl.store(Y + place[:, None] * P + columns[None, :], y.to(Y.dtype.element_ty), mask=where)
 
 
+def most_registers(head_dim: int, dtype: torch.dtype) -> int | None:
+    """Few enough that two programs of eight warps share a multiprocessor and hide each other's loads."""
+    return 128 if dtype == torch.bfloat16 and warps(head_dim) == 8 else None
+
+
 @launching
 def forward(
     x: Tensor,
@@ -218,7 +223,7 @@ def forward_heads(
         HAS_NORM=norm_weight is not None,
         KEEPS=keep,
         num_warps=warps(head_dim),
-        maxnreg=128 if x.dtype == torch.bfloat16 else None,  # two programs per multiprocessor hide the loads
+        maxnreg=most_registers(head_dim, x.dtype),
         num_stages=1,
     )
     return y, final_state[0], y_kept, scale

@@ -18,7 +18,7 @@ from torch import Tensor
 from .scan_masks import next_segment, vision_mask
 from .scan_tiles import as_bytes, token_rows
 
-HEADS_AT_ONCE = 32
+HEADS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 
 Letters and equations as in `chunked_scan`. A chunk has parts of ROWS tokens, which are what a program holds
 at once. Products take the tokens as they are: bfloat16 ones by tensor cores, with weights and states rounded
-to bfloat16 as factors and float32 sums; float32 ones in IEEE float32, a step of N or P after the other, so that
-no tile outgrows the registers.
+to bfloat16 as factors and float32 sums; float32 ones in IEEE float32. They take a step of N or P after the
+other, so that no tile outgrows the registers.
 """
 
 from __future__ import annotations
@@ -172,6 +172,11 @@ def part_size(dtype: torch.dtype, chunk: int) -> int:
 def step_size(size: int, dtype: torch.dtype) -> int:
     """How much of an axis of `size` a program takes at once."""
     return min(tile_size(size), STEPS[dtype])
+
+
+def half_step(size: int, dtype: torch.dtype) -> int:
+    """`step_size`, but two steps at least where the axis is long enough: a loop holds fewer registers."""
+    return max(16, min(step_size(size, dtype), tile_size(size) // 2))
 
 
 def warps(*sizes: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .scan_scalars import Scalars
 from .scan_tiles import (
     add_product,
+    half_step,
     head_of,
     load_tile,
     pair_decay,
@@ -24,7 +25,6 @@ from .scan_tiles import (
     pair_products,
     part_size,
     state_products,
-    step_size,
     stride_arguments,
     tile_size,
     token_rows,
@@ -101,7 +101,7 @@ def writer_kernel(
     v = head_of(X, batch, x_batch, group, x_head)
     at_segment = (batch * chunks + chunk) * CHUNK
     total = tl.zeros([ROWS, BLOCK_P if OF_X else BLOCK_N], tl.float32)
-    for member in range(RATIO):
+    for member in tl.range(0, RATIO, disable_licm=True):
         head = group * RATIO + member
         at_chunk = (batch * chunks + chunk) * HEADS + head
         at = at_chunk * CHUNK + j
@@ -216,8 +216,8 @@ def write_gradients(
             P=head_dim,
             BLOCK_N=tile_size(state),
             BLOCK_P=tile_size(head_dim),
-            STEP_N=step_size(state, x.dtype),
-            STEP_P=step_size(head_dim, x.dtype),
+            STEP_N=half_step(state, x.dtype),
+            STEP_P=half_step(head_dim, x.dtype),
             ROWS=rows,
             HAS_SKIP=D is not None,
             OF_X=of_x,

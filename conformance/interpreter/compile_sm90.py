@@ -18,7 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linmu.optimized import scan_states, scan_tiles, text_step_kernels, window_kernels, window_plan
+from linmu.optimized import (
+    scan_output,
+    scan_states,
+    scan_tiles,
+    text_step_kernels,
+    window_kernels,
+    window_plan,
+)
 
 # fmt: off
 FLOAT32 = {
@@ -69,7 +76,7 @@ WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
 # name -> module, kernel, constants, warps or tiles by dtype, stages, pointers of another type than elsewhere
 KERNELS = {
-    "scalars": ("scan_scalars", "scalars_kernel", SCAN | {"BLOCK": 32}, 4, 3, {}),
+    "scalars": ("scan_scalars", "scalars_kernel", SCAN | {"BLOCK": 16}, 4, 3, {}),
     "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, None, 3, {"WEIGHT": "*fp32"}),
     "sweep_runs": (
         "scan_states",
@@ -95,7 +102,7 @@ KERNELS = {
         3,
         {},
     ),
-    "rates": ("scan_gradients", "rates_kernel", SCAN | GRADIENT | {"BLOCK": 32}, 8, 3, {}),
+    "rates": ("scan_gradients", "rates_kernel", SCAN | GRADIENT | {"BLOCK": 16}, 8, 3, {}),
     "norm_gradient": ("norm_kernels", "norm_gradient_kernel", SCAN | {"ROWS": 32}, 4, 3, {}),
     "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
     "reader": ("scan_readers", "reader_kernel", SCAN | GRADIENT, 8, 1, {}),
@@ -137,7 +144,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     kind = DTYPES[dtype]
     scanned = scan_tiles.token_dtype(kind)
     axes = ("N", "P", "BLOCK_N", "BLOCK_P")
-    steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), scan_tiles.step_size(size, scanned))
+    step_size = scan_tiles.half_step if chosen["kernel"] == "writer_kernel" else scan_tiles.step_size
+    steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), step_size(size, scanned))
     known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "HAS_PARTNER": False}
     sizes = scan_tiles.GRADIENT_CHUNKS if chosen.get("gradient") else scan_tiles.CHUNKS
     known |= {"CHUNK": sizes[scanned], "ROWS": scan_tiles.part_size(scanned, sizes[scanned])}
@@ -212,8 +220,8 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     elif warps == "step":
         warps = text_step_kernels.WARPS[size > 64]
     options = {"num_warps": warps, "num_stages": stages}
-    if name == "output" and dtype == "bf16":
-        options["maxnreg"] = 128
+    if name == "output":
+        options["maxnreg"] = scan_output.most_registers(size, scan_tiles.token_dtype(DTYPES[dtype]))
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx, report = built.asm["ptx"], assembler_report(built.asm["ptx"])
     registers, stores, loads = (
