@@ -17,8 +17,8 @@ DEFINITIONS = {
     ),
     "windows": (
         "One call of `window_attention`, or one and its gradients, over whole windows of 4 × 8 × 8 "
-        "tokens, 80 % of the prompt. What depends on the layout alone (order of the tokens, block "
-        "masks) is not timed for the peers; LinMU sorts its windows in every call."
+        "tokens, 80 % of the prompt. What depends on the layout alone (the plan of the windows, order of "
+        "the tokens, block masks) is not timed."
     ),
     "ttft": (
         "One forward from embeddings, or from pixels, to the next token's logits and the cache; "
