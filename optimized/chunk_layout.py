@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
 from .precision import accumulation_dtype
@@ -120,7 +119,7 @@ def cut(
     """Mask, pad with masked tokens and cut into chunks."""
     dtype, chunk = accumulation_dtype(x.dtype), min(CHUNK, x.shape[1])
     x, B, C = (cut_tokens(tensor, valid, chunk, dtype) for tensor in (x, B, C))
-    decays = scan_decays(dt, A, gate, segment, valid, chunk, dtype, torch.float64)
+    decays = scan_decays(dt, A, gate, segment, valid, chunk, dtype)
     return Chunks(
         x=x.permute(1, 0, 3, 2, 4).contiguous(),
         B=B.permute(1, 0, 3, 4, 2).contiguous(),

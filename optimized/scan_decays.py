@@ -1,4 +1,4 @@
-"""The scan's scalars, one per token and head, that both engines multiply their matrices with.
+"""The scan's scalars, one per token and head, that the torch engine multiplies its matrices with.
 
 Letters: B batch, L tokens, H heads, K chunks of C tokens. Inside a chunk i is the reading and j the writing
 token.
@@ -7,7 +7,8 @@ token.
 
 The forward state that enters a chunk is read with e^{f_i} and written to with e^{f_end - f_j} dt_j; the
 backward state, which enters at its end, with e^{b_end - b_i} and e^{b_j} dt_j. All exponents are ≤ 0 and
-clamped there. The torch engine sums in float64: in float32 one large step swallows the small ones after it.
+clamped there. Sums are float64: in float32 one large step swallows the small ones after it. `scan_scalars`
+has the kernels' own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .scan_masks import next_segment, vision_mask
-
-ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -52,32 +51,24 @@ class Decays:
         same = self.opens[:, 1:] == self.opens[:, :-1]
         return self.exp(self.backward_total[..., 0]) * same[..., None]
 
-    def forward_read(self, slab: slice = ALL) -> Tensor:
+    def forward_read(self) -> Tensor:
         """e^{f_i}, without the gate."""
-        return self.exp(self.forward_sum[:, slab])
+        return self.exp(self.forward_sum)
 
-    def backward_read(self, slab: slice = ALL) -> Tensor:
+    def backward_read(self) -> Tensor:
         """e^{b_end - b_i}, without the gate, 0 outside the segment that enters at the chunk's end."""
-        reads = self.segment[:, slab] == self.opens[:, 1:][:, slab, None, None]
-        return self.exp(self.backward_total[:, slab] - self.backward_sum[:, slab]) * reads
+        reads = self.segment == self.opens[:, 1:, None, None]
+        return self.exp(self.backward_total - self.backward_sum) * reads
 
-    def forward_reach(self, slab: slice = ALL) -> Tensor:
+    def forward_reach(self) -> Tensor:
         """e^{f_end - f_j}: what is left of token j's write at the end of its chunk."""
-        total = self.forward_sum[:, slab, :, -1:]
-        return self.exp(total - self.forward_sum[:, slab])
+        total = self.forward_sum[..., -1:]
+        return self.exp(total - self.forward_sum)
 
-    def backward_reach(self, slab: slice = ALL) -> Tensor:
+    def backward_reach(self) -> Tensor:
         """e^{b_j}: what is left at the chunk's start, 0 outside the segment that leaves there."""
-        writes = self.segment[:, slab] == self.opens[:, :-1][:, slab, None, None]
-        return self.exp(self.backward_sum[:, slab]) * writes
-
-    def forward_write(self, slab: slice = ALL) -> Tensor:
-        """e^{f_end - f_j} dt_j."""
-        return self.forward_reach(slab) * self.dt[:, slab]
-
-    def backward_write(self, slab: slice = ALL) -> Tensor:
-        """e^{b_j} dt_j, 0 outside the segment that leaves at the chunk's start."""
-        return self.backward_reach(slab) * self.dt[:, slab]
+        writes = self.segment == self.opens[:, :-1, None, None]
+        return self.exp(self.backward_sum) * writes
 
 
 def scan_decays(
@@ -88,16 +79,15 @@ def scan_decays(
     valid: Tensor | None,
     chunk: int,
     dtype: torch.dtype,
-    sums: torch.dtype,
 ) -> Decays:
-    """Mask, pad with masked tokens and cut into chunks; eq. (1), summed in the dtype `sums`."""
+    """Mask, pad with masked tokens and cut into chunks; eq. (1), summed in float64."""
     vision = vision_mask(segment, valid)
 
     def scalars(tensor: Tensor, mask: Tensor | None, fill: float = 0) -> Tensor:
         return cut_tokens(tensor, mask, chunk, dtype, fill).transpose(2, 3).contiguous()
 
     dt, A = scalars(dt, valid), A.to(dtype)
-    step = dt.to(sums) * A.to(sums)[:, None]  # (B, K, H, C)
+    step = dt.double() * A.double()[:, None]  # (B, K, H, C)
     forward_sum = step.cumsum(-1)
     if vision is None:
         return Decays(dt, A, forward_sum, torch.ones_like(dt[:, :, :1]))
