@@ -101,7 +101,7 @@ def writer_kernel(
     v = head_of(X, batch, x_batch, group, x_head)
     at_segment = (batch * chunks + chunk) * CHUNK
     total = tl.zeros([ROWS, BLOCK_P if OF_X else BLOCK_N], tl.float32)
-    for member in tl.range(0, RATIO, disable_licm=True):
+    for member in tl.range(0, RATIO, disable_licm=True):  # or addresses of all tiles are held throughout
         head = group * RATIO + member
         at_chunk = (batch * chunks + chunk) * HEADS + head
         at = at_chunk * CHUNK + j
