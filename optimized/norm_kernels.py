@@ -77,7 +77,7 @@ def norm_gradient(
         y,
         scale,
         norm_weight.contiguous(),
-        order,
+        None if order is None else order.contiguous(),
         y_grad,
         parts,
         **stride_arguments(z=z_grad),

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.flex_ma import full_precision_linear
-from ..reference.projections import HeadProjections, split_heads
+from ..reference.projections import HeadProjections, checked_angles, split_heads
 from ..reference.projections import apply_rope as apply_rope_to_angles_with_gradients
 from . import block_operators
-from .checks import require, require_shape
 from .precision import accumulation_dtype
 
 __all__ = ["HeadProjections", "apply_rope", "are_plain", "is_unwatched", "narrow_products", "split_heads"]
@@ -25,10 +24,7 @@ def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
     """`linmu.reference.projections.apply_rope`, in one pass for angles that need no gradient: arguments,
     result and errors are the same.
     """
-    require(position_embeddings is not None, "apply_rope", "position_embeddings must be (cos, sin)", None)
-    cos, sin = position_embeddings
-    for name, angle in (("cos", cos), ("sin", sin)):
-        require_shape("apply_rope", name, angle, (None, tensor.shape[1], tensor.shape[3]), "B or 1, L, N")
+    cos, sin = checked_angles(tensor, position_embeddings)
     if cos.requires_grad or sin.requires_grad:
         return apply_rope_to_angles_with_gradients(tensor, position_embeddings)
     return block_operators.rotate(tensor, cos, sin, False)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .launch import launching
 from .scan_readers import read_gradients
-from .scan_scalars import HEADS_AT_ONCE, Scalars, decayed, scan_scalars
+from .scan_scalars import HEADS_AT_ONCE, Scalars, scan_scalars
 from .scan_states import sweep_states
-from .scan_tiles import gradient_chunk_size, rows_of, token_dtype, token_rows
+from .scan_tiles import decayed, gradient_chunk_size, rows_of, token_dtype, token_rows
 from .scan_writers import write_gradients
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .scan_masks import next_segment, vision_mask
-from .scan_tiles import as_bytes, token_rows
+from .scan_tiles import as_bytes, decayed, token_rows
 
 HEADS_AT_ONCE = 16
 
@@ -62,12 +62,6 @@ class Scalars:
     def by_direction(self, name: str, tensor: Tensor) -> dict[str, Tensor | None]:
         """`tensor`, (directions, ...), as arguments FORWARD_name and BACKWARD_name."""
         return {f"FORWARD_{name}": tensor[0], f"BACKWARD_{name}": tensor[1] if len(tensor) > 1 else None}
-
-
-@triton.jit
-def decayed(exponent):
-    """e to a difference of sums, at most 1."""
-    return tl.exp(tl.minimum(exponent, 0.0))
 
 
 @triton.jit

@@ -46,6 +46,12 @@ def token_rows(VALID, batch, first, length, COUNT: tl.constexpr, HAS_VALID: tl.c
 
 
 @triton.jit
+def decayed(exponent):
+    """e to a difference of sums, at most 1."""
+    return tl.exp(tl.minimum(exponent, 0.0))
+
+
+@triton.jit
 def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
     """Where readers i and writers j, places of one chunk along either axis, are a pair of the forward and of
     the backward direction."""
@@ -62,7 +68,7 @@ def pair_decay(i, j, FORWARD, BACKWARD, at_i, at_j, HAS_VISION: tl.constexpr):
     exponent = tl.load(FORWARD + at_i) - tl.load(FORWARD + at_j)
     if HAS_VISION:
         exponent = tl.where(j <= i, exponent, tl.load(BACKWARD + at_j) - tl.load(BACKWARD + at_i))
-    return tl.exp(tl.minimum(exponent, 0.0))
+    return decayed(exponent)
 
 
 @triton.jit
@@ -182,11 +188,6 @@ def half_step(size: int, dtype: torch.dtype) -> int:
 def warps(*sizes: int) -> int:
     """Warps of a program whose tiles are that wide."""
     return 8 if max(sizes) > 64 else 4
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products with float32 factors are taken, by the dtype of the tokens: float32 means IEEE."""
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -34,6 +34,38 @@ WARPS = 8
 
 
 @triton.jit
+def through_state(
+    STATE,
+    WRITE,
+    PULLED,
+    k,
+    b_token,
+    v,
+    x_token,
+    rows,
+    taken,
+    columns_n,
+    columns_p,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    STEP_N: tl.constexpr,
+    STEP_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    OF_X: tl.constexpr,
+):
+    """What tokens owe to the state that they leave, in one direction; for B, PULLED becomes B_jᵀ S̄ x_j."""
+    if OF_X:
+        pulled = state_products(k, b_token, rows, taken, STATE, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS)
+    else:
+        pulled = state_products(v, x_token, rows, taken, STATE, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS)
+        k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
+        tl.store(PULLED, tl.sum(pulled * k_tile, 1))
+    return pulled * tl.load(WRITE)[:, None]
+
+
+@triton.jit
 def writer_kernel(
     X,
     B,
@@ -138,36 +170,54 @@ def writer_kernel(
                 forward_sum += tl.sum(tl.where(j[:, None] < i[None, :], spent, 0.0), 1)
                 if HAS_VISION:
                     backward_sum += tl.sum(tl.where(j[:, None] > i[None, :], spent, 0.0), 1)
-        state = FORWARD_STATE + at_chunk * (N * P)
-        write = tl.load(FORWARD_WRITE + at)
-        if OF_X:
-            pulled = state_products(
-                k, b_token, rows, taken, state, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS
-            )
-        else:
-            pulled = state_products(
-                v, x_token, rows, taken, state, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS
-            )
-            k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
-            tl.store(FORWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
+        if not OF_X:
             tl.store(DT_GRAD + at, dt_grad)
             tl.store(FORWARD_COLUMNS + at, forward_sum * dt)
-        total += pulled * write[:, None]
-        if HAS_VISION:
-            state = BACKWARD_STATE + at_chunk * (N * P)
-            write = tl.load(BACKWARD_WRITE + at)
-            if OF_X:
-                pulled = state_products(
-                    k, b_token, rows, taken, state, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS
-                )
-            else:
-                pulled = state_products(
-                    v, x_token, rows, taken, state, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS
-                )
-                k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
-                tl.store(BACKWARD_PULLED + at, tl.sum(pulled * k_tile, 1))
+            if HAS_VISION:
                 tl.store(BACKWARD_COLUMNS + at, backward_sum * dt)
-            total += pulled * write[:, None]
+        total += through_state(
+            FORWARD_STATE + at_chunk * (N * P),
+            FORWARD_WRITE + at,
+            FORWARD_PULLED + at,
+            k,
+            b_token,
+            v,
+            x_token,
+            rows,
+            taken,
+            columns_n,
+            columns_p,
+            N,
+            P,
+            BLOCK_N,
+            BLOCK_P,
+            STEP_N,
+            STEP_P,
+            ROWS,
+            OF_X,
+        )
+        if HAS_VISION:
+            total += through_state(
+                BACKWARD_STATE + at_chunk * (N * P),
+                BACKWARD_WRITE + at,
+                BACKWARD_PULLED + at,
+                k,
+                b_token,
+                v,
+                x_token,
+                rows,
+                taken,
+                columns_n,
+                columns_p,
+                N,
+                P,
+                BLOCK_N,
+                BLOCK_P,
+                STEP_N,
+                STEP_P,
+                ROWS,
+                OF_X,
+            )
     place = ((batch * length + rows) * groups + group)[:, None]
     real = (rows < length)[:, None]
     if OF_X:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference.flex_ma import rms_norm_per_head
 from . import conv, step
 from .precision import accumulation_dtype, without_autocast
 
@@ -93,7 +94,6 @@ def advance(
     y, new_scan_state = step.advance(scan_state, x, dt, A, B, C, D, valid)
     scan_state.copy_(new_scan_state)
     if norm_weight is not None:
-        y = y.to(wide)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * norm_weight.to(wide).view(y.shape[1:])
+        y = rms_norm_per_head(y[:, None], norm_weight, eps)[:, 0]
     y = y.to(dtype).flatten(1)
     return y if z is None else y * F.silu(z), new_conv_state

@@ -64,7 +64,6 @@ def attend_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
 ):
     """Eq. (1): `attend` of the reference for blocks of tokens of one head."""
@@ -89,14 +88,14 @@ def attend_kernel(
             seen = row < high
             other, other_window = tokens_at(TOKEN, WINDOW, row, high)
             k_tile = tile_at(k, offsets(other, length, k_batch, k_token, FLAT), columns_n, seen, N)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
             scores = tl.where(window[:, None] == other_window[None, :], scores, -1e30)
             highest = tl.maximum(largest, tl.max(scores, 1))
             weights = tl.exp2(scores - highest[:, None])  # wiped out by the first score that counts
             shrink = tl.exp2(largest - highest)
             total = total * shrink + tl.sum(weights, 1)
             v_tile = tile_at(v, offsets(other, length, v_batch, v_token, FLAT), columns_p, seen, P)
-            out = tl.dot(weights.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision=PRECISION)
+            out = tl.dot(weights.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision="ieee")
             largest = highest
         total = tl.where(taken, total, 1.0)
         at = tl.cast(token, tl.int64) * HEADS + head
@@ -144,7 +143,6 @@ def query_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
 ):
     """Eq. (2), q̄, for blocks of tokens of one head; and lse and ō·o in the order of the places, (H, B·L)."""
@@ -176,12 +174,12 @@ def query_gradient_kernel(
             other, other_window = tokens_at(TOKEN, WINDOW, row, high)
             k_tile = tile_at(k, offsets(other, length, k_batch, k_token, FLAT), columns_n, seen, N)
             v_tile = tile_at(v, offsets(other, length, v_batch, v_token, FLAT), columns_p, seen, P)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            target = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            target = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
             weights = tl.exp2(tl.minimum(scores * scale - lse[:, None], 0.0))
             together = window[:, None] == other_window[None, :]
             scores_grad = tl.where(together, weights * (target - delta[:, None]), 0.0)
-            q_grad = tl.dot(scores_grad.to(k_tile.dtype), k_tile, q_grad, input_precision=PRECISION)
+            q_grad = tl.dot(scores_grad.to(k_tile.dtype), k_tile, q_grad, input_precision="ieee")
         store_tile(Q_GRAD + at * N, q_grad * natural_scale, columns_n, place < end, N)
 
 
@@ -223,7 +221,6 @@ def key_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
 ):
     """Eq. (2), k̄ and v̄, for blocks of tokens of one group: it walks over pairs of tokens and the
@@ -257,13 +254,13 @@ def key_gradient_kernel(
             g_tile = tile_at(O_GRAD + head * g_head, g_place, columns_p, seen, P)
             lse = tl.load(LSE_AT + head * count + row, mask=seen, other=0.0)
             delta = tl.load(DELTA_AT + head * count + row, mask=seen, other=0.0)
-            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            target = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            target = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
             weights = tl.exp2(tl.minimum(scores * scale - lse[None, :], 0.0))
             weights = tl.where(window[:, None] == other_window[None, :], weights, 0.0)
             scores_grad = weights * (target - delta[None, :])
-            v_grad = tl.dot(weights.to(g_tile.dtype), g_tile, v_grad, input_precision=PRECISION)
-            k_grad = tl.dot(scores_grad.to(q_tile.dtype), q_tile, k_grad, input_precision=PRECISION)
+            v_grad = tl.dot(weights.to(g_tile.dtype), g_tile, v_grad, input_precision="ieee")
+            k_grad = tl.dot(scores_grad.to(q_tile.dtype), q_tile, k_grad, input_precision="ieee")
         at = tl.cast(token, tl.int64) * groups + group
         store_tile(K_GRAD + at * N, k_grad * natural_scale, columns_n, place < end, N)
         store_tile(V_GRAD + at * P, v_grad, columns_p, place < end, P)

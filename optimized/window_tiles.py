@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import window_plan
-from .scan_tiles import precision, stride_arguments, tile_size
+from .scan_tiles import stride_arguments, tile_size
 
 LOG2_E = 1.4426950408889634
 
@@ -104,7 +104,6 @@ def shared_arguments(tensors: dict[str, Tensor], places: Tensor, blocks: Tensor,
         "P": v.shape[3],
         "BLOCK_N": tile_size(q.shape[3]),
         "BLOCK_P": tile_size(v.shape[3]),
-        "PRECISION": precision(q.dtype),
         "FLAT": all(map(is_flat, tensors.values())),
     }
 

@@ -98,11 +98,18 @@ def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
     Raises:
         ValueError: if the angles are missing or have another length or width.
     """
-    require(position_embeddings is not None, "apply_rope", "position_embeddings must be (cos, sin)", None)
     wide = tensor.to(accumulation_dtype(tensor.dtype))
-    cos, sin = (angle.to(wide.dtype) for angle in position_embeddings)
-    for name, angle in (("cos", cos), ("sin", sin)):
-        require_shape("apply_rope", name, angle, (None, tensor.shape[1], tensor.shape[3]), "B or 1, L, N")
+    cos, sin = (angle.to(wide.dtype) for angle in checked_angles(tensor, position_embeddings))
     first, second = wide.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
     return (wide * cos[:, :, None] + rotated * sin[:, :, None]).to(tensor.dtype)  # eq. (1)
+
+
+def checked_angles(
+    tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, if they are there and fit `tensor`."""
+    require(position_embeddings is not None, "apply_rope", "position_embeddings must be (cos, sin)", None)
+    for name, angle in zip(("cos", "sin"), position_embeddings, strict=True):
+        require_shape("apply_rope", name, angle, (None, tensor.shape[1], tensor.shape[3]), "B or 1, L, N")
+    return position_embeddings

@@ -146,7 +146,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     axes = ("N", "P", "BLOCK_N", "BLOCK_P")
     step_size = scan_tiles.half_step if chosen["kernel"] == "writer_kernel" else scan_tiles.step_size
     steps = dict.fromkeys(("STEP", "STEP_N", "STEP_P"), step_size(size, scanned))
-    known = {"PRECISION": scan_tiles.precision(kind), "SIZE": size * size, "HAS_PARTNER": False}
+    known = {"SIZE": size * size, "HAS_PARTNER": False}
     sizes = scan_tiles.GRADIENT_CHUNKS if chosen.get("gradient") else scan_tiles.CHUNKS
     known |= {"CHUNK": sizes[scanned], "ROWS": scan_tiles.part_size(scanned, sizes[scanned])}
     known |= dict.fromkeys(axes, size) | steps | chosen
