@@ -209,6 +209,16 @@ def test_every_call_runs_before_it_is_timed():
     assert timing.runs == 3 and timing.low <= timing.seconds <= timing.high and timing.memory is None
 
 
+def test_what_takes_very_long_runs_once():
+    """And a budget foretells one run of it, not two."""
+    done: list[str] = []
+    timing = time_calls([partial(done.append, "a")], CPU, once_from=0.0)
+    assert done == ["a"] and timing.runs == 1
+    case = partial(Case, "ttft", "teacher", "s", "decoder", measure=timed_at(0.01), growth=2.0)
+    lines = [case(10), case(100, once_from=0.5, priority=1)]
+    assert statuses(lines, budget=1.5)["teacher", 100] == "ok"
+
+
 @pytest.mark.parametrize("length", [320, 1000, 1280, 4096])
 def test_the_prompt_is_a_video_of_whole_windows_between_text(length):
     where = prompt(length)

@@ -7,6 +7,7 @@ runs out, a kernel that fails, a length that the time left would not cover, a co
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import sys
 import time
@@ -44,6 +45,7 @@ class Case:
         measure: does it; returns the line's values, `seconds` among them.
         priority: lower is measured first.
         growth: power of the length that the time grows with at most; foretells what does not fit the budget.
+        once_from: seconds from which on a call is run once only.
     """
 
     benchmark: str
@@ -54,6 +56,7 @@ class Case:
     measure: Callable[[], dict[str, Any]]
     priority: int = 0
     growth: float = 1.0
+    once_from: float = math.inf
 
     @property
     def series(self) -> tuple[str, str, str, str]:
@@ -116,7 +119,8 @@ def reason_to_skip(case: Case, before: dict[str, Any] | None, left: float | None
         if before["status"].startswith(("out of memory", "not tried")) and case.length > before["length"]:
             return "not tried: " + before["status"].removeprefix("not tried: ")
         return None
-    foretold = RUNS * before["seconds"] * (case.length / before["length"]) ** case.growth
+    foretold = before["seconds"] * (case.length / before["length"]) ** case.growth
+    foretold *= RUNS if foretold < case.once_from else 1
     if left is not None and foretold > left:
         return f"left out: about {foretold:.0f} s foretold, {left:.0f} s of the budget left"
     return None

@@ -24,7 +24,7 @@ DEFINITIONS = {
         "One forward from embeddings, or from pixels, to the next token's logits and the cache; "
         "random weights. Memory is the peak of weights, inputs and pass. LinMU's time contains "
         "finding the scan order and the windows. The MLPs of both models take the prompt in slices of"
-        " 16,384 tokens."
+        " 16,384 tokens. What takes 15 s or more is run once."
     ),
     "decode": (
         "Chains of 8 steps of one token after a prompt of that length, replayed from a CUDA graph "

@@ -22,7 +22,7 @@ from ..convert import convert
 from .cases import Case, clear_memory, values_of
 from .kernels import OURS, Setting
 from .problems import Prompt, prompt
-from .timing import random, time_calls
+from .timing import VERY_LONG, random, time_calls
 
 TEACHER = "teacher"
 METHODS = (OURS, TEACHER)
@@ -205,6 +205,7 @@ def first_token_cases(
                 partial(measure_first_token, pair, method, length, setting),
                 priority(method, length),
                 growth=2.0 if method == TEACHER else 1.0,
+                once_from=VERY_LONG,
             )
 
 
@@ -223,6 +224,7 @@ def tower_cases(
                 partial(measure_from_pixels, pair, method, length, setting),
                 priority(method, length),
                 growth=2.0,
+                once_from=VERY_LONG,
             )
 
 
@@ -253,7 +255,7 @@ def timed_prefill(pair: Pair, model: nn.Module, inputs: dict[str, Any], setting:
         sizes["cache_bytes"] = cache_bytes(output.past_key_values)
 
     with attention_of(pair.attention):
-        timing = time_calls([prefill], setting.device, seconds=setting.seconds, most=20)
+        timing = time_calls([prefill], setting.device, seconds=setting.seconds, most=20, once_from=VERY_LONG)
     length = inputs["position_ids" if "position_ids" in inputs else "input_ids"].shape[-1]
     more = {"tokens_per_second": length / timing.seconds, "attention": name_of(pair.attention)}
     return values_of(timing, **sizes, **more) | {"memory": timing.peak}

@@ -2,11 +2,13 @@
 
 On a GPU: everything is run once before (compilation, autotuning), then device events stand around each of
 many queued runs, with the L2 cache flushed between them. On a CPU: wall clock. The median counts; the spread
-is the distance between the 20th and 80th percentiles over the median.
+is the distance between the 20th and 80th percentiles over the median. Where the caller says so, a
+call that takes very long is run once: what its first run costs beside is lost in it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 FLUSHED = 2**28  # bytes written between two runs, more than any L2 cache holds
-LONG = 2.0  # seconds from which on a single run is enough
+LONG = 2.0  # seconds from which on a single timed run is enough
+VERY_LONG = 15.0  # seconds from which on a model's first run is its timed one
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,12 @@ class Timing:
 
 
 def time_calls(
-    calls: Sequence[Callable[[], object]], device: torch.device, *, seconds: float = 0.2, most: int = 100
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 0.2,
+    most: int = 100,
+    once_from: float = math.inf,
 ) -> Timing:
     """Time calls that do the same on different inputs, in turn.
 
@@ -53,17 +61,22 @@ def time_calls(
         device: where they run.
         seconds: how long to measure, roughly; at least three runs, but one where it takes `LONG`.
         most: runs at the most.
+        once_from: seconds from which on the first run is the timed one: for what compiles and tunes nothing.
     """
-    for call in calls:
-        call()
     flush = memory = peak = None
     if device.type == "cuda":
         flush = torch.empty(FLUSHED, dtype=torch.int8, device=device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     times = timed_runs(calls[:1], flush, 1)
-    if times[0] < LONG:  # the first of them has only told how many fit
-        times = timed_runs(calls, flush, min(max(int(seconds / times[0]), 3), most))
+    if times[0] < once_from:
+        for call in calls[1:]:
+            call()
+        if flush is not None:
+            torch.cuda.reset_peak_memory_stats(device)
+        times = timed_runs(calls[:1], flush, 1)
+        if times[0] < LONG:  # the first of them has only told how many fit
+            times = timed_runs(calls, flush, min(max(int(seconds / times[0]), 3), most))
     if flush is not None:
         memory = torch.cuda.max_memory_allocated(device) - before
         peak = memory + before - flush.nbytes
