@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -149,6 +150,7 @@ def test_placeholders_are_where_the_layout_has_vision_or_a_newline(tiny, student
     if layout is None:
         assert not tiny.image and not found.any()
     else:
+        assert type(layout) is sys.modules[student.linmu_backend].VisionLayout  # checked once
         assert (found | ~layout.is_vision).all()
         newlines = (found & ~layout.is_vision).sum()
         assert (newlines > 0) == (tiny.name == "llava_onevision")

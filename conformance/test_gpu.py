@@ -24,6 +24,7 @@ from gpu_cases import (
     far_apart,
     floats_of,
     kernels,
+    prompt,
     results,
     results_of_views,
 )
@@ -151,6 +152,16 @@ def test_a_block_never_waits_for_the_device(options):
     run(u).sum().backward()
     with no_waiting():
         run(u).sum().backward()
+
+
+def test_a_layout_waits_for_the_device_once():
+    """Orders, windows and their plans are queued: only the check of the coordinates has asked."""
+    coords = prompt(300).coords.cuda()
+    optimized.VisionLayout(coords)  # loads the kernels of torch
+    layout = optimized.VisionLayout(coords)
+    for layer in range(4):
+        with no_waiting():
+            layout.order(layer), layout.window_plan((2, 3, 3), layer)
 
 
 @torch.no_grad()

@@ -183,6 +183,29 @@ def test_the_four_orders_of_a_cube(backend, layer_index, cells):
     assert ["".join(map(str, cell)) for cell in scanned.tolist()] == cells
 
 
+def far_apart(coords: torch.Tensor) -> torch.Tensor:
+    """The same cells and segments under numbers whose product no integer holds."""
+    return torch.where(coords >= 0, coords * 2**40, coords)
+
+
+@orders()
+def test_large_coordinates_sort_as_small_ones(backend, case: LayoutCase):
+    """Keys that are joined into one number must not overflow it."""
+    coords = case.layout.coords
+    for layer in four_layers(case):
+        found, wanted = (backend.scan_order(given, layer) for given in (far_apart(coords), coords))
+        assert_exact(found, wanted, case, f"order of layer {layer}")
+
+
+@partitions()
+def test_large_coordinates_have_the_windows_of_small_ones(backend, case: LayoutCase):
+    """The same of the keys of windows: cells of one token, and everything in one cell."""
+    coords = case.layout.coords
+    for window, far in (((1, 1, 1), (1, 1, 1)), ((64,) * 3, (2**48,) * 3)):
+        found = backend.window_ids(far_apart(coords), far, case.shifted)
+        assert_exact(found, backend.window_ids(coords, window, case.shifted), case, f"windows of {far}")
+
+
 @pytest.mark.needs("window_ids")
 @pytest.mark.parametrize(
     ("columns", "window", "sizes"),

@@ -1,7 +1,7 @@
 """`reference/layout.py` without loops over tokens: sorts and scatters on the device of the coordinates.
 
-Letters: B batch, L tokens, S segments, W windows. One value per layout is asked from the device, whether it
-is well formed; the number of segments and windows too where windows are numbered.
+Letters: B batch, L tokens, n of them. The device is asked once per layout whether it is well formed, and
+nothing else, unless its numbers are so large that keys must be numbered before they are joined.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -16,33 +17,60 @@ from ..reference.layout import SCAN_AXES, inverse_order
 from ..reference.layout import check_coords as explain_coords
 from . import operators
 from .checks import require, require_int64
-from .scan_masks import interleaved_row
+from .scan_masks import interleaved, starts_run
+from .window_plan import spans
 
 __all__ = ["VisionLayout", "check_coords", "inverse_order", "permute_tokens", "scan_order", "window_ids"]
+
+LARGEST_KEY = 2**62
 
 
 def check_coords(coords: Tensor, where: str = "coords") -> None:
     """Raise ValueError unless `coords` is (B, L, 4) int64, -1 throughout on text, no segments interleaved."""
+    examine(coords, where)
+
+
+def examine(coords: Tensor, where: str) -> bool:
+    """`check_coords`; returns whether keys of its columns can be joined as they are, see `joined`."""
     require_int64(where, "coords", coords, (None, None, 4), "B, L, 4")
-    well_formed = bool(((coords == -1).all(-1) | (coords >= 0).all(-1)).all())
-    if not well_formed or (coords.shape[1] and interleaved_row(coords[..., 0]) is not None):
+    if not coords.numel():
+        return True
+    well_formed = ((coords == -1).all(-1) | (coords >= 0).all(-1)).all()
+    together = ~interleaved(coords[..., 0]).any()
+    most = (coords.amax((0, 1)).double() + 2).prod() * coords.shape[0] * coords.shape[1]
+    fine, narrow = torch.stack([well_formed & together, most < LARGEST_KEY]).tolist()
+    if not fine:
         explain_coords(coords, where)
+    return narrow
 
 
 def scan_order(coords: Tensor, layer_index: int) -> Tensor:
     """`linmu.reference.scan_order`: arguments, result and errors are the same."""
-    check_coords(coords, "scan_order")
+    narrow = examine(coords, "scan_order")
     require(layer_index >= 0, "scan_order", "layer_index must be >= 0", layer_index)
-    return ranked_order(coords, layer_index)
+    return ranked_order(coords, layer_index, narrow)
 
 
-def ranked_order(coords: Tensor, layer_index: int) -> Tensor:
+def ranked_order(coords: Tensor, layer_index: int, narrow: bool) -> Tensor:
     """(B, L): text is a segment whose keys are all equal, so a stable sort leaves it where it was."""
     position = coords[..., 0].argsort(dim=1, stable=True)  # segment by segment, in prompt order
-    token = torch.arange(coords.shape[1], device=coords.device).expand(coords.shape[:2])
-    for axis in (*reversed(SCAN_AXES[layer_index % 4]), 0):  # the most significant key last
-        token = token.gather(1, coords[..., axis].gather(1, token).argsort(dim=1, stable=True))
+    keys = [coords[..., axis] + 1 for axis in (0, *SCAN_AXES[layer_index % 4])]
+    token = joined(keys, narrow).argsort(dim=1, stable=True)
     return torch.empty_like(position).scatter_(1, position, token)
+
+
+def joined(keys: list[Tensor], narrow: bool) -> Tensor:
+    """One key that sorts as several do one after the other, the first counting most; all are >= 0.
+
+    Unless they are narrow, so that the product of their ranges is below 2^62, each is numbered first: one
+    sort apiece.
+    """
+    whole = keys[0]
+    for key in keys[1:]:
+        if not narrow:
+            whole, key = number(whole), number(key)
+        whole = whole * (key.amax() + 1) + key if key.numel() else whole
+    return whole
 
 
 def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
@@ -53,43 +81,46 @@ def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
 
 def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
     """`linmu.reference.window_ids`: arguments, result, its numbering too, and errors are the same."""
-    check_coords(coords, "window_ids")
+    narrow = examine(coords, "window_ids")
     sizes_valid = len(window_thw) == 3 and min(window_thw) >= 1
     require(sizes_valid, "window_ids", "window_thw must be three sizes >= 1 (T, Y, X)", window_thw)
-    return numbered_windows(coords, window_thw, shifted)
+    return numbered_windows(coords, window_thw, shifted, narrow)
 
 
-def numbered_windows(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
-    """(B, L): windows of a row numbered by their first token; eq. (1) of the reference."""
-    row, place = (coords[..., 0] >= 0).nonzero(as_tuple=True)  # (n,) each
-    found = coords[row, place]  # (n, 4)
-    ids = torch.full_like(coords[..., 0], -1)
-    if not len(found):
-        return ids
-    segment = number(torch.stack([row, found[:, 0]], dim=1))
-    grid, width = found[:, 1:], found.new_tensor(window_thw)
-    extent = reduce_by(segment, grid, "amax") - reduce_by(segment, grid, "amin") + 1  # (S, 3)
-    shift = torch.where(extent > width, width // 2, 0) if shifted else torch.zeros_like(extent)
-    cell = (grid + shift[segment]) // width
-    window = number(torch.cat([segment[:, None], cell], dim=1))
-    first = reduce_by(window, torch.arange(len(window), device=coords.device), "amin")  # (W,)
-    rank = first.argsort().argsort()  # over all rows, in order of the first token
-    windows_before = torch.zeros_like(coords[:, 0, 0]).index_add_(0, row[first], torch.ones_like(first))
-    windows_before = windows_before.cumsum(0) - windows_before  # (B,)
-    ids[row, place] = rank[window] - windows_before[row]
-    return ids
+def numbered_windows(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool, narrow: bool) -> Tensor:
+    """(B, L): windows of a row numbered by their first token; eq. (1) of the reference.
+
+    Text is a window of its own, after all others, until the end.
+    """
+    vision = coords[..., 0] >= 0
+    opened = starts_run(coords[..., 0], vision).flatten().cumsum(0)  # of all rows, from 1
+    segment = torch.where(vision.flatten(), opened, len(opened) + 1)
+    grid = coords[..., 1:].flatten(0, 1).clamp_min(0)  # (B·L, 3)
+    width = torch.stack([grid.new_full((), size) for size in window_thw])  # asks nothing of the device
+    if shifted:
+        extent = bounds(segment, grid, "amax") - bounds(segment, grid, "amin") + 1
+        grid = grid + torch.where(extent > width, width // 2, 0)
+    cells = grid.div(width, rounding_mode="floor")
+    token = joined([segment, *cells.unbind(1)], narrow).argsort(stable=True)  # window by window
+    ordered = torch.cat([segment[:, None], cells], dim=1)[token]
+    first, _ = spans(F.pad((ordered[1:] != ordered[:-1]).any(1), (1, 0), value=True))
+    first_token = torch.empty_like(token).scatter_(0, token, token[first])  # of each token's window
+    opens = (first_token == torch.arange(len(token), device=token.device)).view(vision.shape) & vision
+    number = opens.flatten().cumsum(0)[first_token].view(vision.shape) - 1
+    before = opens.sum(1).cumsum(0) - opens.sum(1)  # windows of the rows before, (B,)
+    return torch.where(vision, number - before[:, None], -1)
 
 
 def number(keys: Tensor) -> Tensor:
-    """(n, columns) -> (n,): equal rows get equal numbers from 0."""
-    return keys.unique(dim=0, return_inverse=True)[1]
+    """Whole numbers -> their ranks from 0, equal ones alike."""
+    return keys.unique(return_inverse=True)[1]
 
 
-def reduce_by(group: Tensor, values: Tensor, how: str) -> Tensor:
-    """The minimum or maximum of `values` (n, ...) over each group (n,)."""
-    out = values.new_zeros(int(group.max()) + 1, *values.shape[1:])
-    index = group.view(-1, *(1,) * (values.ndim - 1)).expand_as(values)
-    return out.scatter_reduce(0, index, values, how, include_self=False)
+def bounds(segment: Tensor, grid: Tensor, how: str) -> Tensor:
+    """The minimum or maximum of `grid` (n, 3) over each token's segment, (n, 3)."""
+    index = segment[:, None].expand_as(grid)
+    found = grid.new_zeros(len(grid) + 2, 3).scatter_reduce_(0, index, grid, how, include_self=False)
+    return found.gather(0, index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +128,19 @@ class VisionLayout(reference.VisionLayout):
     """`linmu.reference.VisionLayout`, checked once, sorted on the device."""
 
     def __post_init__(self) -> None:
-        check_coords(self.coords, "VisionLayout")
+        self._memo["narrow"] = examine(self.coords, "VisionLayout")
 
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
-        return self._once(("order", layer_index % 4), lambda: ranked_order(self.coords, layer_index))
+        narrow = self._memo["narrow"]
+        key = ("order", layer_index % 4)
+        return self._once(key, lambda: ranked_order(self.coords, layer_index, narrow))
 
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
-        shifted = layer_index % 2 == 1
+        shifted, narrow = layer_index % 2 == 1, self._memo["narrow"]
         key = ("windows", window_thw, shifted)
-        return self._once(key, lambda: numbered_windows(self.coords, window_thw, shifted))
+        return self._once(key, lambda: numbered_windows(self.coords, window_thw, shifted, narrow))
 
     def window_plan(self, window_thw: tuple[int, int, int], layer_index: int) -> tuple[Tensor, Tensor]:
         """The order in which kernels take the tokens of these windows, `operators.window_plan`."""

@@ -38,18 +38,22 @@ def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
 
 def interleaved_row(segment: Tensor, valid: Tensor | None = None) -> int | None:
     """The first row in which a segment goes on after another has begun, or None. Waits for the device."""
+    bad = interleaved(segment, valid).nonzero()
+    return int(bad[0]) if len(bad) else None
+
+
+def interleaved(segment: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(B,) bool: rows in which a segment goes on after another has begun."""
     vision = vision_mask(segment, valid)
     unlike_before = starts_run(segment, vision)  # runs of equal ids, text left out
     ids = torch.where(vision, segment, -1).sort(dim=1).values
-    fresh = starts_run(ids, ids >= 0)
-    bad = (unlike_before.sum(1) != fresh.sum(1)).nonzero()
-    return int(bad[0]) if len(bad) else None
+    fresh = (ids >= 0) & (ids != torch.nn.functional.pad(ids[:, :-1], (1, 0), value=-1))
+    return unlike_before.sum(1) != fresh.sum(1)
 
 
 def starts_run(segment: Tensor, vision: Tensor) -> Tensor:
     """(B, L) bool: vision tokens whose previous vision token, if any, has another id."""
-    position = torch.arange(segment.shape[1], device=segment.device)
-    last = torch.where(vision, position, -1).cummax(1).values  # (B, L): the vision token at or before
-    last = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
-    previous = torch.where(last >= 0, segment.gather(1, last.clamp_min(0)), -1)
-    return vision & (previous != segment)
+    rank = vision.cumsum(1)  # (B, L): from 1; a running maximum would take a GPU ten times as long
+    slot = torch.where(vision, rank, rank.shape[1] + 1)  # text goes where nobody looks
+    ids = segment.new_full((len(rank), rank.shape[1] + 2), -1).scatter_(1, slot, segment)
+    return vision & (ids.gather(1, (rank - 1).clamp_min_(0)) != segment)

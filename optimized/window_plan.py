@@ -63,11 +63,16 @@ def in_order(window_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     place = torch.arange(len(ids), device=ids.device)
     starts = torch.ones_like(ids, dtype=torch.bool)
     starts[1:] = (ids[1:] != ids[:-1]) | (row[1:] != row[:-1])
-    first = torch.where(starts, place, 0).cummax(0).values
-    ends = torch.ones_like(starts)
-    ends[:-1] = starts[1:]
-    last = torch.where(ends, place + 1, len(ids)).flip(0).cummin(0).values.flip(0)
-    kind = torch.where(ids < 0, 2, (2 * (last - first) < BLOCK).long())
-    order = kind.argsort(stable=True)  # whole windows move
+    first, last = spans(starts)
+    kind = torch.where(ids < 0, 2, (2 * (last - first) < BLOCK).byte())
+    order = kind.argsort(stable=True)  # whole windows move; bytes are sorted in one pass
     moved = place - order
     return token[order], first[order] + moved, last[order] + moved, kind[order]
+
+
+def spans(starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the run that each place belongs to starts and ends; (n,) bool, the first True -> (n,), (n,)."""
+    n, run = len(starts), starts.cumsum(0) - 1
+    place = torch.arange(n, device=starts.device)
+    edges = place.new_full((n + 2,), n).scatter_(0, torch.where(starts, run, n + 1), place)
+    return edges[run], edges[run + 1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -159,7 +160,12 @@ class LinMUModel:
                 return None
             coords = placement_coords(placements, tokens.shape[:2], tokens.device)
         coords = coords.to(tokens.device)
-        return VisionLayout(coords) if bool((coords >= 0).any()) else None
+        return self.layout_class(coords) if bool((coords >= 0).any()) else None
+
+    @property
+    def layout_class(self) -> type[VisionLayout]:
+        """The backend's own layout, where it has one: it need not be checked again."""
+        return getattr(sys.modules.get(self.linmu_backend), "VisionLayout", VisionLayout)
 
     def placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""
