@@ -219,6 +219,17 @@ def test_what_takes_very_long_runs_once():
     assert statuses(lines, budget=1.5)["teacher", 100] == "ok"
 
 
+def test_a_peer_chooses_among_tiles_that_are_right(monkeypatch):
+    sizes = [(128, 64), (64, 64), (32, 32)]
+    tiles = [types.SimpleNamespace(kwargs={"BLOCK_SIZE_M": m, "BLOCK_SIZE_K": k}) for m, k in sizes]
+    kernel = types.SimpleNamespace(configs=tiles)
+    module = types.SimpleNamespace(_chunk_scan_fwd_kernel=kernel)
+    peers.leave_out_wrong_tiles()  # where it is not installed
+    monkeypatch.setitem(sys.modules, "ssd.bi.ssd_chunk_scan", module)
+    peers.leave_out_wrong_tiles()
+    assert kernel.configs == tiles[1:]
+
+
 @pytest.mark.parametrize("length", [320, 1000, 1280, 4096])
 def test_the_prompt_is_a_video_of_whole_windows_between_text(length):
     where = prompt(length)

@@ -11,8 +11,9 @@ from compare import assert_exact
 from gpu_cases import prompt
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import Layout, Text, Vision
 
-from linmu import optimized
+from linmu import optimized, reference
 from linmu.optimized import operators, window_plan
 
 BLOCK = 8  # small, so that few tokens make windows of every kind
@@ -99,6 +100,21 @@ def test_no_block_wastes_much(case):
         assert alone or high - low <= 2 * BLOCK, f"[{start}, {end}) walks over {high - low}: {case!r}"
 
 
+@cases
+def test_the_plan_without_text_is_that_of_the_tokens_in_windows(case):
+    """Brought together in the order of the plan; one row then, whatever rows they came from."""
+    _, window, _, keys = planned(case)
+    vision = int((keys[:, 1] >= 0).sum())
+    with mock.patch.object(window_plan, "BLOCK", BLOCK):
+        plan = operators.window_plan(case.ids())
+        token, (places, blocks) = window_plan.without_text(plan, vision)
+        wanted = operators.window_plan(window[None, :vision])
+    assert_exact(token, plan[0][0, :vision].long(), case, "tokens")
+    assert_exact(places, wanted[0], case, "places")
+    count = int(wanted[1][0, 0]) if vision else 0
+    assert_exact(blocks[: 1 + count], wanted[1][: 1 + count], case, "blocks")
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
 @pytest.mark.parametrize("number", [-1, 0])
 def test_hardly_any_tokens_make_a_plan(shape, number):
@@ -131,6 +147,27 @@ def test_a_layer_makes_no_plan_of_its_own_twice():
         for layer in layers:
             layer(u, layout, position_embeddings=embeddings).sum().backward()
     assert made.call_count == 1
+
+
+@pytest.mark.parametrize("text", [2, 60])
+def test_text_meets_no_projection_of_local_swin(text):
+    """Unless there is hardly any; result and gradient are the reference's either way."""
+    where = Layout(((Text(text // 2), Vision(0, (4, 6, 5)), Text(text - text // 2)),))
+    config = optimized.LinMUConfig(width=16, heads=2, groups=1, head_dim=8, window_thw=(2, 4, 4))
+    ours, wanted = (backend.LocalSwin(config, 1) for backend in (optimized, reference))
+    wanted.load_state_dict(ours.state_dict())
+    seen: list[int] = []
+    ours.q_proj.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
+    u, angles = torch.randn(1, 120 + text, 16), torch.rand(1, 120 + text, 8)
+    found = []
+    for module, kind in ((ours, optimized), (wanted, reference)):
+        given = u.clone().requires_grad_()
+        angle = (angles.cos(), angles.sin())
+        y = module(given, kind.VisionLayout(where.coords), position_embeddings=angle)
+        found.append((y, torch.autograd.grad(y.sin().sum(), given)[0]))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert seen == [120 if text > 14 else 120 + text]
 
 
 def test_a_plan_passes_torchs_own_checks_of_operators():

@@ -47,26 +47,26 @@ narrow_product.register_autograd(_narrow_gradients, setup_context=_save_product)
 
 
 @torch.library.custom_op("linmu::mix_branches", mutates_args=())
-def mix_branches(flex: Tensor, local: Tensor, logit: Tensor, is_vision: Tensor) -> Tensor:
-    """The two branches' outputs mixed on vision, Flex-MA's on text."""
-    return _mixing(flex).forward(flex, local, logit, is_vision)
+def mix_branches(flex: Tensor, local: Tensor, logit: Tensor, row: Tensor) -> Tensor:
+    """The branches' outputs mixed on vision, whose tokens have a row of `local` each; Flex-MA's on text."""
+    return _mixing(flex).forward(flex, local, logit, row)
 
 
 @mix_branches.register_fake
-def _(flex, local, logit, is_vision):
+def _(flex, local, logit, row):
     return flex.new_empty(flex.shape)
 
 
 @torch.library.custom_op("linmu::mix_branches_backward", mutates_args=())
 def mix_branches_backward(
-    grad: Tensor, flex: Tensor, local: Tensor, logit: Tensor, is_vision: Tensor
+    grad: Tensor, flex: Tensor, local: Tensor, logit: Tensor, row: Tensor
 ) -> list[Tensor]:
     """The gradients of both branches and of the product before the sigmoid."""
-    return like_inputs(_mixing(flex).gradient(grad, flex, local, logit, is_vision), (flex, local, logit))
+    return like_inputs(_mixing(flex).gradient(grad, flex, local, logit, row), (flex, local, logit))
 
 
 @mix_branches_backward.register_fake
-def _(grad, flex, local, logit, is_vision):
+def _(grad, flex, local, logit, row):
     return empty_like_inputs((flex, local, logit))
 
 

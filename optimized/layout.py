@@ -7,6 +7,7 @@ nothing else, unless its numbers are so large that keys must be numbered before 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,12 @@ from ..reference.layout import check_coords as explain_coords
 from . import operators
 from .checks import require, require_int64
 from .scan_masks import interleaved, starts_run
-from .window_plan import spans
+from .window_plan import spans, without_text
 
 __all__ = ["VisionLayout", "check_coords", "inverse_order", "permute_tokens", "scan_order", "window_ids"]
 
 LARGEST_KEY = 2**62
+NEARLY_ALL = 0.9  # of the tokens: leaving out the rest would not pay for bringing these together
 
 
 def check_coords(coords: Tensor, where: str = "coords") -> None:
@@ -30,23 +32,31 @@ def check_coords(coords: Tensor, where: str = "coords") -> None:
     examine(coords, where)
 
 
-def examine(coords: Tensor, where: str) -> bool:
-    """`check_coords`; returns whether keys of its columns can be joined as they are, see `joined`."""
+class Facts(NamedTuple):
+    """What is known of coordinates that are well formed."""
+
+    narrow: bool  # whether keys of its columns can be joined as they are, see `joined`
+    vision: int  # tokens
+
+
+def examine(coords: Tensor, where: str) -> Facts:
+    """`check_coords`, and what the device tells with it."""
     require_int64(where, "coords", coords, (None, None, 4), "B, L, 4")
     if not coords.numel():
-        return True
+        return Facts(narrow=True, vision=0)
     well_formed = ((coords == -1).all(-1) | (coords >= 0).all(-1)).all()
     together = ~interleaved(coords[..., 0]).any()
     most = (coords.amax((0, 1)).double() + 2).prod() * coords.shape[0] * coords.shape[1]
-    fine, narrow = torch.stack([well_formed & together, most < LARGEST_KEY]).tolist()
+    vision = (coords[..., 0] >= 0).sum()
+    fine, narrow, vision = torch.stack([well_formed & together, most < LARGEST_KEY, vision]).tolist()
     if not fine:
         explain_coords(coords, where)
-    return narrow
+    return Facts(bool(narrow), vision)
 
 
 def scan_order(coords: Tensor, layer_index: int) -> Tensor:
     """`linmu.reference.scan_order`: arguments, result and errors are the same."""
-    narrow = examine(coords, "scan_order")
+    narrow = examine(coords, "scan_order").narrow
     require(layer_index >= 0, "scan_order", "layer_index must be >= 0", layer_index)
     return ranked_order(coords, layer_index, narrow)
 
@@ -81,7 +91,7 @@ def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
 
 def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
     """`linmu.reference.window_ids`: arguments, result, its numbering too, and errors are the same."""
-    narrow = examine(coords, "window_ids")
+    narrow = examine(coords, "window_ids").narrow
     sizes_valid = len(window_thw) == 3 and min(window_thw) >= 1
     require(sizes_valid, "window_ids", "window_thw must be three sizes >= 1 (T, Y, X)", window_thw)
     return numbered_windows(coords, window_thw, shifted, narrow)
@@ -123,22 +133,46 @@ def bounds(segment: Tensor, grid: Tensor, how: str) -> Tensor:
     return found.gather(0, index)
 
 
+@dataclass(frozen=True)
+class VisionTokens:
+    """The tokens that Local-Swin computes: n of them, or all, in their order, where nearly all are vision."""
+
+    token: Tensor | None  # (n,) int64 in the flattened batch, window by window; None = all
+    row: Tensor  # (B, L) int64: where each token stands among them, -1 on text
+    window_id: Tensor  # (1, n), or (B, L)
+    plan: tuple[Tensor, Tensor]  # of these windows
+
+    @classmethod
+    def of(cls, window_id: Tensor, plan: tuple[Tensor, Tensor], vision: int) -> VisionTokens:
+        """From windows (B, L), their plan, and how many tokens have one."""
+        place = torch.arange(window_id.numel(), device=window_id.device)
+        if not 0 < vision <= NEARLY_ALL * window_id.numel():
+            return cls(None, torch.where(window_id >= 0, place.view_as(window_id), -1), window_id, plan)
+        token, plan = without_text(plan, vision)
+        row = torch.full_like(place, -1).scatter_(0, token, place[:vision]).view_as(window_id)
+        return cls(token, row, plan[0][1:].long(), plan)
+
+    def taken(self, tensor: Tensor) -> Tensor:
+        """(B, L, D) -> (1, n, D), or as it is."""
+        return tensor if self.token is None else tensor.flatten(0, 1).index_select(0, self.token)[None]
+
+
 @dataclass(frozen=True, eq=False)
 class VisionLayout(reference.VisionLayout):
     """`linmu.reference.VisionLayout`, checked once, sorted on the device."""
 
     def __post_init__(self) -> None:
-        self._memo["narrow"] = examine(self.coords, "VisionLayout")
+        self._memo["facts"] = examine(self.coords, "VisionLayout")
 
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
-        narrow = self._memo["narrow"]
+        narrow = self._memo["facts"].narrow
         key = ("order", layer_index % 4)
         return self._once(key, lambda: ranked_order(self.coords, layer_index, narrow))
 
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
-        shifted, narrow = layer_index % 2 == 1, self._memo["narrow"]
+        shifted, narrow = layer_index % 2 == 1, self._memo["facts"].narrow
         key = ("windows", window_thw, shifted)
         return self._once(key, lambda: numbered_windows(self.coords, window_thw, shifted, narrow))
 
@@ -147,6 +181,20 @@ class VisionLayout(reference.VisionLayout):
         windows = self.windows(window_thw, layer_index)
         key = ("window plan", window_thw, layer_index % 2 == 1)
         return self._once(key, lambda: operators.window_plan(windows))
+
+    def vision_tokens(self, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
+        """The tokens of these windows, without text."""
+        given, key = (window_thw, layer_index), ("vision tokens", window_thw, layer_index % 2 == 1)
+        vision = self._memo["facts"].vision
+        return self._once(
+            key, lambda: VisionTokens.of(self.windows(*given), self.window_plan(*given), vision)
+        )
+
+    @property
+    def vision_row(self) -> Tensor:
+        """(B, L) int64: where each token stands in the flattened batch, -1 on text."""
+        place = torch.arange(self.segment.numel(), device=self.segment.device).view_as(self.segment)
+        return torch.where(self.is_vision, place, -1)
 
 
 def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:

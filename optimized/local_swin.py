@@ -1,6 +1,6 @@
 """`reference/local_swin.py` on the fast window attention: same constructor, parameters, names and results.
 
-Letters: B batch, L tokens, D width.
+Letters: B batch, L tokens, D width. Text has no part in it: its tokens are left out before the projections.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import reference
+from . import mixing
 from .checks import require, require_shape
 from .layout import VisionLayout, fast
-from .projections import apply_rope
+from .projections import apply_rope, checked_angles
 from .window_attention import planned_attention
 
 __all__ = ["LocalSwin"]
@@ -27,8 +28,8 @@ class LocalSwin(reference.LocalSwin):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`linmu.reference.LocalSwin.forward`: arguments, result and errors are the same."""
-        output = self.attend(hidden_states, layout, position_embeddings=position_embeddings)
-        return output * layout.is_vision[..., None]
+        output, row = self.attend(hidden_states, layout, position_embeddings=position_embeddings)
+        return mixing.taken(output, row) * layout.is_vision[..., None]
 
     def attend(
         self,
@@ -36,14 +37,17 @@ class LocalSwin(reference.LocalSwin):
         layout: VisionLayout,
         *,
         position_embeddings: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """Eqs. (1) and (2), (B, L, D); on text the output's bias, which is nobody's."""
+    ) -> tuple[Tensor, Tensor]:
+        """Eqs. (1) and (2) of the tokens of `VisionLayout.vision_tokens`, (..., D), and their `row`."""
         require_shape("LocalSwin", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
         got = f"{tuple(layout.coords.shape[:2])} for {tuple(hidden_states.shape[:2])}"
         same = layout.coords.shape[:2] == hidden_states.shape[:2]
         require(same, "LocalSwin", "layout must describe the same (B, L) as hidden_states", got)
-        q, k, v = self.project_heads(hidden_states)
-        q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
-        layout, where = fast(layout), (self.config.window_thw, self.layer_index)
-        output = planned_attention(q, k, v, layout.windows(*where), layout.window_plan(*where))
-        return self.o_proj(output.flatten(2))
+        tokens = fast(layout).vision_tokens(self.config.window_thw, self.layer_index)
+        heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)
+        angles = checked_angles(heads, position_embeddings)
+        angles = [tokens.taken(angle.expand(len(hidden_states), -1, -1)) for angle in angles]
+        q, k, v = self.project_heads(tokens.taken(hidden_states))
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        output = planned_attention(q, k, v, tokens.window_id, tokens.plan)
+        return self.o_proj(output.flatten(2)), tokens.row

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from . import block_operators
 from .flex_ma import FlexMA, FlexMAState
-from .layout import VisionLayout
+from .layout import VisionLayout, fast
 from .local_swin import LocalSwin
 from .projections import are_plain, is_unwatched, narrow_products
 
@@ -47,6 +47,7 @@ class MMATE(reference.MMATE):
             if layout is None:
                 return y, state
             local = local_swin(hidden_states, layout, **given)
+            row = fast(layout).vision_row
             (mix,) = narrow_products(hidden_states, [self.mix_proj])
         else:
             *rates, mix = narrow_products(
@@ -54,8 +55,8 @@ class MMATE(reference.MMATE):
             )
             y, state = flex_ma.heads(hidden_states, layout, valid=valid, state=state, rates=rates, **given)
             y = flex_ma.o_proj(y)
-            local = local_swin.attend(hidden_states, layout, **given)
-        return block_operators.mix_branches(y, local, mix, layout.is_vision), state
+            local, row = local_swin.attend(hidden_states, layout, **given)
+        return block_operators.mix_branches(y, local, mix, row), state
 
     def reaches_into_branches(self) -> bool:
         """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes

@@ -49,6 +49,15 @@ def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
     return places.int(), torch.cat([how_many[None], blocks]).int()
 
 
+def without_text(plan: tuple[Tensor, Tensor], vision: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Which `vision` tokens have a window, (n,) int64 in the plan's order, and the plan of these alone."""
+    places, blocks = plan
+    token, window = places[:, :vision]
+    how_many = pad((blocks[1:, :1] < vision).sum(0), (0, 3))
+    own = torch.stack([torch.arange(vision, device=token.device, dtype=token.dtype), window])
+    return token.long(), (own, torch.cat([how_many[None].int(), blocks[1:]]))
+
+
 def in_order(window_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token, span of its window and kind for each place, (B·L,) each.
 

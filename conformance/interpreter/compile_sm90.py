@@ -38,9 +38,9 @@ FLOAT32 = {
     "SKIP_GRAD", "START", "STATES", "SUMS", "TIME_STEP", "WEIGHT_GRAD", "WRITE",
 }
 # fmt: on
-INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS"}
+INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS", "ROW"}
 INT32 = {"SEGMENT"}
-MASKS = {"VALID", "MASK", "VISION"}
+MASKS = {"VALID", "MASK"}
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
 
