@@ -15,6 +15,7 @@ the tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,6 @@ from .scan_tiles import (
     add_product,
     head_of,
     load_tile,
-    part_size,
     rows_of,
     stride_arguments,
     tile_size,
@@ -34,9 +34,12 @@ from .scan_tiles import (
     warps,
 )
 
-RUN = 32  # chunks one after the other, at most
-PROGRAMS = 512  # that sweep side by side at least, if there are chunks enough
-BLOCKS = {torch.bfloat16: 128, torch.float32: 32}  # of P
+ENOUGH = 64  # programs that sweep side by side without runs: a second sweep costs as much as half a GPU
+RUN = 32  # chunks one after the other, at most, in runs
+PROGRAMS = 512  # that sweep runs side by side at least, if there are chunks enough
+BLOCK_N = {torch.bfloat16: 64, torch.float32: 128}  # of N
+BLOCKS = {torch.bfloat16: 128, torch.float32: 32}  # columns: of P, for some heads
+NARROWEST = 16  # of P
 LINKED = 512  # elements of a state that one program carries over the runs
 
 
@@ -62,70 +65,87 @@ def sweep_kernel(
     length,
     chunks,
     runs,
+    run_length,
     batches,
     HEADS: tl.constexpr,
-    LEFT_RATIO: tl.constexpr,
-    RIGHT_RATIO: tl.constexpr,
+    RATIO: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    RUN: tl.constexpr,
     BACKWARDS: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    LAST: tl.constexpr,
+    STARTS: tl.constexpr,
+    LEAVES: tl.constexpr,
     HAS_PARTNER: tl.constexpr,
 ):
-    """Eq. (1) over one run of one head in one direction, a block of P: `local_states` and `carry` of
-    `chunked_scan`. BACKWARDS is the direction that goes from right to left.
+    """Eq. (1) over one run of some heads of a group in one direction, a block of N and P: `local_states` and
+    `carry` of `chunked_scan`. BACKWARDS is the direction that goes from right to left.
 
-    The LAST sweep starts from the joined states and stores what every chunk receives; the one before starts
-    from nothing and stores what a run leaves.
+    Columns are BLOCK_P of P for each of BLOCK_H heads, side by side: what heads share is loaded once. A sweep
+    that STARTS from given states stores what every chunk receives, another starts from nothing; one that
+    LEAVES stores what its run does.
     """
-    head = tl.program_id(0) % HEADS
-    run = tl.program_id(0) // HEADS
-    columns_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    group = tl.program_id(0) % (HEADS // RATIO)
+    first = tl.program_id(0) // (HEADS // RATIO) % tl.cdiv(RATIO, BLOCK_H) * BLOCK_H  # head of the group
+    run = tl.program_id(0) // (HEADS // RATIO * tl.cdiv(RATIO, BLOCK_H))
+    columns_p = tl.program_id(1) % tl.cdiv(P, BLOCK_P) * BLOCK_P
+    columns_n = tl.program_id(1) // tl.cdiv(P, BLOCK_P) * BLOCK_N + tl.arange(0, BLOCK_N)
     direction = tl.program_id(2) // batches
     batch = tl.cast(tl.program_id(2) % batches, tl.int64)
     line = tl.cast(tl.program_id(2), tl.int64)  # of all directions' rows
-    columns_n = tl.arange(0, BLOCK_N)
-    tile = columns_n[:, None] * P + columns_p[None, :]
-    inside = (columns_n < N)[:, None] & (columns_p < P)[None, :]
-    left = head_of(LEFT, batch, left_batch, head // LEFT_RATIO, left_head)
-    right = head_of(RIGHT, batch, right_batch, head // RIGHT_RATIO, right_head)
-    at_run = (line * runs + run) * HEADS + head
-    if LAST:
+    column = tl.arange(0, BLOCK_H * BLOCK_P)
+    member = first + column // BLOCK_P
+    head = group * RATIO + member
+    place = columns_p + column % BLOCK_P
+    tile = (head[None, :] * N + columns_n[:, None]) * P + place[None, :]
+    inside = (columns_n < N)[:, None] & ((place < P) & (member < RATIO))[None, :]
+    members = first + tl.arange(0, BLOCK_H)
+    shared = (members < RATIO)[None, :, None]
+    weights = ((group * RATIO + members) * CHUNK)[None, :, None] + tl.arange(0, CHUNK)[:, None, None]
+    columns_p = (columns_p + tl.arange(0, BLOCK_P))[None, None, :]
+    left = head_of(LEFT, batch, left_batch, group, left_head)
+    right = head_of(RIGHT, batch, right_batch, group, right_head)
+    at_run = (line * runs + run) * HEADS
+    state = tl.zeros([BLOCK_N, BLOCK_H * BLOCK_P], tl.float32)
+    if STARTS:
         state = tl.load(START + at_run * (N * P) + tile, mask=inside, other=0.0)
-    else:
-        state = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-    run_kept = 1.0
-    count = tl.minimum(RUN, chunks - run * RUN)
-    for step in range(0, count):
-        chunk = run * RUN + tl.where(direction == BACKWARDS, count - 1 - step, step)
-        at_chunk = (line * chunks + chunk) * HEADS + head
-        if LAST:
+    run_kept = tl.full([BLOCK_H * BLOCK_P], 1.0, tl.float32)
+    count = tl.minimum(run_length, chunks - run * run_length)
+    onwards = tl.where(direction == BACKWARDS, -1, 1)
+    chunk = run * run_length + tl.where(direction == BACKWARDS, count - 1, 0)
+    kept = tl.load(KEPT + (line * chunks + chunk) * HEADS + head, mask=member < RATIO, other=0.0)
+    for _ in range(0, count):
+        at_chunk = (line * chunks + chunk) * HEADS
+        following = tl.minimum(tl.maximum(chunk + onwards, 0), chunks - 1)  # a step ahead: the state waits
+        next_kept = tl.load(KEPT + (line * chunks + following) * HEADS + head, mask=member < RATIO, other=0.0)
+        if STARTS:
             entering = ENTERING + at_chunk * (N * P) + tile
             tl.store(entering, state.to(ENTERING.dtype.element_ty), mask=inside)
             if HAS_PARTNER:
                 partner = tl.load(PARTNER + at_chunk * (N * P) + tile, mask=inside, other=0.0)
-                product = tl.sum(tl.sum(state * partner.to(tl.float32), 1), 0)
-                tl.store(PRODUCT + at_chunk * tl.num_programs(1) + tl.program_id(1), product)
-        kept = tl.load(KEPT + at_chunk)
+                product = tl.sum(state * partner.to(tl.float32), 0).reshape(BLOCK_H, BLOCK_P)
+                where = (at_chunk + group * RATIO + members) * tl.num_programs(1) + tl.program_id(1)
+                tl.store(PRODUCT + where, tl.sum(product, 1), mask=members < RATIO)
         run_kept *= kept
-        state *= kept
-        for part in tl.static_range(0, CHUNK, ROWS):
-            rows, taken = token_rows(VALID, batch, chunk * CHUNK + part, length, ROWS, HAS_VALID)
-            weight = tl.load(WEIGHT + at_chunk * CHUNK + part + tl.arange(0, ROWS))
-            left_tile = load_tile(left, rows, left_token, columns_n, taken, N)
-            right_tile = load_tile(right, rows, right_token, columns_p, taken, P)
-            weighed = (right_tile.to(tl.float32) * weight[:, None]).to(right_tile.dtype)
-            state = add_product(tl.trans(left_tile), weighed, state)
-    if not LAST:
+        rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
+        # The weights come first: their product takes the layout of what is loaded last, whole rows of P.
+        weight = tl.load(WEIGHT + at_chunk * CHUNK + weights, mask=shared, other=0.0)
+        left_tile = load_tile(left, rows, left_token, columns_n, taken, N)
+        where = taken[:, None, None] & (columns_p < P)
+        right_tile = tl.load(right + rows[:, None, None] * right_token + columns_p, mask=where, other=0.0)
+        weighed = (weight * right_tile.to(tl.float32)).to(right_tile.dtype)
+        weighed = weighed.reshape(CHUNK, BLOCK_H * BLOCK_P)
+        state = add_product(tl.trans(left_tile), weighed, state * kept[None, :])
+        kept = next_kept
+        chunk += onwards
+    if LEAVES:
         tl.store(LEAVING + at_run * (N * P) + tile, state, mask=inside)
+    if not STARTS:
         if tl.program_id(1) == 0:
-            tl.store(RUN_KEPT + at_run, run_kept)
+            tl.store(RUN_KEPT + at_run + head, run_kept, mask=(member < RATIO) & (place == 0))
 
 
 @triton.jit
@@ -188,33 +208,46 @@ def sweep_states(
     """
     directions, batch, chunks, heads, _ = weight.shape
     sizes = (left.shape[-1], right.shape[-1])
-    run = run_length(chunks, heads * batch * directions)
+    blocks = sweep_blocks(*sizes, heads // left.shape[2], left.dtype)
+    sweep = Sweep(rows_of(left), rows_of(right), weight, kept, valid, blocks, 0 if turned else 1)
+    run = run_length(chunks, math.prod(sweep.grid(1)))
     runs = triton.cdiv(chunks, run)
     entering = left.new_empty(directions, batch, chunks, heads, *sizes)
+    final = left.new_empty(directions, batch, heads, *sizes, dtype=torch.float32)
+    if runs == 1:
+        states = torch.zeros_like(final)
+        if start is not None:
+            states[0] = start
+        return entering, final, sweep.launch(run, start=states, entering=entering, leaving=final, partner=partner)
     states = left.new_empty(directions, batch, runs, heads, *sizes, dtype=torch.float32)
     run_kept = kept.new_empty(directions, batch, runs, heads)
-    final = left.new_empty(directions, batch, heads, *sizes, dtype=torch.float32)
-    sweep = Sweep(rows_of(left), rows_of(right), weight, kept, valid, run, 0 if turned else 1)
-    sweep.launch(leaving=states, run_kept=run_kept)
+    sweep.launch(run, leaving=states, run_kept=run_kept)
     link_runs(states, run_kept, start, final, sweep.backwards)
-    product = sweep.launch(start=states, entering=entering, partner=partner)
-    return entering, final, product
+    return entering, final, sweep.launch(run, start=states, entering=entering, partner=partner)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The arguments that both sweeps share."""
+    """The arguments that all sweeps of a call share."""
 
     left: Tensor
     right: Tensor
     weight: Tensor
     kept: Tensor
     valid: Tensor | None
-    run: int  # chunks
+    blocks: tuple[int, int, int]  # `sweep_blocks`
     backwards: int  # the direction that goes from the last chunk to the first
+
+    def grid(self, runs: int) -> tuple[int, int, int]:
+        """Programs: groups, blocks of their heads and runs; blocks of N and P; rows of all directions."""
+        directions, batch, _, heads, _ = self.weight.shape
+        groups, block_n, block_h, block_p = self.left.shape[2], *self.blocks
+        block_count = triton.cdiv(self.left.shape[3], block_n) * triton.cdiv(self.right.shape[3], block_p)
+        return groups * triton.cdiv(heads // groups, block_h) * runs, block_count, batch * directions
 
     def launch(
         self,
+        run: int,
         *,
         start: Tensor | None = None,
         entering: Tensor | None = None,
@@ -222,16 +255,14 @@ class Sweep:
         run_kept: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor | None:
-        """Run `sweep_kernel`; returns the inner products with `partner`, (directions, B, K, H)."""
+        """Run `sweep_kernel`, `run` chunks a program; returns the inner products with `partner`, (directions,
+        B, K, H)."""
         directions, batch, chunks, heads, chunk = self.weight.shape
-        state, head_dim = self.left.shape[-1], self.right.shape[-1]
-        runs, kind = triton.cdiv(chunks, self.run), self.left.dtype
-        block = sweep_block(state, head_dim, kind, partner is not None)
-        blocks = triton.cdiv(head_dim, block)
-        product = None
+        runs, (block_n, block_h, block_p) = triton.cdiv(chunks, run), self.blocks
+        grid, product = self.grid(runs), None
         if partner is not None:
-            product = self.weight.new_empty(directions, batch, chunks, heads, blocks)
-        sweep_kernel[(heads * runs, blocks, batch * directions)](
+            product = self.weight.new_empty(directions, batch, chunks, heads, grid[1])
+        sweep_kernel[grid](
             self.left,
             self.right,
             self.weight,
@@ -247,39 +278,43 @@ class Sweep:
             length=self.left.shape[1],
             chunks=chunks,
             runs=runs,
+            run_length=run,
             batches=batch,
             HEADS=heads,
-            LEFT_RATIO=heads // self.left.shape[2],
-            RIGHT_RATIO=heads // self.right.shape[2],
-            N=state,
-            P=head_dim,
-            BLOCK_N=tile_size(state),
-            BLOCK_P=block,
+            RATIO=heads // self.left.shape[2],
+            N=self.left.shape[3],
+            P=self.right.shape[3],
+            BLOCK_N=block_n,
+            BLOCK_H=block_h,
+            BLOCK_P=block_p,
             CHUNK=chunk,
-            ROWS=part_size(kind, chunk),
-            RUN=self.run,
             BACKWARDS=self.backwards,
             HAS_VALID=self.valid is not None,
-            LAST=start is not None,
+            STARTS=start is not None,
+            LEAVES=leaving is not None,
             HAS_PARTNER=partner is not None,
-            num_warps=warps(state, block),
+            num_warps=warps(block_n, block_h * block_p),
             num_stages=3,
         )
         return None if product is None else product.sum(-1)
 
 
-def run_length(chunks: int, lines: int) -> int:
-    """Chunks per run: a power of two, as long as enough programs are left for `lines` heads and rows."""
+def run_length(chunks: int, programs: int) -> int:
+    """Chunks per run, for so many programs a run: all, if they fill a GPU; else a power of two, as long as
+    enough programs are left."""
+    if programs >= ENOUGH:
+        return chunks
     run = RUN
-    while run > 1 and triton.cdiv(chunks, run) * lines < PROGRAMS:
+    while run > 1 and triton.cdiv(chunks, run) * programs < PROGRAMS:
         run //= 2
     return run
 
 
-def sweep_block(state: int, head_dim: int, kind: torch.dtype, partnered: bool) -> int:
-    """How much of P a sweep carries at once: half of it where a partner takes registers too."""
-    block = min(tile_size(head_dim), BLOCKS[kind] * 128 // max(128, tile_size(state)))
-    return max(16, block // 2) if partnered else block
+def sweep_blocks(state: int, head_dim: int, ratio: int, kind: torch.dtype) -> tuple[int, int, int]:
+    """How much of N, how many heads of a group and how much of P of each a sweep carries at once."""
+    width = BLOCKS[kind]
+    heads = min(triton.next_power_of_2(ratio), max(1, width // NARROWEST))
+    return min(BLOCK_N[kind], tile_size(state)), heads, min(tile_size(head_dim), width // heads)
 
 
 def link_runs(states: Tensor, kept: Tensor, start: Tensor | None, final: Tensor, backwards: int) -> None:

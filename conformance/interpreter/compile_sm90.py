@@ -47,7 +47,7 @@ STRIDES = ("batch", "token", "head")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
 SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "KEEPS": True}
-SWEEP = {"LEFT_RATIO": 7, "RIGHT_RATIO": 7, "RUN": 32, "BACKWARDS": 1, "LAST": True}
+SWEEP = {"BACKWARDS": 1, "STARTS": True, "LEAVES": True}
 GRADIENT = {"gradient": True}
 CONV = {
     "CHANNELS": 4608,
@@ -81,7 +81,7 @@ KERNELS = {
     "sweep_runs": (
         "scan_states",
         "sweep_kernel",
-        SCAN | SWEEP | {"LAST": False},
+        SCAN | SWEEP | {"STARTS": False},
         None,
         3,
         {"WEIGHT": "*fp32"},
@@ -89,7 +89,7 @@ KERNELS = {
     "sweep_partner": (
         "scan_states",
         "sweep_kernel",
-        SCAN | SWEEP | GRADIENT | {"HAS_PARTNER": True},
+        SCAN | SWEEP | GRADIENT | {"HAS_PARTNER": True, "RATIO": 1},
         None,
         3,
         {"WEIGHT": "*fp32"},
@@ -158,7 +158,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     if "tiles" in chosen:
         known |= {"ROWS": chosen["tiles"].rows, "COLUMNS": chosen["tiles"].columns}
     if chosen["kernel"] == "sweep_kernel":
-        known["BLOCK_P"] = scan_states.sweep_block(size, size, scanned, known["HAS_PARTNER"])
+        blocks = scan_states.sweep_blocks(size, size, known["RATIO"], scanned)
+        known |= dict(zip(("BLOCK_N", "BLOCK_H", "BLOCK_P"), blocks, strict=True))
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}

@@ -60,7 +60,7 @@ def scan_arguments(length: int, heads: int, groups: int, state: int, head_dim: i
 
 
 def bidirectional_cases() -> Iterator[Arguments]:
-    for length, sizes in ((1, (2, 1, 3, 2)), (17, (2, 2, 4, 5)), (85, (4, 2, 5, 3))):
+    for length, sizes in ((1, (2, 1, 3, 2)), (17, (2, 2, 4, 5)), (85, (3, 1, 5, 3))):
         given = scan_arguments(length, *sizes)
         position = torch.arange(length).expand(2, length)
         segment = (position // 11 * 7 % 9).where(position % 11 > 1, -1)
@@ -194,6 +194,7 @@ def main(operator: str, dtype: torch.dtype) -> int:
     optimized.set_engine("triton")
     failed = 0
     for number, given in enumerate(CASES[operator]()):
+        scan_states.ENOUGH = (1, 10**6)[number % 2]  # without runs, with runs
         names, mask = given.pop("spoil", ((), None))
         own = results(getattr(reference, operator), rounded(given, dtype))
         truth = results(getattr(reference, operator), rounded(given, dtype, torch.float64))
