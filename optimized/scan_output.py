@@ -36,6 +36,8 @@ from .scan_tiles import (
     warps,
 )
 
+LARGEST_HELD = 128  # axis of states in bfloat16 that shared memory holds whole
+
 
 @triton.jit
 def output_kernel(
@@ -79,6 +81,8 @@ def output_kernel(
     STEP: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HELD: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
     HAS_SKIP: tl.constexpr,
@@ -104,18 +108,21 @@ def output_kernel(
     q = head_of(C, batch, c_batch, head, c_head)
     k = head_of(B, batch, b_batch, head // RATIO, b_head)
     v = head_of(X, batch, x_batch, head // RATIO, x_head)
-    state = FORWARD_STATE + at_chunk * (N * P)
-    y = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
-    y *= (tl.load(FORWARD_READ + at) * gate_of(FORWARD_GATE, at, HAS_VISION))[:, None]
-    if HAS_VISION:
-        state = BACKWARD_STATE + at_chunk * (N * P)
-        pulled = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
-        y += pulled * (tl.load(BACKWARD_READ + at) * tl.load(BACKWARD_GATE + at))[:, None]
+    forward_state = FORWARD_STATE + at_chunk * (N * P)
+    y = tl.zeros([ROWS, BLOCK_P], tl.float32)
+    if HELD:  # loads of what is used after the pairs, while nothing else waits
+        columns_n = tl.arange(0, STEP)
+        held_q = load_tile(q, rows, c_token, columns_n, taken, N)
+        held_forward = load_tile(forward_state, columns_n, P, columns, columns_n < N, P)
+        if HAS_VISION:
+            held_backward = load_tile(
+                BACKWARD_STATE + at_chunk * (N * P), columns_n, P, columns, columns_n < N, P
+            )
     at_segment = (batch * chunks + chunk) * CHUNK
-    for other in range(0, CHUNK // ROWS if HAS_VISION else part + 1):
-        j = other * ROWS + tl.arange(0, ROWS)
+    for other in range(0, CHUNK if HAS_VISION else (part + 1) * ROWS, COLUMNS):
+        j = other + tl.arange(0, COLUMNS)
         at_j = at_chunk * CHUNK + j
-        writers, written = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
+        writers, written = token_rows(VALID, batch, chunk * CHUNK + other, length, COLUMNS, HAS_VALID)
         weights = pair_products(q, c_token, rows, taken, k, b_token, writers, written, N, STEP, ROWS)
         weights *= pair_decay(
             i[:, None], j[None, :], FORWARD, BACKWARD, at[:, None], at_j[None, :], HAS_VISION
@@ -123,9 +130,25 @@ def output_kernel(
         before, together = pair_masks(i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION)
         weights *= pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at[:, None], HAS_VISION)
         weights *= tl.load(DT + at_j)[None, :]
+        if HAS_SKIP:  # a token writes to itself
+            weights += tl.where(i[:, None] == j[None, :], tl.load(D + head).to(tl.float32), 0.0)
         y = add_product(weights, load_tile(v, writers, x_token, columns, written, P), y)
-    if HAS_SKIP:
-        y += load_tile(v, rows, x_token, columns, taken, P).to(tl.float32) * tl.load(D + head).to(tl.float32)
+    read = tl.load(FORWARD_READ + at) * gate_of(FORWARD_GATE, at, HAS_VISION)
+    if HELD:
+        pulled = tl.dot(held_q, held_forward, input_precision="ieee")
+    else:
+        pulled = state_products(
+            q, c_token, rows, taken, forward_state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS
+        )
+    y += pulled * read[:, None]
+    if HAS_VISION:
+        read = tl.load(BACKWARD_READ + at) * tl.load(BACKWARD_GATE + at)
+        if HELD:
+            pulled = tl.dot(held_q, held_backward, input_precision="ieee")
+        else:
+            state = BACKWARD_STATE + at_chunk * (N * P)
+            pulled = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
+        y += pulled * read[:, None]
     real = rows < length
     where = real[:, None] & (columns < P)[None, :]
     place = (batch * length + rows) * HEADS + head
@@ -143,9 +166,20 @@ def output_kernel(
     tl.store(Y + place[:, None] * P + columns[None, :], y.to(Y.dtype.element_ty), mask=where)
 
 
-def most_registers(head_dim: int, dtype: torch.dtype) -> int | None:
-    """Few enough that two programs of eight warps share a multiprocessor and hide each other's loads."""
-    return 128 if dtype == torch.bfloat16 and warps(head_dim) == 8 else None
+def output_tiles(state: int, head_dim: int, dtype: torch.dtype, chunk: int) -> tuple[dict, dict]:
+    """Constants and options of `output_kernel`.
+
+    States that fit are loaded at once and held in shared memory, for all readers of a chunk: one program a
+    multiprocessor. Others go by steps of N, for a part of a chunk: with few enough registers, two programs
+    share a multiprocessor and hide each other's loads.
+    """
+    part, held = part_size(dtype, chunk), dtype == torch.bfloat16 and max(state, head_dim) <= LARGEST_HELD
+    rows, step = part, step_size(state, dtype)
+    if held:
+        rows, step = (chunk if warps(head_dim) == 8 else part), tile_size(state)
+    few = 128 if dtype == torch.bfloat16 and not held and warps(head_dim) == 8 else None
+    options = {"num_warps": warps(head_dim), "num_stages": 2 if held else 1, "maxnreg": few}
+    return {"ROWS": rows, "COLUMNS": part, "STEP": step, "HELD": held}, options
 
 
 @launching
@@ -195,8 +229,8 @@ def forward_heads(
     y_kept = torch.empty_like(y) if keep else y.new_empty(0)
     scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
     chunks, chunk = scalars.dt.shape[1], scalars.dt.shape[3]
-    rows = part_size(x.dtype, chunk)
-    output_kernel[(heads * (chunk // rows) * chunks, batch)](
+    tiles, options = output_tiles(state, head_dim, x.dtype, chunk)
+    output_kernel[(heads * (chunk // tiles["ROWS"]) * chunks, batch)](
         x,
         B,
         C,
@@ -216,14 +250,11 @@ def forward_heads(
         N=state,
         P=head_dim,
         BLOCK_P=tile_size(head_dim),
-        STEP=step_size(state, x.dtype),
-        ROWS=rows,
+        **tiles,
         HAS_SKIP=D is not None,
         HAS_ORDER=order is not None,
         HAS_NORM=norm_weight is not None,
         KEEPS=keep,
-        num_warps=warps(head_dim),
-        maxnreg=most_registers(head_dim, x.dtype),
-        num_stages=1,
+        **options,
     )
     return y, final_state[0], y_kept, scale

@@ -7,10 +7,11 @@ chunks.
     S(after chunk) = kept · S(before) + Σ_j weight_j left_j ⊗ right_j                                      (1)
 
 with left, right, weight = B, x, write for the scan (eqs. (4), (5) of `chunked_scan`) and C, ȳ, read for its
-gradient (eq. (2) of `chunked_scan_backward`). Chunks go one after the other inside a run, runs side by side:
-one sweep leaves what each run adds, `link_runs` joins them, a second sweep starts from the joined states and
-stores every chunk's. States are float32, and stored as the products that read them take them: in the dtype of
-the tokens.
+gradient (eq. (2) of `chunked_scan_backward`). A program takes chunks one after the other, for the heads of a
+group side by side, which share left and right. Where there are enough heads, rows and blocks of a state for a
+GPU, a program takes all chunks. Where there are not, runs of chunks go side by side: one sweep leaves what
+each run adds, `link_runs` joins them, a second sweep starts from the joined states. States are float32, and
+every chunk's is stored as the products that read it take it: in the dtype of the tokens.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from .scan_tiles import (
     warps,
 )
 
-ENOUGH = 64  # programs that sweep side by side without runs: a second sweep costs as much as half a GPU
+ENOUGH = 64  # programs, half a GPU: without runs they take as long as all of it with a second sweep
 RUN = 32  # chunks one after the other, at most, in runs
 PROGRAMS = 512  # that sweep runs side by side at least, if there are chunks enough
 BLOCK_N = {torch.bfloat16: 64, torch.float32: 128}  # of N
-BLOCKS = {torch.bfloat16: 128, torch.float32: 32}  # columns: of P, for some heads
-NARROWEST = 16  # of P
+BLOCKS = {torch.bfloat16: 128, torch.float32: 32}  # of P, for all heads that a program takes
+NARROWEST = 16  # of P, for each of them: what a load takes at once from memory
 LINKED = 512  # elements of a state that one program carries over the runs
 
 
@@ -119,7 +120,9 @@ def sweep_kernel(
     kept = tl.load(KEPT + (line * chunks + chunk) * HEADS + head, mask=member < RATIO, other=0.0)
     for _ in range(0, count):
         at_chunk = (line * chunks + chunk) * HEADS
-        following = tl.minimum(tl.maximum(chunk + onwards, 0), chunks - 1)  # a step ahead: the state waits
+        following = tl.minimum(
+            tl.maximum(chunk + onwards, 0), chunks - 1
+        )  # loaded a step ahead: a state waits
         next_kept = tl.load(KEPT + (line * chunks + following) * HEADS + head, mask=member < RATIO, other=0.0)
         if STARTS:
             entering = ENTERING + at_chunk * (N * P) + tile
@@ -143,9 +146,8 @@ def sweep_kernel(
         chunk += onwards
     if LEAVES:
         tl.store(LEAVING + at_run * (N * P) + tile, state, mask=inside)
-    if not STARTS:
-        if tl.program_id(1) == 0:
-            tl.store(RUN_KEPT + at_run + head, run_kept, mask=(member < RATIO) & (place == 0))
+    if not STARTS and tl.program_id(1) == 0:
+        tl.store(RUN_KEPT + at_run + head, run_kept, mask=(member < RATIO) & (place == 0))
 
 
 @triton.jit
@@ -218,7 +220,11 @@ def sweep_states(
         states = torch.zeros_like(final)
         if start is not None:
             states[0] = start
-        return entering, final, sweep.launch(run, start=states, entering=entering, leaving=final, partner=partner)
+        return (
+            entering,
+            final,
+            sweep.launch(run, start=states, entering=entering, leaving=final, partner=partner),
+        )
     states = left.new_empty(directions, batch, runs, heads, *sizes, dtype=torch.float32)
     run_kept = kept.new_empty(directions, batch, runs, heads)
     sweep.launch(run, leaving=states, run_kept=run_kept)

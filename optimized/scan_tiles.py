@@ -52,12 +52,22 @@ def decayed(exponent):
 
 
 @triton.jit
+def along(POINTER, at):
+    """Scalars of tokens along one axis of pairs, `at` (·, 1) or (1, ·). Loaded in that shape, each would be
+    loaded, and held in a register, once for every pair of a thread."""
+    if at.shape[0] == 1:
+        return tl.load(POINTER + at.reshape(at.shape[1]))[None, :]
+    else:
+        return tl.load(POINTER + at.reshape(at.shape[0]))[:, None]
+
+
+@triton.jit
 def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
     """Where readers i and writers j, places of one chunk along either axis, are a pair of the forward and of
     the backward direction."""
     together = j >= i
     if HAS_VISION:
-        together = together & (tl.load(SEGMENT + at + i) == tl.load(SEGMENT + at + j))
+        together = together & (along(SEGMENT, at + i) == along(SEGMENT, at + j))
     return j <= i, together
 
 
@@ -65,9 +75,9 @@ def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
 def pair_decay(i, j, FORWARD, BACKWARD, at_i, at_j, HAS_VISION: tl.constexpr):
     """What is left of j's write when i reads, in whichever direction: the exponentials of eq. (2) of
     `chunked_scan`."""
-    exponent = tl.load(FORWARD + at_i) - tl.load(FORWARD + at_j)
+    exponent = along(FORWARD, at_i) - along(FORWARD, at_j)
     if HAS_VISION:
-        exponent = tl.where(j <= i, exponent, tl.load(BACKWARD + at_j) - tl.load(BACKWARD + at_i))
+        exponent = tl.where(j <= i, exponent, along(BACKWARD, at_j) - along(BACKWARD, at_i))
     return decayed(exponent)
 
 
@@ -75,8 +85,8 @@ def pair_decay(i, j, FORWARD, BACKWARD, at_i, at_j, HAS_VISION: tl.constexpr):
 def pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at_i, HAS_VISION: tl.constexpr):
     """gF_i [j≤i] + gB_i [j≥i, one segment] of eq. (2)."""
     if HAS_VISION:
-        gates = tl.where(before, tl.load(FORWARD_GATE + at_i), 0.0)
-        return gates + tl.where(together, tl.load(BACKWARD_GATE + at_i), 0.0)
+        gates = tl.where(before, along(FORWARD_GATE, at_i), 0.0)
+        return gates + tl.where(together, along(BACKWARD_GATE, at_i), 0.0)
     else:
         return tl.where(before, 1.0, 0.0)
 
@@ -104,8 +114,8 @@ def pair_products(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """left_i · right_j of two parts of a chunk, (ROWS, ROWS): never the transpose of a product."""
-    total = tl.zeros([ROWS, ROWS], tl.float32)
+    """left_i · right_j of two parts of a chunk, (ROWS, rows of `right`): never the transpose of a product."""
+    total = tl.zeros([ROWS, right_rows.shape[0]], tl.float32)
     for start in range(0, SIZE, STEP):
         columns = start + tl.arange(0, STEP)
         left_tile = load_tile(left, left_rows, left_stride, columns, left_taken, SIZE)

@@ -160,6 +160,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     if chosen["kernel"] == "sweep_kernel":
         blocks = scan_states.sweep_blocks(size, size, known["RATIO"], scanned)
         known |= dict(zip(("BLOCK_N", "BLOCK_H", "BLOCK_P"), blocks, strict=True))
+    elif chosen["kernel"] == "output_kernel":
+        known |= scan_output.output_tiles(size, size, scanned, known["CHUNK"])[0]
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}
@@ -222,7 +224,9 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
         warps = text_step_kernels.WARPS[size > 64]
     options = {"num_warps": warps, "num_stages": stages}
     if name == "output":
-        options["maxnreg"] = scan_output.most_registers(size, scan_tiles.token_dtype(DTYPES[dtype]))
+        options = scan_output.output_tiles(size, size, scan_tiles.token_dtype(DTYPES[dtype]), fixed["CHUNK"])[
+            1
+        ]
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx, report = built.asm["ptx"], assembler_report(built.asm["ptx"])
     registers, stores, loads = (
