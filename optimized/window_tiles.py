@@ -35,6 +35,8 @@ def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
 
 SHARED_MEMORY = 162 * 1024  # bytes that a table's tiles take at most: more than a small GPU has
 SMALL = Tiles(64, 16, 4, 3)  # what fits there
+HELD_MEMORY = 224 * 1024  # bytes that keys and values held at once take at most: GPUs before Hopper have less
+REST_PROGRAMS = 4  # a multiprocessor, for the blocks that are not held: two run there at a time
 
 
 @triton.jit
@@ -83,6 +85,26 @@ def store_tile(base, tile, columns, real, SIZE: tl.constexpr):
     tl.store(base[:, None] + columns[None, :], tile.to(base.dtype.element_ty), mask=where)
 
 
+@triton.jit
+def turns_of_program(share, GROUPS: tl.constexpr, TURNS: tl.constexpr):
+    """A program's group; the `share` of TURNS that it takes, [first, last); its first block, and how far it is to
+    the next."""
+    shares = tl.cdiv(TURNS, share)
+    lanes = GROUPS * shares
+    lane = tl.program_id(0) % lanes
+    first = lane % shares * share
+    begin, step = tl.program_id(0) // lanes, tl.num_programs(0) // lanes
+    return lane // shares, first, tl.minimum(first + share, TURNS), begin, step
+
+
+@triton.jit
+def held(WINDOW, low, high, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """Say whether [low, high) are the places of one window, not fewer than a block's and KEYS at most."""
+    count = high - low
+    fits = (count >= BLOCK) & (count <= KEYS)
+    return fits & (tl.load(WINDOW + high - 1, mask=fits, other=-1) == low)
+
+
 def is_flat(tensor: Tensor) -> bool:
     """Say whether the rows of (B, L, ...) follow each other as evenly as their tokens do."""
     return tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
@@ -125,3 +147,50 @@ def launch(kernel, table: dict, heads: int, tensors: tuple[Tensor, ...], **argum
     sizes = {"ROWS": rows, "COLUMNS": chosen.columns}
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     kernel[(heads * blocks * (window_plan.BLOCK // rows),)](*tensors, **arguments, **sizes, **options)
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the GPU; of a CPU, whose interpreter runs programs in turn, a few."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+
+
+def keys_held(table: dict[torch.dtype, Tiles], tensor: Tensor) -> int:
+    """How many keys a program may hold at once; 0 where dtype or GPU do not allow it."""
+    if tensor.dtype not in table:
+        return 0
+    if tensor.is_cuda:
+        there = torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+        if there < HELD_MEMORY:
+            return 0
+    return table[tensor.dtype].columns
+
+
+def launch_held(kernel, table: dict, tensors: tuple[Tensor, ...], **arguments) -> None:
+    """A program for each block and group, or more of fewer heads while there are processors for them."""
+    chosen = table[tensors[0].dtype]
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    share, lanes, blocks = shares(tensors, 1, processors(tensors[0]))
+    kernel[(lanes * blocks,)](*tensors, share=share, **arguments, **options)
+
+
+def launch_rest(kernel, table: dict, tensors: tuple[Tensor, ...], KEYS: int, **arguments) -> None:
+    """A program for each part of a block and head; if others take most blocks, few programs, which look
+    at all."""
+    chosen = fitting(table, tensors[0])
+    rows = min(chosen.rows, window_plan.BLOCK)
+    programs = REST_PROGRAMS * processors(tensors[0]) if KEYS else 2**62
+    share, lanes, blocks = shares(tensors, window_plan.BLOCK // rows, programs)
+    sizes = {"ROWS": rows, "COLUMNS": chosen.columns, "KEYS": KEYS}
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    grid = (lanes * max(1, min(blocks, programs // lanes)),)
+    kernel[grid](*tensors, share=share, **arguments, **sizes, **options)
+
+
+def shares(tensors: tuple[Tensor, ...], parts: int, programs: int) -> tuple[int, int, int]:
+    """How many heads and parts of a block one of about so many `programs` takes in turn, how many programs
+    that makes for each block, and about how many blocks there are."""
+    q, k = tensors[:2]
+    turns = parts * (q.shape[2] // k.shape[2])
+    blocks = max(1, triton.cdiv(q.shape[0] * q.shape[1], window_plan.BLOCK))
+    share = triton.cdiv(turns, min(turns, max(1, programs // (k.shape[2] * blocks))))
+    return share, k.shape[2] * triton.cdiv(turns, share), blocks

@@ -61,7 +61,7 @@ CONV = {
     "HAS_START": True,
     "SCALES": True,
 }
-WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK}
+WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK, "KEYS": 256}
 TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
 TOKEN |= {"HAS_VALID": True}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
@@ -109,6 +109,7 @@ KERNELS = {
     "writer_x": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": True}, 8, 1, {}),
     "writer_b": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": False}, 8, 1, {}),
     "attend": ("window_kernels", "attend_kernel", WINDOW, window_kernels.FORWARD, None, PLAN),
+    "attend_held": ("window_kernels", "attend_held_kernel", WINDOW, window_kernels.HELD, None, PLAN),
     "query_gradient": (
         "window_kernels",
         "query_gradient_kernel",

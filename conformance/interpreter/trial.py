@@ -41,6 +41,7 @@ def shrink_blocks() -> None:
     window_plan.BLOCK = 32
     for table in (window_kernels.FORWARD, window_kernels.QUERY_GRADIENT, window_kernels.KEY_GRADIENT):
         table.update(dict.fromkeys(table, window_kernels.Tiles(16, 16, 4, 1)))
+    window_kernels.HELD.update(dict.fromkeys(window_kernels.HELD, window_kernels.Tiles(32, 64, 4, 1)))
 
 
 def numbers(*shape: int) -> Tensor:
@@ -100,6 +101,7 @@ def window_cases() -> Iterator[Arguments]:
         (1, 1, (1, 1)),
         (70, 9, (4, 2)),
         (70, 1, (2, 1)),
+        (110, 1, (3, 1)),
         (70, 3, (3, 1)),
         (5, 0, (2, 2)),
     ):
