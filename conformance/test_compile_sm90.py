@@ -31,6 +31,7 @@ PRODUCTS = {
     "writer_x": 4,
     "writer_b": 4,
     "attend": 2,
+    "attend_held": 2,
     "query_gradient": 3,
     "key_gradient": 4,
     "conv_forward": 0,
@@ -62,8 +63,10 @@ SIZES = {"bf16": (128, 64), "fp16": (128,), "fp32": (128,)}
 ALL_SIZES = (128, 64, 32, 16)
 # Bytes spilled. The first on purpose: with 128 registers two programs share a multiprocessor, and the kernel
 # takes 1.5 ms instead of 2.3 (64k tokens, H=28, G=4, N=P=128, bfloat16, one H100, triton 3.6, 2026-11-24).
-# The second by IEEE products, which no tensor core computes.
+# The second by IEEE products, which no tensor core computes. The last two are one register, outside the loop
+# over the heads, which triton 3.9 and 3.6 spill at one size each.
 SPILLED = {("output", "bf16", 128): 16, ("writer_b", "fp32", 128): 40}
+SPILLED |= {("attend_held", "bf16", 64): 4, ("attend_held", "bf16", 32): 4}
 
 
 def compiled(kernel: str, dtype: str, sizes: tuple[int, ...]) -> dict[str, dict[str, int]]:
@@ -77,7 +80,11 @@ def compiled(kernel: str, dtype: str, sizes: tuple[int, ...]) -> dict[str, dict[
 
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
-    [case for case in product(PRODUCTS, SIZES) if case[1] != "fp16" or case[0] not in SCAN],
+    [
+        case
+        for case in product(PRODUCTS, SIZES)
+        if case != ("attend_held", "fp32") and (case[1] != "fp16" or case[0] not in SCAN)
+    ],
 )
 def test_kernels_fit_a_hopper_multiprocessor(kernel, dtype, record_property, request):
     """P13, P14: no spills but those known, wgmma for every product, at most 227 KB of shared memory."""

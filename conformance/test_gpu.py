@@ -251,8 +251,12 @@ TILES = [
     ("loss_kernels.BLOCK", 256),
     ("window_plan.BLOCK", 64),
     *[
-        (f"window_kernels.{table}", sizes)
-        for table in ("FORWARD", "QUERY_GRADIENT", "KEY_GRADIENT")
+        (table, sizes)
+        for table in (
+            "window_kernels.FORWARD",
+            "window_gradients.QUERY_GRADIENT",
+            "window_gradients.KEY_GRADIENT",
+        )
         for sizes in ((16, 32, 4, 2), (32, 16, 4, 1))
     ],
 ]
@@ -267,7 +271,7 @@ def test_tiles_do_not_change_the_results(dtype, name, value):
     given = arguments(operator, dtype, heads=4, groups=2, head_dim=32, length=700)
     truth, own = results(operator, in_float64(given), "torch"), results(operator, given, "torch")
     if operator == "window_attention" and isinstance(value, tuple):
-        from linmu.optimized.window_kernels import Tiles
+        from linmu.optimized.window_tiles import Tiles
 
         value = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), Tiles(*value))
     with mock.patch(f"linmu.optimized.{name}", value):

@@ -38,7 +38,12 @@ def interpreted(*command: str, interpret: str = "1") -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize(
-    ("operator", "dtype"), [*product(OPERATORS, ("float32", "bfloat16")), ("bidirectional_scan", "float16")]
+    ("operator", "dtype"),
+    [
+        *product(OPERATORS, ("float32", "bfloat16")),
+        ("bidirectional_scan", "float16"),
+        ("window_attention", "float16"),
+    ],
 )
 def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
     done = interpreted(str(FOLDER / "interpreter" / "trial.py"), operator, dtype)
@@ -52,6 +57,12 @@ def test_a_block_of_kernels_equals_the_reference_in_the_interpreter(dtype):
     done = interpreted(str(FOLDER / "interpreter" / "trial_block.py"), dtype)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linmu.optimized: triton engine" in done.stderr
+
+
+def test_the_two_kernels_of_windows_share_the_tokens_in_the_interpreter():
+    """Blocks whose keys are held and all others: every o and lse is written once."""
+    done = interpreted(str(FOLDER / "interpreter" / "trial_windows.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -346,7 +346,7 @@ def window_attention_backward(
     if choose_engine("window_attention", q, q.shape[-1], v.shape[-1]) == "torch":
         grads = batched_windows.backward(o_grad, q, k, v, window_id, o, lse, scale)
     else:
-        grads = kernels("window_kernels").backward(o_grad, q, k, v, places, blocks, o, lse, scale)
+        grads = kernels("window_gradients").backward(o_grad, q, k, v, places, blocks, o, lse, scale)
     return like_inputs(grads, (q, k, v))
 
 

@@ -36,7 +36,10 @@ def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
 SHARED_MEMORY = 162 * 1024  # bytes that a table's tiles take at most: more than a small GPU has
 SMALL = Tiles(64, 16, 4, 3)  # what fits there
 HELD_MEMORY = 224 * 1024  # bytes that keys and values held at once take at most: GPUs before Hopper have less
-REST_PROGRAMS = 4  # a multiprocessor, for the blocks that are not held: two run there at a time
+HELD_PROGRAMS, REST_PROGRAMS = (
+    1,
+    4,
+)  # for each multiprocessor, of those that hold a window's keys and the others
 
 
 @triton.jit
@@ -87,8 +90,8 @@ def store_tile(base, tile, columns, real, SIZE: tl.constexpr):
 
 @triton.jit
 def turns_of_program(share, GROUPS: tl.constexpr, TURNS: tl.constexpr):
-    """A program's group; the `share` of TURNS that it takes, [first, last); its first block, and how far it is to
-    the next."""
+    """A program's group; the `share` of TURNS that it takes, [first, last); its first block, and the step to
+    its next."""
     shares = tl.cdiv(TURNS, share)
     lanes = GROUPS * shares
     lane = tl.program_id(0) % lanes
@@ -169,7 +172,7 @@ def launch_held(kernel, table: dict, tensors: tuple[Tensor, ...], **arguments) -
     """A program for each block and group, or more of fewer heads while there are processors for them."""
     chosen = table[tensors[0].dtype]
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    share, lanes, blocks = shares(tensors, 1, processors(tensors[0]))
+    share, lanes, blocks = shares(tensors, 1, HELD_PROGRAMS * processors(tensors[0]))
     kernel[(lanes * blocks,)](*tensors, share=share, **arguments, **options)
 
 

@@ -23,6 +23,7 @@ from linmu.optimized import (
     scan_states,
     scan_tiles,
     text_step_kernels,
+    window_gradients,
     window_kernels,
     window_plan,
 )
@@ -111,18 +112,18 @@ KERNELS = {
     "attend": ("window_kernels", "attend_kernel", WINDOW, window_kernels.FORWARD, None, PLAN),
     "attend_held": ("window_kernels", "attend_held_kernel", WINDOW, window_kernels.HELD, None, PLAN),
     "query_gradient": (
-        "window_kernels",
+        "window_gradients",
         "query_gradient_kernel",
         WINDOW,
-        window_kernels.QUERY_GRADIENT,
+        window_gradients.QUERY_GRADIENT,
         None,
         PLAN,
     ),
     "key_gradient": (
-        "window_kernels",
+        "window_gradients",
         "key_gradient_kernel",
         WINDOW,
-        window_kernels.KEY_GRADIENT,
+        window_gradients.KEY_GRADIENT,
         None,
         PLAN,
     ),
@@ -151,6 +152,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     sizes = scan_tiles.GRADIENT_CHUNKS if chosen.get("gradient") else scan_tiles.CHUNKS
     known |= {"CHUNK": sizes[scanned], "ROWS": scan_tiles.part_size(scanned, sizes[scanned])}
     known |= dict.fromkeys(axes, size) | steps | chosen
+    known |= {"FINE": dtype == "fp16"}
     known |= {"HALF": size // 2, "BLOCK_HALF": size // 2}
     if "rows" in chosen:  # the sizes of a projection are its own
         rows, outputs = chosen["rows"], text_step_kernels.OUTPUTS[chosen["rows"]]

@@ -1,0 +1,281 @@
+# ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
+"""Triton kernels for the gradients of window attention: ∂q, and ∂k with ∂v.
+
+Letters and equations as in `batched_windows`, the order of the tokens and its blocks in `window_plan`. A
+program takes a block of one head, or of one group, and walks over the tokens of all windows that the block
+touches. Heads are launched fastest: those of a group find its keys in the cache. Products of half-precision
+tokens take weights and their gradients in that precision too and sum in float32. lse is a power of two, as
+`window_kernels` gives it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launching
+from .scan_tiles import rows_of
+from .window_tiles import (
+    Tiles,
+    launch,
+    offsets,
+    part_of_block,
+    shared_arguments,
+    store_tile,
+    tile_at,
+    tiles,
+    tokens_at,
+)
+
+QUERY_GRADIENT = tiles(Tiles(64, 64, 4, 3), Tiles(16, 16, 8, 1))
+QUERY_GRADIENT[torch.float16] = Tiles(64, 32, 4, 3)  # two walks need more registers
+KEY_GRADIENT = tiles(Tiles(128, 32, 8, 3), Tiles(16, 16, 4, 1))
+
+
+@triton.jit
+def weighted_pairs(
+    q_tile,
+    g_tile,
+    k,
+    v,
+    TOKEN,
+    WINDOW,
+    window,
+    lse,
+    column,
+    high,
+    k_batch,
+    k_token,
+    v_batch,
+    v_token,
+    length,
+    scale,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """For a tile of queries and COLUMNS keys: p_ij, ō_i·v_j, whether i and j share a window, and the keys."""
+    row = column + tl.arange(0, COLUMNS)
+    seen = row < high
+    other, other_window = tokens_at(TOKEN, WINDOW, row, high)
+    k_place = offsets(other, length, k_batch, k_token, FLAT)
+    v_place = offsets(other, length, v_batch, v_token, FLAT)
+    k_tile = tile_at(k, k_place, tl.arange(0, BLOCK_N), seen, N)
+    v_tile = tile_at(v, v_place, tl.arange(0, BLOCK_P), seen, P)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    target = tl.dot(g_tile, tl.trans(v_tile), input_precision="ieee")
+    weights = tl.exp2(tl.minimum(scores * scale - lse[:, None], 0.0))
+    return weights, target, window[:, None] == other_window[None, :], k_tile
+
+
+@triton.jit
+def query_gradient_kernel(
+    Q,
+    K,
+    V,
+    OUT,
+    O_GRAD,
+    TOKEN,
+    WINDOW,
+    BLOCKS,
+    LSE,
+    LSE_AT,
+    DELTA_AT,
+    Q_GRAD,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    g_batch,
+    g_token,
+    g_head,
+    length,
+    count,
+    scale,
+    natural_scale,
+    HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLAT: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    """Eq. (2), q̄, for blocks of tokens of one head; and lse and ō·o in the order of the places, (H, B·L)."""
+    head = tl.cast(tl.program_id(0) % HEADS, tl.int64)
+    q, k, v = Q + head * q_head, K + head // RATIO * k_head, V + head // RATIO * v_head
+    columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    begin, programs = tl.program_id(0) // HEADS, tl.num_programs(0) // HEADS
+    items = tl.load(BLOCKS) * (BLOCK // ROWS)
+    following = part_of_block(BLOCKS, begin, ROWS, BLOCK)
+    for item in range(begin, items, programs):
+        start, end, low, high = following
+        following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
+        place = start + tl.arange(0, ROWS)
+        token, window = tokens_at(TOKEN, WINDOW, place, end)
+        taken = window >= 0
+        at = tl.cast(token, tl.int64) * HEADS + head
+        g_place = offsets(token, length, g_batch, g_token, FLAT)
+        g_tile = tile_at(O_GRAD + head * g_head, g_place, columns_p, taken, P)
+        lse = tl.load(LSE + at, mask=taken, other=0.0)
+        q_tile = tile_at(q, offsets(token, length, q_batch, q_token, FLAT), columns_n, taken, N)
+        if FINE:  # ō·o as Σ_j p_ij ō_i·v_j: where keys have a mean, float16's rounding of o shows
+            delta = tl.zeros([ROWS], tl.float32)
+            for column in range(low, high, COLUMNS):
+                weights, target, together, k_tile = weighted_pairs(
+                    q_tile, g_tile, k, v, TOKEN, WINDOW, window, lse, column, high,
+                    k_batch, k_token, v_batch, v_token, length, scale, N, P, BLOCK_N, BLOCK_P, COLUMNS, FLAT,
+                )  # fmt: skip
+                delta += tl.sum(tl.where(together, weights * target, 0.0), 1)
+        else:
+            o_tile = tile_at(OUT, at * P, columns_p, taken, P)
+            delta = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
+        tl.store(DELTA_AT + head * count + place, delta, mask=taken)
+        tl.store(LSE_AT + head * count + place, lse, mask=taken)
+        q_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        for column in range(low, high, COLUMNS):
+            weights, target, together, k_tile = weighted_pairs(
+                q_tile, g_tile, k, v, TOKEN, WINDOW, window, lse, column, high,
+                k_batch, k_token, v_batch, v_token, length, scale, N, P, BLOCK_N, BLOCK_P, COLUMNS, FLAT,
+            )  # fmt: skip
+            scores_grad = tl.where(together, weights * (target - delta[:, None]), 0.0)
+            q_grad = tl.dot(scores_grad.to(k_tile.dtype), k_tile, q_grad, input_precision="ieee")
+        store_tile(Q_GRAD + at * N, q_grad * natural_scale, columns_n, place < end, N)
+
+
+@triton.jit
+def key_gradient_kernel(
+    Q,
+    K,
+    V,
+    O_GRAD,
+    TOKEN,
+    WINDOW,
+    BLOCKS,
+    LSE_AT,
+    DELTA_AT,
+    K_GRAD,
+    V_GRAD,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    g_batch,
+    g_token,
+    g_head,
+    length,
+    count,
+    scale,
+    natural_scale,
+    HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """Eq. (2), k̄ and v̄, for blocks of tokens of one group: it walks over pairs of tokens and the
+    group's heads in one loop, adding nothing atomically."""
+    groups = HEADS // RATIO
+    group = tl.cast(tl.program_id(0) % groups, tl.int64)
+    columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    begin, programs = tl.program_id(0) // groups, tl.num_programs(0) // groups
+    items = tl.load(BLOCKS) * (BLOCK // ROWS)
+    following = part_of_block(BLOCKS, begin, ROWS, BLOCK)
+    for item in range(begin, items, programs):
+        start, end, low, high = following
+        following = part_of_block(BLOCKS, tl.minimum(item + programs, items - 1), ROWS, BLOCK)
+        place = start + tl.arange(0, ROWS)
+        token, window = tokens_at(TOKEN, WINDOW, place, end)
+        taken = window >= 0
+        k_place = offsets(token, length, k_batch, k_token, FLAT)
+        v_place = offsets(token, length, v_batch, v_token, FLAT)
+        k_tile = tile_at(K + group * k_head, k_place, columns_n, taken, N)
+        v_tile = tile_at(V + group * v_head, v_place, columns_p, taken, P)
+        k_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        v_grad = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        for step in range(0, RATIO * tl.cdiv(high - low, COLUMNS)):
+            head = group * RATIO + step % RATIO
+            row = low + step // RATIO * COLUMNS + tl.arange(0, COLUMNS)
+            seen = row < high
+            other, other_window = tokens_at(TOKEN, WINDOW, row, high)
+            q_place = offsets(other, length, q_batch, q_token, FLAT)
+            g_place = offsets(other, length, g_batch, g_token, FLAT)
+            q_tile = tile_at(Q + head * q_head, q_place, columns_n, seen, N)
+            g_tile = tile_at(O_GRAD + head * g_head, g_place, columns_p, seen, P)
+            lse = tl.load(LSE_AT + head * count + row, mask=seen, other=0.0)
+            delta = tl.load(DELTA_AT + head * count + row, mask=seen, other=0.0)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            target = tl.dot(v_tile, tl.trans(g_tile), input_precision="ieee")
+            weights = tl.exp2(tl.minimum(scores * scale - lse[None, :], 0.0))
+            weights = tl.where(window[:, None] == other_window[None, :], weights, 0.0)
+            scores_grad = weights * (target - delta[None, :])
+            v_grad = tl.dot(weights.to(g_tile.dtype), g_tile, v_grad, input_precision="ieee")
+            k_grad = tl.dot(scores_grad.to(q_tile.dtype), q_tile, k_grad, input_precision="ieee")
+        at = tl.cast(token, tl.int64) * groups + group
+        store_tile(K_GRAD + at * N, k_grad * natural_scale, columns_n, place < end, N)
+        store_tile(V_GRAD + at * P, v_grad, columns_p, place < end, P)
+
+
+@launching
+def backward(
+    o_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    places: Tensor,
+    blocks: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`batched_windows.backward` on Triton kernels: the gradients of q, k and v in the dtype of `q`."""
+    q, k, v, o_grad = (rows_of(tensor.to(q.dtype)) for tensor in (q, k, v, o_grad))
+    arguments = shared_arguments({"q": q, "k": k, "v": v, "g": o_grad}, places, blocks, scale)
+    arguments |= {"natural_scale": scale, "count": places.shape[1]}
+    sorted_lse, sorted_delta = lse.new_empty(2, q.shape[2], places.shape[1])
+    arguments |= {"LSE_AT": sorted_lse, "DELTA_AT": sorted_delta}
+    q_grad, k_grad, v_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    launch(
+        query_gradient_kernel,
+        QUERY_GRADIENT,
+        q.shape[2],
+        (q, k, v, o.contiguous(), o_grad),
+        LSE=lse.contiguous(),
+        Q_GRAD=q_grad,
+        FINE=q.dtype == torch.float16,  # bfloat16, whose bounds are wider, saves the time
+        **arguments,
+    )
+    launch(
+        key_gradient_kernel,
+        KEY_GRADIENT,
+        k.shape[2],
+        (q, k, v, o_grad),
+        K_GRAD=k_grad,
+        V_GRAD=v_grad,
+        **arguments,
+    )
+    return q_grad, k_grad, v_grad
