@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import ceil_div, launching, power_of_2
 from .scan_tiles import rows_of
 
 ROWS, COLUMNS = 32, 64
@@ -285,7 +285,7 @@ def flags(
 
 def grid(u: Tensor) -> tuple[int, int, int]:
     """Blocks of tokens, blocks of channels, rows of the batch."""
-    return triton.cdiv(u.shape[1], ROWS), triton.cdiv(u.shape[2], COLUMNS), u.shape[0]
+    return ceil_div(u.shape[1], ROWS), ceil_div(u.shape[2], COLUMNS), u.shape[0]
 
 
 @launching
@@ -320,7 +320,7 @@ def forward(
         *u.stride()[:2],
         length,
         scale,
-        BEFORE=triton.next_power_of_2(max(taps - 1, 1)),
+        BEFORE=power_of_2(max(taps - 1, 1)),
         **flags(taps, mask, bias, start, order, channels, scale),
     )
     return out, final
@@ -341,7 +341,7 @@ def gradient(
     """`conv.gradient` on a Triton kernel; partial sums are added in a fixed order."""
     u, out_grad = rows_of(u), rows_of(out_grad)
     batch, length, channels = u.shape
-    taps, parts = weight.shape[1], triton.cdiv(length, ROWS) * batch
+    taps, parts = weight.shape[1], ceil_div(length, ROWS) * batch
     start = None if initial_state is None else initial_state.float().contiguous()
     u_grad = u.new_empty(u.shape)
     weight_grad = u.new_empty(parts, taps, channels, dtype=torch.float32)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import launching, power_of_2
 from .scan_tiles import rows_of
 
 BLOCK = 2048
@@ -128,7 +128,7 @@ def arguments(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature
         "length": student.shape[1],
         "inverse": 1 / temperature,
         "SIZE": student.shape[2],
-        "BLOCK": min(BLOCK, triton.next_power_of_2(student.shape[2])),
+        "BLOCK": min(BLOCK, power_of_2(student.shape[2])),
         "HAS_MASK": mask is not None,
         "num_warps": 8,
     }

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import launching, power_of_2
 
 BLOCK = 1024
 
@@ -79,7 +79,7 @@ def mix_gradient_kernel(
 
 def block_of(width: int) -> int:
     """Columns that a program takes at a time."""
-    return min(BLOCK, triton.next_power_of_2(width))
+    return min(BLOCK, power_of_2(width))
 
 
 @launching

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import ceil_div, launching
 from .scan_tiles import head_of, load_tile, rows_of, stride_arguments, tile_size
 
 ROWS = 32
@@ -69,7 +69,7 @@ def norm_gradient(
     """`scan_heads.norm_gradient` on a Triton kernel; partial sums are added in a fixed order."""
     z_grad = rows_of(z_grad)
     batch, length, heads, head_dim = y.shape
-    blocks = triton.cdiv(length, ROWS)
+    blocks = ceil_div(length, ROWS)
     y_grad = torch.empty_like(y)
     parts = y.new_empty(batch * blocks, heads * head_dim, dtype=torch.float32)
     norm_gradient_kernel[(heads * blocks, batch)](

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import launching, power_of_2
 from .scan_tiles import rows_of
 
 
@@ -79,8 +79,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         length,
         HEADS=heads,
         HALF=size // 2,
-        BLOCK_HEADS=triton.next_power_of_2(heads),
-        BLOCK_HALF=triton.next_power_of_2(size // 2),
+        BLOCK_HEADS=power_of_2(heads),
+        BLOCK_HALF=power_of_2(size // 2),
         BACKWARD=backward,
         num_warps=4,
     )

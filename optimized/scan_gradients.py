@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import ceil_div, launching, power_of_2
 from .scan_readers import read_gradients
 from .scan_scalars import HEADS_AT_ONCE, Scalars, scan_scalars
 from .scan_states import sweep_states
@@ -168,8 +168,8 @@ def scalar_gradients(
     dt_grad = scalars.dt.new_empty(batch, length, heads)
     rate_grad = scalars.dt.new_empty(batch, chunks, heads)
     gate_grad = None if scalars.gates is None else torch.empty_like(dt_grad)
-    block = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
-    rates_kernel[(chunks, triton.cdiv(heads, block), batch)](
+    block = min(HEADS_AT_ONCE, power_of_2(heads))
+    rates_kernel[(chunks, ceil_div(heads, block), batch)](
         A,
         **scalars.arguments(),
         **scalars.by_direction("WRITE", scalars.write),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import ceil_div, power_of_2
 from .scan_masks import next_segment, vision_mask
 from .scan_tiles import as_bytes, decayed, token_rows
 
@@ -168,7 +169,7 @@ def scan_scalars(
         chunk: tokens per chunk.
     """
     batch, length, heads = dt.shape
-    chunks = triton.cdiv(length, chunk)
+    chunks = ceil_div(length, chunk)
     directions = 1 if segment is None else 2
 
     def empty(*shape: int) -> Tensor:
@@ -189,8 +190,8 @@ def scan_scalars(
         opens=opens,
         valid=as_bytes(valid),
     )
-    block = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
-    scalars_kernel[(chunks, triton.cdiv(heads, block), batch)](
+    block = min(HEADS_AT_ONCE, power_of_2(heads))
+    scalars_kernel[(chunks, ceil_div(heads, block), batch)](
         dt,
         A.contiguous(),
         gate,

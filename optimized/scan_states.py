@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import ceil_div, power_of_2
 from .scan_tiles import (
     add_product,
     head_of,
@@ -213,7 +214,7 @@ def sweep_states(
     blocks = sweep_blocks(*sizes, heads // left.shape[2], left.dtype)
     sweep = Sweep(rows_of(left), rows_of(right), weight, kept, valid, blocks, 0 if turned else 1)
     run = run_length(chunks, math.prod(sweep.grid(1)))
-    runs = triton.cdiv(chunks, run)
+    runs = ceil_div(chunks, run)
     entering = left.new_empty(directions, batch, chunks, heads, *sizes)
     final = left.new_empty(directions, batch, heads, *sizes, dtype=torch.float32)
     if runs == 1:
@@ -248,8 +249,8 @@ class Sweep:
         """Programs: groups, blocks of their heads and runs; blocks of N and P; rows of all directions."""
         directions, batch, _, heads, _ = self.weight.shape
         groups, block_n, block_h, block_p = self.left.shape[2], *self.blocks
-        block_count = triton.cdiv(self.left.shape[3], block_n) * triton.cdiv(self.right.shape[3], block_p)
-        return groups * triton.cdiv(heads // groups, block_h) * runs, block_count, batch * directions
+        block_count = ceil_div(self.left.shape[3], block_n) * ceil_div(self.right.shape[3], block_p)
+        return groups * ceil_div(heads // groups, block_h) * runs, block_count, batch * directions
 
     def launch(
         self,
@@ -264,7 +265,7 @@ class Sweep:
         """Run `sweep_kernel`, `run` chunks a program; returns the inner products with `partner`, (directions,
         B, K, H)."""
         directions, batch, chunks, heads, chunk = self.weight.shape
-        runs, (block_n, block_h, block_p) = triton.cdiv(chunks, run), self.blocks
+        runs, (block_n, block_h, block_p) = ceil_div(chunks, run), self.blocks
         grid, product = self.grid(runs), None
         if partner is not None:
             product = self.weight.new_empty(directions, batch, chunks, heads, grid[1])
@@ -311,7 +312,7 @@ def run_length(chunks: int, programs: int) -> int:
     if programs >= ENOUGH:
         return chunks
     run = RUN
-    while run > 1 and triton.cdiv(chunks, run) * programs < PROGRAMS:
+    while run > 1 and ceil_div(chunks, run) * programs < PROGRAMS:
         run //= 2
     return run
 
@@ -319,7 +320,7 @@ def run_length(chunks: int, programs: int) -> int:
 def sweep_blocks(state: int, head_dim: int, ratio: int, kind: torch.dtype) -> tuple[int, int, int]:
     """How much of N, how many heads of a group and how much of P of each a sweep carries at once."""
     width = BLOCKS[kind]
-    heads = min(triton.next_power_of_2(ratio), max(1, width // NARROWEST))
+    heads = min(power_of_2(ratio), max(1, width // NARROWEST))
     return min(BLOCK_N[kind], tile_size(state)), heads, min(tile_size(head_dim), width // heads)
 
 
@@ -327,9 +328,9 @@ def link_runs(states: Tensor, kept: Tensor, start: Tensor | None, final: Tensor,
     """`link_kernel` over (directions, B, R, H, N, P) `states`, overwritten; `final` receives the rest."""
     directions, batch, runs, heads = kept.shape
     size = states.shape[-2] * states.shape[-1]
-    block = min(triton.next_power_of_2(size), LINKED)
+    block = min(power_of_2(size), LINKED)
     start = None if start is None else start.to(torch.float32).contiguous()
-    link_kernel[(batch * heads, triton.cdiv(size, block), directions)](
+    link_kernel[(batch * heads, ceil_div(size, block), directions)](
         start,
         states,
         kept,

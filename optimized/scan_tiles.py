@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .engine import say_once
+from .launch import power_of_2
 
 CHUNKS = {torch.bfloat16: 128, torch.float32: 16}  # tokens between two states
 GRADIENT_CHUNKS = {torch.bfloat16: 64, torch.float32: 16}  # the same in the backward pass
@@ -159,7 +160,7 @@ def state_products(
 
 def tile_size(size: int) -> int:
     """The power of two, at least 16, that holds `size`: what a matrix product of tiles takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 def token_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import ceil_div, launching, power_of_2
 from .scan_tiles import rows_of
 
 BLOCK_P = 32
@@ -94,8 +94,8 @@ def advance(
     new_state = state if in_place else torch.empty_like(state)
     x, B, C = rows_of(x), rows_of(B), rows_of(C)
     y = x.new_empty(batch, heads, head_dim)
-    block = min(triton.next_power_of_2(head_dim), BLOCK_P)
-    step_kernel[(batch * heads, triton.cdiv(head_dim, block))](
+    block = min(power_of_2(head_dim), BLOCK_P)
+    step_kernel[(batch * heads, ceil_div(head_dim, block))](
         state,
         x,
         dt.contiguous(),
@@ -113,7 +113,7 @@ def advance(
         RATIO=heads // x.shape[1],
         N=size,
         P=head_dim,
-        BLOCK_N=triton.next_power_of_2(size),
+        BLOCK_N=power_of_2(size),
         BLOCK_P=block,
         HAS_SKIP=D is not None,
         HAS_VALID=valid is not None,

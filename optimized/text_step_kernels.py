@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import ceil_div, launching, power_of_2
 from .scan_tiles import rows_of
 
 ELEMENTS = {1: 4096, 2: 4096, 4: 8192}  # rows of the batch -> of a program's sums
@@ -280,10 +280,10 @@ def project(
     taken = u.new_empty(batch, 2 * grouped + inner)
     rate = u.new_empty(batch, heads, dtype=torch.float32)
     z = u.new_empty(0) if z_weight is None else u.new_empty(batch, inner)
-    rows = triton.next_power_of_2(batch)
+    rows = power_of_2(batch)
     outputs = OUTPUTS[rows]
     sizes = (grouped, grouped, inner, heads, 0 if z_weight is None else inner)
-    project_kernel[(sum(triton.cdiv(size, outputs) for size in sizes),)](
+    project_kernel[(sum(ceil_div(size, outputs) for size in sizes),)](
         u,
         *weights,
         dt_weight,
@@ -302,7 +302,7 @@ def project(
         INNER=inner,
         ROWS=rows,
         OUTPUTS=outputs,
-        STEP=min(ELEMENTS[rows] // (rows * outputs), triton.next_power_of_2(width)),
+        STEP=min(ELEMENTS[rows] // (rows * outputs), power_of_2(width)),
         HAS_BIAS=biases[0] is not None,
         HAS_Z=z_weight is not None,
         num_warps=4,
@@ -364,9 +364,9 @@ def advance(
         HEADS=heads,
         RATIO=heads // groups,
         P=size,
-        BLOCK_P=triton.next_power_of_2(size),
+        BLOCK_P=power_of_2(size),
         TAPS=taps,
-        ROWS=triton.next_power_of_2(max(taps, 1)),
+        ROWS=power_of_2(max(taps, 1)),
         HAS_BIAS=conv_bias is not None,
         HAS_NORM=norm_weight is not None,
         HAS_Z=z is not None,

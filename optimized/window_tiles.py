@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import window_plan
+from .launch import ceil_div
 from .scan_tiles import stride_arguments, tile_size
 
 LOG2_E = 1.4426950408889634
@@ -145,7 +146,7 @@ def fitting(table: dict[torch.dtype, Tiles], tensor: Tensor) -> Tiles:
 def launch(kernel, table: dict, heads: int, tensors: tuple[Tensor, ...], **arguments) -> None:
     """As many programs as there are blocks at least: some take two, for only the device knows how many."""
     chosen = fitting(table, tensors[0])
-    blocks = triton.cdiv(tensors[0].shape[0] * tensors[0].shape[1], window_plan.BLOCK)
+    blocks = ceil_div(tensors[0].shape[0] * tensors[0].shape[1], window_plan.BLOCK)
     rows = min(chosen.rows, window_plan.BLOCK)
     sizes = {"ROWS": rows, "COLUMNS": chosen.columns}
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
@@ -194,6 +195,6 @@ def shares(tensors: tuple[Tensor, ...], parts: int, programs: int) -> tuple[int,
     that makes for each block, and about how many blocks there are."""
     q, k = tensors[:2]
     turns = parts * (q.shape[2] // k.shape[2])
-    blocks = max(1, triton.cdiv(q.shape[0] * q.shape[1], window_plan.BLOCK))
-    share = triton.cdiv(turns, min(turns, max(1, programs // (k.shape[2] * blocks))))
-    return share, k.shape[2] * triton.cdiv(turns, share), blocks
+    blocks = max(1, ceil_div(q.shape[0] * q.shape[1], window_plan.BLOCK))
+    share = ceil_div(turns, min(turns, max(1, programs // (k.shape[2] * blocks))))
+    return share, k.shape[2] * ceil_div(turns, share), blocks
