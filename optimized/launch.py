@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .precision import without_autocast
 
+HOPPER = 227 * 1024
+
 
 def launching(function: Callable) -> Callable:
     """Run `function` with autocast off and the GPU of its first tensor current, which Triton launches on."""
@@ -32,3 +34,10 @@ def ceil_div(number: int, by: int) -> int:
 def power_of_2(least: int) -> int:
     """The smallest one from `least` on: as `triton.next_power_of_2`, likewise."""
     return 1 << max(0, least - 1).bit_length()
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes that a program may have on the tensor's GPU; a Hopper's where there is none, which interprets."""
+    if not tensor.is_cuda:
+        return HOPPER
+    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin

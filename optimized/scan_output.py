@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launching
+from .launch import HOPPER, launching, shared_memory
 from .scan_scalars import scan_scalars
 from .scan_states import sweep_states
 from .scan_tiles import (
@@ -37,6 +37,8 @@ from .scan_tiles import (
 )
 
 LARGEST_HELD = 128  # axis of states in bfloat16 that shared memory holds whole
+HELD_COLUMNS = 32  # writers at once then
+HELD_MEMORY = 115 * 1024  # bytes that it takes at most
 
 
 @triton.jit
@@ -166,20 +168,23 @@ def output_kernel(
     tl.store(Y + place[:, None] * P + columns[None, :], y.to(Y.dtype.element_ty), mask=where)
 
 
-def output_tiles(state: int, head_dim: int, dtype: torch.dtype, chunk: int) -> tuple[dict, dict]:
-    """Constants and options of `output_kernel`.
+def output_tiles(
+    state: int, head_dim: int, dtype: torch.dtype, chunk: int, shared: int = HOPPER
+) -> tuple[dict, dict]:
+    """Constants and options of `output_kernel`, for a part of a chunk and `shared` bytes of shared memory.
 
-    States that fit are loaded at once and held in shared memory, for all readers of a chunk: one program a
-    multiprocessor. Others go by steps of N, for a part of a chunk: with few enough registers, two programs
-    share a multiprocessor and hide each other's loads.
+    States that fit are loaded at once and held in shared memory. Others go by steps of N. Either way two
+    programs share a multiprocessor and hide each other's loads: by few warps, or by few registers.
     """
-    part, held = part_size(dtype, chunk), dtype == torch.bfloat16 and max(state, head_dim) <= LARGEST_HELD
-    rows, step = part, step_size(state, dtype)
+    part, fits = part_size(dtype, chunk), max(state, head_dim) <= LARGEST_HELD and shared >= HELD_MEMORY
+    held = fits and dtype == torch.bfloat16
     if held:
-        rows, step = (chunk if warps(head_dim) == 8 else part), tile_size(state)
-    few = 128 if dtype == torch.bfloat16 and not held and warps(head_dim) == 8 else None
-    options = {"num_warps": warps(head_dim), "num_stages": 2 if held else 1, "maxnreg": few}
-    return {"ROWS": rows, "COLUMNS": part, "STEP": step, "HELD": held}, options
+        columns, step, options = min(part, HELD_COLUMNS), tile_size(state), {"num_warps": 4, "num_stages": 2}
+    else:
+        few = 128 if dtype == torch.bfloat16 and warps(head_dim) == 8 else None
+        columns, step = part, step_size(state, dtype)
+        options = {"num_warps": warps(head_dim), "num_stages": 1, "maxnreg": few}
+    return {"ROWS": part, "COLUMNS": columns, "STEP": step, "HELD": held}, options
 
 
 @launching
@@ -229,7 +234,7 @@ def forward_heads(
     y_kept = torch.empty_like(y) if keep else y.new_empty(0)
     scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
     chunks, chunk = scalars.dt.shape[1], scalars.dt.shape[3]
-    tiles, options = output_tiles(state, head_dim, x.dtype, chunk)
+    tiles, options = output_tiles(state, head_dim, x.dtype, chunk, shared_memory(x))
     output_kernel[(heads * (chunk // tiles["ROWS"]) * chunks, batch)](
         x,
         B,

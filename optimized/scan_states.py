@@ -8,10 +8,10 @@ chunks.
 
 with left, right, weight = B, x, write for the scan (eqs. (4), (5) of `chunked_scan`) and C, ȳ, read for its
 gradient (eq. (2) of `chunked_scan_backward`). A program takes chunks one after the other, for the heads of a
-group side by side, which share left and right. Where there are enough heads, rows and blocks of a state for a
-GPU, a program takes all chunks. Where there are not, runs of chunks go side by side: one sweep leaves what
-each run adds, `link_runs` joins them, a second sweep starts from the joined states. States are float32, and
-every chunk's is stored as the products that read it take it: in the dtype of the tokens.
+group side by side where they share left and right. Where there are enough heads, rows and blocks of a state
+for a GPU, a program takes all chunks. Where there are not, runs of chunks go side by side: one sweep leaves
+what each run adds, `link_runs` joins them, a second sweep starts from the joined states. States are float32,
+and every chunk's is stored as the products that read it take it: in the dtype of the tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, power_of_2
+from .launch import ceil_div, power_of_2, shared_memory
 from .scan_tiles import (
     add_product,
     head_of,
@@ -36,12 +36,14 @@ from .scan_tiles import (
     warps,
 )
 
-ENOUGH = 64  # programs, half a GPU: without runs they take as long as all of it with a second sweep
+ENOUGH = 64  # programs of heads that share: without runs they take as long as a GPU full with a second sweep
 RUN = 32  # chunks one after the other, at most, in runs
 PROGRAMS = 512  # that sweep runs side by side at least, if there are chunks enough
-BLOCK_N = {torch.bfloat16: 64, torch.float32: 128}  # of N
+BLOCK_N = {torch.bfloat16: 64, torch.float32: 128}  # of N, for heads that share
+WHOLE_N = 128  # of N, for a head by itself
 BLOCKS = {torch.bfloat16: 128, torch.float32: 32}  # of P, for all heads that a program takes
 NARROWEST = 16  # of P, for each of them: what a load takes at once from memory
+STAGED_MEMORY = 200 * 1024  # bytes of shared memory that three steps of tokens take at most
 LINKED = 512  # elements of a state that one program carries over the runs
 
 
@@ -121,9 +123,7 @@ def sweep_kernel(
     kept = tl.load(KEPT + (line * chunks + chunk) * HEADS + head, mask=member < RATIO, other=0.0)
     for _ in range(0, count):
         at_chunk = (line * chunks + chunk) * HEADS
-        following = tl.minimum(
-            tl.maximum(chunk + onwards, 0), chunks - 1
-        )  # loaded a step ahead: a state waits
+        following = tl.minimum(tl.maximum(chunk + onwards, 0), chunks - 1)  # a step ahead: a state waits
         next_kept = tl.load(KEPT + (line * chunks + following) * HEADS + head, mask=member < RATIO, other=0.0)
         if STARTS:
             entering = ENTERING + at_chunk * (N * P) + tile
@@ -211,9 +211,10 @@ def sweep_states(
     """
     directions, batch, chunks, heads, _ = weight.shape
     sizes = (left.shape[-1], right.shape[-1])
-    blocks = sweep_blocks(*sizes, heads // left.shape[2], left.dtype)
+    ratio = heads // left.shape[2]
+    blocks = sweep_blocks(*sizes, ratio, left.dtype, partner is not None)
     sweep = Sweep(rows_of(left), rows_of(right), weight, kept, valid, blocks, 0 if turned else 1)
-    run = run_length(chunks, math.prod(sweep.grid(1)))
+    run = run_length(chunks, math.prod(sweep.grid(1)), ratio > 1)
     runs = ceil_div(chunks, run)
     entering = left.new_empty(directions, batch, chunks, heads, *sizes)
     final = left.new_empty(directions, batch, heads, *sizes, dtype=torch.float32)
@@ -221,11 +222,8 @@ def sweep_states(
         states = torch.zeros_like(final)
         if start is not None:
             states[0] = start
-        return (
-            entering,
-            final,
-            sweep.launch(run, start=states, entering=entering, leaving=final, partner=partner),
-        )
+        product = sweep.launch(run, start=states, entering=entering, leaving=final, partner=partner)
+        return entering, final, product
     states = left.new_empty(directions, batch, runs, heads, *sizes, dtype=torch.float32)
     run_kept = kept.new_empty(directions, batch, runs, heads)
     sweep.launch(run, leaving=states, run_kept=run_kept)
@@ -301,15 +299,15 @@ class Sweep:
             LEAVES=leaving is not None,
             HAS_PARTNER=partner is not None,
             num_warps=warps(block_n, block_h * block_p),
-            num_stages=3,
+            num_stages=3 if shared_memory(self.left) >= STAGED_MEMORY else 1,
         )
         return None if product is None else product.sum(-1)
 
 
-def run_length(chunks: int, programs: int) -> int:
+def run_length(chunks: int, programs: int, shared: bool) -> int:
     """Chunks per run, for so many programs a run: all, if they fill a GPU; else a power of two, as long as
     enough programs are left."""
-    if programs >= ENOUGH:
+    if programs >= (ENOUGH if shared else PROGRAMS):
         return chunks
     run = RUN
     while run > 1 and ceil_div(chunks, run) * programs < PROGRAMS:
@@ -317,9 +315,15 @@ def run_length(chunks: int, programs: int) -> int:
     return run
 
 
-def sweep_blocks(state: int, head_dim: int, ratio: int, kind: torch.dtype) -> tuple[int, int, int]:
-    """How much of N, how many heads of a group and how much of P of each a sweep carries at once."""
+def sweep_blocks(
+    state: int, head_dim: int, ratio: int, kind: torch.dtype, partnered: bool
+) -> tuple[int, int, int]:
+    """How much of N, how many heads of a group and how much of P of each a sweep carries at once: less of P
+    where a partner takes registers too."""
     width = BLOCKS[kind]
+    if ratio == 1:
+        block = min(WHOLE_N, tile_size(state)), 1, min(tile_size(head_dim), width)
+        return (*block[:2], max(16, block[2] // 2)) if partnered else block
     heads = min(power_of_2(ratio), max(1, width // NARROWEST))
     return min(BLOCK_N[kind], tile_size(state)), heads, min(tile_size(head_dim), width // heads)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import window_plan
-from .launch import ceil_div
+from .launch import ceil_div, shared_memory
 from .scan_tiles import stride_arguments, tile_size
 
 LOG2_E = 1.4426950408889634
@@ -137,10 +137,7 @@ def shared_arguments(tensors: dict[str, Tensor], places: Tensor, blocks: Tensor,
 def fitting(table: dict[torch.dtype, Tiles], tensor: Tensor) -> Tiles:
     """The tiles of a table for the dtype and the device of `tensor`."""
     chosen = table[tensor.dtype]
-    if tensor.is_cuda and chosen.rows > SMALL.rows:
-        there = torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
-        return chosen if there >= SHARED_MEMORY else SMALL
-    return chosen
+    return SMALL if chosen.rows > SMALL.rows and shared_memory(tensor) < SHARED_MEMORY else chosen
 
 
 def launch(kernel, table: dict, heads: int, tensors: tuple[Tensor, ...], **arguments) -> None:
@@ -160,13 +157,8 @@ def processors(tensor: Tensor) -> int:
 
 def keys_held(table: dict[torch.dtype, Tiles], tensor: Tensor) -> int:
     """How many keys a program may hold at once; 0 where dtype or GPU do not allow it."""
-    if tensor.dtype not in table:
-        return 0
-    if tensor.is_cuda:
-        there = torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
-        if there < HELD_MEMORY:
-            return 0
-    return table[tensor.dtype].columns
+    fits = tensor.dtype in table and shared_memory(tensor) >= HELD_MEMORY
+    return table[tensor.dtype].columns if fits else 0
 
 
 def launch_held(kernel, table: dict, tensors: tuple[Tensor, ...], **arguments) -> None:

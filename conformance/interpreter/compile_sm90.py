@@ -161,7 +161,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     if "tiles" in chosen:
         known |= {"ROWS": chosen["tiles"].rows, "COLUMNS": chosen["tiles"].columns}
     if chosen["kernel"] == "sweep_kernel":
-        blocks = scan_states.sweep_blocks(size, size, known["RATIO"], scanned)
+        blocks = scan_states.sweep_blocks(size, size, known["RATIO"], scanned, known["HAS_PARTNER"])
         known |= dict(zip(("BLOCK_N", "BLOCK_H", "BLOCK_P"), blocks, strict=True))
     elif chosen["kernel"] == "output_kernel":
         known |= scan_output.output_tiles(size, size, scanned, known["CHUNK"])[0]
