@@ -21,6 +21,15 @@ from .scan_writers import write_gradients
 
 
 @triton.jit
+def product_at(WRITTEN, WRITE, at, there):
+    """What tokens owe for their write, of the neighbour: sums of these leave the token itself out. Taken off
+    afterwards, a large product would leave the rounding of its sum.
+    """
+    written = tl.load(WRITTEN + at, mask=there, other=0.0)
+    return written * tl.load(WRITE + at, mask=there, other=0.0)
+
+
+@triton.jit
 def rates_kernel(
     A,
     DT,
@@ -76,10 +85,10 @@ def rates_kernel(
     if HAS_VISION:
         gated = read * tl.load(FORWARD_GATE + at, mask=real, other=0.0)
     written = tl.load(FORWARD_WRITTEN + at, mask=real, other=0.0)
-    wrote = written * tl.load(FORWARD_WRITE + at, mask=real, other=0.0)
     pairs = tl.load(FORWARD_ROWS + at, mask=real, other=0.0)
     pairs -= tl.load(FORWARD_COLUMNS + at, mask=real, other=0.0)
-    rate = tl.cumsum(gated + pairs, 0, reverse=True) + (tl.cumsum(wrote, 0) - wrote)
+    rate = tl.cumsum(gated + pairs, 0, reverse=True)
+    rate += tl.cumsum(product_at(FORWARD_WRITTEN, FORWARD_WRITE, at - 1, (place > 0) & real), 0)
     kept = tl.load(FORWARD_KEPT + at_chunk, mask=inside, other=0.0)
     rate += (kept * tl.load(FORWARD_PRODUCT + at_chunk, mask=inside, other=0.0))[None, :]
     end = tl.sum(tl.where(place == CHUNK - 1, forward, 0.0), 0)
@@ -92,10 +101,11 @@ def rates_kernel(
         read_back = tl.load(BACKWARD_READ + at, mask=real, other=0.0)
         gated = read_back * tl.load(BACKWARD_GATE + at, mask=real, other=0.0)
         written = tl.load(BACKWARD_WRITTEN + at, mask=real, other=0.0)
-        wrote = written * tl.load(BACKWARD_WRITE + at, mask=real, other=0.0)
         pairs = tl.load(BACKWARD_ROWS + at, mask=real, other=0.0)
         pairs -= tl.load(BACKWARD_COLUMNS + at, mask=real, other=0.0)
-        other = tl.cumsum(gated + pairs, 0) + (tl.cumsum(wrote, 0, reverse=True) - wrote)
+        other = tl.cumsum(gated + pairs, 0)
+        after = (place < CHUNK - 1) & real
+        other += tl.cumsum(product_at(BACKWARD_WRITTEN, BACKWARD_WRITE, at + 1, after), 0, reverse=True)
         kept = tl.load(BACKWARD_KEPT + at_chunk, mask=inside, other=0.0)
         other += (kept * tl.load(BACKWARD_PRODUCT + at_chunk, mask=inside, other=0.0))[None, :]
         rate += tl.where(segment >= 0, other, 0.0)

@@ -23,8 +23,15 @@ def require_shape(where: str, name: str, tensor: Tensor, shape: Sequence[int | N
     matches = tensor.ndim == len(shape) and all(
         wanted is None or wanted == size for wanted, size in zip(shape, tensor.shape, strict=True)
     )
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
-    require(matches, where, f"{name} must have shape ({letters}) = ({wanted})", tuple(tensor.shape))
+    if not matches:  # a compiler may know sizes by letters only, which have no text
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        require(False, where, f"{name} must have shape ({letters}) = ({wanted})", tuple(tensor.shape))
+
+
+def require_groups(where: str, heads: int, groups: int) -> None:
+    """Heads must be shared out evenly over groups."""
+    if groups < 1 or heads % groups:
+        require(False, where, "heads must be a multiple of groups", f"H={heads}, G={groups}")
 
 
 def require_float(where: str, **tensors: Tensor | None) -> None:

@@ -18,7 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import require, require_float, require_int64, require_mask, require_one_device, require_shape
+from .checks import (
+    require,
+    require_float,
+    require_groups,
+    require_int64,
+    require_mask,
+    require_one_device,
+    require_shape,
+)
 from .precision import accumulation_dtype, without_autocast
 
 
@@ -242,8 +250,7 @@ def check_scan(where: str, x, dt, A, B, C, *, mask, initial_state, mask_name: st
     require(length >= 1, where, "L must be at least 1", length)
     require_shape(where, "C", C, (batch, length, None, None), "B, L, H, N")
     heads, state = C.shape[2:]
-    ratio = f"H={heads}, G={groups}"
-    require(groups >= 1 and heads % groups == 0, where, "heads must be a multiple of groups", ratio)
+    require_groups(where, heads, groups)
     require_shape(where, "dt", dt, (batch, length, heads), "B, L, H")
     require_shape(where, "A", A, (heads,), "H")
     require_shape(where, "B", B, (batch, length, groups, state), "B, L, G, N")
@@ -271,8 +278,7 @@ def check_step(where: str, state, x, dt, A, B, C, D, valid) -> None:
     batch, groups, head_dim = x.shape
     require_shape(where, "C", C, (batch, None, None), "B, H, N")
     heads, size = C.shape[1:]
-    ratio = f"H={heads}, G={groups}"
-    require(groups >= 1 and heads % groups == 0, where, "heads must be a multiple of groups", ratio)
+    require_groups(where, heads, groups)
     require_shape(where, "dt", dt, (batch, heads), "B, H")
     require_shape(where, "A", A, (heads,), "H")
     require_shape(where, "B", B, (batch, groups, size), "B, G, N")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import require, require_float, require_int64, require_one_device, require_shape
+from .checks import require_float, require_groups, require_int64, require_one_device, require_shape
 from .precision import accumulation_dtype, without_autocast
 from .scan import repeat_groups
 
@@ -69,8 +69,7 @@ def check_window_attention(where: str, q, k, v, window_id) -> None:
     batch, length, heads, state = q.shape
     require_shape(where, "k", k, (batch, length, None, state), "B, L, G, N")
     groups = k.shape[2]
-    ratio = f"H={heads}, G={groups}"
-    require(groups >= 1 and heads % groups == 0, where, "heads must be a multiple of groups", ratio)
+    require_groups(where, heads, groups)
     require_shape(where, "v", v, (batch, length, groups, None), "B, L, G, P")
     require_int64(where, "window_id", window_id, (batch, length), "B, L")
     require_one_device(where, q=q, window_id=window_id)

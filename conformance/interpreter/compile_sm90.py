@@ -42,6 +42,7 @@ FLOAT32 = {
 INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS", "ROW"}
 INT32 = {"SEGMENT"}
 MASKS = {"VALID", "MASK"}
+LINEAR = re.compile(r"tensor<(\d+)x(\d+)x[a-z0-9]+, #linear")  # tiles, not scalars of tokens
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
 
@@ -152,7 +153,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     sizes = scan_tiles.GRADIENT_CHUNKS if chosen.get("gradient") else scan_tiles.CHUNKS
     known |= {"CHUNK": sizes[scanned], "ROWS": scan_tiles.part_size(scanned, sizes[scanned])}
     known |= dict.fromkeys(axes, size) | steps | chosen
-    known |= {"FINE": dtype == "fp16"}
+    known |= {"FINE": dtype != "fp32"}
     known |= {"HALF": size // 2, "BLOCK_HALF": size // 2}
     if "rows" in chosen:  # the sizes of a projection are its own
         rows, outputs = chosen["rows"], text_step_kernels.OUTPUTS[chosen["rows"]]
@@ -243,7 +244,7 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
         "shared": built.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma_sync": ptx.count("mma.sync"),
-        "linear_layouts": built.asm["ttgir"].count("ttg.linear"),
+        "linear_layouts": sum(min(map(int, sides)) > 1 for sides in LINEAR.findall(built.asm["ttgir"])),
     }
 
 
