@@ -237,7 +237,7 @@ def test_a_block_compiles_into_one_graph():
 TILES = [
     ("scan_tiles.CHUNKS", {torch.bfloat16: 32, torch.float32: 32}),
     ("scan_tiles.CHUNKS", {torch.bfloat16: 16, torch.float32: 64}),
-    ("scan_tiles.GRADIENT_CHUNKS", {torch.bfloat16: 128, torch.float32: 32}),
+    ("scan_tiles.GRADIENT_CHUNKS", {torch.bfloat16: 32, torch.float32: 32}),
     ("scan_tiles.STEPS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
     ("scan_states.BLOCKS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
     ("scan_states.RUN", 3),

@@ -140,7 +140,9 @@ def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight
     accumulate = accumulation_dtype(x.dtype)
     final_state = x.new_empty(batch, heads, state, x.shape[3], dtype=accumulate)
     keep = keep and norm_weight is not None
-    kept = x.new_empty((batch, length, heads, x.shape[3]) if keep else 0)
+    kept = x.new_empty(
+        (batch, length, heads, x.shape[3]) if keep else 0, dtype=torch_heads.kept_dtype(x.dtype)
+    )
     scale = x.new_empty((batch, length, heads) if keep else 0, dtype=accumulate)
     return x.new_empty(batch, length, heads, x.shape[3]), final_state, kept, scale
 

@@ -46,10 +46,8 @@ def rates_kernel(
     OPENS,
     FORWARD_PRODUCT,
     BACKWARD_PRODUCT,
-    FORWARD_ROWS,
-    BACKWARD_ROWS,
-    FORWARD_COLUMNS,
-    BACKWARD_COLUMNS,
+    FORWARD_SPANS,
+    BACKWARD_SPANS,
     FORWARD_READ,
     BACKWARD_READ,
     FORWARD_WRITTEN,
@@ -85,9 +83,7 @@ def rates_kernel(
     if HAS_VISION:
         gated = read * tl.load(FORWARD_GATE + at, mask=real, other=0.0)
     written = tl.load(FORWARD_WRITTEN + at, mask=real, other=0.0)
-    pairs = tl.load(FORWARD_ROWS + at, mask=real, other=0.0)
-    pairs -= tl.load(FORWARD_COLUMNS + at, mask=real, other=0.0)
-    rate = tl.cumsum(gated + pairs, 0, reverse=True)
+    rate = tl.load(FORWARD_SPANS + at, mask=real, other=0.0) + tl.cumsum(gated, 0, reverse=True)
     rate += tl.cumsum(product_at(FORWARD_WRITTEN, FORWARD_WRITE, at - 1, (place > 0) & real), 0)
     kept = tl.load(FORWARD_KEPT + at_chunk, mask=inside, other=0.0)
     rate += (kept * tl.load(FORWARD_PRODUCT + at_chunk, mask=inside, other=0.0))[None, :]
@@ -101,9 +97,7 @@ def rates_kernel(
         read_back = tl.load(BACKWARD_READ + at, mask=real, other=0.0)
         gated = read_back * tl.load(BACKWARD_GATE + at, mask=real, other=0.0)
         written = tl.load(BACKWARD_WRITTEN + at, mask=real, other=0.0)
-        pairs = tl.load(BACKWARD_ROWS + at, mask=real, other=0.0)
-        pairs -= tl.load(BACKWARD_COLUMNS + at, mask=real, other=0.0)
-        other = tl.cumsum(gated + pairs, 0)
+        other = tl.load(BACKWARD_SPANS + at, mask=real, other=0.0) + tl.cumsum(gated, 0)
         after = (place < CHUNK - 1) & real
         other += tl.cumsum(product_at(BACKWARD_WRITTEN, BACKWARD_WRITE, at + 1, after), 0, reverse=True)
         kept = tl.load(BACKWARD_KEPT + at_chunk, mask=inside, other=0.0)
@@ -186,10 +180,8 @@ def scalar_gradients(
         **scalars.by_direction("KEPT", scalars.kept),
         **scalars.by_direction("PRODUCT", products),
         OPENS=scalars.opens,
-        FORWARD_ROWS=read["FORWARD_ROWS"],
-        BACKWARD_ROWS=read["BACKWARD_ROWS"],
-        FORWARD_COLUMNS=written["FORWARD_COLUMNS"],
-        BACKWARD_COLUMNS=written["BACKWARD_COLUMNS"],
+        FORWARD_SPANS=read["FORWARD_SPANS"],
+        BACKWARD_SPANS=read["BACKWARD_SPANS"],
         FORWARD_READ=read["FORWARD_PULLED"],
         BACKWARD_READ=read["BACKWARD_PULLED"],
         FORWARD_WRITTEN=written["FORWARD_PULLED"],

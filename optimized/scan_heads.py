@@ -41,20 +41,28 @@ def forward_heads(
         eps: ε.
         keep: whether a gradient will be asked for.
     Returns:
-        z (B, L, H, P) in token order and the final state (B, H, N, P); for the gradient y (B, L, H, P) and σ
-        (B, L, H) in scan order, empty unless there is a norm and they are to be kept.
+        z (B, L, H, P) in token order and the final state (B, H, N, P); for the gradient y (B, L, H, P) in
+        `kept_dtype` and σ (B, L, H), in scan order, empty unless there is a norm and they are to be kept.
     """
     y, final_state = chunked_scan.forward(x, dt, A, B, C, gate, segment, valid, D, initial_state)
-    kept = [y.new_empty(0), y.new_empty(0, dtype=accumulation_dtype(y.dtype))]
+    types = kept_dtype(y.dtype), accumulation_dtype(y.dtype)
+    kept = [y.new_empty(0, dtype=dtype) for dtype in types]
     z = y
     if norm_weight is not None:
-        wide = y.to(kept[1].dtype)
+        wide = y.to(types[1])
         scale = torch.rsqrt(wide.square().mean(-1) + eps)
         z = (wide * scale[..., None] * norm_weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)
-        kept = [y, scale] if keep else kept
+        kept = [y.to(types[0]), scale] if keep else kept
     if order is not None:
         z = torch.empty_like(z).flatten(0, 1).index_copy_(0, flat(order), z.flatten(0, 1)).view(z.shape)
     return z, final_state, *kept
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What y and its gradient are handed on in: a norm leaves them all but orthogonal, and float16, whose
+    scan runs in float32 on a GPU, would round their product away.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @without_autocast

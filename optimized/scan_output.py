@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import HOPPER, launching, shared_memory
+from .scan_heads import kept_dtype
 from .scan_scalars import scan_scalars
 from .scan_states import sweep_states
 from .scan_tiles import (
@@ -231,7 +232,7 @@ def forward_heads(
     heads, state = C.shape[2:]
     keep = keep and norm_weight is not None
     y = x.new_empty(batch, length, heads, head_dim, dtype=dtype)
-    y_kept = torch.empty_like(y) if keep else y.new_empty(0)
+    y_kept = y.new_empty(y.shape if keep else 0, dtype=kept_dtype(dtype))
     scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
     chunks, chunk = scalars.dt.shape[1], scalars.dt.shape[3]
     tiles, options = output_tiles(state, head_dim, x.dtype, chunk, shared_memory(x))

@@ -86,8 +86,6 @@ def writer_kernel(
     X_GRAD,
     B_GRAD,
     DT_GRAD,
-    FORWARD_COLUMNS,
-    BACKWARD_COLUMNS,
     FORWARD_PULLED,
     BACKWARD_PULLED,
     x_batch,
@@ -141,8 +139,6 @@ def writer_kernel(
         grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
         dt = tl.load(DT + at)
         dt_grad = tl.zeros([ROWS], tl.float32)
-        forward_sum = tl.zeros([ROWS], tl.float32)
-        backward_sum = tl.zeros([ROWS], tl.float32)
         for other in range(0 if HAS_VISION else part, CHUNK // ROWS):
             i = other * ROWS + tl.arange(0, ROWS)
             at_i = at_chunk * CHUNK + i
@@ -165,16 +161,9 @@ def writer_kernel(
                 )
                 q_tile = load_tile(q, readers, c_token, columns_n, seen, N)
                 total = add_product(target * dt[:, None], q_tile, total)
-                spent = scores * target
-                dt_grad += tl.sum(spent, 1)
-                forward_sum += tl.sum(tl.where(j[:, None] < i[None, :], spent, 0.0), 1)
-                if HAS_VISION:
-                    backward_sum += tl.sum(tl.where(j[:, None] > i[None, :], spent, 0.0), 1)
+                dt_grad += tl.sum(scores * target, 1)
         if not OF_X:
             tl.store(DT_GRAD + at, dt_grad)
-            tl.store(FORWARD_COLUMNS + at, forward_sum * dt)
-            if HAS_VISION:
-                tl.store(BACKWARD_COLUMNS + at, backward_sum * dt)
         total += through_state(
             FORWARD_STATE + at_chunk * (N * P),
             FORWARD_WRITE + at,
@@ -235,14 +224,12 @@ def write_gradients(
 
     Returns:
         X_GRAD (B, L, G, P), B_GRAD (B, L, G, N), and (B, K, H, C) float32, None for a direction that is not
-        there: DT_GRAD at fixed dt A, of pairs inside chunks; FORWARD_COLUMNS and BACKWARD_COLUMNS, the column
-        sums of eq. (3); FORWARD_PULLED and BACKWARD_PULLED, B_jᵀ S̄ x_j, the write weight left out.
+        there: DT_GRAD at fixed dt A, of pairs inside chunks; FORWARD_PULLED and BACKWARD_PULLED, B_jᵀ S̄ x_j,
+        the write weight left out.
     """
     has_vision = scalars.gates is not None
-    always = ("DT_GRAD", "FORWARD_COLUMNS", "FORWARD_PULLED")
-    sometimes = ("BACKWARD_COLUMNS", "BACKWARD_PULLED")
-    results = {name: torch.empty_like(scalars.dt) for name in always}
-    results |= {name: torch.empty_like(scalars.dt) if has_vision else None for name in sometimes}
+    results = {name: torch.empty_like(scalars.dt) for name in ("DT_GRAD", "FORWARD_PULLED")}
+    results["BACKWARD_PULLED"] = torch.empty_like(scalars.dt) if has_vision else None
     results |= {"X_GRAD": x.new_empty(x.shape), "B_GRAD": B.new_empty(B.shape)}
     batch, chunks, heads, chunk = scalars.dt.shape
     groups, state, head_dim = x.shape[2], B.shape[3], x.shape[3]
