@@ -182,6 +182,20 @@ def test_nothing_that_fails_ends_a_run():
     assert found["broken", 16] == found["LinMU", 16] == "ok"
 
 
+def test_a_memory_fault_ends_what_comes_after_it():
+    """Every later line would fail, and seem to be at fault itself."""
+    case = partial(Case, "scan", size="s", passes="forward", length=8)
+    fault = type("AcceleratorError", (RuntimeError,), {})("CUDA error: an illegal memory access")
+    found = statuses(
+        [
+            case(method="peer", measure=failing(fault)),
+            case(method="LinMU", measure=timed_at(1.0), priority=1),
+        ]
+    )
+    assert found["peer", 8].startswith("failed: AcceleratorError")
+    assert found["LinMU", 8] == "not reached: peer at 8 tokens has broken this process's GPU"
+
+
 def test_a_budget_leaves_out_what_would_not_fit_and_cuts_off_what_does_not_end():
     case = partial(Case, "ttft", size="s", passes="decoder")
     found = statuses(

@@ -21,6 +21,7 @@ import torch
 from .timing import Timing
 
 OK = "ok"
+FAULT = "failed: AcceleratorError"  # after which no kernel of the process runs
 RUNS = 2  # of a call that takes long: one before it is timed, one timed
 
 
@@ -98,13 +99,16 @@ def measure_all(
     """
     start = time.perf_counter()
     before: dict[tuple, dict[str, Any]] = {}
+    fault = None
     for case in sorted(cases, key=lambda case: (case.priority, case.length)):
         left = None if budget is None else budget - (time.perf_counter() - start)
-        reason = reason_to_skip(case, before.get(case.series), left)
+        reason = fault or reason_to_skip(case, before.get(case.series), left)
         if reason is None:
             prepare(case)
         line = case.key() | ({"status": reason} if reason else attempt(case, left))
         before[case.series] = line
+        if fault is None and line["status"].startswith(FAULT):
+            fault = f"not reached: {case.method} at {case.length} tokens has broken this process's GPU"
         print(f"{time.perf_counter() - start:6.0f} s  {in_short(line)}", file=sys.stderr, flush=True)
         keep(line)
 

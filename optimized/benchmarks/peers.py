@@ -87,8 +87,12 @@ def mamba_both_ways(problem: ScanProblem) -> Tensor:
     """`mamba_chunk_scan_combined` on a batch of the sequence and its flip, as Hydra calls it."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    if problem.C.numel() >= INT32:
-        raise LeftOutError("left out: its int32 offsets overflow at L·H·P >= 2^31 (mamba #1015)")
+    if (
+        2 * problem.prompt.length * problem.C.shape[2] * MAMBA_CHUNK >= INT32
+    ):  # pairs of its chunks, both ways
+        raise LeftOutError(
+            f"left out: its int32 offsets overflow at 2·L·H·{MAMBA_CHUNK} >= 2^31 (mamba #1015)"
+        )
     x, B = repeated(problem)
     is_vision = problem.segment >= 0
     dt = torch.where(is_vision[..., None], problem.dt, 0)  # text neither writes nor decays backwards
@@ -154,7 +158,8 @@ PEERS = (
         "mamba_ssm",
         "mamba_ssm.ops.triton.ssd_combined",
         mamba_both_ways,
-        "mamba_ssm: B has as many groups as C; int32 offsets overflow at L·H·P >= 2^31 (mamba #1015).",
+        "mamba_ssm: B has as many groups as C; int32 offsets overflow (mamba #1015), first for pairs of a "
+        f"chunk, at 2·L·H·{MAMBA_CHUNK} >= 2^31: a memory fault that no later line of the run survives.",
     ),
     Peer(
         "Bi-Mamba2",
