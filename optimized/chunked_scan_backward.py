@@ -183,11 +183,12 @@ def slab_gradients(
 
 def through_states(side: Direction, read: Tensor, written: Tensor, passed: Tensor) -> Tensor:
     """ā (K, B, H, C) through the states: of what is read at or after a token and written before it, along the
-    direction, and of what passes the chunk, (K, B, H).
+    direction, and of what passes the chunk, (K, B, H). Sums without the token's own are shifted ones: its own
+    taken off would leave the rounding of a large one.
     """
     if side.reverse:
-        return read.cumsum(-1) + (reverse_cumsum(written) - written) + passed[..., None]
-    return reverse_cumsum(read) + (written.cumsum(-1) - written) + passed[..., None]
+        return read.cumsum(-1) + F.pad(reverse_cumsum(written)[..., 1:], (0, 1)) + passed[..., None]
+    return reverse_cumsum(read) + F.pad(written.cumsum(-1)[..., :-1], (1, 0)) + passed[..., None]
 
 
 def inside_chunks(slab: Chunks, y_grad: Tensor, D: Tensor | None) -> tuple:
