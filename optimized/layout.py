@@ -116,9 +116,9 @@ def numbered_windows(coords: Tensor, window_thw: tuple[int, int, int], shifted: 
     first, _ = spans(F.pad((ordered[1:] != ordered[:-1]).any(1), (1, 0), value=True))
     first_token = torch.empty_like(token).scatter_(0, token, token[first])  # of each token's window
     opens = (first_token == torch.arange(len(token), device=token.device)).view(vision.shape) & vision
-    number = opens.flatten().cumsum(0)[first_token].view(vision.shape) - 1
+    rank = opens.flatten().cumsum(0)[first_token].view(vision.shape) - 1
     before = opens.sum(1).cumsum(0) - opens.sum(1)  # windows of the rows before, (B,)
-    return torch.where(vision, number - before[:, None], -1)
+    return torch.where(vision, rank - before[:, None], -1)
 
 
 def number(keys: Tensor) -> Tensor:
@@ -133,6 +133,11 @@ def bounds(segment: Tensor, grid: Tensor, how: str) -> Tensor:
     return found.gather(0, index)
 
 
+def own_rows(vision: Tensor) -> Tensor:
+    """(B, L) bool -> int64: each token's place in the flattened batch, -1 where False."""
+    return torch.where(vision, torch.arange(vision.numel(), device=vision.device).view_as(vision), -1)
+
+
 @dataclass(frozen=True)
 class VisionTokens:
     """The tokens that Local-Swin computes: n of them, or all, in their order, where nearly all are vision."""
@@ -145,9 +150,9 @@ class VisionTokens:
     @classmethod
     def of(cls, window_id: Tensor, plan: tuple[Tensor, Tensor], vision: int) -> VisionTokens:
         """From windows (B, L), their plan, and how many tokens have one."""
-        place = torch.arange(window_id.numel(), device=window_id.device)
         if not 0 < vision <= NEARLY_ALL * window_id.numel():
-            return cls(None, torch.where(window_id >= 0, place.view_as(window_id), -1), window_id, plan)
+            return cls(None, own_rows(window_id >= 0), window_id, plan)
+        place = torch.arange(window_id.numel(), device=window_id.device)
         token, plan = without_text(plan, vision)
         row = torch.full_like(place, -1).scatter_(0, token, place[:vision]).view_as(window_id)
         return cls(token, row, plan[0][1:].long(), plan)
@@ -193,8 +198,7 @@ class VisionLayout(reference.VisionLayout):
     @property
     def vision_row(self) -> Tensor:
         """(B, L) int64: where each token stands in the flattened batch, -1 on text."""
-        place = torch.arange(self.segment.numel(), device=self.segment.device).view_as(self.segment)
-        return torch.where(self.is_vision, place, -1)
+        return self._once("vision row", lambda: own_rows(self.is_vision))
 
 
 def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:

@@ -44,7 +44,7 @@ class LocalSwin(reference.LocalSwin):
         same = layout.coords.shape[:2] == hidden_states.shape[:2]
         require(same, "LocalSwin", "layout must describe the same (B, L) as hidden_states", got)
         tokens = fast(layout).vision_tokens(self.config.window_thw, self.layer_index)
-        heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)
+        heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)  # what angles fit
         angles = checked_angles(heads, position_embeddings)
         angles = [tokens.taken(angle.expand(len(hidden_states), -1, -1)) for angle in angles]
         q, k, v = self.project_heads(tokens.taken(hidden_states))

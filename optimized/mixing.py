@@ -35,7 +35,7 @@ def gradient(
     wide = grad.to(logit.dtype)
     through = (wide * (flex.to(wide.dtype) - taken(local, row).to(wide.dtype))).sum(-1, keepdim=True)
     local_grad = local.new_zeros(local.flatten(0, -2).shape[0] + 1, local.shape[-1])
-    where = torch.where(row >= 0, row, -1).flatten() % len(local_grad)  # text goes to the row that is cut off
+    where = row.flatten() % len(local_grad)  # text goes to the last one, which is cut off
     local_grad[where] = ((1 - mix) * wide).to(local.dtype).flatten(0, 1)
     return (
         torch.where(vision, mix * wide, wide),

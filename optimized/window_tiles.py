@@ -28,6 +28,11 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
     """Tiles by the dtype of the tokens."""
@@ -37,10 +42,8 @@ def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
 SHARED_MEMORY = 162 * 1024  # bytes that a table's tiles take at most: more than a small GPU has
 SMALL = Tiles(64, 16, 4, 3)  # what fits there
 HELD_MEMORY = 224 * 1024  # bytes that keys and values held at once take at most: GPUs before Hopper have less
-HELD_PROGRAMS, REST_PROGRAMS = (
-    1,
-    4,
-)  # for each multiprocessor, of those that hold a window's keys and the others
+HELD_PROGRAMS = 1  # for each multiprocessor, of those that hold a window's keys
+REST_PROGRAMS = 4  # and of the others
 
 
 @triton.jit
@@ -146,8 +149,7 @@ def launch(kernel, table: dict, heads: int, tensors: tuple[Tensor, ...], **argum
     blocks = ceil_div(tensors[0].shape[0] * tensors[0].shape[1], window_plan.BLOCK)
     rows = min(chosen.rows, window_plan.BLOCK)
     sizes = {"ROWS": rows, "COLUMNS": chosen.columns}
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    kernel[(heads * blocks * (window_plan.BLOCK // rows),)](*tensors, **arguments, **sizes, **options)
+    kernel[(heads * blocks * (window_plan.BLOCK // rows),)](*tensors, **arguments, **sizes, **chosen.options)
 
 
 def processors(tensor: Tensor) -> int:
@@ -164,9 +166,8 @@ def keys_held(table: dict[torch.dtype, Tiles], tensor: Tensor) -> int:
 def launch_held(kernel, table: dict, tensors: tuple[Tensor, ...], **arguments) -> None:
     """A program for each block and group, or more of fewer heads while there are processors for them."""
     chosen = table[tensors[0].dtype]
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     share, lanes, blocks = shares(tensors, 1, HELD_PROGRAMS * processors(tensors[0]))
-    kernel[(lanes * blocks,)](*tensors, share=share, **arguments, **options)
+    kernel[(lanes * blocks,)](*tensors, share=share, **arguments, **chosen.options)
 
 
 def launch_rest(kernel, table: dict, tensors: tuple[Tensor, ...], KEYS: int, **arguments) -> None:
@@ -177,9 +178,8 @@ def launch_rest(kernel, table: dict, tensors: tuple[Tensor, ...], KEYS: int, **a
     programs = REST_PROGRAMS * processors(tensors[0]) if KEYS else 2**62
     share, lanes, blocks = shares(tensors, window_plan.BLOCK // rows, programs)
     sizes = {"ROWS": rows, "COLUMNS": chosen.columns, "KEYS": KEYS}
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     grid = (lanes * max(1, min(blocks, programs // lanes)),)
-    kernel[grid](*tensors, share=share, **arguments, **sizes, **options)
+    kernel[grid](*tensors, share=share, **arguments, **sizes, **chosen.options)
 
 
 def shares(tensors: tuple[Tensor, ...], parts: int, programs: int) -> tuple[int, int, int]:

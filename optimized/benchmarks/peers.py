@@ -87,12 +87,10 @@ def mamba_both_ways(problem: ScanProblem) -> Tensor:
     """`mamba_chunk_scan_combined` on a batch of the sequence and its flip, as Hydra calls it."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    if (
-        2 * problem.prompt.length * problem.C.shape[2] * MAMBA_CHUNK >= INT32
-    ):  # pairs of its chunks, both ways
-        raise LeftOutError(
-            f"left out: its int32 offsets overflow at 2·L·H·{MAMBA_CHUNK} >= 2^31 (mamba #1015)"
-        )
+    pairs = 2 * problem.prompt.length * problem.C.shape[2] * MAMBA_CHUNK  # of its chunks, both ways
+    if pairs >= INT32:
+        reason = f"its int32 offsets overflow at 2·L·H·{MAMBA_CHUNK} >= 2^31 (mamba #1015)"
+        raise LeftOutError(f"left out: {reason}")
     x, B = repeated(problem)
     is_vision = problem.segment >= 0
     dt = torch.where(is_vision[..., None], problem.dt, 0)  # text neither writes nor decays backwards

@@ -2,8 +2,8 @@
 
 On a GPU: everything is run once before (compilation, autotuning), then device events stand around each of
 many queued runs, with the L2 cache flushed between them. On a CPU: wall clock. The median counts; the spread
-is the distance between the 20th and 80th percentiles over the median. Where the caller says so, a
-call that takes very long is run once: what its first run costs beside is lost in it.
+is the distance between the 20th and 80th percentiles over the median. Where the caller says so, a call that
+takes very long is run once: what its first run costs beside is lost in it.
 """
 
 from __future__ import annotations
