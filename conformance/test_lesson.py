@@ -22,6 +22,7 @@ from linmu.reference import (
 )
 from linmu.reference.hosting import decoder_layers
 from linmu.reference.lesson import supervised
+from linmu.reference.training.memory import recompute_layers
 
 ALONE = Objective(mixer=1.0, inputs="teacher")
 TOGETHER = Objective(mixer=1.0, block=0.5, logits=2.0, end_to_end=True)
@@ -256,9 +257,30 @@ def test_gradient_checkpointing_changes_no_gradient(pair, objective):
 
     pair.student.train()
     plain = gradients()
-    pair.student.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(pair.student)
     for expected, got in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("objective", [ALONE, TOGETHER], ids=["on teacher's states", "end to end"])
+def test_recomputed_layers_send_no_gradient_to_the_frozen_tower(pair, objective):
+    """On the teacher's states none through the teacher's layers either: they learn nothing."""
+    pair.adapt()
+    pair.student.requires_grad_(False)
+    for layer in decoder_layers(pair.student):
+        layer.self_attn.mixer.requires_grad_(True)
+    pair.student.train()
+    recompute_layers(pair.student)
+    entered = []
+
+    def keep(module, args, kwargs) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    layers = decoder_layers(pair.student)
+    for layer in layers if objective is ALONE else layers[:1]:
+        layer.register_forward_pre_hook(keep, with_kwargs=True)
+    pair.lesson(objective)(labels=pair.labels, **pair.inputs)
+    assert entered and not any(hidden.requires_grad for hidden in entered)
 
 
 def test_pictures_are_encoded_once_for_both(pair):

@@ -74,6 +74,14 @@ def test_what_is_tuned_is_the_students_alone(tune):
     assert not torch.allclose(before["student"], after["student"], atol=1e-2)
 
 
+def test_adapters_ask_for_no_gradient_of_the_embeddings():
+    """With recomputed layers peft would, and the frozen vision tower would be differentiated too."""
+    run = opened("--gradient_checkpointing")
+    run.add_adapters()
+    run.set_free(distill.stage_of("iii", run.config))
+    assert not run.student.get_input_embeddings()(torch.tensor([[0]])).requires_grad
+
+
 def test_a_random_start_keeps_nothing_of_attention():
     own, random = (
         {name: p.detach() for name, p in opened("--init", init).student.named_parameters()}

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ...reference.training.memory import leave_inputs_alone, recompute_layers
 from ...reference.training.stage_trainer import Stage
 from ..convert import convert
 from ..lesson import Lesson, Objective, attach_teacher
@@ -64,6 +65,7 @@ def measure_step(pair: Pair, stage: Stage, length: int, setting: Setting) -> dic
     student = taught_student(pair, setting)
     if stage.lr_lora:
         get_peft_model(student, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MLPS))
+        leave_inputs_alone(student)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(any(part in name for part in stage.trained))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -88,7 +90,7 @@ def taught_student(pair: Pair, setting: Setting) -> nn.Module:
     for name, parameter in student.named_parameters():
         if ".mixer." in name:
             parameter.data = parameter.data.float()
-    student.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(student)
     return student
 
 

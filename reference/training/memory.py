@@ -1,4 +1,5 @@
-"""What a stage needs of memory: weights, what training them adds, and what one pass keeps.
+"""What a stage needs of memory: weights, what training them adds, and what one pass keeps; and how to keep
+less.
 
     peak = weights + trainable states + activations                                                     (1)
     trainable states = 3 times the trained tensors: gradient and AdamW's two moments, in their own dtype (2)
@@ -16,11 +17,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..lesson import Lesson
 
 GIB = 2**30
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def recompute_layers(student: PreTrainedModel) -> None:
+    """Let every layer keep its input only and run again in the backward pass, where something is trained."""
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    leave_inputs_alone(student)
+
+
+def leave_inputs_alone(student: PreTrainedModel) -> None:
+    """Undo what transformers and peft do for recomputed layers: ask for the gradient of the embeddings and of
+    the pixels. Only checkpoints of the old kind need it; here it would send gradients through the frozen
+    vision tower and through the teacher's pass.
+    """
+    student.disable_input_require_grads()
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from .conversations import InOrder, skipped
 from .data import in_order, open_data
 from .description import about_stage, about_student
 from .evaluation import evaluate, table
+from .memory import leave_inputs_alone, recompute_layers
 from .plots import plot_layers, plot_losses
 from .progress import Progress
 from .samples import Encoder
@@ -119,7 +120,7 @@ class Run:
                 parameter.data = parameter.data.float()
         start(student, self.config)
         if self.config.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(student)
         return student
 
     def lesson(self, objective: Objective = Objective(mixer=1.0, inputs="teacher")) -> Lesson:  # noqa: B008
@@ -235,6 +236,7 @@ class Run:
         """Adapters, or tuned copies, of the decoder's MLPs."""
         set_seed(self.config.seed)
         self.adapters = get_peft_model(self.student, tuner(self.student, self.config))
+        leave_inputs_alone(self.student)
         for name, parameter in self.student.named_parameters():
             if any(part in name for part in (LORA, COPY)):
                 parameter.data = parameter.data.float()
