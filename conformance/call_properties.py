@@ -34,11 +34,14 @@ def check_matches_the_reference(backend: Any, case: Any, gradients: bool = True)
     inputs, sound = case.inputs(), operator_of(reference, case)
     truth = evaluate(sound, in_float64(inputs), gradients)
     own = evaluate(sound, inputs, gradients)
-    sizes = None
-    if gradients:
-        run = partial(evaluate, sound, in_float64(inputs), gradients)
-        sizes = partial(sizes_of_sums, lambda draw: run(draw=draw))
+    sizes = partial(sizes_of_gradients, case, inputs) if gradients else None
     assert_matches(evaluate(operator_of(backend, case), inputs, gradients), truth, own, case, sizes)
+
+
+def sizes_of_gradients(case: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """`sizes_of_sums` of the reference's operator."""
+    wide, sound = in_float64(inputs), operator_of(reference, case)
+    return sizes_of_sums(lambda draw: evaluate(sound, wide, gradients=True, draw=draw))
 
 
 def check_strides_do_not_matter(backend: Any, case: Any) -> None:

@@ -3,9 +3,8 @@
     error(got, truth) <= max(2 · error(the reference in the same dtype, truth), floor · size of the truth)
 
 The truth is the reference in float64 on the same rounded inputs. Its size is that of what is summed where a
-test says so: a sum over tokens that cancels resolves, in half precision, less than its terms do. Both the
-root mean square of the error and its maximum are bounded, so that neither a small error everywhere nor one
-wrong row can hide.
+test says so: a sum over tokens that cancels resolves less than its terms do. Both the root mean square of the
+error and its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from torch import Tensor
 
 # Root mean square of the error over that of the truth; maximum over maximum may be four times as much.
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-HALF = (torch.float16, torch.bfloat16)
 MAXIMUM_OVER_RMS = 4.0
 TINY = 1e-30
 PER_TOKEN = {"x", "dt", "B", "C", "gate", "u", "q", "k", "v", "student", "teacher", "hidden_states"}
@@ -39,7 +37,7 @@ def assert_matches(
         truth: results of the reference on the same inputs in float64.
         own: results of the reference on the same inputs in their own dtypes.
         case: what was run; its repr goes into the message.
-        sizes: what `sums.sizes_of_sums` says of this case; asked in half precision, if an error is large.
+        sizes: what `sums.sizes_of_sums` says of this case; asked if an error is large.
     Raises:
         AssertionError: naming shape, dtype, or the worst element, the case and a command that reproduces it.
     """
@@ -48,20 +46,34 @@ def assert_matches(
     for name, tensor in got.items():
         check_form(name, tensor, own[name], case)
         check = partial(check_errors, name, tensor, truth[name], case, floor=FLOORS[precision], own=own[name])
-        try:
-            check()
-        except AssertionError:
-            if sizes is None or precision not in HALF:
-                raise
-            check(size=sizes().get(name))
+        check_sized(check, name, sizes)
 
 
-def assert_same(got: Results, want: Results, case: Any, factor: float = 1.0) -> None:
-    """Two results of one backend that must agree up to rounding, in shape and dtype exactly."""
+def assert_same(
+    got: Results,
+    want: Results,
+    case: Any,
+    factor: float = 1.0,
+    sizes: Callable[[], Results] | None = None,
+) -> None:
+    """Two results of one backend that must agree up to rounding, in shape and dtype exactly; `sizes` as in
+    `assert_matches`."""
     assert set(got) == set(want), report(f"results must be {sorted(want)}, got {sorted(got)}", case)
+    floor = factor * FLOORS[coarsest(want, case)]
     for name, tensor in got.items():
         check_form(name, tensor, want[name], case)
-        check_errors(name, tensor, want[name], case, floor=factor * FLOORS[coarsest(want, case)])
+        check_sized(partial(check_errors, name, tensor, want[name], case, floor=floor), name, sizes)
+
+
+def check_sized(check: Callable, name: str, sizes: Callable[[], Results] | None) -> None:
+    """Run a `check_errors`; if it fails, again with the size of what is summed, if there is one."""
+    try:
+        check()
+    except AssertionError:
+        size = None if sizes is None else sizes().get(name)
+        if size is None:
+            raise
+        check(size=size)
 
 
 def assert_close(got: Results, want: Results, case: Any, tolerance: float) -> None:

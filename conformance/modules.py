@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from compare import Results, assert_matches, cotangent
@@ -15,7 +17,7 @@ from strategies import COMPILED, DTYPES, EXACT, SEEDS, Numbers, dtypes
 from sums import sizes_of_sums
 from torch import Tensor, nn
 
-from linmu.reference import LinMUConfig, VisionLayout
+from linmu.reference import LinMUConfig, VisionLayout, flex_ma
 
 WIDTH = 6
 IN_MODEL_DTYPE = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "z_proj")
@@ -136,10 +138,30 @@ def truth_and_own(
 
 
 def sizes(reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]) -> Results:
-    """`sizes_of_sums` of the reference with these parameters."""
+    """`sizes_of_sums` of the reference with these parameters, of its gradients with `constant_norms` too."""
     module = initial(reference, name, case)
     module.load_state_dict(state)
-    return sizes_of_sums(partial(run_with_gradients, module.double(), name, RoundedCase(case)))
+    run = partial(run_with_gradients, module.double(), name, RoundedCase(case))
+    found = sizes_of_sums(run)
+    with constant_norms():
+        terms = sizes_of_sums(run)
+    return {key: torch.maximum(size, terms[key]) for key, size in found.items()}
+
+
+@contextmanager
+def constant_norms() -> Iterator[None]:
+    """Within, the reference's norm of each head counts as a constant factor.
+
+    The norm takes off what a gradient has along y. A text token that sees no other one has all of it there,
+    so what is left for the scan is the rounding of what was taken off: that is the size to measure it by.
+    """
+
+    def scaled(y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        factor = torch.rsqrt(y.detach().square().mean(-1, keepdim=True) + eps)
+        return y * factor * weight.view(y.shape[2:])
+
+    with mock.patch.object(flex_ma, "rms_norm_per_head", scaled):
+        yield
 
 
 class RoundedCase:

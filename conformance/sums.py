@@ -1,7 +1,7 @@
-"""How large the terms are that a gradient sums over tokens: what its error in half precision is measured by.
+"""How large the terms are that a gradient sums over tokens: what its error is measured by where they cancel.
 
 The gradient of a parameter is a sum over all tokens. Its terms may cancel, and then the sum resolves less
-than its terms do, however it is computed from tokens in half precision: each term's rounding stays.
+than its terms do, however it is computed: each term's rounding stays.
 """
 
 from __future__ import annotations
