@@ -71,6 +71,7 @@ ALL_SIZES = (128, 64, 32, 16)
 SPILLED = {("output", "bf16", 128): 32, ("writer_b", "fp32", 128): 40}
 SPILLED |= {("attend_held", "bf16", 64): 4, ("attend_held", "bf16", 32): 4}
 SPILLED |= {("key_gradient_held", "bf16", 128): 88, ("key_gradient_held", "fp16", 128): 88}
+SPILLED |= {("query_gradient_held", kind, size): 8 for kind in ("bf16", "fp16") for size in (128, 64)}
 
 
 def compiled(kernel: str, dtype: str, sizes: tuple[int, ...]) -> dict[str, dict[str, int]]:

@@ -25,7 +25,7 @@ from .window_tiles import (
 )
 
 HALVES = (torch.bfloat16, torch.float16)
-QUERY_HELD = dict.fromkeys(HALVES, Tiles(64, 256, 8, 2))  # queries, and keys, which are held
+QUERY_HELD = dict.fromkeys(HALVES, Tiles(64, 256, 8, 3))  # queries, and keys, which are held
 KEY_HELD = dict.fromkeys(HALVES, Tiles(128, 64, 8, 5))  # keys, and queries, which are loaded two tiles ahead
 ANY = 2**30  # keys: more than any window has
 
@@ -110,28 +110,23 @@ def query_gradient_held_kernel(
             v_place = offsets(other, length, v_batch, v_token, FLAT)
             k_tile = tile_at(K + tl.cast(group, tl.int64) * k_head, k_place, columns_n, seen, N)
             v_tile = tile_at(V + tl.cast(group, tl.int64) * v_head, v_place, columns_p, seen, P)
-            weights, target = tl.zeros([COLUMNS, ROWS], tl.float32), tl.zeros([COLUMNS, ROWS], tl.float32)
-            for turn in range(first, last + 1):  # first the gradient of the turn before: tiles load meanwhile
-                delta = tl.sum(weights * target, 0)
-                scores_grad = (weights * (target - delta[None, :])).to(k_tile.dtype)
-                q_grad = tl.dot(tl.trans(k_tile), scores_grad, input_precision="ieee") * natural_scale
-                before = tl.maximum(turn - 1, first)
-                stop = tl.where(before < turn, end, start)
-                token, place, head, real = token_of_turn(TOKEN, start, stop, group, before, RATIO, ROWS)
-                tl.store(DELTA_AT + head * count + place, delta, mask=real)
-                at = tl.cast(token, tl.int64) * HEADS + head
-                where = real[None, :] & (columns_n < N)[:, None]
-                pointers = (Q_GRAD + at * N)[None, :] + columns_n[:, None]
-                tl.store(pointers, q_grad.to(Q_GRAD.dtype.element_ty), mask=where)
-                stop = tl.where(turn < last, end, start)
-                token, place, head, real = token_of_turn(TOKEN, start, stop, group, turn, RATIO, ROWS)
+            for turn in range(first, last):
+                token, place, head, real = token_of_turn(TOKEN, start, end, group, turn, RATIO, ROWS)
                 q_place = offsets(token, length, q_batch, q_token, FLAT)
                 g_place = offsets(token, length, g_batch, g_token, FLAT)
                 q_tile = tile_at(Q + head * q_head, q_place, columns_n, real, N)
                 g_tile = tile_at(O_GRAD + head * g_head, g_place, columns_p, real, P)
-                lse = tl.load(LSE + tl.cast(token, tl.int64) * HEADS + head, mask=real, other=0.0)
-                tl.store(LSE_AT + head * count + place, lse, mask=real)
+                at = tl.cast(token, tl.int64) * HEADS + head
+                lse = tl.load(LSE + at, mask=real, other=0.0)
                 weights, target = held_pairs(k_tile, v_tile, q_tile, g_tile, lse, scale)
+                delta = tl.sum(weights * target, 0)
+                tl.store(LSE_AT + head * count + place, lse, mask=real)
+                tl.store(DELTA_AT + head * count + place, delta, mask=real)
+                scores_grad = (weights * (target - delta[None, :])).to(k_tile.dtype)
+                q_grad = tl.dot(tl.trans(k_tile), scores_grad, input_precision="ieee") * natural_scale
+                where = real[None, :] & (columns_n < N)[:, None]
+                pointers = (Q_GRAD + at * N)[None, :] + columns_n[:, None]
+                tl.store(pointers, q_grad.to(Q_GRAD.dtype.element_ty), mask=where)
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
 
 SHARED_MEMORY = 162 * 1024  # bytes that a table's tiles take at most: more than a small GPU has
 SMALL = Tiles(64, 16, 4, 3)  # what fits there
-HELD_MEMORY = 224 * 1024  # bytes that keys and values held at once take at most: GPUs before Hopper have less
+HELD_MEMORY = 225 * 1024  # bytes that keys and values held at once take at most: GPUs before Hopper have less
 HELD_PROGRAMS = 1  # for each multiprocessor, of those that hold a window's keys
 REST_PROGRAMS = 4  # and of the others
 
