@@ -58,7 +58,7 @@ def arguments(
         channels = (2 * groups + heads) * head_dim
         case = ConvCase(2, length, channels, 4, True, "some", True, **common)
     elif operator == "window_attention":
-        case = WindowCase(2, length, windows=1 + length // 100, scale=None, **sizes, **common)
+        case = WindowCase(2, length, windows=1 + length // 250, scale=None, **sizes, **common)
     else:
         case = LossCase(2, min(length, 40), 5003 if length > 100 else 37, "some", 2.0, **common)
     given = moved(case.inputs(), device)

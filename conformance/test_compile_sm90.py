@@ -34,6 +34,8 @@ PRODUCTS = {
     "attend_held": 2,
     "query_gradient": 3,
     "key_gradient": 4,
+    "query_gradient_held": 3,
+    "key_gradient_held": 4,
     "conv_forward": 0,
     "conv_backward": 0,
     "divergence": 0,
@@ -63,10 +65,13 @@ SIZES = {"bf16": (128, 64), "fp16": (128,), "fp32": (128,)}
 ALL_SIZES = (128, 64, 32, 16)
 # Bytes spilled. The first on purpose: so two programs share a multiprocessor, and the kernel takes 1.25 ms
 # instead of 1.6 without spills (64k tokens, H=28, G=4, N=P=128, bfloat16, one H200, triton 3.6, 2026-11-24).
-# The second by IEEE products, which no tensor core computes. The last two are one register, outside the loop
-# over the heads, which triton 3.9 and 3.6 spill at one size each.
+# The second by IEEE products, which no tensor core computes. The others are outside the loop over pairs or
+# heads: one register, which triton 3.9 and 3.6 spill at one size each, and what both keep around a loop that
+# takes all registers.
 SPILLED = {("output", "bf16", 128): 32, ("writer_b", "fp32", 128): 40}
 SPILLED |= {("attend_held", "bf16", 64): 4, ("attend_held", "bf16", 32): 4}
+SPILLED |= {("key_gradient_held", "bf16", 128): 88, ("key_gradient_held", "fp16", 128): 88}
+SPILLED |= {("query_gradient_held", kind, size): 8 for kind in ("bf16", "fp16") for size in (128, 64)}
 
 
 def compiled(kernel: str, dtype: str, sizes: tuple[int, ...]) -> dict[str, dict[str, int]]:
@@ -83,7 +88,8 @@ def compiled(kernel: str, dtype: str, sizes: tuple[int, ...]) -> dict[str, dict[
     [
         case
         for case in product(PRODUCTS, SIZES)
-        if case != ("attend_held", "fp32") and (case[1] != "fp16" or case[0] not in SCAN)
+        if not (case[1] == "fp32" and case[0].endswith("_held"))
+        and (case[1] != "fp16" or case[0] not in SCAN)
     ],
 )
 def test_kernels_fit_a_hopper_multiprocessor(kernel, dtype, record_property, request):

@@ -59,8 +59,8 @@ def test_a_block_of_kernels_equals_the_reference_in_the_interpreter(dtype):
     assert "linmu.optimized: triton engine" in done.stderr
 
 
-def test_the_two_kernels_of_windows_share_the_tokens_in_the_interpreter():
-    """Blocks whose keys are held and all others: every o and lse is written once."""
+def test_pairs_of_kernels_of_windows_share_the_tokens_in_the_interpreter():
+    """Blocks of one window and all others: every o, lse and gradient is written once."""
     done = interpreted(str(FOLDER / "interpreter" / "trial_windows.py"))
     assert done.returncode == 0, done.stdout + done.stderr
 

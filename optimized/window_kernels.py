@@ -22,6 +22,7 @@ from .scan_tiles import rows_of
 from .window_tiles import (
     Tiles,
     held,
+    is_held,
     keys_held,
     launch_held,
     launch_rest,
@@ -152,9 +153,7 @@ def attend_kernel(
     for block in range(begin, tl.load(BLOCKS), step):
         turns = last
         if KEYS > 0:
-            start, end, low, high = part_of_block(BLOCKS, block, BLOCK, BLOCK)
-            if (low == high) | held(WINDOW, low, high, KEYS, BLOCK):
-                turns = first
+            turns = tl.where(is_held(WINDOW, BLOCKS, block, KEYS, BLOCK), first, last)
         for turn in range(first, turns):
             head = group * RATIO + turn % RATIO
             start, end, low, high = part_of_block(BLOCKS, BLOCK // ROWS * block + turn // RATIO, ROWS, BLOCK)
@@ -197,7 +196,8 @@ def forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     arguments = shared_arguments({"q": q, "k": k, "v": v}, places, blocks, scale)
     arguments |= {"OUT": o, "LSE": lse, "KEYS": keys_held(HELD, q)}
+    heads = q.shape[2] // k.shape[2]
     if arguments["KEYS"]:
-        launch_held(attend_held_kernel, HELD, (q, k, v), **arguments)
-    launch_rest(attend_kernel, FORWARD, (q, k, v), **arguments)
+        launch_held(attend_held_kernel, HELD, heads, (q, k, v), **arguments)
+    launch_rest(attend_kernel, FORWARD, heads, (q, k, v), **arguments)
     return o, lse

@@ -41,7 +41,7 @@ def tiles(half: Tiles, full: Tiles) -> dict[torch.dtype, Tiles]:
 
 SHARED_MEMORY = 162 * 1024  # bytes that a table's tiles take at most: more than a small GPU has
 SMALL = Tiles(64, 16, 4, 3)  # what fits there
-HELD_MEMORY = 224 * 1024  # bytes that keys and values held at once take at most: GPUs before Hopper have less
+HELD_MEMORY = 225 * 1024  # bytes that keys and values held at once take at most: GPUs before Hopper have less
 HELD_PROGRAMS = 1  # for each multiprocessor, of those that hold a window's keys
 REST_PROGRAMS = 4  # and of the others
 
@@ -112,6 +112,13 @@ def held(WINDOW, low, high, KEYS: tl.constexpr, BLOCK: tl.constexpr):
     return fits & (tl.load(WINDOW + high - 1, mask=fits, other=-1) == low)
 
 
+@triton.jit
+def is_held(WINDOW, BLOCKS, block, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """Say whether kernels for one window take a block: its window is `held`, or it has none."""
+    low, high = part_of_block(BLOCKS, block, BLOCK, BLOCK)[2:]
+    return (low == high) | held(WINDOW, low, high, KEYS, BLOCK)
+
+
 def is_flat(tensor: Tensor) -> bool:
     """Say whether the rows of (B, L, ...) follow each other as evenly as their tokens do."""
     return tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
@@ -143,15 +150,6 @@ def fitting(table: dict[torch.dtype, Tiles], tensor: Tensor) -> Tiles:
     return SMALL if chosen.rows > SMALL.rows and shared_memory(tensor) < SHARED_MEMORY else chosen
 
 
-def launch(kernel, table: dict, heads: int, tensors: tuple[Tensor, ...], **arguments) -> None:
-    """As many programs as there are blocks at least: some take two, for only the device knows how many."""
-    chosen = fitting(table, tensors[0])
-    blocks = ceil_div(tensors[0].shape[0] * tensors[0].shape[1], window_plan.BLOCK)
-    rows = min(chosen.rows, window_plan.BLOCK)
-    sizes = {"ROWS": rows, "COLUMNS": chosen.columns}
-    kernel[(heads * blocks * (window_plan.BLOCK // rows),)](*tensors, **arguments, **sizes, **chosen.options)
-
-
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the GPU; of a CPU, whose interpreter runs programs in turn, a few."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
@@ -163,30 +161,33 @@ def keys_held(table: dict[torch.dtype, Tiles], tensor: Tensor) -> int:
     return table[tensor.dtype].columns if fits else 0
 
 
-def launch_held(kernel, table: dict, tensors: tuple[Tensor, ...], **arguments) -> None:
-    """A program for each block and group, or more of fewer heads while there are processors for them."""
-    chosen = table[tensors[0].dtype]
-    share, lanes, blocks = shares(tensors, 1, HELD_PROGRAMS * processors(tensors[0]))
-    kernel[(lanes * blocks,)](*tensors, share=share, **arguments, **chosen.options)
+def launch_held(kernel, table: dict, heads: int, tensors: tuple[Tensor, ...], **arguments) -> None:
+    """A program for each block and group, or more of fewer turns while there are processors for them. A
+    block's turns are its parts, one without ROWS, times `heads`."""
+    parts = window_plan.BLOCK // arguments.get("ROWS", window_plan.BLOCK)
+    share, lanes, blocks = shares(tensors, parts * heads, HELD_PROGRAMS * processors(tensors[0]))
+    kernel[(lanes * blocks,)](*tensors, share=share, **arguments, **table[tensors[0].dtype].options)
 
 
-def launch_rest(kernel, table: dict, tensors: tuple[Tensor, ...], KEYS: int, **arguments) -> None:
-    """A program for each part of a block and head; if others take most blocks, few programs, which look
-    at all."""
+def launch_rest(kernel, table: dict, heads: int, tensors: tuple[Tensor, ...], KEYS: int, **arguments) -> None:
+    """A program for each turn, as above; if others take most blocks, few programs, which look at all."""
     chosen = fitting(table, tensors[0])
-    rows = min(chosen.rows, window_plan.BLOCK)
+    sizes = sizes_of(chosen)
     programs = REST_PROGRAMS * processors(tensors[0]) if KEYS else 2**62
-    share, lanes, blocks = shares(tensors, window_plan.BLOCK // rows, programs)
-    sizes = {"ROWS": rows, "COLUMNS": chosen.columns, "KEYS": KEYS}
+    share, lanes, blocks = shares(tensors, window_plan.BLOCK // sizes["ROWS"] * heads, programs)
     grid = (lanes * max(1, min(blocks, programs // lanes)),)
-    kernel[grid](*tensors, share=share, **arguments, **sizes, **chosen.options)
+    kernel[grid](*tensors, share=share, KEYS=KEYS, **arguments, **sizes, **chosen.options)
 
 
-def shares(tensors: tuple[Tensor, ...], parts: int, programs: int) -> tuple[int, int, int]:
-    """How many heads and parts of a block one of about so many `programs` takes in turn, how many programs
-    that makes for each block, and about how many blocks there are."""
+def sizes_of(chosen: Tiles) -> dict[str, int]:
+    """The tiles as a kernel takes them, no larger than a block."""
+    return {"ROWS": min(chosen.rows, window_plan.BLOCK), "COLUMNS": chosen.columns}
+
+
+def shares(tensors: tuple[Tensor, ...], turns: int, programs: int) -> tuple[int, int, int]:
+    """How many of a block's and group's turns one of about so many `programs` takes, one after the other, how
+    many programs that makes for each block, and about how many blocks there are."""
     q, k = tensors[:2]
-    turns = parts * (q.shape[2] // k.shape[2])
     blocks = max(1, ceil_div(q.shape[0] * q.shape[1], window_plan.BLOCK))
     share = ceil_div(turns, min(turns, max(1, programs // (k.shape[2] * blocks))))
     return share, k.shape[2] * ceil_div(turns, share), blocks

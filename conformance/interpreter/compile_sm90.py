@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from linmu.optimized import (
+    held_gradients,
     scan_output,
     scan_states,
     scan_tiles,
@@ -125,6 +126,22 @@ KERNELS = {
         "key_gradient_kernel",
         WINDOW,
         window_gradients.KEY_GRADIENT,
+        None,
+        PLAN,
+    ),
+    "query_gradient_held": (
+        "held_gradients",
+        "query_gradient_held_kernel",
+        WINDOW,
+        held_gradients.QUERY_HELD,
+        None,
+        PLAN,
+    ),
+    "key_gradient_held": (
+        "held_gradients",
+        "key_gradient_held_kernel",
+        WINDOW | {"KEYS": held_gradients.ANY},
+        held_gradients.KEY_HELD,
         None,
         PLAN,
     ),

@@ -22,6 +22,7 @@ from torch import Tensor
 from linmu import optimized, reference
 from linmu.optimized import (
     conv_kernels,
+    held_gradients,
     loss_kernels,
     scan_states,
     scan_tiles,
@@ -51,7 +52,9 @@ def shrink_blocks() -> None:
     window_plan.BLOCK = 32
     for table in (window_kernels.FORWARD, window_gradients.QUERY_GRADIENT, window_gradients.KEY_GRADIENT):
         table.update(dict.fromkeys(table, window_kernels.Tiles(16, 16, 4, 1)))
-    window_kernels.HELD.update(dict.fromkeys(window_kernels.HELD, window_kernels.Tiles(32, 64, 4, 1)))
+    for table, rows in ((window_kernels.HELD, 32), (held_gradients.QUERY_HELD, 16)):
+        table.update(dict.fromkeys(table, window_kernels.Tiles(rows, 64, 4, 1)))
+    held_gradients.KEY_HELD.update(dict.fromkeys(held_gradients.KEY_HELD, window_kernels.Tiles(16, 16, 4, 1)))
     window_tiles.HELD_PROGRAMS, window_tiles.REST_PROGRAMS = 10, 1
 
 

@@ -1,5 +1,5 @@
-"""Run both kernels of window attention's forward pass in the interpreter, one without the other. Started by
-test_kernels.py.
+"""Run the pairs of kernels that share the tokens of window attention's passes in the interpreter, one without
+the other. Started by test_kernels.py.
 
     TRITON_INTERPRET=1 python trial_windows.py
 """
@@ -7,13 +7,14 @@ test_kernels.py.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from unittest import mock
 
 import torch
 from torch import Tensor
 from trial import shrink_blocks, window_cases
 
-from linmu.optimized import batched_windows, window_kernels, window_plan
+from linmu.optimized import batched_windows, window_gradients, window_kernels, window_plan
 from linmu.optimized.window_tiles import LOG2_E
 
 sys.path.insert(0, __file__.rpartition("/")[0] + "/..")
@@ -21,26 +22,47 @@ from compare import assert_exact, assert_same
 
 from interpreter import mend_bfloat16, mend_scalars, watch_memory
 
+FORWARD = ("attend_kernel", "attend_held_kernel", slice(2))  # and which results are theirs
+GRADIENTS = (
+    ("query_gradient_kernel", "query_gradient_held_kernel", slice(1)),
+    ("key_gradient_kernel", "key_gradient_held_kernel", slice(1, 3)),
+)
 
-def written(left_out: str, *arguments) -> tuple[Tensor, Tensor]:
-    """o and lse without one of the two launches: NaN where nobody writes."""
-    with mock.patch.object(window_kernels, left_out, lambda *_, **__: None), watch_memory():
-        return window_kernels.forward(*arguments)
+
+def written(left_out: str, call: Callable, *arguments) -> tuple[Tensor, ...]:
+    """What a pass writes without one of its kernels: NaN where no other writes."""
+    module = sys.modules[call.__module__]
+
+    def others(launch: Callable) -> Callable:
+        kernel = getattr(module, left_out)
+        return lambda of, *rest, **named: None if of is kernel else launch(of, *rest, **named)
+
+    launches = {name: others(getattr(module, name)) for name in ("launch_held", "launch_rest")}
+    with mock.patch.multiple(module, **launches), watch_memory():
+        return call(*arguments)
+
+
+def shared(case: str, kernels: tuple[str, str, slice], call: Callable, *arguments) -> list[Tensor]:
+    """What two kernels give together; raises unless each token is written by one and not by the other."""
+    *names, own = kernels
+    one, other = (written(name, call, *arguments)[own] for name in names)
+    for a, b in zip(one, other, strict=True):
+        assert_exact(a.isnan(), ~b.isnan(), case, f"places left to one of {names}")
+    return [a.where(~a.isnan(), b) for a, b in zip(one, other, strict=True)]
 
 
 def main() -> None:
-    """Raises unless each token's o and lse are written once, and lse is that of the torch engine."""
+    """Raises unless each token's results are written once, and those of the torch engine."""
     for number, given in enumerate(window_cases()):
         case, ids = f"case {number} of window_attention", given["window_id"]
         q, k, v = (given[name].bfloat16() for name in "qkv")
-        arguments = (q, k, v, *window_plan.window_plan(ids), 0.3)
-        one, other = written("launch_rest", *arguments), written("launch_held", *arguments)
-        for a, b in zip(one, other, strict=True):
-            assert_exact(a.isnan(), ~b.isnan(), case, "places left to the other kernel")
-        lse = one[1].where(~one[1].isnan(), other[1])
+        plan = window_plan.window_plan(ids)
+        o, lse = shared(case, FORWARD, window_kernels.forward, q, k, v, *plan, 0.3)
         wanted = batched_windows.forward(q, k, v, ids, 0.3)[1] * LOG2_E
         assert_exact(lse[ids < 0], wanted[ids < 0], case, "lse outside windows")
         assert_same({"lse": lse}, {"lse": wanted}, case)
+        for kernels in GRADIENTS:
+            shared(case, kernels, window_gradients.backward, torch.randn_like(o), q, k, v, *plan, o, lse, 0.3)
 
 
 if __name__ == "__main__":
