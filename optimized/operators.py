@@ -19,6 +19,7 @@ from . import scan_heads as torch_heads
 from . import window_plan as plans
 from .engine import choose_engine
 from .precision import accumulation_dtype
+from .registration import operator
 
 
 def kernels(name: str) -> ModuleType:
@@ -49,7 +50,7 @@ def save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-@torch.library.custom_op("linmu::scan", mutates_args=())
+@operator("scan")
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -75,7 +76,7 @@ def _(x, dt, A, B, C, gate, segment, valid, D, initial_state):
     return x.new_empty(batch, length, heads, x.shape[3]), final_state
 
 
-@torch.library.custom_op("linmu::scan_backward", mutates_args=())
+@operator("scan_backward")
 def scan_backward(
     y_grad: Tensor,
     final_grad: Tensor,
@@ -111,7 +112,7 @@ def _scan_gradients(ctx, y_grad: Tensor, final_grad: Tensor):
 scan.register_autograd(_scan_gradients, setup_context=save_inputs)
 
 
-@torch.library.custom_op("linmu::scan_heads", mutates_args=())
+@operator("scan_heads")
 def scan_heads(
     x: Tensor,
     dt: Tensor,
@@ -147,7 +148,7 @@ def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight
     return x.new_empty(batch, length, heads, x.shape[3]), final_state, kept, scale
 
 
-@torch.library.custom_op("linmu::norm_heads_backward", mutates_args=())
+@operator("norm_heads_backward")
 def norm_heads_backward(
     z_grad: Tensor, y: Tensor, scale: Tensor, norm_weight: Tensor, order: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -186,7 +187,7 @@ def _heads_gradients(ctx, *grads: Tensor | None):
 scan_heads.register_autograd(_heads_gradients, setup_context=_save_heads)
 
 
-@torch.library.custom_op("linmu::scan_step", mutates_args=())
+@operator("scan_step")
 def scan_step(
     state: Tensor,
     x: Tensor,
@@ -208,7 +209,7 @@ def _(state, x, dt, A, B, C, D, valid):
     return y, state.new_empty(state.shape, dtype=accumulation_dtype(x.dtype))
 
 
-@torch.library.custom_op("linmu::scan_step_backward", mutates_args=())
+@operator("scan_step_backward")
 def scan_step_backward(
     y_grad: Tensor,
     new_state_grad: Tensor,
@@ -239,7 +240,7 @@ def _scan_step_gradients(ctx, y_grad: Tensor, new_state_grad: Tensor):
 scan_step.register_autograd(_scan_step_gradients, setup_context=save_inputs)
 
 
-@torch.library.custom_op("linmu::causal_conv", mutates_args=())
+@operator("causal_conv")
 def causal_conv(
     u: Tensor,
     weight: Tensor,
@@ -261,7 +262,7 @@ def _(u, weight, bias, mask, initial_state, order, scale):
     return u.new_empty(u.shape), final_state
 
 
-@torch.library.custom_op("linmu::causal_conv_backward", mutates_args=())
+@operator("causal_conv_backward")
 def causal_conv_backward(
     out_grad: Tensor,
     final_grad: Tensor,
@@ -299,7 +300,7 @@ def _causal_conv_gradients(ctx, out_grad: Tensor, final_grad: Tensor):
 causal_conv.register_autograd(_causal_conv_gradients, setup_context=_save_conv)
 
 
-@torch.library.custom_op("linmu::window_plan", mutates_args=())
+@operator("window_plan")
 def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
     """places and blocks: what the kernels of `window_attention` need to know of the windows."""
     return plans.window_plan(window_id)
@@ -312,7 +313,7 @@ def _(window_id):
     return places, window_id.new_empty((1 + plans.most_blocks(tokens), 4), dtype=torch.int32)
 
 
-@torch.library.custom_op("linmu::window_attention", mutates_args=())
+@operator("window_attention")
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, places: Tensor, blocks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -331,7 +332,7 @@ def _(q, k, v, window_id, places, blocks, scale):
     return o, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("linmu::window_attention_backward", mutates_args=())
+@operator("window_attention_backward")
 def window_attention_backward(
     o_grad: Tensor,
     q: Tensor,
