@@ -9,6 +9,7 @@ Triton.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -22,6 +23,7 @@ from .precision import accumulation_dtype
 from .registration import operator
 
 
+@cache
 def kernels(name: str) -> ModuleType:
     """The module of this package that holds the Triton kernels called `name`."""
     return importlib.import_module(f".{name}", __package__)

@@ -188,7 +188,6 @@ def output_tiles(
     return {"ROWS": part, "COLUMNS": columns, "STEP": step, "HELD": held}, options
 
 
-@launching
 def forward(
     x: Tensor,
     dt: Tensor,
