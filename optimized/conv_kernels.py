@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv import by_part
 from .launch import ceil_div, launching, power_of_2
 from .scan_tiles import rows_of
 
@@ -39,6 +40,7 @@ def input_of(
     channel,
     scale,
     CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -59,7 +61,7 @@ def input_of(
         seen = (seen * scale).to(U.dtype.element_ty).to(tl.float32)
     if HAS_START:
         before = taken & (rank < 0)
-        tile = START + (batch * (TAPS - 1) + rank + TAPS - 1)[:, None] * CHANNELS + channel[None, :]
+        tile = START + (batch * (TAPS - 1) + rank + TAPS - 1)[:, None] * STATES + channel[None, :]
         seen += tl.load(tile, mask=before[:, None] & inside, other=0.0)
     return seen
 
@@ -81,6 +83,7 @@ def forward_kernel(
     length,
     scale,
     CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
     TAPS: tl.constexpr,
     BEFORE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -93,7 +96,8 @@ def forward_kernel(
 ):
     """Eq. (1), left: the loop of the reference's `causal_conv`; RANK is -1 on masked tokens.
 
-    Each of the last K-1 valid tokens puts its input into FINAL; what is older comes from START.
+    Each of the last K-1 valid tokens puts its input into FINAL; what is older comes from START. A token has
+    STATES channels there, these among them.
     """
     batch = tl.cast(tl.program_id(2), tl.int64)
     token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -123,6 +127,7 @@ def forward_kernel(
             channel,
             scale,
             CHANNELS,
+            STATES,
             TAPS,
             HAS_MASK,
             HAS_ORDER,
@@ -137,18 +142,18 @@ def forward_kernel(
     tile = OUT + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
     tl.store(tile, out.to(OUT.dtype.element_ty), mask=real[:, None] & inside[None, :])
     if TAPS > 1:
-        final = FINAL + batch * (TAPS - 1) * CHANNELS + channel[None, :]
+        final = FINAL + batch * (TAPS - 1) * STATES + channel[None, :]
         kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
         last = (taken & (kept >= 0))[:, None] & inside[None, :]
-        tl.store(final + kept[:, None] * CHANNELS, seen, mask=last)
+        tl.store(final + kept[:, None] * STATES, seen, mask=last)
         if tl.program_id(0) == 0:
             place = tl.arange(0, BEFORE)
             older = (place + count < TAPS - 1)[:, None] & inside[None, :]
             before = tl.zeros([BEFORE, COLUMNS], tl.float32)
             if HAS_START:
-                start = START + (batch * (TAPS - 1) + place + count)[:, None] * CHANNELS + channel[None, :]
+                start = START + (batch * (TAPS - 1) + place + count)[:, None] * STATES + channel[None, :]
                 before = tl.load(start, mask=older, other=0.0)
-            tl.store(final + place[:, None] * CHANNELS, before, mask=older)
+            tl.store(final + place[:, None] * STATES, before, mask=older)
 
 
 @triton.jit
@@ -172,6 +177,7 @@ def backward_kernel(
     length,
     scale,
     CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
     TAPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -225,6 +231,7 @@ def backward_kernel(
             channel,
             scale,
             CHANNELS,
+            STATES,
             TAPS,
             HAS_MASK,
             HAS_ORDER,
@@ -260,17 +267,18 @@ def ranks(mask: Tensor | None) -> dict[str, Tensor | None]:
 
 
 def flags(
-    taps: int,
-    mask: Tensor | None,
+    u: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     start: Tensor | None,
     order: Tensor | None,
-    channels: int,
     scale: float,
 ) -> dict:
-    """The compile-time constants of both kernels."""
+    """The compile-time constants that both kernels share."""
+    taps = weight.shape[1]
     return {
-        "CHANNELS": channels,
+        "CHANNELS": u.shape[2],
         "TAPS": taps,
         "ROWS": ROWS,
         "COLUMNS": COLUMNS,
@@ -288,7 +296,6 @@ def grid(u: Tensor) -> tuple[int, int, int]:
     return ceil_div(u.shape[1], ROWS), ceil_div(u.shape[2], COLUMNS), u.shape[0]
 
 
-@launching
 def forward(
     u: Tensor,
     weight: Tensor,
@@ -299,16 +306,47 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`conv.forward` on a Triton kernel: out (B, L, channels) and the last K-1 valid inputs, float32."""
-    u = rows_of(u)
-    length, channels = u.shape[1:]
-    taps = weight.shape[1]
-    out = u.new_empty(u.shape)
-    final = u.new_empty(u.shape[0], taps - 1, channels, dtype=torch.float32)
+    (out,), final = forward_parts([u], weight, bias, mask, initial_state, order, (scale,))
+    return out, final
+
+
+@launching
+def forward_parts(
+    parts: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    scales: tuple[float, ...],
+) -> tuple[list[Tensor], Tensor]:
+    """`conv.forward_parts`, a launch for each part, which reads and writes its channels of the states."""
+    sizes, (channels, taps) = [part.shape[2] for part in parts], weight.shape
+    final = parts[0].new_empty(parts[0].shape[0], taps - 1, channels, dtype=torch.float32)
     start = None if initial_state is None else initial_state.float().contiguous()
-    index = ranks(mask)
+    weights, biases = by_part(weight.contiguous(), sizes, 0), by_part(bias, sizes, 0)
+    states = by_part(start, sizes, 2), final.split(sizes, 2)
+    given, index = zip(map(rows_of, parts), weights, biases, *states, scales, strict=True), ranks(mask)
+    return [convolve(*each, channels, mask, index, order) for each in given], final
+
+
+def convolve(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: Tensor | None,
+    final: Tensor,
+    scale: float,
+    states: int,
+    mask: Tensor | None,
+    index: dict[str, Tensor | None],
+    order: Tensor | None,
+) -> Tensor:
+    """`forward_kernel` for one part; tokens of `start` and `final` have so many `states`."""
+    out = u.new_empty(u.shape)
     forward_kernel[grid(u)](
         u,
-        weight.contiguous(),
+        weight,
         bias,
         index["RANK"],
         index["PLACE"],
@@ -318,12 +356,13 @@ def forward(
         out,
         final,
         *u.stride()[:2],
-        length,
+        u.shape[1],
         scale,
-        BEFORE=power_of_2(max(taps - 1, 1)),
-        **flags(taps, mask, bias, start, order, channels, scale),
+        STATES=states,
+        BEFORE=power_of_2(max(weight.shape[1] - 1, 1)),
+        **flags(u, weight, bias, mask, start, order, scale),
     )
-    return out, final
+    return out
 
 
 @launching
@@ -364,7 +403,8 @@ def gradient(
         *out_grad.stride()[:2],
         length,
         scale,
-        **flags(taps, mask, bias, start, order, channels, scale),
+        STATES=channels,
+        **flags(u, weight, bias, mask, start, order, scale),
     )
     start_grad = None if start is None else start_gradient(out_grad, final_grad, weight, index, length)
     bias_grad = None if bias is None else bias_grad.sum(0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.flex_ma import FlexMAState, LentState, full_precision_linear, rms_norm_per_head
-from . import operators, step_operators
+from . import conv_operators, step_operators
 from .layout import VisionLayout, fast, permute_tokens
 from .projections import apply_rope, are_plain, narrow_products
 from .scan import scan_heads, scan_step
@@ -121,27 +121,18 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | None,
         order: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The scale of C and eq. (2), each of x, B, C by itself: in scan order, and the convolution's state.
-
-        Side by side in one tensor, C scaled before, they would be written and read once more: 32 KB per token
-        of width 3584.
-        """
-        parts = [tensor.flatten(2) for tensor in (x, B, C)]
-        scales = (1.0, 1.0, self.config.head_dim**-0.5)
+        """The scale of C and eq. (2): x, B and C in scan order, and the convolution's state."""
+        scale = self.config.head_dim**-0.5
         if self.config.conv_kernel:
-            sizes = [part.shape[2] for part in parts]
-            starts = [None] * 3 if state is None else state.conv.split(sizes, dim=2)
-            weights, biases = self.conv_weight.split(sizes), self.conv_bias.split(sizes)
-            given = zip(parts, weights, biases, starts, scales, strict=True)
-            found = [operators.causal_conv(*each, valid, start, order, by) for *each, start, by in given]
-            parts, states = zip(*found, strict=True)
-            conv_state = torch.cat(states, dim=2)
+            start = None if state is None else state.conv
+            given = (self.conv_weight, self.conv_bias, valid, start, order, scale)
+            *parts, conv_state = conv_operators.convolve_heads(x, B, C, *given)
         else:
-            parts[2] = parts[2] * scales[2]
+            parts = [x, B, C * scale]
             if order is not None:
                 parts = [permute_tokens(part, order) for part in parts]
             conv_state = x.new_zeros(len(x), 0, self.config.conv_channels)
-        return tuple(part.view(like.shape) for part, like in zip(parts, (x, B, C), strict=True)), conv_state
+        return tuple(parts), conv_state
 
     def asks_for_gradient(self, hidden_states: Tensor, state: FlexMAState) -> bool:
         """Whether autograd would record this call."""

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import batched_windows, chunked_scan, chunked_scan_backward, conv, step
+from . import batched_windows, chunked_scan, chunked_scan_backward, step
 from . import scan_heads as torch_heads
 from . import window_plan as plans
 from .engine import choose_engine
@@ -240,66 +240,6 @@ def _scan_step_gradients(ctx, y_grad: Tensor, new_state_grad: Tensor):
 
 
 scan_step.register_autograd(_scan_step_gradients, setup_context=save_inputs)
-
-
-@operator("causal_conv")
-def causal_conv(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out and the last K-1 valid inputs times `scale`, which is on u; place i is token order[i] of u."""
-    engine = choose_engine("causal_conv", u)
-    module = conv if engine == "torch" else kernels("conv_kernels")
-    return module.forward(u, weight, bias, mask, initial_state, order, scale)
-
-
-@causal_conv.register_fake
-def _(u, weight, bias, mask, initial_state, order, scale):
-    final_state = u.new_empty(u.shape[0], weight.shape[1] - 1, u.shape[2], dtype=accumulation_dtype(u.dtype))
-    return u.new_empty(u.shape), final_state
-
-
-@operator("causal_conv_backward")
-def causal_conv_backward(
-    out_grad: Tensor,
-    final_grad: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    scale: float,
-) -> list[Tensor]:
-    """The gradients of u, weight and of those of bias, initial_state that are there."""
-    engine = choose_engine("causal_conv", u)
-    module = conv if engine == "torch" else kernels("conv_kernels")
-    grads = module.gradient(out_grad, final_grad, u, weight, bias, mask, initial_state, order, scale)
-    return like_inputs(grads, (u, weight, bias, initial_state))
-
-
-@causal_conv_backward.register_fake
-def _(out_grad, final_grad, u, weight, bias, mask, initial_state, order, scale):
-    return empty_like_inputs((u, weight, bias, initial_state))
-
-
-def _save_conv(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _causal_conv_gradients(ctx, out_grad: Tensor, final_grad: Tensor):
-    inputs = ctx.saved_tensors
-    grads = causal_conv_backward(out_grad, final_grad, *inputs, ctx.scale)
-    return *in_place_of(inputs, grads, without=(3, 5)), None
-
-
-causal_conv.register_autograd(_causal_conv_gradients, setup_context=_save_conv)
 
 
 @operator("window_plan")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.scan import check_bidirectional, check_conv, check_scan, check_step
-from . import operators
+from . import conv_operators, operators
 from .checks import require
 from .precision import without_autocast
 from .scan_masks import interleaved_row
@@ -137,4 +137,4 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.causal_conv`: arguments, result and errors are the same."""
     check_conv("causal_conv", u, weight, bias, mask, initial_state)
-    return operators.causal_conv(u, weight, bias, mask, initial_state, None, 1.0)
+    return conv_operators.causal_conv(u, weight, bias, mask, initial_state, None, 1.0)

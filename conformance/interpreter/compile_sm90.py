@@ -53,6 +53,7 @@ SWEEP = {"BACKWARDS": 1, "STARTS": True, "LEAVES": True}
 GRADIENT = {"gradient": True}
 CONV = {
     "CHANNELS": 4608,
+    "STATES": 4608,
     "TAPS": 4,
     "BEFORE": 4,
     "ROWS": 32,
