@@ -91,9 +91,12 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | None,
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (2), (4) and the norm of (5): normed heads (B, L, H, P) in token order, and the state."""
-        order = None if layout is None else layout.order(self.scan_axes)
-        if order is not None:
-            dt, gate = permute_tokens(dt, order), permute_tokens(gate, order)
+        order = segment = openings = None
+        if layout is not None:
+            order = layout.order(self.scan_axes)
+            dt, gate = layout.in_order(dt, self.scan_axes), layout.in_order(gate, self.scan_axes)
+        if layout is not None and self.config.backward_scan:
+            segment, openings = layout.segment, layout.openings if valid is None else None
         (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order)
         y, scan_state = scan_heads(
             x,
@@ -102,13 +105,14 @@ class FlexMA(reference.FlexMA):
             B,
             C,
             gate=gate,
-            segment=layout.segment if layout is not None and self.config.backward_scan else None,
+            segment=segment,
             valid=valid,
             D=self.D,
             initial_state=None if state is None else state.scan,
             order=order,
             norm_weight=self.norm_weight if self.config.head_norm else None,
             eps=self.config.norm_eps,
+            openings=openings,
         )
         return y, FlexMAState(conv_state, scan_state)
 

@@ -18,7 +18,7 @@ from ..reference.layout import SCAN_AXES, inverse_order
 from ..reference.layout import check_coords as explain_coords
 from . import operators
 from .checks import require, require_int64
-from .scan_masks import interleaved, starts_run
+from .scan_masks import interleaved, openings, starts_run
 from .window_plan import spans, without_text
 
 __all__ = ["VisionLayout", "check_coords", "inverse_order", "permute_tokens", "scan_order", "window_ids"]
@@ -85,8 +85,18 @@ def joined(keys: list[Tensor], narrow: bool) -> Tensor:
 
 def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
     """Gather along the token axis: tensor (B, L, ...), order (B, L) -> out[b, i] = tensor[b, order[b, i]]."""
-    start = torch.arange(tensor.shape[0], device=tensor.device)[:, None] * tensor.shape[1]
-    return tensor.flatten(0, 1).index_select(0, (order + start).flatten()).view(tensor.shape)
+    return take_rows(tensor, flat_order(order))
+
+
+def flat_order(order: Tensor) -> Tensor:
+    """(B, L) -> (B·L,): the same tokens' places in the flattened batch."""
+    start = torch.arange(order.shape[0], device=order.device)[:, None] * order.shape[1]
+    return (order + start).flatten()
+
+
+def take_rows(tensor: Tensor, row: Tensor) -> Tensor:
+    """tensor (B, L, ...), row (B·L,) -> its rows of the flattened batch, in the same shape."""
+    return tensor.flatten(0, 1).index_select(0, row).view(tensor.shape)
 
 
 def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
@@ -169,11 +179,26 @@ class VisionLayout(reference.VisionLayout):
     def __post_init__(self) -> None:
         self._memo["facts"] = examine(self.coords, "VisionLayout")
 
+    @property
+    def segment(self) -> Tensor:
+        """The reference's, contiguous."""
+        return self._once("segment", lambda: self.coords[..., 0].contiguous())
+
+    @property
+    def openings(self) -> Tensor:
+        """`scan_masks.openings` of this layout."""
+        return self._once("openings", lambda: openings(self.segment, self.is_vision))
+
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
         narrow = self._memo["facts"].narrow
         key = ("order", layer_index % 4)
         return self._once(key, lambda: ranked_order(self.coords, layer_index, narrow))
+
+    def in_order(self, tensor: Tensor, layer_index: int) -> Tensor:
+        """`permute_tokens` into the order of this layer."""
+        row = self._once(("flat order", layer_index % 4), lambda: flat_order(self.order(layer_index)))
+        return take_rows(tensor, row)
 
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""

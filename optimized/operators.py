@@ -130,15 +130,20 @@ def scan_heads(
     norm_weight: Tensor | None,
     eps: float,
     keep: bool,
+    openings: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The scan, each head normed, back in token order; and what its gradient needs."""
+    """The scan, each head normed, back in token order; and what its gradient needs.
+
+    openings are those of segment and valid: kernels find them themselves where they are not given.
+    """
     inputs = (x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep)
-    engine = choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1])
-    return (torch_heads if engine == "torch" else kernels("scan_output")).forward_heads(*inputs)
+    if choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1]) == "torch":
+        return torch_heads.forward_heads(*inputs)
+    return kernels("scan_output").forward_heads(*inputs, openings)
 
 
 @scan_heads.register_fake
-def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep):
+def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep, openings):
     batch, length, heads, state = C.shape
     accumulate = accumulation_dtype(x.dtype)
     final_state = x.new_empty(batch, heads, state, x.shape[3], dtype=accumulate)
@@ -183,7 +188,7 @@ def _heads_gradients(ctx, *grads: Tensor | None):
     else:
         y_grad = torch_heads.in_scan_order(y_grad, order)
     scan_grads = in_place_of(inputs, scan_backward(y_grad, final_grad, *inputs), without=(6, 7))
-    return *scan_grads, None, weight_grad, None, None
+    return *scan_grads, None, weight_grad, None, None, None
 
 
 scan_heads.register_autograd(_heads_gradients, setup_context=_save_heads)

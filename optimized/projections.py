@@ -39,8 +39,7 @@ def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
         torch.cat([getattr(linear, name).to(wide) for linear in linears]) for name in ("weight", "bias")
     )
     sizes = [linear.out_features for linear in linears]
-    product = block_operators.narrow_product(u, weight, bias, sizes)
-    return [part.contiguous() for part in product.split(sizes, dim=-1)]
+    return list(block_operators.narrow_product(u, weight, bias, sizes).split(sizes, dim=-1))
 
 
 def is_unwatched(module: nn.Module) -> bool:
