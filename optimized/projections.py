@@ -35,9 +35,8 @@ def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
     if not are_plain(linears):
         return [full_precision_linear(u, linear) for linear in linears]
     wide = accumulation_dtype(u.dtype)
-    weight, bias = (
-        torch.cat([getattr(linear, name).to(wide) for linear in linears]) for name in ("weight", "bias")
-    )
+    weight = torch.cat([linear.weight for linear in linears]).to(wide)  # of two dtypes the wider before
+    bias = torch.cat([linear.bias for linear in linears]).to(wide)
     sizes = [linear.out_features for linear in linears]
     return list(block_operators.narrow_product(u, weight, bias, sizes).split(sizes, dim=-1))
 
