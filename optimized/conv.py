@@ -134,7 +134,7 @@ def gradient(
 
 def by_part(tensor: Tensor | None, sizes: list[int], dim: int) -> tuple[Tensor | None, ...]:
     """A tensor split along its channels; None for each part if there is none."""
-    return (None,) * len(sizes) if tensor is None else tensor.split(sizes, dim)
+    return (None,) * len(sizes) if tensor is None else tensor.split_with_sizes(sizes, dim)
 
 
 def joined(parts: tuple[Tensor | None, ...], dim: int) -> Tensor | None:

@@ -325,7 +325,7 @@ def forward_parts(
     final = parts[0].new_empty(parts[0].shape[0], taps - 1, channels, dtype=torch.float32)
     start = None if initial_state is None else initial_state.float().contiguous()
     weights, biases = by_part(weight.contiguous(), sizes, 0), by_part(bias, sizes, 0)
-    states = by_part(start, sizes, 2), final.split(sizes, 2)
+    states = by_part(start, sizes, 2), by_part(final, sizes, 2)
     given, index = zip(map(rows_of, parts), weights, biases, *states, scales, strict=True), ranks(mask)
     return [convolve(*each, channels, mask, index, order) for each in given], final
 
