@@ -82,24 +82,27 @@ mix_branches.register_autograd(_mix_gradients, setup_context=save_inputs)
 
 
 @operator("rotate")
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    """RoPE on (B, L, heads, N), or what its gradient makes of one; the angles have none."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, token: Tensor | None, backward: bool) -> Tensor:
+    """RoPE on (B, L, heads, N), or what its gradient makes of one; the angles have none.
+
+    With `token`, x are those tokens of a flattened batch.
+    """
     module = rope if choose_engine("apply_rope", x) == "torch" else kernels("rope_kernels")
-    return module.rotate(x, cos, sin, backward)
+    return module.rotate(x, cos, sin, token, backward)
 
 
 @rotate.register_fake
-def _(x, cos, sin, backward):
+def _(x, cos, sin, token, backward):
     return x.new_empty(x.shape)
 
 
 def _save_angles(ctx, inputs, output) -> None:
-    _, cos, sin, ctx.backward = inputs
-    ctx.save_for_backward(cos, sin)
+    _, cos, sin, token, ctx.backward = inputs
+    ctx.save_for_backward(cos, sin, token)
 
 
 def _rotate_gradients(ctx, grad: Tensor):
-    return rotate(grad, *ctx.saved_tensors, not ctx.backward), None, None, None
+    return rotate(grad, *ctx.saved_tensors, not ctx.backward), None, None, None, None
 
 
 rotate.register_autograd(_rotate_gradients, setup_context=_save_angles)

@@ -15,6 +15,7 @@ from ..reference.projections import apply_rope as apply_rope_to_angles_with_grad
 from . import block_operators
 from .checks import FLOAT_DTYPES
 from .precision import accumulation_dtype
+from .rope import taken
 
 __all__ = ["HeadProjections", "apply_rope", "are_plain", "is_unwatched", "narrow_products", "split_heads"]
 
@@ -23,10 +24,19 @@ def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
     """`linmu.reference.projections.apply_rope`, in one pass for angles that need no gradient: arguments,
     result and errors are the same.
     """
-    cos, sin = checked_angles(tensor, position_embeddings)
-    if cos.requires_grad or sin.requires_grad:
-        return apply_rope_to_angles_with_gradients(tensor, position_embeddings)
-    return block_operators.rotate(tensor, cos, sin, False)
+    return rotated(tensor, checked_angles(tensor, position_embeddings), None)
+
+
+def rotated(tensor: Tensor, angles: tuple[Tensor, Tensor], token: Tensor | None) -> Tensor:
+    """`apply_rope` by angles that fit; with `token` (n,), of these places of the flattened batch, (1, n,
+    heads, N), by angles of the whole batch.
+    """
+    cos, sin = angles
+    if not (cos.requires_grad or sin.requires_grad):
+        return block_operators.rotate(tensor, cos, sin, token, False)
+    if token is not None:
+        angles = taken(cos, token), taken(sin, token)
+    return apply_rope_to_angles_with_gradients(tensor, angles)
 
 
 def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
