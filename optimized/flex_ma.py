@@ -68,6 +68,8 @@ class FlexMA(reference.FlexMA):
         if rates is None:
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
             rates = narrow_products(hidden_states, linears)
+        if layout is not None:
+            rates = [layout.in_order(rate, self.scan_axes) for rate in rates]
         dt = F.softplus(rates[0])
         if one_token:
             y, state = self.step(x, B, C, dt, valid, state)
@@ -90,11 +92,12 @@ class FlexMA(reference.FlexMA):
         valid: Tensor | None,
         state: FlexMAState | None,
     ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (2), (4) and the norm of (5): normed heads (B, L, H, P) in token order, and the state."""
-        order = segment = openings = None
-        if layout is not None:
-            order = layout.order(self.scan_axes)
-            dt, gate = layout.in_order(dt, self.scan_axes), layout.in_order(gate, self.scan_axes)
+        """Eqs. (2), (4) and the norm of (5): normed heads (B, L, H, P) in token order, and the state.
+
+        dt and gate come in scan order, all else in token order.
+        """
+        order = None if layout is None else layout.order(self.scan_axes)
+        segment = openings = None
         if layout is not None and self.config.backward_scan:
             segment, openings = layout.segment, layout.openings if valid is None else None
         (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order)
