@@ -103,6 +103,8 @@ def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
 
 def flat_order(order: Tensor) -> Tensor:
     """(B, L) -> (B·L,): the same tokens' places in the flattened batch."""
+    if len(order) == 1:
+        return order[0]
     start = torch.arange(order.shape[0], device=order.device)[:, None] * order.shape[1]
     return (order + start).flatten()
 
