@@ -14,8 +14,8 @@ from .precision import accumulation_dtype
 from .registration import operator
 
 
-def _engine(u: Tensor):
-    return conv if choose_engine("causal_conv", u) == "torch" else kernels("conv_kernels")
+def _engine(u: Tensor, kernel_module: str):
+    return conv if choose_engine("causal_conv", u) == "torch" else kernels(kernel_module)
 
 
 @operator("causal_conv")
@@ -29,7 +29,7 @@ def causal_conv(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out and the last K-1 valid inputs times `scale`, which is on u; place i is token order[i] of u."""
-    return _engine(u).forward(u, weight, bias, mask, initial_state, order, scale)
+    return _engine(u, "conv_kernels").forward(u, weight, bias, mask, initial_state, order, scale)
 
 
 @causal_conv.register_fake
@@ -51,7 +51,9 @@ def causal_conv_backward(
     scale: float,
 ) -> list[Tensor]:
     """The gradients of u, weight and of those of bias, initial_state that are there."""
-    grads = _engine(u).gradient(out_grad, final_grad, u, weight, bias, mask, initial_state, order, scale)
+    grads = _engine(u, "conv_gradients").gradient(
+        out_grad, final_grad, u, weight, bias, mask, initial_state, order, scale
+    )
     return like_inputs(grads, (u, weight, bias, initial_state))
 
 
@@ -94,7 +96,7 @@ def convolve_heads(
     heads = (x, B, C)
     parts = [tensor.flatten(2) for tensor in heads]
     given = (weight, bias, mask, initial_state, order, (1.0, 1.0, scale))
-    outs, final_state = _engine(x).forward_parts(parts, *given)
+    outs, final_state = _engine(x, "conv_kernels").forward_parts(parts, *given)
     return *(out.view(like.shape) for out, like in zip(outs, heads, strict=True)), final_state
 
 
@@ -132,7 +134,7 @@ def convolve_heads_backward(
         (1.0, 1.0, scale),
         strict=True,
     )
-    gradient = _engine(x).gradient
+    gradient = _engine(x, "conv_gradients").gradient
     found = [gradient(*each, mask, start, order, factor) for *each, start, factor in given]
     grads, *shared = zip(*found, strict=True)
     grads = (grad.view(like.shape) for grad, like in zip(grads, heads, strict=True))

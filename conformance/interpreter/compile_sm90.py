@@ -130,7 +130,7 @@ KERNELS = {
         PLAN,
     ),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
-    "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
+    "conv_backward": ("conv_gradients", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
     "divergence_gradient": ("loss_kernels", "gradient_kernel", LOSS, 8, 3, {}),
     "step": ("step_kernels", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
