@@ -24,7 +24,7 @@ def linears(dtype: torch.dtype) -> list[torch.nn.Linear]:
 
 def test_three_parts_hold_every_bit_of_a_float32():
     wide = torch.randn(1000) * 10.0 ** torch.randint(-12, 12, (1000,))
-    parts = narrow.in_parts(wide)
+    parts = narrow.in_parts(wide, 0)
     assert {part.dtype for part in parts} == {torch.bfloat16}
     assert torch.equal(parts[0].float() + parts[1].float() + parts[2].float(), wide)
 

@@ -172,4 +172,4 @@ def test_text_meets_no_projection_of_local_swin(text):
 
 def test_a_plan_passes_torchs_own_checks_of_operators():
     """Shapes promised to the compiler, no aliasing, no change of the argument."""
-    torch.library.opcheck(operators.window_plan, (torch.randint(-1, 4, (2, 37)),))
+    torch.library.opcheck(torch.ops.linmu.window_plan, (torch.randint(-1, 4, (2, 37)),))

@@ -4,16 +4,16 @@ the mix of the branches. As in `operators`: a forward and a backward pass each, 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import mixing, narrow, rope
 from .engine import choose_engine
 from .operators import empty_like_inputs, kernels, like_inputs, save_inputs
 from .precision import accumulation_dtype
+from .registration import operator
 
 
-@torch.library.custom_op("linmu::narrow_product", mutates_args=())
+@operator("narrow_product")
 def narrow_product(u: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
     """u Wᵀ + b in the accumulation dtype: (B, L, D), (n, D), (n,) -> (B, L, n), n the sum of `sizes`."""
     return narrow.forward(u, weight, bias, sizes)
@@ -24,7 +24,7 @@ def _(u, weight, bias, sizes):
     return u.new_empty(*u.shape[:2], weight.shape[0], dtype=accumulation_dtype(u.dtype))
 
 
-@torch.library.custom_op("linmu::narrow_product_backward", mutates_args=())
+@operator("narrow_product_backward")
 def narrow_product_backward(grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     """The gradients of u, weight and bias."""
     return like_inputs(narrow.gradient(grad, u, weight), (u, weight, bias))
@@ -46,7 +46,7 @@ def _save_product(ctx, inputs, output) -> None:
 narrow_product.register_autograd(_narrow_gradients, setup_context=_save_product)
 
 
-@torch.library.custom_op("linmu::mix_branches", mutates_args=())
+@operator("mix_branches")
 def mix_branches(flex: Tensor, local: Tensor, logit: Tensor, row: Tensor) -> Tensor:
     """The branches' outputs mixed on vision, whose tokens have a row of `local` each; Flex-MA's on text."""
     return _mixing(flex).forward(flex, local, logit, row)
@@ -57,7 +57,7 @@ def _(flex, local, logit, row):
     return flex.new_empty(flex.shape)
 
 
-@torch.library.custom_op("linmu::mix_branches_backward", mutates_args=())
+@operator("mix_branches_backward")
 def mix_branches_backward(
     grad: Tensor, flex: Tensor, local: Tensor, logit: Tensor, row: Tensor
 ) -> list[Tensor]:
@@ -81,25 +81,28 @@ def _mix_gradients(ctx, grad: Tensor):
 mix_branches.register_autograd(_mix_gradients, setup_context=save_inputs)
 
 
-@torch.library.custom_op("linmu::rotate", mutates_args=())
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    """RoPE on (B, L, heads, N), or what its gradient makes of one; the angles have none."""
+@operator("rotate")
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, token: Tensor | None, backward: bool) -> Tensor:
+    """RoPE on (B, L, heads, N), or what its gradient makes of one; the angles have none.
+
+    With `token`, x are those tokens of a flattened batch.
+    """
     module = rope if choose_engine("apply_rope", x) == "torch" else kernels("rope_kernels")
-    return module.rotate(x, cos, sin, backward)
+    return module.rotate(x, cos, sin, token, backward)
 
 
 @rotate.register_fake
-def _(x, cos, sin, backward):
+def _(x, cos, sin, token, backward):
     return x.new_empty(x.shape)
 
 
 def _save_angles(ctx, inputs, output) -> None:
-    _, cos, sin, ctx.backward = inputs
-    ctx.save_for_backward(cos, sin)
+    _, cos, sin, token, ctx.backward = inputs
+    ctx.save_for_backward(cos, sin, token)
 
 
 def _rotate_gradients(ctx, grad: Tensor):
-    return rotate(grad, *ctx.saved_tensors, not ctx.backward), None, None, None
+    return rotate(grad, *ctx.saved_tensors, not ctx.backward), None, None, None, None
 
 
 rotate.register_autograd(_rotate_gradients, setup_context=_save_angles)

@@ -78,6 +78,27 @@ def forward(
 
 
 @without_autocast
+def forward_parts(
+    parts: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    scales: tuple[float, ...],
+) -> tuple[list[Tensor], Tensor]:
+    """`forward` of some u, each with its own scale: their channels follow each other in weight, bias and
+    state.
+    """
+    sizes = [part.shape[2] for part in parts]
+    own = by_part(weight, sizes, 0), by_part(bias, sizes, 0), by_part(initial_state, sizes, 2)
+    given = zip(parts, *own, scales, strict=True)
+    found = [forward(*each, mask, start, order, scale) for *each, start, scale in given]
+    outs, states = zip(*found, strict=True)
+    return list(outs), joined(states, 2)
+
+
+@without_autocast
 def gradient(
     out_grad: Tensor,
     final_grad: Tensor,
@@ -109,6 +130,16 @@ def gradient(
         None if bias is None else grad.sum((0, 1)),
         None if initial_state is None else padded_grad[:, : taps - 1].clone(),
     )
+
+
+def by_part(tensor: Tensor | None, sizes: list[int], dim: int) -> tuple[Tensor | None, ...]:
+    """A tensor split along its channels; None for each part if there is none."""
+    return (None,) * len(sizes) if tensor is None else tensor.split_with_sizes(sizes, dim)
+
+
+def joined(parts: tuple[Tensor | None, ...], dim: int) -> Tensor | None:
+    """The inverse of `by_part`."""
+    return None if parts[0] is None else torch.cat(parts, dim)
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def choose_engine(operator: str, tensor: Tensor, *head_dims: int) -> str:
     else:
         reason = obstacle(tensor.device, tensor.dtype, *head_dims)
     if reason is None:
-        return announced("triton", operator, f"tensors on {tensor.device}")
+        return announced("triton", operator, "tensors on", tensor.device)
     if wanted == "triton":
         raise RuntimeError(f"{operator}: the triton engine is forced and must be able to run, got: {reason}")
     return announced("torch", operator, reason)
@@ -94,19 +95,31 @@ def choose_engine(operator: str, tensor: Tensor, *head_dims: int) -> str:
 
 def obstacle(device: torch.device, dtype: torch.dtype = torch.float32, *head_dims: int) -> str | None:
     """Why the Triton kernels cannot take such a tensor, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     if dtype == torch.float64:
         return "the kernels accumulate in float32, and float64 asks for more"
-    if any(size > MAX_HEAD_DIM for size in head_dims):
+    if head_dims and max(head_dims) > MAX_HEAD_DIM:
         return f"the kernels hold head dims up to {MAX_HEAD_DIM}, not {max(head_dims)}"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        capability = compute_capability(device)
         too_old = capability < OLDEST_CAPABILITY
         return f"the kernels need compute capability 8.0, not {capability}" if too_old else None
     if device.type != "cpu":
         return f"there are no kernels for {device.type}"
     return interpreter_obstacle(dtype)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether it is installed; looked for once, as every call of an operator asks."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """As torch says it, asked once for each GPU."""
+    return torch.cuda.get_device_capability(device)
 
 
 def interpreter_obstacle(dtype: torch.dtype) -> str | None:
@@ -121,9 +134,10 @@ def interpreter_obstacle(dtype: torch.dtype) -> str | None:
     return None
 
 
-def announced(engine: str, operator: str, reason: str) -> str:
+def announced(engine: str, operator: str, *reason: object) -> str:
     """`engine`, said on stderr the first time it is used."""
-    say_once(engine, f"{engine} engine from {operator} on ({reason})")
+    if engine not in _announced:
+        say_once(engine, f"{engine} engine from {operator} on ({' '.join(map(str, reason))})")
     return engine
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.flex_ma import FlexMAState, LentState, full_precision_linear, rms_norm_per_head
-from . import operators, step_operators
+from . import conv_operators, step_operators
 from .layout import VisionLayout, fast, permute_tokens
 from .projections import apply_rope, are_plain, narrow_products
 from .scan import scan_heads, scan_step
@@ -68,6 +68,8 @@ class FlexMA(reference.FlexMA):
         if rates is None:
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
             rates = narrow_products(hidden_states, linears)
+        if layout is not None:
+            rates = [layout.in_order(rate, self.scan_axes) for rate in rates]
         dt = F.softplus(rates[0])
         if one_token:
             y, state = self.step(x, B, C, dt, valid, state)
@@ -90,10 +92,14 @@ class FlexMA(reference.FlexMA):
         valid: Tensor | None,
         state: FlexMAState | None,
     ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (2), (4) and the norm of (5): normed heads (B, L, H, P) in token order, and the state."""
+        """Eqs. (2), (4) and the norm of (5): normed heads (B, L, H, P) in token order, and the state.
+
+        dt and gate come in scan order, all else in token order.
+        """
         order = None if layout is None else layout.order(self.scan_axes)
-        if order is not None:
-            dt, gate = permute_tokens(dt, order), permute_tokens(gate, order)
+        segment = openings = None
+        if layout is not None and self.config.backward_scan:
+            segment, openings = layout.segment, layout.openings if valid is None else None
         (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order)
         y, scan_state = scan_heads(
             x,
@@ -102,13 +108,14 @@ class FlexMA(reference.FlexMA):
             B,
             C,
             gate=gate,
-            segment=layout.segment if layout is not None and self.config.backward_scan else None,
+            segment=segment,
             valid=valid,
             D=self.D,
             initial_state=None if state is None else state.scan,
             order=order,
             norm_weight=self.norm_weight if self.config.head_norm else None,
             eps=self.config.norm_eps,
+            openings=openings,
         )
         return y, FlexMAState(conv_state, scan_state)
 
@@ -121,27 +128,18 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | None,
         order: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The scale of C and eq. (2), each of x, B, C by itself: in scan order, and the convolution's state.
-
-        Side by side in one tensor, C scaled before, they would be written and read once more: 32 KB per token
-        of width 3584.
-        """
-        parts = [tensor.flatten(2) for tensor in (x, B, C)]
-        scales = (1.0, 1.0, self.config.head_dim**-0.5)
+        """The scale of C and eq. (2): x, B and C in scan order, and the convolution's state."""
+        scale = self.config.head_dim**-0.5
         if self.config.conv_kernel:
-            sizes = [part.shape[2] for part in parts]
-            starts = [None] * 3 if state is None else state.conv.split(sizes, dim=2)
-            weights, biases = self.conv_weight.split(sizes), self.conv_bias.split(sizes)
-            given = zip(parts, weights, biases, starts, scales, strict=True)
-            found = [operators.causal_conv(*each, valid, start, order, by) for *each, start, by in given]
-            parts, states = zip(*found, strict=True)
-            conv_state = torch.cat(states, dim=2)
+            start = None if state is None else state.conv
+            given = (self.conv_weight, self.conv_bias, valid, start, order, scale)
+            *parts, conv_state = conv_operators.convolve_heads(x, B, C, *given)
         else:
-            parts[2] = parts[2] * scales[2]
+            parts = [x, B, C * scale]
             if order is not None:
                 parts = [permute_tokens(part, order) for part in parts]
             conv_state = x.new_zeros(len(x), 0, self.config.conv_channels)
-        return tuple(part.view(like.shape) for part, like in zip(parts, (x, B, C), strict=True)), conv_state
+        return tuple(parts), conv_state
 
     def asks_for_gradient(self, hidden_states: Tensor, state: FlexMAState) -> bool:
         """Whether autograd would record this call."""

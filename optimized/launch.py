@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ def launching(function: Callable) -> Callable:
     @wraps(function)
     def wrapped(*args, **kwargs):
         first = next(arg for arg in args if isinstance(arg, Tensor))
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return plain(*args, **kwargs)
         with torch.cuda.device_of(first):
             return plain(*args, **kwargs)
 
@@ -38,6 +40,10 @@ def power_of_2(least: int) -> int:
 
 def shared_memory(tensor: Tensor) -> int:
     """Bytes that a program may have on the tensor's GPU; a Hopper's where there is none, which interprets."""
-    if not tensor.is_cuda:
-        return HOPPER
-    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+    return properties(tensor.device).shared_memory_per_block_optin if tensor.is_cuda else HOPPER
+
+
+@cache
+def properties(device: torch.device):
+    """What torch says of a GPU, asked once: its answer takes the host as long as a launch."""
+    return torch.cuda.get_device_properties(device)

@@ -11,7 +11,7 @@ from .. import reference
 from . import mixing
 from .checks import require, require_shape
 from .layout import VisionLayout, fast
-from .projections import apply_rope, checked_angles
+from .projections import checked_angles, rotated
 from .window_attention import planned_attention
 
 __all__ = ["LocalSwin"]
@@ -46,8 +46,7 @@ class LocalSwin(reference.LocalSwin):
         tokens = fast(layout).vision_tokens(self.config.window_thw, self.layer_index)
         heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)  # what angles fit
         angles = checked_angles(heads, position_embeddings)
-        angles = [tokens.taken(angle.expand(len(hidden_states), -1, -1)) for angle in angles]
         q, k, v = self.project_heads(tokens.taken(hidden_states))
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        q, k = rotated(q, angles, tokens.token), rotated(k, angles, tokens.token)
         output = planned_attention(q, k, v, tokens.window_id, tokens.plan)
         return self.o_proj(output.flatten(2)), tokens.row

@@ -20,6 +20,7 @@ from .checks import require, require_mask, require_one_device
 from .engine import choose_engine
 from .operators import kernels
 from .precision import accumulation_dtype, without_autocast
+from .registration import operator
 
 __all__ = ["hidden_loss", "logit_loss"]
 
@@ -39,7 +40,7 @@ def logit_loss(
     return loss_operator(student, teacher.detach(), mask, float(temperature))
 
 
-@torch.library.custom_op("linmu::logit_loss", mutates_args=())
+@operator("logit_loss")
 def loss_operator(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
     """Eq. (1), a scalar in the accumulation dtype."""
     if choose_engine("logit_loss", student) == "triton":
@@ -52,7 +53,7 @@ def _(student, teacher, mask, temperature):
     return student.new_empty((), dtype=accumulation_dtype(student.dtype))
 
 
-@torch.library.custom_op("linmu::logit_loss_backward", mutates_args=())
+@operator("logit_loss_backward")
 def loss_backward_operator(
     loss_grad: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
 ) -> Tensor:

@@ -37,7 +37,7 @@ def forward(u: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor
     if not takes_parts(u):
         u, each = u.to(wide), zip(weight.split(sizes), bias.split(sizes), strict=True)
         return torch.cat([F.linear(u, *pair) for pair in each], dim=-1)
-    parts = torch.cat(in_parts(aligned(weight, 0)))  # (3n, D)
+    parts = in_parts(weight, 0).flatten(0, 1)  # (3n, D)
     product = summed_wide(u.flatten(0, 1), parts.T)  # (B·L, 3n)
     columns = product.unflatten(1, (3, -1)).sum(1)[:, : len(weight)]
     return (columns + bias).unflatten(0, u.shape[:2])
@@ -51,30 +51,30 @@ def gradient(grad: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, T
     bias_grad = grad.sum(0)
     if not takes_parts(u):
         return (grad @ weight).to(u.dtype).view(u.shape), grad.T @ flat.to(wide), bias_grad
-    grads, weights = in_parts(aligned(grad, 1)), in_parts(aligned(weight, 0))
+    grads, weights = in_parts(grad, 1), in_parts(weight, 0)
     # all but products of two second parts, which lie below the last bit of the result's dtype
     pairs = [(0, 0), (0, 1), (1, 0)]
     left, right = (
         torch.cat([parts[pair[side]] for pair in pairs], dim=1 - side)
         for side, parts in enumerate((grads, weights))
     )
-    weight_grad = summed_wide(torch.cat(grads, dim=1).T, flat).unflatten(0, (3, -1)).sum(0)
+    weight_grad = summed_wide(torch.cat(grads.unbind(), dim=1).T, flat).unflatten(0, (3, -1)).sum(0)
     return (left @ right).view(u.shape), weight_grad[: len(weight)], bias_grad
 
 
-def in_parts(wide: Tensor) -> list[Tensor]:
-    """Three bfloat16 tensors whose sum is `wide`, float32."""
-    parts = []
-    for _ in range(3):
-        parts.append(wide.bfloat16())
-        wide = wide - parts[-1].float()
+def in_parts(wide: Tensor, dim: int) -> Tensor:
+    """Three bfloat16 tensors whose sum is `wide`, float32, (3, ...); zeros at the end of `dim` fill it up to
+    a multiple of `ALIGNED`.
+    """
+    shape = list(wide.shape)
+    shape[dim] += -shape[dim] % ALIGNED
+    parts = wide.new_zeros(3, *shape, dtype=torch.bfloat16)
+    first, second, third = parts.narrow(dim + 1, 0, wide.shape[dim])
+    first.copy_(wide)
+    rest = wide - first  # in float32, exactly
+    second.copy_(rest)
+    third.copy_(rest - second)
     return parts
-
-
-def aligned(tensor: Tensor, dim: int) -> Tensor:
-    """Zeros at the end of `dim`, up to the next multiple of `ALIGNED`."""
-    missing = -tensor.shape[dim] % ALIGNED
-    return F.pad(tensor, (0, missing) if dim == 1 else (0, 0, 0, missing))
 
 
 def summed_wide(left: Tensor, right: Tensor) -> Tensor:

@@ -9,18 +9,21 @@ Triton.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import batched_windows, chunked_scan, chunked_scan_backward, conv, step
+from . import batched_windows, chunked_scan, chunked_scan_backward, step
 from . import scan_heads as torch_heads
 from . import window_plan as plans
 from .engine import choose_engine
 from .precision import accumulation_dtype
+from .registration import operator
 
 
+@cache
 def kernels(name: str) -> ModuleType:
     """The module of this package that holds the Triton kernels called `name`."""
     return importlib.import_module(f".{name}", __package__)
@@ -49,7 +52,7 @@ def save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-@torch.library.custom_op("linmu::scan", mutates_args=())
+@operator("scan")
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -75,7 +78,7 @@ def _(x, dt, A, B, C, gate, segment, valid, D, initial_state):
     return x.new_empty(batch, length, heads, x.shape[3]), final_state
 
 
-@torch.library.custom_op("linmu::scan_backward", mutates_args=())
+@operator("scan_backward")
 def scan_backward(
     y_grad: Tensor,
     final_grad: Tensor,
@@ -111,7 +114,7 @@ def _scan_gradients(ctx, y_grad: Tensor, final_grad: Tensor):
 scan.register_autograd(_scan_gradients, setup_context=save_inputs)
 
 
-@torch.library.custom_op("linmu::scan_heads", mutates_args=())
+@operator("scan_heads")
 def scan_heads(
     x: Tensor,
     dt: Tensor,
@@ -127,15 +130,20 @@ def scan_heads(
     norm_weight: Tensor | None,
     eps: float,
     keep: bool,
+    openings: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The scan, each head normed, back in token order; and what its gradient needs."""
+    """The scan, each head normed, back in token order; and what its gradient needs.
+
+    openings are those of segment and valid: kernels find them themselves where they are not given.
+    """
     inputs = (x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep)
-    engine = choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1])
-    return (torch_heads if engine == "torch" else kernels("scan_output")).forward_heads(*inputs)
+    if choose_engine("bidirectional_scan", x, B.shape[-1], x.shape[-1]) == "torch":
+        return torch_heads.forward_heads(*inputs)
+    return kernels("scan_output").forward_heads(*inputs, openings)
 
 
 @scan_heads.register_fake
-def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep):
+def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep, openings):
     batch, length, heads, state = C.shape
     accumulate = accumulation_dtype(x.dtype)
     final_state = x.new_empty(batch, heads, state, x.shape[3], dtype=accumulate)
@@ -147,7 +155,7 @@ def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight
     return x.new_empty(batch, length, heads, x.shape[3]), final_state, kept, scale
 
 
-@torch.library.custom_op("linmu::norm_heads_backward", mutates_args=())
+@operator("norm_heads_backward")
 def norm_heads_backward(
     z_grad: Tensor, y: Tensor, scale: Tensor, norm_weight: Tensor, order: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -180,13 +188,13 @@ def _heads_gradients(ctx, *grads: Tensor | None):
     else:
         y_grad = torch_heads.in_scan_order(y_grad, order)
     scan_grads = in_place_of(inputs, scan_backward(y_grad, final_grad, *inputs), without=(6, 7))
-    return *scan_grads, None, weight_grad, None, None
+    return *scan_grads, None, weight_grad, None, None, None
 
 
 scan_heads.register_autograd(_heads_gradients, setup_context=_save_heads)
 
 
-@torch.library.custom_op("linmu::scan_step", mutates_args=())
+@operator("scan_step")
 def scan_step(
     state: Tensor,
     x: Tensor,
@@ -208,7 +216,7 @@ def _(state, x, dt, A, B, C, D, valid):
     return y, state.new_empty(state.shape, dtype=accumulation_dtype(x.dtype))
 
 
-@torch.library.custom_op("linmu::scan_step_backward", mutates_args=())
+@operator("scan_step_backward")
 def scan_step_backward(
     y_grad: Tensor,
     new_state_grad: Tensor,
@@ -239,67 +247,7 @@ def _scan_step_gradients(ctx, y_grad: Tensor, new_state_grad: Tensor):
 scan_step.register_autograd(_scan_step_gradients, setup_context=save_inputs)
 
 
-@torch.library.custom_op("linmu::causal_conv", mutates_args=())
-def causal_conv(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out and the last K-1 valid inputs times `scale`, which is on u; place i is token order[i] of u."""
-    engine = choose_engine("causal_conv", u)
-    module = conv if engine == "torch" else kernels("conv_kernels")
-    return module.forward(u, weight, bias, mask, initial_state, order, scale)
-
-
-@causal_conv.register_fake
-def _(u, weight, bias, mask, initial_state, order, scale):
-    final_state = u.new_empty(u.shape[0], weight.shape[1] - 1, u.shape[2], dtype=accumulation_dtype(u.dtype))
-    return u.new_empty(u.shape), final_state
-
-
-@torch.library.custom_op("linmu::causal_conv_backward", mutates_args=())
-def causal_conv_backward(
-    out_grad: Tensor,
-    final_grad: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    scale: float,
-) -> list[Tensor]:
-    """The gradients of u, weight and of those of bias, initial_state that are there."""
-    engine = choose_engine("causal_conv", u)
-    module = conv if engine == "torch" else kernels("conv_kernels")
-    grads = module.gradient(out_grad, final_grad, u, weight, bias, mask, initial_state, order, scale)
-    return like_inputs(grads, (u, weight, bias, initial_state))
-
-
-@causal_conv_backward.register_fake
-def _(out_grad, final_grad, u, weight, bias, mask, initial_state, order, scale):
-    return empty_like_inputs((u, weight, bias, initial_state))
-
-
-def _save_conv(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _causal_conv_gradients(ctx, out_grad: Tensor, final_grad: Tensor):
-    inputs = ctx.saved_tensors
-    grads = causal_conv_backward(out_grad, final_grad, *inputs, ctx.scale)
-    return *in_place_of(inputs, grads, without=(3, 5)), None
-
-
-causal_conv.register_autograd(_causal_conv_gradients, setup_context=_save_conv)
-
-
-@torch.library.custom_op("linmu::window_plan", mutates_args=())
+@operator("window_plan")
 def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
     """places and blocks: what the kernels of `window_attention` need to know of the windows."""
     return plans.window_plan(window_id)
@@ -312,7 +260,7 @@ def _(window_id):
     return places, window_id.new_empty((1 + plans.most_blocks(tokens), 4), dtype=torch.int32)
 
 
-@torch.library.custom_op("linmu::window_attention", mutates_args=())
+@operator("window_attention")
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, places: Tensor, blocks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -331,7 +279,7 @@ def _(q, k, v, window_id, places, blocks, scale):
     return o, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
 
 
-@torch.library.custom_op("linmu::window_attention_backward", mutates_args=())
+@operator("window_attention_backward")
 def window_attention_backward(
     o_grad: Tensor,
     q: Tensor,

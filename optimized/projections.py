@@ -13,21 +13,30 @@ from ..reference.flex_ma import full_precision_linear
 from ..reference.projections import HeadProjections, checked_angles, split_heads
 from ..reference.projections import apply_rope as apply_rope_to_angles_with_gradients
 from . import block_operators
+from .checks import FLOAT_DTYPES
 from .precision import accumulation_dtype
+from .rope import taken
 
 __all__ = ["HeadProjections", "apply_rope", "are_plain", "is_unwatched", "narrow_products", "split_heads"]
-
-WATCHERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
     """`linmu.reference.projections.apply_rope`, in one pass for angles that need no gradient: arguments,
     result and errors are the same.
     """
-    cos, sin = checked_angles(tensor, position_embeddings)
-    if cos.requires_grad or sin.requires_grad:
-        return apply_rope_to_angles_with_gradients(tensor, position_embeddings)
-    return block_operators.rotate(tensor, cos, sin, False)
+    return rotated(tensor, checked_angles(tensor, position_embeddings), None)
+
+
+def rotated(tensor: Tensor, angles: tuple[Tensor, Tensor], token: Tensor | None) -> Tensor:
+    """`apply_rope` by angles that fit; with `token` (n,), of these places of the flattened batch, (1, n,
+    heads, N), by angles of the whole batch.
+    """
+    cos, sin = angles
+    if not (cos.requires_grad or sin.requires_grad):
+        return block_operators.rotate(tensor, cos, sin, token, False)
+    if token is not None:
+        angles = taken(cos, token), taken(sin, token)
+    return apply_rope_to_angles_with_gradients(tensor, angles)
 
 
 def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
@@ -35,17 +44,16 @@ def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
     if not are_plain(linears):
         return [full_precision_linear(u, linear) for linear in linears]
     wide = accumulation_dtype(u.dtype)
-    weight, bias = (
-        torch.cat([getattr(linear, name).to(wide) for linear in linears]) for name in ("weight", "bias")
-    )
+    weight = torch.cat([linear.weight for linear in linears]).to(wide)  # of two dtypes the wider before
+    bias = torch.cat([linear.bias for linear in linears]).to(wide)
     sizes = [linear.out_features for linear in linears]
-    product = block_operators.narrow_product(u, weight, bias, sizes)
-    return [part.contiguous() for part in product.split(sizes, dim=-1)]
+    return list(block_operators.narrow_product(u, weight, bias, sizes).split_with_sizes(sizes, dim=-1))
 
 
 def is_unwatched(module: nn.Module) -> bool:
     """Whether calling `module` is its forward and nothing else: no hooks, no forward put over its own."""
-    return "forward" not in module.__dict__ and not any(getattr(module, name) for name in WATCHERS)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not (hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
 
 
 def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> bool:
@@ -56,16 +64,17 @@ def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> boo
         linears: the modules.
         dtype: what weights must have; None = any float dtype.
     """
-    return all(
-        type(linear) is nn.Linear
-        and is_unwatched(linear)
-        and all(is_plain(tensor, dtype) for tensor in (linear.weight, linear.bias) if tensor is not None)
-        for linear in linears
-    )
+    kinds = FLOAT_DTYPES if dtype is None else (dtype,)
+    for linear in linears:
+        if type(linear) is not nn.Linear or not is_unwatched(linear):
+            return False
+        bias = linear.bias
+        if not is_plain(linear.weight, kinds) or (bias is not None and not is_plain(bias, kinds)):
+            return False
+    return True
 
 
-def is_plain(tensor: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether it is a tensor and no subclass, on a device, contiguous, and of this dtype."""
-    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16) if dtype is None else (dtype,)
-    own = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+def is_plain(tensor: Tensor, kinds: tuple[torch.dtype, ...]) -> bool:
+    """Whether it is a tensor and no subclass, on a device, contiguous, and of one of these dtypes."""
+    own = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
     return own and tensor.is_contiguous() and tensor.dtype in kinds

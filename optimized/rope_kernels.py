@@ -23,6 +23,7 @@ def rope_kernel(
     X,
     COS,
     SIN,
+    TOKEN,
     OUT,
     x_batch,
     x_token,
@@ -32,19 +33,25 @@ def rope_kernel(
     sin_batch,
     sin_token,
     length,
+    angles,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BACKWARD: tl.constexpr,
+    TAKES: tl.constexpr,
 ):
-    """Eq. (1) for all heads of one token."""
+    """Eq. (1) for all heads of one token; if it TAKES angles, by those of TOKEN among rows of so many."""
     token = tl.cast(tl.program_id(0) % length, tl.int64)
     batch = tl.cast(tl.program_id(0) // length, tl.int64)
+    angle_token, angle_batch = token, batch
+    if TAKES:
+        place = tl.load(TOKEN + tl.program_id(0)).to(tl.int32)
+        angle_token, angle_batch = tl.cast(place % angles, tl.int64), tl.cast(place // angles, tl.int64)
     head, n = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_HALF)
     real = n < HALF
-    cos = COS + batch * cos_batch + token * cos_token + n
-    sin = SIN + batch * sin_batch + token * sin_token + n
+    cos = COS + angle_batch * cos_batch + angle_token * cos_token + n
+    sin = SIN + angle_batch * sin_batch + angle_token * sin_token + n
     first_cos = tl.load(cos, mask=real, other=0.0).to(tl.float32)[None, :]
     second_cos = tl.load(cos + HALF, mask=real, other=0.0).to(tl.float32)[None, :]
     first_sin = tl.load(sin, mask=real, other=0.0).to(tl.float32)[None, :]
@@ -63,7 +70,7 @@ def rope_kernel(
 
 
 @launching
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, token: Tensor | None, backward: bool) -> Tensor:
     """`rope.rotate` on a Triton kernel."""
     x, cos, sin = rows_of(x), rows_of(cos), rows_of(sin)
     batch, length, heads, size = x.shape
@@ -72,16 +79,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         x,
         cos,
         sin,
+        token,
         out,
         *x.stride()[:3],
         *(cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
         *(sin.stride(0) if len(sin) > 1 else 0, sin.stride(1)),
         length,
+        cos.shape[1],
         HEADS=heads,
         HALF=size // 2,
         BLOCK_HEADS=power_of_2(heads),
         BLOCK_HALF=power_of_2(size // 2),
         BACKWARD=backward,
+        TAKES=token is not None,
         num_warps=4,
     )
     return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.scan import check_bidirectional, check_conv, check_scan, check_step
-from . import operators
+from . import conv_operators, operators
 from .checks import require
 from .precision import without_autocast
 from .scan_masks import interleaved_row
@@ -86,6 +86,7 @@ def scan_heads(
     order: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
+    openings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`bidirectional_scan`, `rms_norm_per_head` and `permute_tokens` back, in one operator.
 
@@ -94,6 +95,7 @@ def scan_heads(
         order: (B, L) int64, the token at each place of the scan; None = they stand in their order.
         norm_weight: (H·P,); None = no norm.
         eps: added to the mean of squares.
+        openings: `scan_masks.openings` of segment and valid, which serve every layer; None = not known.
     Returns:
         (B, L, H, P) in token order and the dtype of `x`; the forward state (B, H, N, P).
     Raises:
@@ -106,7 +108,7 @@ def scan_heads(
     floats = (x, dt, A, B, C, gate, D, initial_state, norm_weight)
     keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in floats)
     scanned = (x, dt, A, B, C, gate, segment, valid, D, initial_state)
-    return operators.scan_heads(*scanned, order, norm_weight, eps, keep)[:2]
+    return operators.scan_heads(*scanned, order, norm_weight, eps, keep, openings)[:2]
 
 
 @without_autocast
@@ -137,4 +139,4 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.causal_conv`: arguments, result and errors are the same."""
     check_conv("causal_conv", u, weight, bias, mask, initial_state)
-    return operators.causal_conv(u, weight, bias, mask, initial_state, None, 1.0)
+    return conv_operators.causal_conv(u, weight, bias, mask, initial_state, None, 1.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SHORTEST, LONGEST = 16, 128  # chunks, in tokens: all are powers of two between
+
 
 def vision_mask(segment: Tensor | None, valid: Tensor | None) -> Tensor | None:
     """(B, L) bool, True on vision tokens that are not padding; None if there is no segment at all."""
@@ -34,6 +36,18 @@ def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
     following = first.flip(1).cummin(1).values.flip(1)  # (B, K): the next vision token, or L
     following = torch.nn.functional.pad(following, (0, 1), value=length)  # (B, K + 1)
     return torch.nn.functional.pad(segment, (0, 1), value=-1).gather(1, following)
+
+
+def openings(segment: Tensor, vision: Tensor) -> Tensor:
+    """`next_segment` for chunks of any length, which `openings_of` picks: (B, many + 1) int64."""
+    beyond = LONGEST // SHORTEST  # chunks, that a longer one ends among
+    return torch.nn.functional.pad(next_segment(segment, vision, SHORTEST), (0, beyond), value=-1)
+
+
+def openings_of(openings: Tensor, length: int, chunk: int) -> Tensor:
+    """`next_segment` for chunks of this many tokens."""
+    step = chunk // SHORTEST
+    return openings[:, : -(-length // chunk) * step + 1 : step]
 
 
 def interleaved_row(segment: Tensor, valid: Tensor | None = None) -> int | None:

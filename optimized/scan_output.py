@@ -188,7 +188,6 @@ def output_tiles(
     return {"ROWS": part, "COLUMNS": columns, "STEP": step, "HELD": held}, options
 
 
-@launching
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -222,11 +221,12 @@ def forward_heads(
     norm_weight: Tensor | None,
     eps: float,
     keep: bool,
+    openings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`scan_heads.forward_heads` on Triton kernels."""
     dtype = x.dtype
     x, B, C = (rows_of(tensor.to(token_dtype(dtype))) for tensor in (x, B, C))
-    scalars = scan_scalars(dt, A, gate, segment, valid, chunk_size(x.dtype))
+    scalars = scan_scalars(dt, A, gate, segment, valid, chunk_size(x.dtype), openings)
     states, final_state, _ = sweep_states(B, x, scalars.write, scalars.kept, scalars.valid, initial_state)
     batch, length, groups, head_dim = x.shape
     heads, state = C.shape[2:]

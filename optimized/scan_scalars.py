@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div, power_of_2
-from .scan_masks import next_segment, vision_mask
+from .scan_masks import next_segment, openings_of, vision_mask
 from .scan_tiles import as_bytes, decayed, token_rows
 
 HEADS_AT_ONCE = 16
@@ -161,12 +161,14 @@ def scan_scalars(
     segment: Tensor | None,
     valid: Tensor | None,
     chunk: int,
+    openings: Tensor | None = None,
 ) -> Scalars:
     """Mask, pad with masked tokens, cut into chunks and sum: one launch, and what `next_segment` takes.
 
     Args:
         dt, gate: (B, L, H); A: (H,); segment: (B, L), None = one direction; valid: (B, L) bool, None = all.
         chunk: tokens per chunk.
+        openings: `scan_masks.openings` of segment and valid; None = not known.
     """
     batch, length, heads = dt.shape
     chunks = ceil_div(length, chunk)
@@ -178,7 +180,10 @@ def scan_scalars(
     opens = None
     if segment is not None:
         segment = segment.to(torch.int64).contiguous()
-        opens = next_segment(segment, vision_mask(segment, valid), chunk).contiguous()
+        if openings is None:
+            opens = next_segment(segment, vision_mask(segment, valid), chunk).contiguous()
+        else:
+            opens = openings_of(openings, length, chunk).contiguous()
     scalars = Scalars(
         dt=empty(batch, chunks, heads, chunk),
         sums=empty(directions, batch, chunks, heads, chunk),

@@ -6,16 +6,16 @@ of its tensors and is opaque to torch.compile. The step overwrites the scan's st
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import text_step as torch_step
 from .engine import choose_engine
 from .operators import kernels
 from .precision import accumulation_dtype
+from .registration import operator
 
 
-@torch.library.custom_op("linmu::text_projection", mutates_args=())
+@operator("text_projection")
 def text_projection(
     u: Tensor,
     weights: list[Tensor],
@@ -38,7 +38,7 @@ def _(u, weights, biases, dt_weight, dt_bias, z_weight, z_bias):
     return taken, rate, u.new_empty(0 if z_weight is None else (u.shape[0], z_weight.shape[0]))
 
 
-@torch.library.custom_op("linmu::text_step", mutates_args={"scan_state"})
+@operator("text_step", mutates_args={"scan_state"})
 def text_step(
     scan_state: Tensor,
     conv_state: Tensor | None,

@@ -64,14 +64,15 @@ def in_order(window_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Kinds: 0 in a window of half a block or more, 1 in a smaller one, 2 in none.
     """
     batch, length = window_id.shape
-    ids = window_id.flatten()
-    token = ids.argsort(stable=True)
-    if batch > 1:
-        token = token[(token // length).argsort(stable=True)]
-    ids, row = ids[token], token // max(1, length)
-    place = torch.arange(len(ids), device=ids.device)
+    ids, token = window_id.flatten().sort(stable=True)
     starts = torch.ones_like(ids, dtype=torch.bool)
-    starts[1:] = (ids[1:] != ids[:-1]) | (row[1:] != row[:-1])
+    if batch > 1:
+        row, by_row = (token // max(1, length)).sort(stable=True)
+        ids, token = ids[by_row], token[by_row]
+        starts[1:] = (ids[1:] != ids[:-1]) | (row[1:] != row[:-1])
+    else:
+        torch.ne(ids[1:], ids[:-1], out=starts[1:])
+    place = torch.arange(len(ids), device=ids.device)
     first, last = spans(starts)
     kind = torch.where(ids < 0, 2, (2 * (last - first) < BLOCK).byte())
     order = kind.argsort(stable=True)  # whole windows move; bytes are sorted in one pass

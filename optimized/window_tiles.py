@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import window_plan
-from .launch import ceil_div, shared_memory
+from .launch import ceil_div, properties, shared_memory
 from .scan_tiles import stride_arguments, tile_size
 
 LOG2_E = 1.4426950408889634
@@ -152,7 +152,7 @@ def fitting(table: dict[torch.dtype, Tiles], tensor: Tensor) -> Tiles:
 
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the GPU; of a CPU, whose interpreter runs programs in turn, a few."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+    return properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
 
 
 def keys_held(table: dict[torch.dtype, Tiles], tensor: Tensor) -> int:

@@ -46,9 +46,9 @@ def require_float(where: str, **tensors: Tensor | None) -> None:
 def require_one_device(where: str, **tensors: Tensor | None) -> None:
     """All given tensors must be on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    one = len(set(devices.values())) <= 1
-    listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
-    require(one, where, "all tensors must be on one device", listing)
+    if len(set(devices.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        require(False, where, "all tensors must be on one device", listing)
 
 
 def require_mask(where: str, name: str, mask: Tensor | None, shape: Sequence[int], letters: str) -> None:

@@ -54,6 +54,7 @@ SWEEP = {"BACKWARDS": 1, "STARTS": True, "LEAVES": True}
 GRADIENT = {"gradient": True}
 CONV = {
     "CHANNELS": 4608,
+    "STATES": 4608,
     "TAPS": 4,
     "BEFORE": 4,
     "ROWS": 32,
@@ -69,7 +70,7 @@ TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_N
 TOKEN |= {"HAS_VALID": True}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
-ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True}
+ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
@@ -146,13 +147,13 @@ KERNELS = {
         PLAN,
     ),
     "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
-    "conv_backward": ("conv_kernels", "backward_kernel", CONV, 4, 3, {}),
+    "conv_backward": ("conv_gradients", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
     "divergence_gradient": ("loss_kernels", "gradient_kernel", LOSS, 8, 3, {}),
     "step": ("step_kernels", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
     "mix": ("mixing_kernels", "mix_kernel", MIX, 4, 3, {"LOGIT": "*fp32"}),
     "mix_gradient": ("mixing_kernels", "mix_gradient_kernel", MIX, 4, 3, MIX_POINTERS),
-    "rope": ("rope_kernels", "rope_kernel", ROPE, 4, 3, dict.fromkeys(("COS", "SIN"), "*fp32")),
+    "rope": ("rope_kernels", "rope_kernel", ROPE, 4, 3, {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"}),
     "text_step": ("text_step_kernels", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
     "project_one": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
