@@ -10,33 +10,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunk_layout import Chunks
+from .chunk_layout import Chunks, Direction
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs meet, 1 or 0 in the accumulation dtype; a token meets itself in neither triangle."""
+    """Which pairs meet in both directions: 1 or 0 in the accumulation dtype, a token itself among neither."""
 
     before: Tensor  # (C, C): j < i
-    after: Tensor | None  # (K, B, 1, C, C): j > i and of one segment; None where all is text
+    after: Tensor  # (K, B, 1, C, C): j > i and of one segment
+    gates: Tensor  # (K, B, H, C, C): gF_i [j<i] + gB_i [j>i, one segment], and gF + gB = 1 on the diagonal
 
     @classmethod
-    def of(cls, slab: Chunks) -> Pairs:
-        """The pairs of a slab."""
+    def of(cls, slab: Chunks) -> Pairs | None:
+        """The pairs of a slab; None where all is text: j ≤ i, with gate 1."""
+        if slab.backward is None:
+            return None
         size = slab.C.shape[3]
         before = slab.C.new_ones(size, size).tril_(-1)
-        if slab.backward is None:
-            return cls(before, None)
         together = slab.segment[..., :, None] == slab.segment[..., None, :]
-        return cls(before, before.mT * (together & (slab.segment >= 0)[..., None]))
+        after = before.mT * (together & (slab.segment >= 0)[..., None])
+        gates = slab.forward.gate[..., None] * before
+        gates.addcmul_(slab.backward.gate[..., None], after).diagonal(dim1=-2, dim2=-1).fill_(1)
+        return cls(before, after, gates)
 
-    def gates(self, slab: Chunks) -> Tensor:
-        """gF_i [j≤i] + gB_i [j≥i, one segment], (K, B, H, C, C), and 1 on the diagonal: gF + gB = 1."""
-        weight = slab.forward.gate[..., None] * self.before
-        if self.after is not None:
-            weight.addcmul_(slab.backward.gate[..., None], self.after)
-        weight.diagonal(dim1=-2, dim2=-1).fill_(1)
-        return weight
+
+def gate_pairs(tensor: Tensor, pairs: Pairs | None) -> Tensor:
+    """(K, B, H, C, C) times the gates of its pairs, 0 where none meet; in place."""
+    return tensor.tril_() if pairs is None else tensor.mul_(pairs.gates)
 
 
 def pair_decays(slab: Chunks) -> Tensor:
@@ -44,8 +45,15 @@ def pair_decays(slab: Chunks) -> Tensor:
 
     f_i - f_j ≤ 0 for j ≤ i and ≥ 0 for j ≥ i, and b_j - b_i the other way round: the exponent is the lesser.
     """
-    exponent = slab.forward.sum[..., :, None] - slab.forward.sum[..., None, :]
+    exponent = differences(slab.forward)
     if slab.backward is not None:
-        backward = slab.backward.sum[..., None, :] - slab.backward.sum[..., :, None]
-        exponent = torch.minimum(exponent, backward, out=exponent)
-    return exponent.to(slab.C.dtype).clamp_max_(0).exp_()
+        exponent = torch.minimum(exponent, differences(slab.backward), out=exponent)
+    return exponent.clamp_max_(0).exp_()
+
+
+def differences(side: Direction) -> Tensor:
+    """s_i - s_j, (K, B, H, C, C), as exact as float64's rounded: the difference of what two sums were rounded
+    to errs by its own last digit at most, and what the rounding had left follows.
+    """
+    rounded, rest = side.sum, side.rest
+    return (rounded[..., :, None] - rounded[..., None, :]).add_(rest[..., :, None]).sub_(rest[..., None, :])

@@ -23,7 +23,7 @@ def edge_states(chunks: Chunks, direction: Direction, start: Tensor | None = Non
     """
     states = new_edges(chunks)
     leaving = direction.leaving(states)
-    for where, slab in chunks.slabs():
+    for where, slab in chunks.slabs:
         side = slab.backward if direction.reverse else slab.forward
         if side is None:
             leaving[where] = 0
@@ -47,7 +47,7 @@ def edge_gradients(
     """
     grads = new_edges(chunks)
     entering = direction.entering(grads)
-    for where, slab in chunks.slabs():
+    for where, slab in chunks.slabs:
         side = slab.backward if direction.reverse else slab.forward
         if side is None:
             entering[where] = 0
@@ -60,13 +60,13 @@ def edge_gradients(
 
 def writes(slab: Chunks, side: Direction) -> Tensor:
     """What every token adds to the state that leaves, without its x: (K, B, H, N, C)."""
-    weight = (side.reach * slab.dt).unflatten(2, (slab.x.shape[2], -1))  # (K, B, G, H/G, C)
+    weight = side.writes.unflatten(2, (slab.x.shape[2], -1))  # (K, B, G, H/G, C)
     return (slab.B[:, :, :, None] * weight[..., None, :]).flatten(2, 3)
 
 
 def reads(slab: Chunks, side: Direction) -> Tensor:
     """What every token takes of the state that enters: (K, B, H, C, N)."""
-    return slab.C * (side.read * side.gate)[..., None]
+    return slab.C * side.reads[..., None]
 
 
 def new_edges(chunks: Chunks) -> Tensor:

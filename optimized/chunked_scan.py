@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .chunk_layout import Chunks, cut, matrices
-from .chunk_pairs import Pairs, pair_decays
+from .chunk_pairs import Pairs, gate_pairs, pair_decays
 from .chunk_states import edge_states, reads
 from .precision import without_autocast
 
@@ -48,7 +48,7 @@ def forward(
     if chunks.backward is not None:
         states.append(edge_states(chunks, chunks.backward))
     y = x.new_empty(batch, count, size, heads, head_dim)
-    for where, slab in chunks.slabs():
+    for where, slab in chunks.slabs:
         entering = [
             side.entering(edges)[where] for side, edges in zip(chunks.directions, states, strict=True)
         ]
@@ -58,7 +58,7 @@ def forward(
 
 def slab_output(slab: Chunks, entering: list[Tensor], D: Tensor | None) -> Tensor:
     """Eq. (3) of one slab, (K, B, H, C, P)."""
-    weights = pair_decays(slab).mul_(Pairs.of(slab).gates(slab)).mul_(slab.dt[..., None, :])
+    weights = gate_pairs(pair_decays(slab), Pairs.of(slab)).mul_(slab.dt[..., None, :])
     scores = slab.by_head(torch.bmm(slab.by_group(slab.C), matrices(slab.B))).mul_(weights)
     add_skip(scores, D)
     y = slab.by_head(torch.bmm(slab.by_group(scores), matrices(slab.x)))
