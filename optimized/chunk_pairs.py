@@ -15,29 +15,23 @@ from .chunk_layout import Chunks, Direction
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs meet in both directions: 1 or 0 in the accumulation dtype, a token itself among neither."""
+    """Which pairs meet, in the accumulation dtype."""
 
-    before: Tensor  # (C, C): j < i
-    after: Tensor  # (K, B, 1, C, C): j > i and of one segment
-    gates: Tensor  # (K, B, H, C, C): gF_i [j<i] + gB_i [j>i, one segment], and gF + gB = 1 on the diagonal
+    side: Tensor | None  # (K, B, 1, C, C): 1 if j < i, -1 if j > i and of one segment; None on text alone
+    gates: Tensor  # gF_i [j<i] + gB_i [j>i, one segment], (K, B, H, C, C); gF + gB = 1 and, on text, gF = 1
 
     @classmethod
-    def of(cls, slab: Chunks) -> Pairs | None:
-        """The pairs of a slab; None where all is text: j ≤ i, with gate 1."""
-        if slab.backward is None:
-            return None
+    def of(cls, slab: Chunks) -> Pairs:
+        """The pairs of a slab. No later token is met by text, so gB may be 1 - gF everywhere."""
         size = slab.C.shape[3]
-        before = slab.C.new_ones(size, size).tril_(-1)
+        earlier = slab.C.new_ones(size, size).tril_()  # and the token itself
+        if slab.backward is None:
+            return cls(None, earlier)
         together = slab.segment[..., :, None] == slab.segment[..., None, :]
-        after = before.mT * (together & (slab.segment >= 0)[..., None])
-        gates = slab.forward.gate[..., None] * before
-        gates.addcmul_(slab.backward.gate[..., None], after).diagonal(dim1=-2, dim2=-1).fill_(1)
-        return cls(before, after, gates)
-
-
-def gate_pairs(tensor: Tensor, pairs: Pairs | None) -> Tensor:
-    """(K, B, H, C, C) times the gates of its pairs, 0 where none meet; in place."""
-    return tensor.tril_() if pairs is None else tensor.mul_(pairs.gates)
+        later = (1 - earlier) * (together & (slab.segment >= 0)[..., None])
+        side = earlier.tril(-1) - later
+        later.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return cls(side, torch.addcmul(later, slab.forward.gate[..., None], side))
 
 
 def pair_decays(slab: Chunks) -> Tensor:
@@ -52,8 +46,8 @@ def pair_decays(slab: Chunks) -> Tensor:
 
 
 def differences(side: Direction) -> Tensor:
-    """s_i - s_j, (K, B, H, C, C), as exact as float64's rounded: the difference of what two sums were rounded
-    to errs by its own last digit at most, and what the rounding had left follows.
+    """s_i - s_j of float64 sums in two parts, (K, B, H, C, C), as exact as their rounded difference, in half
+    its memory: the difference of the rounded sums errs by its own last digit only, and the rests follow.
     """
     rounded, rest = side.sum, side.rest
     return (rounded[..., :, None] - rounded[..., None, :]).add_(rest[..., :, None]).sub_(rest[..., None, :])

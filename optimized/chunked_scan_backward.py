@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunk_layout import Chunks, Direction, cut, matrices
-from .chunk_pairs import Pairs, gate_pairs, pair_decays
+from .chunk_pairs import Pairs, pair_decays
 from .chunk_states import edge_gradients, edge_states, writes
 from .chunked_scan import add_skip
 from .precision import without_autocast
@@ -49,22 +49,19 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """One direction's states and their gradients, and what goes through its decays, filled slab by slab."""
+class Passage:
+    """What goes through one direction's decays, filled slab by slab."""
 
     side: Direction
-    states: Tensor  # (K + 1, B, H, N, P), at the edges of the chunks
-    grads: Tensor  # the same of the gradients
     read: Tensor  # (K, B, H, C): ȳ_i · read_i Sᵀ C_i, the gate left out
     written: Tensor  # (K, B, H, C): reach_j B_jᵀ S̄ x_j, without dt
     spanning: Tensor  # (K, B, H, C): eq. (3)
     passed: Tensor  # (K, B, H): what passes the chunk
 
     @classmethod
-    def of(cls, side: Direction, states: Tensor, grads: Tensor) -> Carried:
-        """Nothing yet but the states; what a slab without this direction leaves out stays 0."""
-        scalars = (torch.zeros_like(side.reads) for _ in range(3))
-        return cls(side, states, grads, *scalars, torch.zeros_like(side.kept))
+    def of(cls, side: Direction) -> Passage:
+        """Nothing yet; what a slab without this direction leaves out stays 0."""
+        return cls(side, *(torch.zeros_like(side.reads) for _ in range(3)), torch.zeros_like(side.kept))
 
     def decay_gradient(self, dt: Tensor) -> Tensor:
         """ā (K, B, H, C): eq. (3), and through the states what is read at or after a token and written before
@@ -86,9 +83,8 @@ def spanning(products: Tensor, reverse: bool) -> Tensor:
     rows from k on, or up to it, are what is left to sum, and there all pairs are of the direction.
     """
     ones = products.new_ones(products.shape[-2:])
-    if reverse:
-        return torch.matmul(products, ones.tril_(-1)).triu_().sum(-2)  # [j>k], then [i≤k]
-    return torch.matmul(products, ones.triu_(1)).tril_().sum(-2)  # [j<k], then [i≥k]
+    rows = ones.triu_() if reverse else ones.tril_()  # [i≤k] or [i≥k]
+    return torch.matmul(products, 1 - rows).mul_(rows).sum(-2)
 
 
 @without_autocast
@@ -111,23 +107,25 @@ def backward(
     """
     chunks = cut(x, dt, A, B, C, gate, segment, valid)
     y_grad = cut_gradient(y_grad, chunks, valid)  # (K, B, H, C, P)
-    carried = [carry_forward(chunks, y_grad, final_grad, initial_state)]
+    state_grads = [*edge_gradients(chunks, chunks.forward, y_grad, final_grad)][::-1]
+    edges = [zip(edge_states(chunks, chunks.forward, initial_state), state_grads, strict=True)]
     if chunks.backward is not None:
-        carried.append(carry_backward(chunks, y_grad))
-    grads = Gradients.room_for(chunks)
-    for where, slab in chunks.slabs:
-        slab_gradients(grads, where, slab, y_grad[where], carried, D)
-    a_grad = decay_gradients(chunks, carried)
-    dt_grad = sum((each.written for each in carried), grads.dt) + a_grad * A.to(a_grad.dtype)[:, None]
+        states = reversed([*edge_states(chunks, chunks.backward)])
+        edges.append(zip(states, edge_gradients(chunks, chunks.backward, y_grad), strict=True))
+    grads, passages = Gradients.room_for(chunks), [Passage.of(side) for side in chunks.directions]
+    for (where, slab), *each in zip(chunks.slabs, *edges, strict=True):
+        slab_gradients(grads, passages, where, slab, y_grad[where], each, D)
+    a_grad = decay_gradients(chunks, passages)
+    dt_grad = sum((each.written for each in passages), grads.dt) + a_grad * A.to(a_grad.dtype)[:, None]
     return (
         join_tokens(grads.x, x.shape[1]),
         join_scalars(dt_grad, x.shape[1], valid),
         (a_grad * chunks.dt).sum((0, 1, 3)),
         join_tokens(grads.B, x.shape[1]),
         join_tokens(grads.C, x.shape[1]),
-        None if gate is None else gate_gradient(grads, carried, x.shape[1], vision_mask(segment, valid)),
+        None if gate is None else gate_gradient(grads, passages, x.shape[1], vision_mask(segment, valid)),
         None if D is None else skip_gradient(chunks, y_grad),
-        None if initial_state is None else carried[0].grads[0],
+        None if initial_state is None else state_grads[0][0],
     )
 
 
@@ -147,15 +145,15 @@ def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return tensor if mask is None else torch.where(unsqueeze_like(mask, tensor), tensor, tensor.new_zeros(()))
 
 
-def decay_gradients(chunks: Chunks, carried: list[Carried]) -> Tensor:
+def decay_gradients(chunks: Chunks, passages: list[Passage]) -> Tensor:
     """ā of both directions, (K, B, H, C)."""
-    forward, *backward = (each.decay_gradient(chunks.dt) for each in carried)
+    forward, *backward = (each.decay_gradient(chunks.dt) for each in passages)
     return forward if not backward else forward.addcmul_(backward[0], chunks.segment >= 0)
 
 
-def gate_gradient(grads: Gradients, carried: list[Carried], length: int, vision: Tensor) -> Tensor:
+def gate_gradient(grads: Gradients, passages: list[Passage], length: int, vision: Tensor) -> Tensor:
     """The gradient of the gate, (B, L, H)."""
-    forward, backward = (each.read for each in carried)
+    forward, backward = (each.read for each in passages)
     return join_scalars(grads.gate + forward - backward, length, vision)
 
 
@@ -165,36 +163,29 @@ def skip_gradient(chunks: Chunks, y_grad: Tensor) -> Tensor:
     return torch.einsum("kbgrcp,kbgcp->gr", grad, chunks.x).flatten()
 
 
-def carry_forward(
-    chunks: Chunks, y_grad: Tensor, final_grad: Tensor, initial_state: Tensor | None
-) -> Carried:
-    """The forward states and their gradients, eq. (2)."""
-    states = edge_states(chunks, chunks.forward, initial_state)
-    return Carried.of(chunks.forward, states, edge_gradients(chunks, chunks.forward, y_grad, final_grad))
-
-
-def carry_backward(chunks: Chunks, y_grad: Tensor) -> Carried:
-    """The backward states and their gradients, eq. (2) the other way."""
-    side = chunks.backward
-    return Carried.of(side, edge_states(chunks, side), edge_gradients(chunks, side, y_grad))
-
-
 def slab_gradients(
-    grads: Gradients, where: slice, slab: Chunks, y_grad: Tensor, carried: list[Carried], D: Tensor | None
+    grads: Gradients,
+    passages: list[Passage],
+    where: slice,
+    slab: Chunks,
+    y_grad: Tensor,
+    edges: list[tuple[Tensor, Tensor]],
+    D: Tensor | None,
 ) -> None:
-    """Fill in the gradients of the tokens of one slab."""
-    x_grad, write_grad, read_grad = inside_chunks(grads, where, slab, y_grad, carried, D)
-    for side, edges in zip(slab.directions, carried, strict=False):
-        entering, leaving_grad = side.entering(edges.states)[where], side.leaving(edges.grads)[where]
-        edges.read[where] = add_read(read_grad, slab, side, y_grad, entering)
-        edges.written[where] = add_written(x_grad, write_grad, slab, side, leaving_grad)
-        edges.passed[where] = (entering * leaving_grad).sum((-2, -1)) * side.kept
+    """Fill in the gradients of one slab from each direction's states at its edges, and their gradients."""
+    x_grad, write_grad, read_grad = inside_chunks(grads, passages, where, slab, y_grad, D)
+    for side, passage, (states, state_grads) in zip(slab.directions, passages, edges, strict=False):
+        entering, leaving_grad = side.entering(states), side.leaving(state_grads)
+        passage.read[where] = add_read(read_grad, slab, side, y_grad, entering)
+        passage.written[where] = add_written(x_grad, write_grad, slab, side, leaving_grad)
+        passed = torch.einsum("kbhnp,kbhnp->kbh", entering, leaving_grad)
+        passage.passed[where] = passed.mul_(side.kept)
     for room, grad in ((grads.x, x_grad), (grads.B, write_grad), (grads.C, read_grad)):
         room[:, where] = grad.permute(1, 0, 3, 2, 4)
 
 
 def inside_chunks(
-    grads: Gradients, where: slice, slab: Chunks, y_grad: Tensor, carried: list[Carried], D: Tensor | None
+    grads: Gradients, passages: list[Passage], where: slice, slab: Chunks, y_grad: Tensor, D: Tensor | None
 ) -> tuple[Tensor, ...]:
     """What tokens of one chunk owe each other, eq. (1): the gradients of x (K, B, G, C, P), B (K, B, G, C, N)
     and C (K, B, H, C, N); those of the scalars are filled in.
@@ -203,8 +194,8 @@ def inside_chunks(
     pairs, decays = Pairs.of(slab), pair_decays(slab)
     scores = slab.by_head(torch.bmm(slab.by_group(slab.C), matrices(slab.B)))  # M
     target = slab.by_head(torch.bmm(slab.by_group(y_grad), matrices(slab.x).mT))  # V
-    through_decays(grads, where, slab, pairs, (scores * target).mul_(decays), carried)
-    weights = gate_pairs(decays, pairs).mul_(slab.dt[..., None, :])
+    through_decays(grads, passages, where, slab, pairs, (scores * target).mul_(decays))
+    weights = decays.mul_(pairs.gates).mul_(slab.dt[..., None, :])
     scores.mul_(weights)
     add_skip(scores, D)
     score_grad = slab.by_group(target.mul_(weights))
@@ -215,20 +206,20 @@ def inside_chunks(
 
 def through_decays(
     grads: Gradients,
+    passages: list[Passage],
     where: slice,
     slab: Chunks,
-    pairs: Pairs | None,
+    pairs: Pairs,
     products: Tensor,
-    carried: list[Carried],
 ) -> None:
     """Fill in what T of eq. (3), (K, B, H, C, C), sends to dt, the gates and the decays; T is overwritten."""
     dt = slab.dt[..., None, :]
-    if pairs is not None:
-        grads.gate[where] = (products * (pairs.before - pairs.after)).mul_(dt).sum(-1)
-    grads.dt[where] = gate_pairs(products, pairs).sum(-2)
+    if pairs.side is not None:
+        grads.gate[where] = (products * pairs.side).mul_(dt).sum(-1)
+    grads.dt[where] = products.mul_(pairs.gates).sum(-2)
     products.mul_(dt)  # U
-    for side, edges in zip(slab.directions, carried, strict=False):
-        edges.spanning[where] = spanning(products, side.reverse)
+    for side, passage in zip(slab.directions, passages, strict=False):
+        passage.spanning[where] = spanning(products, side.reverse)
 
 
 def add_read(read_grad: Tensor, slab: Chunks, side: Direction, y_grad: Tensor, state: Tensor) -> Tensor:
