@@ -8,8 +8,8 @@ group are neighbours: what they share multiplies all of them at once, as rows of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -29,7 +29,10 @@ class Direction:
     read: Tensor  # what is left, at a token, of the state that enters its chunk; the gate left out
     reach: Tensor  # what is left, where the state leaves the chunk, of a token's write; dt left out
     kept: Tensor  # (K, B, H): what is left of a state that passes the chunk
-    sum: Tensor  # f or b of `scan_decays`, float64
+    reads: Tensor  # read times gate
+    writes: Tensor  # reach times dt
+    sum: Tensor  # f or -b of `scan_decays`, whose difference s_i - s_j is the exponent of a pair ...
+    rest: Tensor  # ... and what its rounding from float64 has left
 
     def entering(self, edges: Tensor) -> Tensor:
         """Of the states at the edges of K chunks, (K + 1, B, ...), those that enter a chunk, (K, B, ...)."""
@@ -62,14 +65,14 @@ class Chunks:
         """K, B, H, C, G, N, P."""
         return *self.C.shape[:4], *self.B.shape[2:4], self.x.shape[-1]
 
-    def slabs(self) -> Iterator[tuple[slice, Chunks]]:
+    @cached_property
+    def slabs(self) -> list[tuple[slice, Chunks]]:
         """Runs of chunks whose score matrices fit the slab; text alone has no backward direction."""
         count, batch, heads, chunk = self.C.shape[:4]
         elements = SLAB_ELEMENTS.get(self.C.device.type, 2**20)
         step = max(1, elements // (batch * heads * chunk * chunk))
-        for start in range(0, count, step):
-            where = slice(start, min(start + step, count))
-            yield where, sliced(self, where).without_idle_direction()
+        runs = (slice(start, min(start + step, count)) for start in range(0, count, step))
+        return [(where, sliced(self, where).without_idle_direction()) for where in runs]
 
     def without_idle_direction(self) -> Chunks:
         """Without the backward direction if all is text. Only on a CPU: it would wait for another device."""
@@ -134,13 +137,23 @@ def cut(
 def forward_direction(decays: Decays) -> Direction:
     """The scalars of the forward direction."""
     read, reach, kept = decays.forward_read(), decays.forward_reach(), decays.forward_kept()
-    return Direction(False, *map(chunk_first, (decays.forward_gate, read, reach, kept, decays.forward_sum)))
+    return direction(False, decays.dt, decays.forward_gate, read, reach, kept, decays.forward_sum)
 
 
 def backward_direction(decays: Decays) -> Direction:
     """The scalars of the backward direction."""
     read, reach, kept = decays.backward_read(), decays.backward_reach(), decays.backward_kept()
-    return Direction(True, *map(chunk_first, (decays.backward_gate, read, reach, kept, decays.backward_sum)))
+    return direction(True, decays.dt, decays.backward_gate, read, reach, kept, -decays.backward_sum)
+
+
+def direction(
+    reverse: bool, dt: Tensor, gate: Tensor, read: Tensor, reach: Tensor, kept: Tensor, total: Tensor
+) -> Direction:
+    """A direction of scalars (B, K, ...), the sums in float64."""
+    rounded = total.to(dt.dtype)
+    rest = (total - rounded).to(dt.dtype)
+    scalars = gate, read, reach, kept, read * gate, reach * dt, rounded, rest
+    return Direction(reverse, *map(chunk_first, scalars))
 
 
 def chunk_first(tensor: Tensor) -> Tensor:

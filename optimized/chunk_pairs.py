@@ -10,33 +10,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chunk_layout import Chunks
+from .chunk_layout import Chunks, Direction
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs meet, 1 or 0 in the accumulation dtype; a token meets itself in neither triangle."""
+    """Which pairs meet, in the accumulation dtype."""
 
-    before: Tensor  # (C, C): j < i
-    after: Tensor | None  # (K, B, 1, C, C): j > i and of one segment; None where all is text
+    side: Tensor | None  # (K, B, 1, C, C): 1 if j < i, -1 if j > i and of one segment; None on text alone
+    gates: Tensor  # gF_i [j<i] + gB_i [j>i, one segment], (K, B, H, C, C); gF + gB = 1 and, on text, gF = 1
 
     @classmethod
     def of(cls, slab: Chunks) -> Pairs:
-        """The pairs of a slab."""
+        """The pairs of a slab. No later token is met by text, so gB may be 1 - gF everywhere."""
         size = slab.C.shape[3]
-        before = slab.C.new_ones(size, size).tril_(-1)
+        earlier = slab.C.new_ones(size, size).tril_()  # and the token itself
         if slab.backward is None:
-            return cls(before, None)
+            return cls(None, earlier)
         together = slab.segment[..., :, None] == slab.segment[..., None, :]
-        return cls(before, before.mT * (together & (slab.segment >= 0)[..., None]))
-
-    def gates(self, slab: Chunks) -> Tensor:
-        """gF_i [j≤i] + gB_i [j≥i, one segment], (K, B, H, C, C), and 1 on the diagonal: gF + gB = 1."""
-        weight = slab.forward.gate[..., None] * self.before
-        if self.after is not None:
-            weight.addcmul_(slab.backward.gate[..., None], self.after)
-        weight.diagonal(dim1=-2, dim2=-1).fill_(1)
-        return weight
+        later = (1 - earlier) * (together & (slab.segment >= 0)[..., None])
+        side = earlier.tril(-1) - later
+        later.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return cls(side, torch.addcmul(later, slab.forward.gate[..., None], side))
 
 
 def pair_decays(slab: Chunks) -> Tensor:
@@ -44,8 +39,15 @@ def pair_decays(slab: Chunks) -> Tensor:
 
     f_i - f_j ≤ 0 for j ≤ i and ≥ 0 for j ≥ i, and b_j - b_i the other way round: the exponent is the lesser.
     """
-    exponent = slab.forward.sum[..., :, None] - slab.forward.sum[..., None, :]
+    exponent = differences(slab.forward)
     if slab.backward is not None:
-        backward = slab.backward.sum[..., None, :] - slab.backward.sum[..., :, None]
-        exponent = torch.minimum(exponent, backward, out=exponent)
-    return exponent.to(slab.C.dtype).clamp_max_(0).exp_()
+        exponent = torch.minimum(exponent, differences(slab.backward), out=exponent)
+    return exponent.clamp_max_(0).exp_()
+
+
+def differences(side: Direction) -> Tensor:
+    """s_i - s_j of float64 sums in two parts, (K, B, H, C, C), as exact as their rounded difference, in half
+    its memory: the difference of the rounded sums errs by its own last digit only, and the rests follow.
+    """
+    rounded, rest = side.sum, side.rest
+    return (rounded[..., :, None] - rounded[..., None, :]).add_(rest[..., :, None]).sub_(rest[..., None, :])

@@ -44,26 +44,23 @@ def forward(
     """Eq. (3): y (B, L, H, P) in the dtype of `x` and the final forward state (B, H, N, P)."""
     chunks = cut(x, dt, A, B, C, gate, segment, valid)
     count, batch, heads, size, _, _, head_dim = chunks.sizes
+    y = x.new_empty(batch, count, size, heads, head_dim)
     states = [edge_states(chunks, chunks.forward, initial_state)]
     if chunks.backward is not None:
-        states.append(edge_states(chunks, chunks.backward))
-    y = x.new_empty(batch, count, size, heads, head_dim)
-    for where, slab in chunks.slabs():
-        entering = [
-            side.entering(edges)[where] for side, edges in zip(chunks.directions, states, strict=True)
-        ]
-        y[:, where] = slab_output(slab, entering, D).permute(1, 0, 3, 2, 4)
-    return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), states[0][-1].clone()
+        states.append(reversed([*edge_states(chunks, chunks.backward)]))
+    for (where, slab), *edges in zip(chunks.slabs, *states, strict=True):
+        y[:, where] = slab_output(slab, edges, D).permute(1, 0, 3, 2, 4)
+    return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), edges[0][-1].clone()
 
 
-def slab_output(slab: Chunks, entering: list[Tensor], D: Tensor | None) -> Tensor:
-    """Eq. (3) of one slab, (K, B, H, C, P)."""
-    weights = pair_decays(slab).mul_(Pairs.of(slab).gates(slab)).mul_(slab.dt[..., None, :])
+def slab_output(slab: Chunks, edges: list[Tensor], D: Tensor | None) -> Tensor:
+    """Eq. (3) of one slab, (K, B, H, C, P), from the states of each direction at its edges."""
+    weights = pair_decays(slab).mul_(Pairs.of(slab).gates).mul_(slab.dt[..., None, :])
     scores = slab.by_head(torch.bmm(slab.by_group(slab.C), matrices(slab.B))).mul_(weights)
     add_skip(scores, D)
     y = slab.by_head(torch.bmm(slab.by_group(scores), matrices(slab.x)))
-    for side, state in zip(slab.directions, entering, strict=False):
-        matrices(y).baddbmm_(matrices(reads(slab, side)), matrices(state))
+    for side, states in zip(slab.directions, edges, strict=False):
+        matrices(y).baddbmm_(matrices(reads(slab, side)), matrices(side.entering(states)))
     return y
 
 

@@ -36,51 +36,55 @@ class Gradients:
     x: Tensor  # (B, K, C, G, P)
     B: Tensor  # (B, K, C, G, N)
     C: Tensor  # (B, K, C, H, N)
-    dt: Tensor  # (K, B, H, C), at fixed a = dt A
-    a: Tensor  # (K, B, H, C)
-    gate: Tensor  # (K, B, H, C), of gF minus gB: both come from one gate; on text without meaning
+    dt: Tensor  # (K, B, H, C), at fixed a = dt A, from inside the chunks
+    gate: Tensor  # (K, B, H, C), of gF minus gB, from inside: both come from one gate; on text anything
 
     @classmethod
     def room_for(cls, chunks: Chunks) -> Gradients:
         """Nothing yet."""
         count, batch, heads, size, groups, state, head_dim = chunks.sizes
         tokens = ((groups, head_dim), (groups, state), (heads, state))
-        scalars = (torch.empty_like(chunks.dt) for _ in range(3))
+        scalars = (torch.zeros_like(chunks.dt) for _ in range(2))
         return cls(*(chunks.x.new_empty(batch, count, size, *each) for each in tokens), *scalars)
 
 
 @dataclass(frozen=True)
-class Carried:
-    """One direction's states and their gradients at the edges of the chunks, (K + 1, B, H, N, P)."""
+class Passage:
+    """What goes through one direction's decays, filled slab by slab."""
 
-    states: Tensor
-    grads: Tensor
-
-
-@dataclass(frozen=True)
-class Spans:
-    """What one direction sends through the decays of a slab, (K, B, H, C), without the factor in brackets."""
-
-    rows: Tensor  # Σ_j over the pairs that i reads [gate_i]
-    columns: Tensor  # Σ_i over the pairs that j writes [dt_j]
-    spanning: Tensor  # eq. (3)
+    side: Direction
+    read: Tensor  # (K, B, H, C): ȳ_i · read_i Sᵀ C_i, the gate left out
+    written: Tensor  # (K, B, H, C): reach_j B_jᵀ S̄ x_j, without dt
+    spanning: Tensor  # (K, B, H, C): eq. (3)
+    passed: Tensor  # (K, B, H): what passes the chunk
 
     @classmethod
-    def of(cls, products: Tensor, slab: Chunks, side: Direction) -> Spans:
-        """From T of eq. (3), (K, B, H, C, C), 0 at the pairs that this direction leaves out."""
-        dt = slab.dt[..., None, :]
-        gated = products * side.gate[..., None]
-        return cls((products * dt).sum(-1), gated.sum(-2), spanning(gated.mul_(dt), side.reverse))
+    def of(cls, side: Direction) -> Passage:
+        """Nothing yet; what a slab without this direction leaves out stays 0."""
+        return cls(side, *(torch.zeros_like(side.reads) for _ in range(3)), torch.zeros_like(side.kept))
+
+    def decay_gradient(self, dt: Tensor) -> Tensor:
+        """ā (K, B, H, C): eq. (3), and through the states what is read at or after a token and written before
+        it, along the direction, and what passes the chunk. Sums without the token's own are shifted ones: its
+        own taken off would leave the rounding of a large one.
+        """
+        read, written = self.read * self.side.gate, self.written * dt
+        if self.side.reverse:
+            through = read.cumsum(-1) + F.pad(reverse_cumsum(written)[..., 1:], (0, 1))
+        else:
+            through = reverse_cumsum(read) + F.pad(written.cumsum(-1)[..., :-1], (1, 0))
+        return self.spanning + through + self.passed[..., None]
 
 
 def spanning(products: Tensor, reverse: bool) -> Tensor:
-    """Eq. (3) of one direction, (K, B, H, C, C) -> (K, B, H, C); the products are overwritten."""
-    others = products.new_ones(products.shape[-2:])
-    if reverse:
-        before = torch.cumsum(products, -2, out=products)  # Σ_{i≤k}, row k
-        return before.mul_(others.triu_(1)).sum(-1)
-    before = torch.cumsum(products, -1, out=products)  # Σ_{j<k}, column k - 1
-    return F.pad(before.mul_(others.tril_(-1)).sum(-2)[..., :-1], (1, 0))
+    """Eq. (3) of one direction, (K, B, H, C, C) -> (K, B, H, C).
+
+    The inner sums are a product with ones, at row i and column k: of the columns before k, or after it. The
+    rows from k on, or up to it, are what is left to sum, and there all pairs are of the direction.
+    """
+    ones = products.new_ones(products.shape[-2:])
+    rows = ones.triu_() if reverse else ones.tril_()  # [i≤k] or [i≥k]
+    return torch.matmul(products, 1 - rows).mul_(rows).sum(-2)
 
 
 @without_autocast
@@ -103,23 +107,25 @@ def backward(
     """
     chunks = cut(x, dt, A, B, C, gate, segment, valid)
     y_grad = cut_gradient(y_grad, chunks, valid)  # (K, B, H, C, P)
-    carried = [carry_forward(chunks, y_grad, final_grad, initial_state)]
+    state_grads = [*edge_gradients(chunks, chunks.forward, y_grad, final_grad)][::-1]
+    edges = [zip(edge_states(chunks, chunks.forward, initial_state), state_grads, strict=True)]
     if chunks.backward is not None:
-        carried.append(carry_backward(chunks, y_grad))
-    grads = Gradients.room_for(chunks)
-    for where, slab in chunks.slabs():
-        slab_gradients(grads, where, slab, y_grad[where], carried, D)
-    dt_grad = grads.dt + grads.a * A.to(grads.a.dtype)[:, None]
-    vision = vision_mask(segment, valid)
+        states = reversed([*edge_states(chunks, chunks.backward)])
+        edges.append(zip(states, edge_gradients(chunks, chunks.backward, y_grad), strict=True))
+    grads, passages = Gradients.room_for(chunks), [Passage.of(side) for side in chunks.directions]
+    for (where, slab), *each in zip(chunks.slabs, *edges, strict=True):
+        slab_gradients(grads, passages, where, slab, y_grad[where], each, D)
+    a_grad = decay_gradients(chunks, passages)
+    dt_grad = sum((each.written for each in passages), grads.dt) + a_grad * A.to(a_grad.dtype)[:, None]
     return (
         join_tokens(grads.x, x.shape[1]),
         join_scalars(dt_grad, x.shape[1], valid),
-        (grads.a * chunks.dt).sum((0, 1, 3)),
+        (a_grad * chunks.dt).sum((0, 1, 3)),
         join_tokens(grads.B, x.shape[1]),
         join_tokens(grads.C, x.shape[1]),
-        None if gate is None else join_scalars(grads.gate, x.shape[1], vision),
+        None if gate is None else gate_gradient(grads, passages, x.shape[1], vision_mask(segment, valid)),
         None if D is None else skip_gradient(chunks, y_grad),
-        None if initial_state is None else carried[0].grads[0],
+        None if initial_state is None else state_grads[0][0],
     )
 
 
@@ -139,83 +145,87 @@ def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return tensor if mask is None else torch.where(unsqueeze_like(mask, tensor), tensor, tensor.new_zeros(()))
 
 
+def decay_gradients(chunks: Chunks, passages: list[Passage]) -> Tensor:
+    """ā of both directions, (K, B, H, C)."""
+    forward, *backward = (each.decay_gradient(chunks.dt) for each in passages)
+    return forward if not backward else forward.addcmul_(backward[0], chunks.segment >= 0)
+
+
+def gate_gradient(grads: Gradients, passages: list[Passage], length: int, vision: Tensor) -> Tensor:
+    """The gradient of the gate, (B, L, H)."""
+    forward, backward = (each.read for each in passages)
+    return join_scalars(grads.gate + forward - backward, length, vision)
+
+
 def skip_gradient(chunks: Chunks, y_grad: Tensor) -> Tensor:
     """The gradient of D, (H,)."""
     grad = y_grad.unflatten(2, (chunks.x.shape[2], -1))  # (K, B, G, H/G, C, P)
     return torch.einsum("kbgrcp,kbgcp->gr", grad, chunks.x).flatten()
 
 
-def carry_forward(
-    chunks: Chunks, y_grad: Tensor, final_grad: Tensor, initial_state: Tensor | None
-) -> Carried:
-    """The forward states and their gradients, eq. (2)."""
-    states = edge_states(chunks, chunks.forward, initial_state)
-    return Carried(states, edge_gradients(chunks, chunks.forward, y_grad, final_grad))
-
-
-def carry_backward(chunks: Chunks, y_grad: Tensor) -> Carried:
-    """The backward states and their gradients, eq. (2) the other way."""
-    return Carried(edge_states(chunks, chunks.backward), edge_gradients(chunks, chunks.backward, y_grad))
-
-
 def slab_gradients(
-    grads: Gradients, where: slice, slab: Chunks, y_grad: Tensor, carried: list[Carried], D: Tensor | None
+    grads: Gradients,
+    passages: list[Passage],
+    where: slice,
+    slab: Chunks,
+    y_grad: Tensor,
+    edges: list[tuple[Tensor, Tensor]],
+    D: Tensor | None,
 ) -> None:
-    """Fill in the gradients of the tokens of one slab."""
-    x_grad, write_grad, read_grad, dt_grad, inside = inside_chunks(slab, y_grad, D)
-    for side, spans, edges in zip(slab.directions, inside, carried, strict=False):
-        entering, leaving_grad = side.entering(edges.states)[where], side.leaving(edges.grads)[where]
-        read = add_read(read_grad, slab, side, y_grad, entering)
-        written = add_written(x_grad, write_grad, slab, side, leaving_grad)
-        passed = (entering * leaving_grad).sum((-2, -1)) * side.kept
-        dt_grad = dt_grad + spans.columns + written
-        a_grad = spans.spanning + through_states(side, read * side.gate, written * slab.dt, passed)
-        if side.reverse:
-            grads.a[where] += a_grad * (slab.segment >= 0)
-            grads.gate[where] -= spans.rows + read
-        else:
-            grads.a[where] = a_grad
-            grads.gate[where] = spans.rows + read
-    grads.dt[where] = dt_grad
+    """Fill in the gradients of one slab from each direction's states at its edges, and their gradients."""
+    x_grad, write_grad, read_grad = inside_chunks(grads, passages, where, slab, y_grad, D)
+    for side, passage, (states, state_grads) in zip(slab.directions, passages, edges, strict=False):
+        entering, leaving_grad = side.entering(states), side.leaving(state_grads)
+        passage.read[where] = add_read(read_grad, slab, side, y_grad, entering)
+        passage.written[where] = add_written(x_grad, write_grad, slab, side, leaving_grad)
+        passed = torch.einsum("kbhnp,kbhnp->kbh", entering, leaving_grad)
+        passage.passed[where] = passed.mul_(side.kept)
     for room, grad in ((grads.x, x_grad), (grads.B, write_grad), (grads.C, read_grad)):
         room[:, where] = grad.permute(1, 0, 3, 2, 4)
 
 
-def through_states(side: Direction, read: Tensor, written: Tensor, passed: Tensor) -> Tensor:
-    """ā (K, B, H, C) through the states: of what is read at or after a token and written before it, along the
-    direction, and of what passes the chunk, (K, B, H). Sums without the token's own are shifted ones: its own
-    taken off would leave the rounding of a large one.
-    """
-    if side.reverse:
-        return read.cumsum(-1) + F.pad(reverse_cumsum(written)[..., 1:], (0, 1)) + passed[..., None]
-    return reverse_cumsum(read) + F.pad(written.cumsum(-1)[..., :-1], (1, 0)) + passed[..., None]
-
-
-def inside_chunks(slab: Chunks, y_grad: Tensor, D: Tensor | None) -> tuple:
+def inside_chunks(
+    grads: Gradients, passages: list[Passage], where: slice, slab: Chunks, y_grad: Tensor, D: Tensor | None
+) -> tuple[Tensor, ...]:
     """What tokens of one chunk owe each other, eq. (1): the gradients of x (K, B, G, C, P), B (K, B, G, C, N)
-    and C (K, B, H, C, N), of dt (K, B, H, C) through a token's own read, and the spans of each direction.
+    and C (K, B, H, C, N); those of the scalars are filled in.
     """
     groups = slab.x.shape[:3]
     pairs, decays = Pairs.of(slab), pair_decays(slab)
     scores = slab.by_head(torch.bmm(slab.by_group(slab.C), matrices(slab.B)))  # M
     target = slab.by_head(torch.bmm(slab.by_group(y_grad), matrices(slab.x).mT))  # V
-    spent = (scores * target).mul_(decays)  # T of eq. (3)
-    weights = decays.mul_(pairs.gates(slab)).mul_(slab.dt[..., None, :])
+    through_decays(grads, passages, where, slab, pairs, (scores * target).mul_(decays))
+    weights = decays.mul_(pairs.gates).mul_(slab.dt[..., None, :])
     scores.mul_(weights)
     add_skip(scores, D)
     score_grad = slab.by_group(target.mul_(weights))
     x_grad = torch.bmm(slab.by_group(scores).mT, slab.by_group(y_grad)).unflatten(0, groups)
     write_grad = torch.bmm(score_grad.mT, slab.by_group(slab.C)).unflatten(0, groups)
-    read_grad = slab.by_head(torch.bmm(score_grad, matrices(slab.B).mT))
-    masks = zip(slab.directions, (pairs.before, pairs.after), strict=False)
-    inside = [Spans.of(spent * mask, slab, side) for side, mask in masks]
-    return x_grad, write_grad, read_grad, spent.diagonal(dim1=-2, dim2=-1), inside
+    return x_grad, write_grad, slab.by_head(torch.bmm(score_grad, matrices(slab.B).mT))
+
+
+def through_decays(
+    grads: Gradients,
+    passages: list[Passage],
+    where: slice,
+    slab: Chunks,
+    pairs: Pairs,
+    products: Tensor,
+) -> None:
+    """Fill in what T of eq. (3), (K, B, H, C, C), sends to dt, the gates and the decays; T is overwritten."""
+    dt = slab.dt[..., None, :]
+    if pairs.side is not None:
+        grads.gate[where] = (products * pairs.side).mul_(dt).sum(-1)
+    grads.dt[where] = products.mul_(pairs.gates).sum(-2)
+    products.mul_(dt)  # U
+    for side, passage in zip(slab.directions, passages, strict=False):
+        passage.spanning[where] = spanning(products, side.reverse)
 
 
 def add_read(read_grad: Tensor, slab: Chunks, side: Direction, y_grad: Tensor, state: Tensor) -> Tensor:
     """Add to C̄ what its tokens read; return ȳ_i · read_i Sᵀ C_i, (K, B, H, C), the gate left out."""
     pulled = torch.bmm(matrices(y_grad), matrices(state).mT).view_as(read_grad)
-    read_grad.addcmul_((side.read * side.gate)[..., None], pulled)
+    read_grad.addcmul_(side.reads[..., None], pulled)
     return pulled.mul_(slab.C).sum(-1).mul_(side.read)
 
 
@@ -229,6 +239,6 @@ def add_written(
     pulled = torch.bmm(stacked, matrices(slab.x).mT)
     pulled = slab.by_head(pulled).unflatten(2, (groups, -1))  # (K, B, G, H/G, N, C)
     written = (pulled * slab.B[:, :, :, None]).sum(-2).flatten(2, 3) * side.reach
-    weight = (side.reach * slab.dt).unflatten(2, (groups, -1))
+    weight = side.writes.unflatten(2, (groups, -1))
     write_grad += pulled.mul_(weight[..., None, :]).sum(3).mT
     return written
