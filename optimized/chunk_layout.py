@@ -32,7 +32,7 @@ class Direction:
     reads: Tensor  # read times gate
     writes: Tensor  # reach times dt
     sum: Tensor  # f or -b of `scan_decays`, whose difference s_i - s_j is the exponent of a pair ...
-    rest: Tensor  # ... and what its rounding from float64 has left
+    rest: Tensor  # ... and what its rounding has left
 
     def entering(self, edges: Tensor) -> Tensor:
         """Of the states at the edges of K chunks, (K + 1, B, ...), those that enter a chunk, (K, B, ...)."""
@@ -137,21 +137,27 @@ def cut(
 def forward_direction(decays: Decays) -> Direction:
     """The scalars of the forward direction."""
     read, reach, kept = decays.forward_read(), decays.forward_reach(), decays.forward_kept()
-    return direction(False, decays.dt, decays.forward_gate, read, reach, kept, decays.forward_sum)
+    return direction(False, decays.dt, decays.forward_gate, read, reach, kept, *decays.forward_sum())
 
 
 def backward_direction(decays: Decays) -> Direction:
     """The scalars of the backward direction."""
     read, reach, kept = decays.backward_read(), decays.backward_reach(), decays.backward_kept()
-    return direction(True, decays.dt, decays.backward_gate, read, reach, kept, -decays.backward_sum)
+    rounded, rest = decays.backward_sum()
+    return direction(True, decays.dt, decays.backward_gate, read, reach, kept, -rounded, -rest)
 
 
 def direction(
-    reverse: bool, dt: Tensor, gate: Tensor, read: Tensor, reach: Tensor, kept: Tensor, total: Tensor
+    reverse: bool,
+    dt: Tensor,
+    gate: Tensor,
+    read: Tensor,
+    reach: Tensor,
+    kept: Tensor,
+    rounded: Tensor,
+    rest: Tensor,
 ) -> Direction:
-    """A direction of scalars (B, K, ...), the sums in float64."""
-    rounded = total.to(dt.dtype)
-    rest = (total - rounded).to(dt.dtype)
+    """A direction of scalars (B, K, ...)."""
     scalars = gate, read, reach, kept, read * gate, reach * dt, rounded, rest
     return Direction(reverse, *map(chunk_first, scalars))
 

@@ -46,8 +46,6 @@ def pair_decays(slab: Chunks) -> Tensor:
 
 
 def differences(side: Direction) -> Tensor:
-    """s_i - s_j of float64 sums in two parts, (K, B, H, C, C), as exact as their rounded difference, in half
-    its memory: the difference of the rounded sums errs by its own last digit only, and the rests follow.
-    """
+    """s_i - s_j of sums in two parts, (K, B, H, C, C), see `scan_decays.two_part_sum`."""
     rounded, rest = side.sum, side.rest
     return (rounded[..., :, None] - rounded[..., None, :]).add_(rest[..., :, None]).sub_(rest[..., None, :])

@@ -7,8 +7,9 @@ token.
 
 The forward state that enters a chunk is read with e^{f_i} and written to with e^{f_end - f_j} dt_j; the
 backward state, which enters at its end, with e^{b_end - b_i} and e^{b_j} dt_j. All exponents are ≤ 0 and
-clamped there. Sums are float64: in float32 one large step swallows the small ones after it. `scan_scalars`
-has the kernels' own.
+clamped there. One large step must not swallow the small ones after it: exponents are sums of the steps
+between, from the side that they end at, and where differences of sums stand for them, those of pairs, the
+sums have two parts. `scan_scalars` has the kernels' own.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ class Decays:
 
     dt: Tensor  # 0 where masked
     A: Tensor  # (H,)
-    forward_sum: Tensor  # f of eq. (1)
+    forward_step: Tensor  # a of eq. (1), float64
     forward_gate: Tensor  # the gate on vision, 1 on text; (B, K, 1, C) without any segment
-    backward_sum: Tensor | None = None  # b of eq. (1)
-    backward_total: Tensor | None = None  # b_end, (B, K, H, 1)
+    backward_step: Tensor | None = None  # a over vision, 0 elsewhere, float64
     backward_gate: Tensor | None = None  # 1 - gate on vision, 0 on text
     segment: Tensor | None = None  # (B, K, 1, C), -1 where masked
     opens: Tensor | None = (
@@ -39,36 +39,44 @@ class Decays:
     )
 
     def exp(self, exponent: Tensor) -> Tensor:
-        """e to a difference of sums, at most 1, in the accumulation dtype."""
+        """e to a sum of steps, at most 1, in the accumulation dtype."""
         return exponent.to(self.dt.dtype).clamp_max(0).exp_()
 
     def forward_kept(self) -> Tensor:
         """e^{f_end}: what a chunk leaves of the state that enters it, (B, K, H)."""
-        return self.exp(self.forward_sum[..., -1])
+        return self.exp(self.forward_step.sum(-1))
 
     def backward_kept(self) -> Tensor:
         """e^{b_end}, 0 where another segment opens inside the chunk, (B, K, H)."""
         same = self.opens[:, 1:] == self.opens[:, :-1]
-        return self.exp(self.backward_total[..., 0]) * same[..., None]
+        return self.exp(self.backward_step.sum(-1)) * same[..., None]
 
     def forward_read(self) -> Tensor:
         """e^{f_i}, without the gate."""
-        return self.exp(self.forward_sum)
+        return self.exp(self.forward_step.cumsum(-1))
 
     def backward_read(self) -> Tensor:
         """e^{b_end - b_i}, without the gate, 0 outside the segment that enters at the chunk's end."""
         reads = self.segment == self.opens[:, 1:, None, None]
-        return self.exp(self.backward_total - self.backward_sum) * reads
+        return self.exp(reverse_cumsum(self.backward_step)) * reads
 
     def forward_reach(self) -> Tensor:
         """e^{f_end - f_j}: what is left of token j's write at the end of its chunk."""
-        total = self.forward_sum[..., -1:]
-        return self.exp(total - self.forward_sum)
+        return self.exp(F.pad(reverse_cumsum(self.forward_step)[..., 1:], (0, 1)))
 
     def backward_reach(self) -> Tensor:
         """e^{b_j}: what is left at the chunk's start, 0 outside the segment that leaves there."""
         writes = self.segment == self.opens[:, :-1, None, None]
-        return self.exp(self.backward_sum) * writes
+        return self.exp(before(self.backward_step.cumsum(-1))) * writes
+
+    def forward_sum(self) -> tuple[Tensor, Tensor]:
+        """f of eq. (1) in two parts, see `two_part_sum`."""
+        return two_part_sum(self.forward_step, self.dt.dtype)
+
+    def backward_sum(self) -> tuple[Tensor, Tensor]:
+        """b of eq. (1) in two parts."""
+        sums = two_part_sum(self.backward_step, self.dt.dtype)
+        return before(sums[0]), before(sums[1])
 
 
 def scan_decays(
@@ -80,7 +88,7 @@ def scan_decays(
     chunk: int,
     dtype: torch.dtype,
 ) -> Decays:
-    """Mask, pad with masked tokens and cut into chunks; eq. (1), summed in float64."""
+    """Mask, pad with masked tokens and cut into chunks; the steps of eq. (1)."""
     vision = vision_mask(segment, valid)
 
     def scalars(tensor: Tensor, mask: Tensor | None, fill: float = 0) -> Tensor:
@@ -88,23 +96,40 @@ def scan_decays(
 
     dt, A = scalars(dt, valid), A.to(dtype)
     step = dt.double() * A.double()[:, None]  # (B, K, H, C)
-    forward_sum = step.cumsum(-1)
     if vision is None:
-        return Decays(dt, A, forward_sum, torch.ones_like(dt[:, :, :1]))
+        return Decays(dt, A, step, torch.ones_like(dt[:, :, :1]))
     is_vision = split_tokens(vision, chunk, False)[:, :, None]  # (B, K, 1, C)
-    inclusive = (step * is_vision).cumsum(-1)
     forward_gate = scalars(gate, vision, fill=1)
     return Decays(
         dt=dt,
         A=A,
-        forward_sum=forward_sum,
+        forward_step=step,
         forward_gate=forward_gate,
-        backward_sum=F.pad(inclusive[..., :-1], (1, 0)),
-        backward_total=inclusive[..., -1:],
+        backward_step=step * is_vision,
         backward_gate=(1 - forward_gate) * is_vision,
         segment=split_tokens(torch.where(vision, segment, -1), chunk, -1)[:, :, None],
         opens=next_segment(segment, vision, chunk),
     )
+
+
+def two_part_sum(step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The running sum of float64 steps over a chunk as a rounded one and the rest, both in `dtype`: rounded
+    sums may be taken off each other, which leaves no more than their last digit, and the rests follow.
+
+    Multiples of a unit are summed without any rounding: 2^45 of them make the largest step, and a chunk has
+    at most 2^7. What is left of each step is summed apart.
+    """
+    largest = step.abs().amax(-1, keepdim=True).clamp_min(2.0**-900)
+    unit = torch.exp2(largest.log2().ceil() - 45)
+    whole = (step / unit).round() * unit
+    total, left = whole.cumsum(-1), (step - whole).cumsum(-1)
+    rounded = total.to(dtype)
+    return rounded, (total - rounded + left).to(dtype)
+
+
+def before(sums: Tensor) -> Tensor:
+    """Inclusive running sums -> exclusive ones."""
+    return F.pad(sums[..., :-1], (1, 0))
 
 
 def cut_tokens(
