@@ -41,3 +41,16 @@ def test_a_layout_takes_tokens_into_its_order():
         wanted = permute_tokens(tensor, layout.order(layer))
         assert_exact(layout.in_order(tensor, layer), wanted, layer, "in order")
         assert_exact(layout.in_order(tensor[..., 1:], layer), wanted[..., 1:], layer, "columns of a tensor")
+
+
+@given(layouts())
+def test_the_next_segment_is_that_of_the_next_vision_token(case):
+    """Spelt out token by token: text and padding are passed over, after the last there is none."""
+    for chunk in (1, 3, 16):
+        found, vision = next_segment(case.segment, case.segment >= 0, chunk), case.segment >= 0
+        starts = [min(start, case.shape[1]) for start in range(0, case.shape[1] + chunk, chunk)]
+        wanted = [
+            [next(iter(ids[start:][inside[start:]].tolist()), -1) for start in starts]
+            for ids, inside in zip(case.segment, vision, strict=True)
+        ]
+        assert_exact(found, torch.tensor(wanted), case, f"chunks of {chunk}")

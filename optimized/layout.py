@@ -210,7 +210,7 @@ class VisionLayout(reference.VisionLayout):
     @property
     def openings(self) -> Tensor:
         """`scan_masks.openings` of this layout."""
-        return self._once("openings", lambda: openings(self.segment, self.is_vision))
+        return self._once("openings", lambda: openings(self.segment))
 
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""

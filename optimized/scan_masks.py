@@ -29,19 +29,22 @@ def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
     Returns:
         (B, K + 1) int64, -1 where no vision token follows.
     """
+    return following(torch.where(vision, segment, -1), chunk)
+
+
+def following(segment: Tensor, chunk: int, beyond: int = 1) -> Tensor:
+    """`next_segment` of segments that are -1 on all but vision tokens, for so many chunks beyond the end."""
     length = segment.shape[1]
-    position = torch.where(vision, torch.arange(length, device=segment.device), length)
-    position = torch.nn.functional.pad(position, (0, -length % chunk), value=length)
-    first = position.unflatten(1, (-1, chunk)).amin(2)  # (B, K): by chunk, as a GPU scans a long row slowly
-    following = first.flip(1).cummin(1).values.flip(1)  # (B, K): the next vision token, or L
-    following = torch.nn.functional.pad(following, (0, 1), value=length)  # (B, K + 1)
-    return torch.nn.functional.pad(segment, (0, 1), value=-1).gather(1, following)
+    filled = torch.nn.functional.pad(segment, (0, -length % chunk + beyond * chunk), value=-1)
+    last = filled.shape[1] - 1
+    position = torch.where(filled >= 0, torch.arange(last + 1, device=segment.device), last)
+    first = position.unflatten(1, (-1, chunk)).amin(2)  # by chunk, as a GPU scans a long row slowly
+    return filled.gather(1, first.flip(1).cummin(1).values.flip(1))  # the next vision token, or the last: -1
 
 
-def openings(segment: Tensor, vision: Tensor) -> Tensor:
-    """`next_segment` for chunks of any length, which `openings_of` picks: (B, many + 1) int64."""
-    beyond = LONGEST // SHORTEST  # chunks, that a longer one ends among
-    return torch.nn.functional.pad(next_segment(segment, vision, SHORTEST), (0, beyond), value=-1)
+def openings(segment: Tensor) -> Tensor:
+    """`next_segment` for chunks of any length, which `openings_of` picks: (B, many + 1) int64; -1 on text."""
+    return following(segment, SHORTEST, 1 + LONGEST // SHORTEST)  # a longer chunk ends among those beyond
 
 
 def openings_of(openings: Tensor, length: int, chunk: int) -> Tensor:
