@@ -62,15 +62,16 @@ def interleaved_row(segment: Tensor, valid: Tensor | None = None) -> int | None:
 def interleaved(segment: Tensor, valid: Tensor | None = None) -> Tensor:
     """(B,) bool: rows in which a segment goes on after another has begun."""
     vision = vision_mask(segment, valid)
-    unlike_before = starts_run(segment, vision)  # runs of equal ids, text left out
-    ids = torch.where(vision, segment, -1).sort(dim=1).values
-    fresh = (ids >= 0) & (ids != torch.nn.functional.pad(ids[:, :-1], (1, 0), value=-1))
-    return unlike_before.sum(1) != fresh.sum(1)
+    ids, place = torch.where(vision, segment, -1).sort(dim=1, stable=True)
+    return parted(ids, vision.cumsum(1).gather(1, place)).any(1)
 
 
-def starts_run(segment: Tensor, vision: Tensor) -> Tensor:
-    """(B, L) bool: vision tokens whose previous vision token, if any, has another id."""
-    rank = vision.cumsum(1)  # (B, L): from 1; a running maximum would take a GPU ten times as long
-    slot = torch.where(vision, rank, rank.shape[1] + 1)  # text goes where nobody looks
-    ids = segment.new_full((len(rank), rank.shape[1] + 2), -1).scatter_(1, slot, segment)
-    return vision & (ids.gather(1, (rank - 1).clamp_min_(0)) != segment)
+def parted(ids: Tensor, rank: Tensor) -> Tensor:
+    """(B, L - 1) bool: whether a vision token and the next of its segment have others between them.
+
+    Args:
+        ids: (B, L), sorted; -1 on text.
+        rank: (B, L): how many vision tokens there are up to each of them in the prompt.
+    """
+    same = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    return same & (rank.diff(dim=1) != 1)
