@@ -17,7 +17,6 @@ from . import operators
 from .checks import require
 from .layout_sorts import Facts, Sorted, by_segment, examine, flat_order, scan_rows, window_numbers
 from .scan_masks import openings
-from .window_plan import without_text
 
 __all__ = ["VisionLayout", "check_coords", "inverse_order", "permute_tokens", "scan_order", "window_ids"]
 
@@ -72,18 +71,23 @@ class VisionTokens:
 
     token: Tensor | None  # (n,) int64 in the flattened batch, window by window; None = all
     row: Tensor  # (B, L) int64: where each token stands among them, -1 on text
-    window_id: Tensor  # (1, n), or (B, L)
+    window_id: Tensor  # (1, n), or (B, L): the same number in a window, -1 in none
     plan: tuple[Tensor, Tensor]  # of these windows
 
     @classmethod
-    def of(cls, window_id: Tensor, plan: tuple[Tensor, Tensor], vision: int) -> VisionTokens:
-        """From windows (B, L), their plan, and how many tokens have one."""
-        if not 0 < vision <= NEARLY_ALL * window_id.numel():
-            return cls(None, own_rows(window_id >= 0), window_id, plan)
-        place = torch.arange(window_id.numel(), device=window_id.device)
-        token, plan = without_text(plan, vision)
-        row = torch.full_like(place, -1).scatter_(0, token, place[:vision]).view_as(window_id)
-        return cls(token, row, plan[0][1:].long(), plan)
+    def of(cls, layout: VisionLayout, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
+        """Without text, unless there is hardly any, or nothing else."""
+        segment, vision = layout.segment, layout.facts.vision
+        if 0 < vision <= NEARLY_ALL * segment.numel():
+            (token, window), blocks = layout.window_plan(window_thw, layer_index, text=False)
+            token, place = token.long(), torch.arange(vision, device=token.device)
+            row = torch.full_like(segment, -1)
+            row.view(-1).scatter_(0, token, place)
+            return cls(token, row, window[None], (torch.stack([place.int(), window]), blocks))
+        plan = layout.window_plan(window_thw, layer_index)
+        token, window = plan[0]
+        window_id = torch.empty_like(window).scatter_(0, token.long(), window)
+        return cls(None, layout.vision_row, window_id.view_as(segment), plan)
 
     def taken(self, tensor: Tensor) -> Tensor:
         """(B, L, D) -> (1, n, D), or as it is."""
@@ -138,22 +142,28 @@ class VisionLayout(reference.VisionLayout):
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
         shifted = layer_index % 2 == 1
-        given = (self.sorted, self.is_vision, window_thw, shifted)
-        return self._once(("windows", window_thw, shifted), lambda: window_numbers(*given))
+        return self._once(
+            ("windows", window_thw, shifted),
+            lambda: window_numbers(self.sorted, self.is_vision, window_thw, shifted),
+        )
 
-    def window_plan(self, window_thw: tuple[int, int, int], layer_index: int) -> tuple[Tensor, Tensor]:
-        """The order in which kernels take the tokens of these windows, `operators.window_plan`."""
-        windows = self.windows(window_thw, layer_index)
-        key = ("window plan", window_thw, layer_index % 2 == 1)
-        return self._once(key, lambda: operators.window_plan(windows))
+    def window_plan(
+        self, window_thw: tuple[int, int, int], layer_index: int, text: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The order in which kernels take the tokens of these windows, `window_plan.window_plan`; `text` has
+        a place in it, or none."""
+        shifted = layer_index % 2 == 1
+
+        def make() -> tuple[Tensor, Tensor]:
+            kind = (self.facts.vision, list(window_thw), shifted, text)
+            return operators.layout_plan(*self.sorted, *kind)
+
+        return self._once(("window plan", window_thw, shifted, text), make)
 
     def vision_tokens(self, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
         """The tokens of these windows, without text."""
-        given, key = (window_thw, layer_index), ("vision tokens", window_thw, layer_index % 2 == 1)
-        vision = self.facts.vision
-        return self._once(
-            key, lambda: VisionTokens.of(self.windows(*given), self.window_plan(*given), vision)
-        )
+        key = ("vision tokens", window_thw, layer_index % 2 == 1)
+        return self._once(key, lambda: VisionTokens.of(self, window_thw, layer_index))
 
     @property
     def vision_row(self) -> Tensor:
