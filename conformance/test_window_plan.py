@@ -11,7 +11,7 @@ from compare import assert_exact
 from gpu_cases import prompt
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import Layout, Text, Vision
+from layouts import Layout, Text, Vision, layouts
 
 from linmu import optimized, reference
 from linmu.optimized import operators, window_plan
@@ -37,18 +37,45 @@ class PlanCase:
             row[:] = row[torch.randperm(length, generator=generator)]
         return ids
 
+    def plan(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a caller gets it who brings ids."""
+        return operators.window_plan(self.ids())
+
+
+@dataclass(frozen=True)
+class LayoutPlanCase:
+    """The windows of a layout; text takes part in the plan, or not."""
+
+    layout: Layout
+    window_thw: tuple[int, int, int]
+    layer_index: int
+    text: bool
+
+    def ids(self) -> torch.Tensor:
+        """(B, L), the reference's."""
+        return reference.window_ids(self.layout.coords, self.window_thw, self.layer_index % 2 == 1)
+
+    def plan(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a layer gets it, which brings no ids."""
+        layout = optimized.VisionLayout(self.layout.coords)
+        return layout.window_plan(self.window_thw, self.layer_index, self.text)
+
 
 SIZES = st.lists(st.integers(0, 3 * BLOCK), min_size=1, max_size=7).map(tuple)
 CASES = st.builds(PlanCase, st.lists(SIZES, min_size=1, max_size=3).map(tuple), st.integers(0, 2**16))
-cases = given(case=CASES)
+WINDOWS = st.tuples(*[st.integers(1, 4)] * 3)
+LAYOUT_CASES = st.builds(LayoutPlanCase, layouts(), WINDOWS, st.integers(0, 1), st.booleans())
+cases = given(case=CASES | LAYOUT_CASES)
 
 
-def planned(case: PlanCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token and window of each place, the blocks there are, and the ids of the places' tokens."""
+def planned(
+    case: PlanCase | LayoutPlanCase,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token and window of each place, the blocks there are, and row and id of the places' tokens."""
     ids = case.ids()
     with mock.patch.object(window_plan, "BLOCK", BLOCK):
-        places, blocks = operators.window_plan(ids)
-        assert len(blocks) == 1 + window_plan.most_blocks(ids.numel())
+        places, blocks = case.plan()
+        assert len(blocks) == 1 + window_plan.most_blocks(places.shape[1])
     row = torch.arange(len(ids))[:, None].expand_as(ids).flatten()
     token, window = places.long()
     keys = torch.stack([row, ids.flatten()], dim=1)[token]
@@ -61,7 +88,9 @@ def planned(case: PlanCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
 def test_every_token_has_one_place_beside_its_window(case):
     """A permutation; tokens share a window's name exactly if they share row and id; -1 in none."""
     token, window, _, keys = planned(case)
-    assert_exact(token.sort().values, torch.arange(len(token)), case, "tokens")
+    every = isinstance(case, PlanCase) or case.text
+    wanted = (case.ids().flatten() >= (-1 if every else 0)).nonzero().squeeze(1)
+    assert_exact(token.sort().values, wanted, case, "tokens")
     inside = keys[:, 1] >= 0
     assert_exact(window >= 0, inside, case, "places in a window")
     same = (keys[:, None] == keys[None, :]).all(-1) & inside[:, None]
@@ -80,6 +109,7 @@ def test_blocks_cover_all_places_once_and_name_what_their_windows_cover(case):
     for start, end, low, high in blocks.tolist():
         assert start == place < end <= start + BLOCK, f"block [{start}, {end}) after {place}: {case!r}"
         place = end
+        assert min(low, high) >= 0, f"[{start}, {end}) walks over [{low}, {high}): {case!r}"
         names = window[start:end].unique()
         covered = torch.isin(window, names[names >= 0]).nonzero().squeeze(1)
         assert (names >= 0).all() or (names < 0).all(), f"[{start}, {end}) mixes both: {case!r}"
@@ -100,21 +130,6 @@ def test_no_block_wastes_much(case):
         assert alone or high - low <= 2 * BLOCK, f"[{start}, {end}) walks over {high - low}: {case!r}"
 
 
-@cases
-def test_the_plan_without_text_is_that_of_the_tokens_in_windows(case):
-    """Brought together in the order of the plan; one row then, whatever rows they came from."""
-    _, window, _, keys = planned(case)
-    vision = int((keys[:, 1] >= 0).sum())
-    with mock.patch.object(window_plan, "BLOCK", BLOCK):
-        plan = operators.window_plan(case.ids())
-        token, (places, blocks) = window_plan.without_text(plan, vision)
-        wanted = operators.window_plan(window[None, :vision])
-    assert_exact(token, plan[0][0, :vision].long(), case, "tokens")
-    assert_exact(places, wanted[0], case, "places")
-    count = int(wanted[1][0, 0]) if vision else 0
-    assert_exact(blocks[: 1 + count], wanted[1][: 1 + count], case, "blocks")
-
-
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
 @pytest.mark.parametrize("number", [-1, 0])
 def test_hardly_any_tokens_make_a_plan(shape, number):
@@ -129,10 +144,6 @@ def test_layers_with_the_same_windows_share_a_plan():
     plans = [layout.window_plan((2, 4, 4), layer) for layer in range(6)]
     assert all(plan is plans[layer % 2] for layer, plan in enumerate(plans))
     assert plans[0] is not plans[1]
-    for layer, plan in enumerate(plans[:2]):
-        wanted = operators.window_plan(layout.windows((2, 4, 4), layer))
-        for found, want in zip(plan, wanted, strict=True):
-            assert_exact(found, want, layer, "plan")
 
 
 def test_a_layer_makes_no_plan_of_its_own_twice():
@@ -143,7 +154,7 @@ def test_a_layer_makes_no_plan_of_its_own_twice():
     layout, u = optimized.VisionLayout(where.coords), torch.randn(2, 203, 16, requires_grad=True)
     angles = torch.rand(2, 203, 8)
     embeddings = (angles.cos(), angles.sin())
-    with mock.patch.object(window_plan, "window_plan", wraps=window_plan.window_plan) as made:
+    with mock.patch.object(window_plan, "layout_plan", wraps=window_plan.layout_plan) as made:
         for layer in layers:
             layer(u, layout, position_embeddings=embeddings).sum().backward()
     assert made.call_count == 1
@@ -170,6 +181,34 @@ def test_text_meets_no_projection_of_local_swin(text):
     assert seen == [120 if text > 14 else 120 + text]
 
 
+@given(layouts(), WINDOWS, st.integers(0, 1))
+def test_tokens_are_taken_with_the_windows_of_their_plan(case, window_thw, layer_index):
+    """A row for each vision token, -1 on text, and ids that agree exactly in a window."""
+    tokens = optimized.VisionLayout(case.coords).vision_tokens(window_thw, layer_index)
+    ids = reference.window_ids(case.coords, window_thw, layer_index % 2 == 1)
+    vision = ids.flatten() >= 0
+    row, found = tokens.row.flatten()[vision], tokens.window_id.flatten()
+    assert_exact(tokens.row >= 0, ids >= 0, case, "tokens with a row")
+    if tokens.token is not None:
+        assert_exact(tokens.token[row], vision.nonzero().squeeze(1), case, "tokens")
+    place, window = tokens.plan[0].long()
+    assert_exact(place.sort().values, torch.arange(len(found)), case, "tokens of the plan")
+    assert_exact(found.long()[place], window, case, "ids in the plan's order")
+    pairs = torch.stack([torch.arange(len(ids))[:, None].expand_as(ids)[ids >= 0], ids[ids >= 0]])
+    same = (pairs[:, :, None] == pairs[:, None, :]).all(0)
+    assert_exact(found[row][:, None] == found[row][None, :], same, case, "window mates")
+    if tokens.token is None:
+        assert_exact(found >= 0, vision, case, "tokens with an id")
+
+
 def test_a_plan_passes_torchs_own_checks_of_operators():
     """Shapes promised to the compiler, no aliasing, no change of the argument."""
     torch.library.opcheck(torch.ops.linmu.window_plan, (torch.randint(-1, 4, (2, 37)),))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_layouts_plan_passes_them_too(text):
+    """From the layout's own arguments."""
+    layout = optimized.VisionLayout(prompt(203).coords)
+    given = (*layout.sorted, layout.facts.vision, [2, 4, 4], True, text)
+    torch.library.opcheck(torch.ops.linmu.layout_plan, given)

@@ -19,6 +19,7 @@ from . import batched_windows, chunked_scan, chunked_scan_backward, step
 from . import scan_heads as torch_heads
 from . import window_plan as plans
 from .engine import choose_engine
+from .layout_sorts import Sorted
 from .precision import accumulation_dtype
 from .registration import operator
 
@@ -258,6 +259,31 @@ def _(window_id):
     tokens = window_id.shape[0] * window_id.shape[1]
     places = window_id.new_empty((2, tokens), dtype=torch.int32)
     return places, window_id.new_empty((1 + plans.most_blocks(tokens), 4), dtype=torch.int32)
+
+
+@operator("layout_plan")
+def layout_plan(
+    token: Tensor,
+    columns: Tensor,
+    segment: Tensor,
+    segments: int,
+    largest: list[int],
+    narrow: bool,
+    vision: int,
+    window_thw: list[int],
+    shifted: bool,
+    text: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same of a layout's windows, from the six fields of its `layout_sorts.Sorted`; text too, or not."""
+    prompt = Sorted(token, columns, segment, segments, largest, narrow)
+    return plans.layout_plan(prompt, vision, window_thw, shifted, text)
+
+
+@layout_plan.register_fake
+def _(token, columns, segment, segments, largest, narrow, vision, window_thw, shifted, text):
+    tokens = token.shape[0] if text else vision
+    places = token.new_empty((2, tokens), dtype=torch.int32)
+    return places, token.new_empty((1 + plans.most_blocks(tokens), 4), dtype=torch.int32)
 
 
 @operator("window_attention")

@@ -29,19 +29,22 @@ def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
     Returns:
         (B, K + 1) int64, -1 where no vision token follows.
     """
+    return following(torch.where(vision, segment, -1), chunk)
+
+
+def following(segment: Tensor, chunk: int, beyond: int = 1) -> Tensor:
+    """`next_segment` of segments that are -1 on all but vision tokens, for so many chunks beyond the end."""
     length = segment.shape[1]
-    position = torch.where(vision, torch.arange(length, device=segment.device), length)
-    position = torch.nn.functional.pad(position, (0, -length % chunk), value=length)
-    first = position.unflatten(1, (-1, chunk)).amin(2)  # (B, K): by chunk, as a GPU scans a long row slowly
-    following = first.flip(1).cummin(1).values.flip(1)  # (B, K): the next vision token, or L
-    following = torch.nn.functional.pad(following, (0, 1), value=length)  # (B, K + 1)
-    return torch.nn.functional.pad(segment, (0, 1), value=-1).gather(1, following)
+    filled = torch.nn.functional.pad(segment, (0, -length % chunk + beyond * chunk), value=-1)
+    last = filled.shape[1] - 1
+    position = torch.where(filled >= 0, torch.arange(last + 1, device=segment.device), last)
+    first = position.unflatten(1, (-1, chunk)).amin(2)  # by chunk, as a GPU scans a long row slowly
+    return filled.gather(1, first.flip(1).cummin(1).values.flip(1))  # the next vision token, or the last: -1
 
 
-def openings(segment: Tensor, vision: Tensor) -> Tensor:
-    """`next_segment` for chunks of any length, which `openings_of` picks: (B, many + 1) int64."""
-    beyond = LONGEST // SHORTEST  # chunks, that a longer one ends among
-    return torch.nn.functional.pad(next_segment(segment, vision, SHORTEST), (0, beyond), value=-1)
+def openings(segment: Tensor) -> Tensor:
+    """`next_segment` for chunks of any length, which `openings_of` picks: (B, many + 1) int64; -1 on text."""
+    return following(segment, SHORTEST, 1 + LONGEST // SHORTEST)  # a longer chunk ends among those beyond
 
 
 def openings_of(openings: Tensor, length: int, chunk: int) -> Tensor:
@@ -59,15 +62,16 @@ def interleaved_row(segment: Tensor, valid: Tensor | None = None) -> int | None:
 def interleaved(segment: Tensor, valid: Tensor | None = None) -> Tensor:
     """(B,) bool: rows in which a segment goes on after another has begun."""
     vision = vision_mask(segment, valid)
-    unlike_before = starts_run(segment, vision)  # runs of equal ids, text left out
-    ids = torch.where(vision, segment, -1).sort(dim=1).values
-    fresh = (ids >= 0) & (ids != torch.nn.functional.pad(ids[:, :-1], (1, 0), value=-1))
-    return unlike_before.sum(1) != fresh.sum(1)
+    ids, place = torch.where(vision, segment, -1).sort(dim=1, stable=True)
+    return parted(ids, vision.cumsum(1).gather(1, place)).any(1)
 
 
-def starts_run(segment: Tensor, vision: Tensor) -> Tensor:
-    """(B, L) bool: vision tokens whose previous vision token, if any, has another id."""
-    rank = vision.cumsum(1)  # (B, L): from 1; a running maximum would take a GPU ten times as long
-    slot = torch.where(vision, rank, rank.shape[1] + 1)  # text goes where nobody looks
-    ids = segment.new_full((len(rank), rank.shape[1] + 2), -1).scatter_(1, slot, segment)
-    return vision & (ids.gather(1, (rank - 1).clamp_min_(0)) != segment)
+def parted(ids: Tensor, rank: Tensor) -> Tensor:
+    """(B, L - 1) bool: whether a vision token and the next of its segment have others between them.
+
+    Args:
+        ids: (B, L), sorted; -1 on text.
+        rank: (B, L): how many vision tokens there are up to each of them in the prompt.
+    """
+    same = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    return same & (rank.diff(dim=1) != 1)

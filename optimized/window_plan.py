@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from .layout_sorts import Sorted, flat_order, window_keys
 
 BLOCK = 128  # tokens; a power of two
 
@@ -32,57 +33,62 @@ def window_plan(window_id: Tensor) -> tuple[Tensor, Tensor]:
         blocks (1 + most_blocks, 4) int32: the number of blocks in the first row; then for each block where it
         starts and ends, and where the windows that it touches start and end; both 0 in no window.
     """
-    token, first, last, kind = in_order(window_id)
-    tokens, most = len(token), most_blocks(len(token))
-    place = torch.arange(tokens, device=token.device)
-    of_kind = torch.searchsorted(kind, kind)
-    origin = torch.where(kind == 0, first, of_kind)
-    begins = (place - origin) % BLOCK == 0
-    number = torch.where(begins, begins.cumsum(0) - 1, most + 1)
-    edges = place.new_full((most + 2,), tokens).scatter_(0, number, place)
-    start, end = edges[:most], edges[1 : most + 1]
-    first, last = (span.masked_fill(kind == 2, 0) for span in (first, last))
-    low, high = pad(first, (0, 1))[start], pad(last, (1, 0))[end]
-    blocks = torch.stack([start, end, low, high], dim=1)
-    how_many = pad(begins.sum()[None], (0, 3))
-    places = torch.stack([token, first.masked_fill(kind == 2, -1)])
-    return places.int(), torch.cat([how_many[None], blocks]).int()
-
-
-def without_text(plan: tuple[Tensor, Tensor], vision: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Which `vision` tokens have a window, (n,) int64 in the plan's order, and the plan of these alone."""
-    places, blocks = plan
-    token, window = places[:, :vision]
-    how_many = pad((blocks[1:, :1] < vision).sum(0), (0, 3))
-    own = torch.stack([torch.arange(vision, device=token.device, dtype=token.dtype), window])
-    return token.long(), (own, torch.cat([how_many[None].int(), blocks[1:]]))
-
-
-def in_order(window_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token, span of its window and kind for each place, (B·L,) each.
-
-    Kinds: 0 in a window of half a block or more, 1 in a smaller one, 2 in none.
-    """
-    batch, length = window_id.shape
-    ids, token = window_id.flatten().sort(stable=True)
+    ids, place = window_id.sort(dim=1, stable=True)
     starts = torch.ones_like(ids, dtype=torch.bool)
-    if batch > 1:
-        row, by_row = (token // max(1, length)).sort(stable=True)
-        ids, token = ids[by_row], token[by_row]
-        starts[1:] = (ids[1:] != ids[:-1]) | (row[1:] != row[:-1])
-    else:
-        torch.ne(ids[1:], ids[:-1], out=starts[1:])
-    place = torch.arange(len(ids), device=ids.device)
-    first, last = spans(starts)
-    kind = torch.where(ids < 0, 2, (2 * (last - first) < BLOCK).byte())
-    order = kind.argsort(stable=True)  # whole windows move; bytes are sorted in one pass
-    moved = place - order
-    return token[order], first[order] + moved, last[order] + moved, kind[order]
+    torch.ne(ids[:, 1:], ids[:, :-1], out=starts[:, 1:])
+    return packed(starts.flatten().cumsum(0), flat_order(place), ids.flatten() < 0)
 
 
-def spans(starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the run that each place belongs to starts and ends; (n,) bool, the first True -> (n,), (n,)."""
-    n, run = len(starts), starts.cumsum(0) - 1
-    place = torch.arange(n, device=starts.device)
-    edges = place.new_full((n + 2,), n).scatter_(0, torch.where(starts, run, n + 1), place)
-    return edges[run], edges[run + 1]
+def layout_plan(
+    prompt: Sorted, vision: int, window_thw: tuple[int, int, int], shifted: bool, text: bool
+) -> tuple[Tensor, Tensor]:
+    """`window_plan` of the windows of a layout with so many vision tokens; of these alone without `text`."""
+    key, token = window_keys(prompt, window_thw, shifted)
+    if not text:
+        return packed(key[:vision], token[:vision])
+    return packed(key, token, torch.arange(len(key), device=key.device) >= vision)
+
+
+def packed(key: Tensor, token: Tensor, outside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The plan of tokens (n,) window by window: their keys never fall, and are equal in a window.
+
+    Whole windows move, sorted by kind: 0 of half a block or more, 1 smaller, 2 `outside` (n,) bool, which is
+    no window.
+    """
+    if not len(key):
+        return token.new_empty(2, 0).int(), token.new_zeros(1 + most_blocks(0), 4).int()
+    first, last = (torch.searchsorted(key, key, right=right, out_int32=True) for right in (False, True))
+    kind = (last - first < BLOCK // 2).view(torch.uint8)  # bytes are sorted in one pass
+    if outside is not None:
+        kind.masked_fill_(outside, 2)
+    kind, order = kind.sort(stable=True)
+    place = torch.arange(len(key), dtype=torch.int32, device=key.device)
+    rows = torch.stack([token.int(), first, last]).index_select(1, order)
+    rows[1:].add_(place - order)
+    starts, count = block_starts(kind, rows[1], place)
+    if outside is None:
+        return rows[:2], block_table(starts, count, rows[1:])
+    rows[1:].masked_fill_(kind == 2, -1)
+    return rows[:2], block_table(starts, count, rows[1:]).clamp_(min=0)
+
+
+def block_starts(kind: Tensor, first: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """(most_blocks + 1,) int32: where each block starts, n for those that are not there; and how many are.
+
+    A large window is cut into blocks from its `first` place, all smaller ones from theirs, then the rest.
+    """
+    origin = torch.where(kind == 0, first, torch.searchsorted(kind, kind, out_int32=True))
+    begun = ((place - origin) % BLOCK == 0).cumsum(0, dtype=torch.int32)
+    nth = torch.arange(1, most_blocks(len(kind)) + 2, dtype=torch.int32, device=kind.device)
+    return torch.searchsorted(begun, nth, out_int32=True), begun[-1]
+
+
+def block_table(starts: Tensor, count: Tensor, spans: Tensor) -> Tensor:
+    """The plan's blocks, from `block_starts` and where the window of each place starts and ends, (2, n)."""
+    start, end, flat = starts[:-1], starts[1:], spans.flatten()
+    low = flat.index_select(0, start)  # of the first place; of a block that is not there, no matter what
+    high = flat[spans.shape[1] - 1 :].index_select(0, end)  # of the last place
+    table = starts.new_zeros(1 + len(start), 4)
+    torch.stack([start, end, low, high], dim=1, out=table[1:])
+    table[0, 0] = count
+    return table
