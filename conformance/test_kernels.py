@@ -51,6 +51,29 @@ def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
     assert "linmu.optimized: triton engine" in done.stderr
 
 
+SUMS = """
+import torch
+from linmu.optimized.scan_scalars import scan_scalars
+
+torch.manual_seed(0)
+dt = torch.where(torch.rand(1, 64, 2) < 0.1, 1e4, torch.rand(1, 64, 2))
+A, gate, segment = torch.tensor([-0.032, -0.7]), torch.rand(1, 64, 2), torch.zeros(1, 64, dtype=torch.int64)
+found = scan_scalars(dt, A, gate, segment, None, 64)
+steps = (dt.double() * A.double())[0].T  # (H, C)
+forward = steps.cumsum(1)
+assert torch.equal(found.sums[0, 0, 0], forward.float())
+assert torch.equal(found.sums[1, 0, 0], (forward - steps).float())
+left = (forward[:, -1:] - forward).exp().float() * dt[0].T  # of each write at the chunk's end
+torch.testing.assert_close(found.write[0, 0, 0], left, rtol=1e-6, atol=1e-30)
+"""
+
+
+def test_sums_of_steps_are_rounded_once():
+    """P5, P15: the exponents' sums are those in float64, whatever order a GPU would add them up in."""
+    done = interpreted("-c", SUMS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 def test_a_block_of_kernels_equals_the_reference_in_the_interpreter(dtype):
     """Scan order, heads' norm and its gradient included, which the block fuses into its kernels."""

@@ -1,8 +1,10 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernel for the scan's scalars, one per token and head, that the other kernels multiply with.
 
-Letters and equations as in `scan_decays`, whose sums it takes in float32; the axis of directions holds the
-forward one and, where there is vision, the backward one.
+Letters and equations as in `scan_decays`; the axis of directions holds the forward one and, where there is
+vision, the backward one. Sums of steps are taken in float64 and rounded once, so that the same sum is the
+same number wherever it stands: added up in float32, in the order that a GPU chooses, two sums of 2,560 with
+nothing between them differ by 2e-4, and so does the weight of what was written there.
 """
 
 from __future__ import annotations
@@ -73,6 +75,12 @@ def head_scalars(POINTER, batch, stride_batch, rows, stride_token, heads, stride
 
 
 @triton.jit
+def summed_steps(dt, rate):
+    """Σ_{k≤i} dt_k A in float64, (tokens, heads)."""
+    return tl.cumsum(dt.to(tl.float64) * rate.to(tl.float64), 0)
+
+
+@triton.jit
 def scalars_kernel(
     TIME_STEP,
     A,
@@ -110,15 +118,15 @@ def scalars_kernel(
     real = (heads < HEADS)[None, :]
     dt = head_scalars(TIME_STEP, batch, step_batch, rows, step_token, heads, step_head, taken[:, None] & real)
     rate = tl.load(A + heads, mask=heads < HEADS, other=0.0).to(tl.float32)[None, :]
-    forward = tl.cumsum(dt * rate, 0)
+    forward = summed_steps(dt, rate)
     end = tl.sum(tl.where(place == CHUNK - 1, forward, 0.0), 0)
     at_chunk = (batch * chunks + chunk) * HEADS + heads
     at = at_chunk[None, :] * CHUNK + place
     tl.store(DT + at, dt, mask=real)
-    tl.store(SUMS + at, forward, mask=real)
-    tl.store(READ + at, decayed(forward), mask=real)
-    tl.store(WRITE + at, decayed(end[None, :] - forward) * dt, mask=real)
-    tl.store(KEPT + at_chunk, decayed(end), mask=heads < HEADS)
+    tl.store(SUMS + at, forward.to(tl.float32), mask=real)
+    tl.store(READ + at, decayed(forward.to(tl.float32)), mask=real)
+    tl.store(WRITE + at, decayed((end[None, :] - forward).to(tl.float32)) * dt, mask=real)
+    tl.store(KEPT + at_chunk, decayed(end.to(tl.float32)), mask=heads < HEADS)
     if HAS_VISION:
         beyond = tl.cast(tl.num_programs(2), tl.int64) * chunks * HEADS  # the next direction's chunks
         segment = tl.load(IDS + batch * length + rows, mask=taken, other=-1)[:, None]
@@ -131,17 +139,19 @@ def scalars_kernel(
         steps = head_scalars(
             TIME_STEP, batch, step_batch, preceding, step_token, heads, step_head, counted[:, None] & real
         )
-        backward = tl.cumsum(steps * rate, 0)
-        through = backward + tl.where(is_vision, dt * rate, 0.0)
-        end = tl.sum(tl.where(place == CHUNK - 1, through, 0.0), 0)
+        backward = summed_steps(steps, rate)
+        own = tl.where(is_vision, dt, 0.0).to(tl.float64) * rate.to(tl.float64)
+        end = tl.sum(tl.where(place == CHUNK - 1, backward + own, 0.0), 0)
         gate = head_scalars(GATE, batch, gate_batch, rows, gate_token, heads, gate_head, is_vision & real)
         tl.store(GATES + at, tl.where(is_vision, gate, 1.0), mask=real)
-        tl.store(KEPT + beyond + at_chunk, tl.where(left == right, decayed(end), 0.0), mask=heads < HEADS)
+        kept = tl.where(left == right, decayed(end.to(tl.float32)), 0.0)
+        tl.store(KEPT + beyond + at_chunk, kept, mask=heads < HEADS)
         at += beyond * CHUNK
-        tl.store(SUMS + at, backward, mask=real)
+        tl.store(SUMS + at, backward.to(tl.float32), mask=real)
         tl.store(GATES + at, tl.where(is_vision, 1.0 - gate, 0.0), mask=real)
-        tl.store(READ + at, tl.where(segment == right, decayed(end[None, :] - backward), 0.0), mask=real)
-        tl.store(WRITE + at, tl.where(segment == left, decayed(backward) * dt, 0.0), mask=real)
+        read, write = decayed((end[None, :] - backward).to(tl.float32)), decayed(backward.to(tl.float32))
+        tl.store(READ + at, tl.where(segment == right, read, 0.0), mask=real)
+        tl.store(WRITE + at, tl.where(segment == left, write * dt, 0.0), mask=real)
 
 
 @triton.jit
