@@ -1,6 +1,6 @@
 """Compile one Triton kernel of linmu.optimized for sm_90 and print what it takes, as JSON. No GPU, no driver.
 
-python compile_sm90.py KERNEL DTYPE SIZE...
+python compile_sm90.py KERNEL DTYPE:SIZE,SIZE...    like output bf16:128,64 fp32:128
 """
 
 from __future__ import annotations
@@ -267,5 +267,13 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sizes = map(int, sys.argv[3:])
-    print(json.dumps({size: compile_kernel(sys.argv[1], sys.argv[2], size) for size in sizes}))
+    kernel, *asked = sys.argv[1:]
+    by_dtype = (pair.split(":") for pair in asked)
+    print(
+        json.dumps(
+            {
+                dtype: {size: compile_kernel(kernel, dtype, int(size)) for size in sizes.split(",")}
+                for dtype, sizes in by_dtype
+            }
+        )
+    )
