@@ -62,9 +62,8 @@ def is_plain(argument: Any) -> bool:
     kind = type(argument)
     if kind is Tensor or kind is nn.Parameter:
         recorded = argument.requires_grad and torch.is_grad_enabled()
-        return not (
-            recorded or argument.is_meta or argument.is_neg()
-        )  # is_neg: its negation is yet to be done
+        as_it_stands = not argument.is_neg()  # or its negation is yet to be done
+        return as_it_stands and not (recorded or argument.is_meta)
     return kind in PLAIN or (kind is list and all(map(is_plain, argument)))
 
 
