@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import require
+from .launch import properties
 
 ENGINES = ("triton", "torch")
 KERNELS = frozenset(
@@ -102,7 +103,8 @@ def obstacle(device: torch.device, dtype: torch.dtype = torch.float32, *head_dim
     if head_dims and max(head_dims) > MAX_HEAD_DIM:
         return f"the kernels hold head dims up to {MAX_HEAD_DIM}, not {max(head_dims)}"
     if device.type == "cuda":
-        capability = compute_capability(device)
+        gpu = properties(device)
+        capability = (gpu.major, gpu.minor)
         too_old = capability < OLDEST_CAPABILITY
         return f"the kernels need compute capability 8.0, not {capability}" if too_old else None
     if device.type != "cpu":
@@ -114,12 +116,6 @@ def obstacle(device: torch.device, dtype: torch.dtype = torch.float32, *head_dim
 def has_triton() -> bool:
     """Whether it is installed; looked for once, as every call of an operator asks."""
     return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """As torch says it, asked once for each GPU."""
-    return torch.cuda.get_device_capability(device)
 
 
 def interpreter_obstacle(dtype: torch.dtype) -> str | None:

@@ -28,7 +28,6 @@ class Decays:
     """Scalars in the accumulation dtype, (B, K, H, C) unless said; None without any segment."""
 
     dt: Tensor  # 0 where masked
-    A: Tensor  # (H,)
     forward_step: Tensor  # a of eq. (1), float64
     forward_gate: Tensor  # the gate on vision, 1 on text; (B, K, 1, C) without any segment
     backward_step: Tensor | None = None  # a over vision, 0 elsewhere, float64
@@ -97,12 +96,11 @@ def scan_decays(
     dt, A = scalars(dt, valid), A.to(dtype)
     step = dt.double() * A.double()[:, None]  # (B, K, H, C)
     if vision is None:
-        return Decays(dt, A, step, torch.ones_like(dt[:, :, :1]))
+        return Decays(dt, step, torch.ones_like(dt[:, :, :1]))
     is_vision = split_tokens(vision, chunk, False)[:, :, None]  # (B, K, 1, C)
     forward_gate = scalars(gate, vision, fill=1)
     return Decays(
         dt=dt,
-        A=A,
         forward_step=step,
         forward_gate=forward_gate,
         backward_step=step * is_vision,

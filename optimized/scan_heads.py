@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import chunked_scan
+from .layout_sorts import flat_order
 from .precision import accumulation_dtype, without_autocast
 
 
@@ -54,7 +55,7 @@ def forward_heads(
         z = (wide * scale[..., None] * norm_weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)
         kept = [y.to(types[0]), scale] if keep else kept
     if order is not None:
-        z = torch.empty_like(z).flatten(0, 1).index_copy_(0, flat(order), z.flatten(0, 1)).view(z.shape)
+        z = torch.empty_like(z).flatten(0, 1).index_copy_(0, flat_order(order), z.flatten(0, 1)).view(z.shape)
     return z, final_state, *kept
 
 
@@ -81,10 +82,4 @@ def in_scan_order(tensor: Tensor, order: Tensor | None) -> Tensor:
     """(B, L, ·, ·) in token order -> in scan order."""
     if order is None:
         return tensor
-    return tensor.reshape(-1, *tensor.shape[2:]).index_select(0, flat(order)).view(tensor.shape)
-
-
-def flat(order: Tensor) -> Tensor:
-    """(B, L) -> (B·L,): rows of the flattened batch."""
-    start = torch.arange(order.shape[0], device=order.device)[:, None] * order.shape[1]
-    return (order + start).flatten()
+    return tensor.reshape(-1, *tensor.shape[2:]).index_select(0, flat_order(order)).view(tensor.shape)
