@@ -95,6 +95,33 @@ def test_model_and_stages_are_measured(tmp_path):
     assert student["cache_bytes"] == (8 * 64 * 64 + 3 * (2 * 2 + 8) * 64) * 4  # state and three conv inputs
 
 
+def test_norms_and_mlps_are_compiled_once_for_all_layers_and_lengths(monkeypatch):
+    """A norm and an MLP, each for one token and for more; the results are those of the model as it was."""
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    monkeypatch.setattr(models, "TRIED_LENGTH", 24)
+    model = models.build_teacher("small", 3, SETTING)
+    hidden = [torch.randn(1, length, 512) for length in (10, 24, 33)]
+
+    def outputs() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [
+                layer.mlp(layer.input_layernorm(x)) for layer in model.get_decoder().layers for x in hidden
+            ]
+
+    before = outputs()
+    models.compile_norms_and_mlps(model, SETTING)
+    assert len(graphs) == 4
+    for ours, theirs in zip(outputs(), before, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert len(graphs) == 4
+
+
 @pytest.mark.parametrize("power", [0.0, 1.0, 1.37, 2.0])
 def test_the_growth_of_a_power_law_is_its_power(power):
     series = {length: 3e-6 * length**power for length in (512, 1024, 4096, 8192, 65536)}

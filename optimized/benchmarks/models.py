@@ -127,7 +127,7 @@ class Pair:
             self._models = {TEACHER: teacher, OURS: convert(teacher).eval()}
             for model in self._models.values():
                 if self.setting.device.type == "cuda":
-                    compile_norms_and_mlps(model)
+                    compile_norms_and_mlps(model, self.setting)
                 slice_mlps(model)
         return self._models[method]
 
@@ -149,15 +149,20 @@ class Pair:
         return heads, text["num_key_value_heads"], text["hidden_size"] // heads
 
 
-def compile_norms_and_mlps(model: nn.Module) -> None:
-    """Let torch.compile fuse what teacher and student have in common in their decoders; one graph fits all layers
-    and lengths.
+@torch.no_grad()
+def compile_norms_and_mlps(model: nn.Module, setting: Setting) -> None:
+    """Let torch.compile fuse what teacher and student have in common, and run it once: no timed call shall
+    compile. One graph serves all layers and, but for a single token, all lengths.
     """
     decoder = model.get_decoder()
     for layer in decoder.layers:
         for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
             part.forward = torch.compile(part.forward, dynamic=True)
     decoder.norm.forward = torch.compile(decoder.norm.forward, dynamic=True)
+    width = model.get_input_embeddings().weight.shape[1]
+    for length in (TRIED_LENGTH, 1):
+        hidden = random((1, length, width), setting.dtype, setting.device)
+        decoder.layers[0].mlp(decoder.norm(hidden))
 
 
 def slice_mlps(model: nn.Module) -> None:
