@@ -10,12 +10,10 @@ refused too. A kernel compiles in a process without TRITON_INTERPRET, which woul
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import run_forked
 
 COMPILER = Path(__file__).parent / "interpreter" / "compile_sm90.py"
 SHARED_MEMORY = 227 * 1024
@@ -74,12 +72,11 @@ SPILLED |= {("query_gradient_held", kind, size): 8 for kind in ("bf16", "fp16") 
 
 
 def compiled(kernel: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, dict[str, int]]]:
-    """What the compiler says by dtype and size. One process a kernel: half of its time goes to imports."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # what triton 3.9 does anyway, said aloud to keep it quiet
+    """What the compiler says by dtype and size."""
     asked = (f"{dtype}:{','.join(map(str, each))}" for dtype, each in sizes.items())
-    command = [sys.executable, str(COMPILER), kernel, *asked]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # the second is what triton 3.9 does anyway, said aloud to keep it quiet
+    variables = ("TRITON_INTERPRET", "0"), ("TRITON_DEFAULT_FP_FUSION", "1")
+    done = run_forked(variables, COMPILER, kernel, *asked)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
+from forks import run_forked
 
 FOLDER = Path(__file__).parent
 OPERATORS = (
@@ -27,14 +27,11 @@ OPERATORS = (
 )
 
 
-def interpreted(*command: str, interpret: str = "1") -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": interpret,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join((str(FOLDER), os.environ.get("PYTHONPATH", ""))),
-    }
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+def interpreted(script: str | Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a script under Triton's interpreter."""
+    path = os.pathsep.join((str(FOLDER), os.environ.get("PYTHONPATH", "")))
+    variables = ("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1"), ("PYTHONPATH", path)
+    return run_forked(variables, FOLDER / "interpreter" / script, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +43,7 @@ def interpreted(*command: str, interpret: str = "1") -> subprocess.CompletedProc
     ],
 )
 def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
-    done = interpreted(str(FOLDER / "interpreter" / "trial.py"), operator, dtype)
+    done = interpreted("trial.py", operator, dtype)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linmu.optimized: triton engine" in done.stderr
 
@@ -68,30 +65,32 @@ torch.testing.assert_close(found.write[0, 0, 0], left, rtol=1e-6, atol=1e-30)
 """
 
 
-def test_sums_of_steps_are_rounded_once():
+def test_sums_of_steps_are_rounded_once(tmp_path):
     """P5, P15: the exponents' sums are those in float64, whatever order a GPU would add them up in."""
-    done = interpreted("-c", SUMS)
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    done = interpreted(script)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 def test_a_block_of_kernels_equals_the_reference_in_the_interpreter(dtype):
     """Scan order, heads' norm and its gradient included, which the block fuses into its kernels."""
-    done = interpreted(str(FOLDER / "interpreter" / "trial_block.py"), dtype)
+    done = interpreted("trial_block.py", dtype)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linmu.optimized: triton engine" in done.stderr
 
 
 def test_pairs_of_kernels_of_windows_share_the_tokens_in_the_interpreter():
     """Blocks of one window and all others: every o, lse and gradient is written once."""
-    done = interpreted(str(FOLDER / "interpreter" / "trial_windows.py"))
+    done = interpreted("trial_windows.py")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_offsets_may_exceed_two_to_the_31(operator):
     """P1: 64-bit addresses: an offset that wraps leaves its tensor, which the watch sees."""
-    done = interpreted(str(FOLDER / "interpreter" / "trial_far.py"), operator)
+    done = interpreted("trial_far.py", operator)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -118,7 +117,7 @@ print(y.tolist())
 def test_the_interpreter_catches_an_offset_that_wraps(tmp_path, wide):
     script = tmp_path / "wrapping.py"
     script.write_text(WRAPPING.format(wide=wide))
-    done = interpreted(str(script))
+    done = interpreted(script)
     assert (done.returncode == 0 and done.stdout == "[1, 1, 1, 1]\n") == wide, done.stdout + done.stderr
     assert wide or "outside every argument" in done.stderr
 
@@ -156,7 +155,7 @@ print(int(y.isnan().sum()))
 def test_the_interpreter_catches_what_a_gpu_lets_pass(tmp_path, shift, same, masked, complaint):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(shift=shift, same=same, masked=masked))
-    done = interpreted(str(script))
+    done = interpreted(script)
     assert done.returncode != 0
     assert complaint in done.stderr
 
@@ -164,7 +163,7 @@ def test_the_interpreter_catches_what_a_gpu_lets_pass(tmp_path, shift, same, mas
 def test_the_interpreter_poisons_masked_loads_that_give_no_other_value(tmp_path):
     script = tmp_path / "poisoned.py"
     script.write_text(FAULTY.format(shift=0, same=False, masked=True))
-    done = interpreted(str(script))
+    done = interpreted(script)
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
@@ -193,5 +192,5 @@ assert torch.equal(out, (x.double() @ w.double()).float().bfloat16()) or (
 def test_bfloat16_in_the_interpreter_is_that_of_torch(tmp_path):
     script = tmp_path / "bfloat16.py"
     script.write_text(BFLOAT16)
-    done = interpreted(str(script))
+    done = interpreted(script)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from compare import assert_exact, assert_matches, assert_same
 from layouts import Layout, Text
 from modules import ModuleCase, RoundedCase, initial, module_cases, random_module
 from strategies import DTYPES, holds
-from test_kernels import FOLDER, interpreted
+from test_kernels import interpreted
 from tiny_checkpoint import build_teacher, every_kind, shake_mixers, words
 from torch import Tensor, nn
 
@@ -157,6 +157,6 @@ def test_beams_that_grow_from_one_row_do_not_share_their_states():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
 def test_the_kernels_of_a_step_equal_the_reference_in_the_interpreter(dtype):
-    done: subprocess.CompletedProcess = interpreted(str(FOLDER / "interpreter" / "trial_step.py"), dtype)
+    done: subprocess.CompletedProcess = interpreted("trial_step.py", dtype)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "linmu.optimized: triton engine" in done.stderr
