@@ -4,7 +4,9 @@
 
 The truth is the reference in float64 on the same rounded inputs. Its size is that of what is summed where a
 test says so: a sum over tokens that cancels resolves less than its terms do. Both the root mean square of the
-error and its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide.
+error and its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide. The
+mean of few numbers scatters: of n of them, the floor of the first is 1 + 3/√n times as high, for a single one
+that of the maximum.
 """
 
 from __future__ import annotations
@@ -130,7 +132,8 @@ def check_errors(
         torch.zeros_like(truth) if own is None else own.detach().double().cpu() - truth,
     )
     size = truth if size is None else torch.maximum(truth.abs(), size.double().cpu())
-    for kind, measure, share in (("RMS", rms, 1.0), ("maximum", maximum, maximum_over_rms)):
+    of_few = min(1 + 3 / got.numel() ** 0.5, maximum_over_rms)
+    for kind, measure, share in (("RMS", rms, of_few), ("maximum", maximum, maximum_over_rms)):
         bound = max(2 * measure(rounding), share * floor * measure(size), TINY)
         found = measure(error)
         if not found <= bound:

@@ -20,6 +20,7 @@ from sums import sizes_of_sums
 from torch import Tensor
 
 from linmu import optimized
+from linmu.optimized.scan import scan_heads
 
 DTYPES = ("bfloat16", "mixed", "float16", "float32")
 OPERATORS = (
@@ -101,6 +102,28 @@ def assert_kernels_match(operator: str, given: Arguments, case: Any) -> None:
     truth, own = results(operator, in_float64(given), "torch"), results(operator, given, "torch")
     sizes = partial(sizes_of_sums, lambda draw: results(operator, in_float64(given), "torch", draw))
     assert_matches(results(operator, given), truth, own, case, sizes)
+
+
+def left_by_the_norm(dtype: torch.dtype, device: str) -> float:
+    """The gradient that reaches x through the norm of heads of one number, as a share of what it would be if
+    the norm's factor were constant. Their norm is 1 or -1 whatever x is, so nothing is left.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(2, 40, *shape, generator=generator).to(device)
+
+    x, B, C = (numbers(*shape).to(dtype) for shape in ((1, 1), (1, 4), (2, 4)))
+    given = {"x": x.requires_grad_(), "dt": numbers(2).sigmoid(), "A": -torch.ones(2, device=device), "B": B}
+    given |= {"C": C, "gate": numbers(2).sigmoid(), "D": torch.ones(2, device=device), "initial_state": None}
+    given |= {"segment": torch.zeros(2, 40, dtype=torch.int64, device=device), "valid": None, "order": None}
+    y, normed = (
+        scan_heads(**given, norm_weight=weight, eps=1e-12)[0]
+        for weight in (None, torch.ones_like(given["D"]))
+    )
+    asked = numbers(2, 1).to(dtype)
+    left, sent = torch.autograd.grad(normed, x, asked), torch.autograd.grad(y, x, asked / y.detach().abs())
+    return (left[0].float().norm() / sent[0].float().norm()).item()
 
 
 FAR = {  # operator -> the tensors whose slices lie far apart, and the axis that is sliced

@@ -24,6 +24,7 @@ from gpu_cases import (
     far_apart,
     floats_of,
     kernels,
+    left_by_the_norm,
     prompt,
     results,
     results_of_views,
@@ -57,6 +58,12 @@ def test_kernels_equal_the_torch_engine_at_real_sizes(operator, head_dim, dtype)
     """P13, P14: values, states, every gradient, of tiles that tensor cores multiply."""
     given = arguments(operator, dtype, heads=6, groups=2, head_dim=head_dim, length=517)
     assert_kernels_match(operator, given, f"{operator}, {dtype}, N = P = {head_dim}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(dtype):
+    """P17: as in test_precision.py."""
+    assert left_by_the_norm(dtype, "cuda") < 1e-5
 
 
 @pytest.mark.parametrize("length", [65_537])

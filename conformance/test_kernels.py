@@ -73,6 +73,28 @@ def test_sums_of_steps_are_rounded_once(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+NORMS = """
+import torch
+from gpu_cases import left_by_the_norm
+from interpreter import mend_bfloat16, mend_scalars
+
+mend_bfloat16()
+mend_scalars()
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    left = left_by_the_norm(dtype, "cpu")
+    assert left < 1e-5, (dtype, left)
+"""
+
+
+def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(tmp_path):
+    """P17: as in test_precision.py."""
+    script = tmp_path / "norms.py"
+    script.write_text(NORMS)
+    done = interpreted(script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linmu.optimized: triton engine" in done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
 def test_a_block_of_kernels_equals_the_reference_in_the_interpreter(dtype):
     """Scan order, heads' norm and its gradient included, which the block fuses into its kernels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from gpu_cases import left_by_the_norm
 from torch import Tensor
 
 from linmu import optimized
@@ -52,6 +53,12 @@ def test_a_bfloat16_softmax_is_taken_in_float32(backend):
     want = backend.window_attention(4 * q.float(), 4 * k.float(), v.float(), windows)
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).norm() <= 2 * BFLOAT16 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(dtype):
+    """P17: next to it what is left may be small: a norm of y and a y that was rounded do not fit together."""
+    assert left_by_the_norm(dtype, "cpu") < 1e-5
 
 
 def test_a_bfloat16_norm_is_taken_in_float32():

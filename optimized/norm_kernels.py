@@ -21,7 +21,6 @@ ROWS = 32
 def norm_gradient_kernel(
     Z_GRAD,
     KEPT,
-    SCALE,
     NORM,
     ORDER,
     Y_GRAD,
@@ -30,6 +29,7 @@ def norm_gradient_kernel(
     z_token,
     z_head,
     length,
+    eps,
     HEADS: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -51,7 +51,7 @@ def norm_gradient_kernel(
     z_grad = load_tile(base, token, z_token, columns, real, P).to(tl.float32)
     where = real[:, None] & (columns < P)[None, :]
     y = tl.load(KEPT + place[:, None] * P + columns[None, :], mask=where, other=0.0).to(tl.float32)
-    scale = tl.load(SCALE + place, mask=real, other=0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(y * y, 1) / P + eps)
     weight = tl.load(NORM + head * P + columns, mask=columns < P, other=0.0).to(tl.float32)
     normed = y * scale[:, None]
     part = (batch * (tl.num_programs(0) // HEADS) + block) * HEADS + head
@@ -64,7 +64,7 @@ def norm_gradient_kernel(
 
 @launching
 def norm_gradient(
-    z_grad: Tensor, y: Tensor, scale: Tensor, norm_weight: Tensor, order: Tensor | None
+    z_grad: Tensor, y: Tensor, norm_weight: Tensor, order: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`scan_heads.norm_gradient` on a Triton kernel; partial sums are added in a fixed order."""
     z_grad = rows_of(z_grad)
@@ -75,13 +75,13 @@ def norm_gradient(
     norm_gradient_kernel[(heads * blocks, batch)](
         z_grad,
         y,
-        scale,
         norm_weight.contiguous(),
         None if order is None else order.contiguous(),
         y_grad,
         parts,
         **stride_arguments(z=z_grad),
         length=length,
+        eps=eps,
         HEADS=heads,
         P=head_dim,
         BLOCK_P=tile_size(head_dim),

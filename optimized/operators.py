@@ -132,8 +132,8 @@ def scan_heads(
     eps: float,
     keep: bool,
     openings: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The scan, each head normed, back in token order; and what its gradient needs.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan, each head normed, back in token order; and what the norm's gradient needs.
 
     openings are those of segment and valid: kernels find them themselves where they are not given.
     """
@@ -146,46 +146,45 @@ def scan_heads(
 @scan_heads.register_fake
 def _(x, dt, A, B, C, gate, segment, valid, D, initial_state, order, norm_weight, eps, keep, openings):
     batch, length, heads, state = C.shape
-    accumulate = accumulation_dtype(x.dtype)
-    final_state = x.new_empty(batch, heads, state, x.shape[3], dtype=accumulate)
+    final_state = x.new_empty(batch, heads, state, x.shape[3], dtype=accumulation_dtype(x.dtype))
     keep = keep and norm_weight is not None
     kept = x.new_empty(
         (batch, length, heads, x.shape[3]) if keep else 0, dtype=torch_heads.kept_dtype(x.dtype)
     )
-    scale = x.new_empty((batch, length, heads) if keep else 0, dtype=accumulate)
-    return x.new_empty(batch, length, heads, x.shape[3]), final_state, kept, scale
+    return x.new_empty(batch, length, heads, x.shape[3]), final_state, kept
 
 
 @operator("norm_heads_backward")
 def norm_heads_backward(
-    z_grad: Tensor, y: Tensor, scale: Tensor, norm_weight: Tensor, order: Tensor | None
+    z_grad: Tensor, y: Tensor, norm_weight: Tensor, order: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the scan's output, in scan order, and of the norm's weight."""
     module = torch_heads if choose_engine("bidirectional_scan", y) == "torch" else kernels("norm_kernels")
-    y_grad, weight_grad = module.norm_gradient(z_grad, y, scale, norm_weight, order)
+    y_grad, weight_grad = module.norm_gradient(z_grad, y, norm_weight, order, eps)
     return y_grad, weight_grad.to(norm_weight.dtype)
 
 
 @norm_heads_backward.register_fake
-def _(z_grad, y, scale, norm_weight, order):
+def _(z_grad, y, norm_weight, order, eps):
     return y.new_empty(y.shape), norm_weight.new_empty(norm_weight.shape)
 
 
 def _save_heads(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # what is kept for the gradient has none itself
-    ctx.save_for_backward(*inputs[:12], *output[2:])
+    ctx.save_for_backward(*inputs[:12], output[2])
+    ctx.eps = inputs[12]
     ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in output[:2]]
 
 
 def _heads_gradients(ctx, *grads: Tensor | None):
-    *inputs, order, norm_weight, y, scale = ctx.saved_tensors
+    *inputs, order, norm_weight, y = ctx.saved_tensors
     y_grad, final_grad = (
         inputs[0].new_zeros(shape, dtype=dtype) if grad is None else grad
         for grad, (shape, dtype) in zip(grads[:2], ctx.shapes, strict=True)
     )
     weight_grad = None
     if norm_weight is not None:
-        y_grad, weight_grad = norm_heads_backward(y_grad, y, scale, norm_weight, order)
+        y_grad, weight_grad = norm_heads_backward(y_grad, y, norm_weight, order, ctx.eps)
     else:
         y_grad = torch_heads.in_scan_order(y_grad, order)
     scan_grads = in_place_of(inputs, scan_backward(y_grad, final_grad, *inputs), without=(6, 7))

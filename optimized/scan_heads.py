@@ -32,7 +32,7 @@ def forward_heads(
     norm_weight: Tensor | None,
     eps: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked_scan.forward`, then eq. (1).
 
     Args:
@@ -43,20 +43,22 @@ def forward_heads(
         keep: whether a gradient will be asked for.
     Returns:
         z (B, L, H, P) in token order and the final state (B, H, N, P); for the gradient y (B, L, H, P) in
-        `kept_dtype` and σ (B, L, H), in scan order, empty unless there is a norm and they are to be kept.
+        `kept_dtype` and scan order, empty unless there is a norm and it is to be kept.
     """
     y, final_state = chunked_scan.forward(x, dt, A, B, C, gate, segment, valid, D, initial_state)
-    types = kept_dtype(y.dtype), accumulation_dtype(y.dtype)
-    kept = [y.new_empty(0, dtype=dtype) for dtype in types]
-    z = y
+    kept, z = y.new_empty(0, dtype=kept_dtype(y.dtype)), y
     if norm_weight is not None:
-        wide = y.to(types[1])
-        scale = torch.rsqrt(wide.square().mean(-1) + eps)
-        z = (wide * scale[..., None] * norm_weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)
-        kept = [y.to(types[0]), scale] if keep else kept
+        wide = y.to(accumulation_dtype(y.dtype))
+        z = (wide * norm_factor(wide, eps) * norm_weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)
+        kept = y.to(kept.dtype) if keep else kept
     if order is not None:
         z = torch.empty_like(z).flatten(0, 1).index_copy_(0, flat_order(order), z.flatten(0, 1)).view(z.shape)
-    return z, final_state, *kept
+    return z, final_state, kept
+
+
+def norm_factor(y: Tensor, eps: float) -> Tensor:
+    """σ of eq. (1), (B, L, H, 1)."""
+    return torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,13 +70,18 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @without_autocast
 def norm_gradient(
-    z_grad: Tensor, y: Tensor, scale: Tensor, norm_weight: Tensor, order: Tensor | None
+    z_grad: Tensor, y: Tensor, norm_weight: Tensor, order: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (1), right: the gradients of y (B, L, H, P), in its dtype and scan order, and of w (H·P,)."""
-    z_grad = in_scan_order(z_grad, order).to(scale.dtype)
-    normed = y.to(scale.dtype) * scale[..., None]
-    weighed = z_grad * norm_weight.to(scale.dtype).view(y.shape[2:])
-    y_grad = scale[..., None] * (weighed - normed * (normed * weighed).mean(-1, keepdim=True))
+    """Eq. (1), right: the gradients of y (B, L, H, P), in its dtype and scan order, and of w (H·P,).
+
+    σ is that of y as it was kept: with the one from before its rounding, ŷ would not have the length that
+    takes off all that w z̄ has along y, and beside that what is left may be small.
+    """
+    wide = y.to(accumulation_dtype(y.dtype))
+    scale = norm_factor(wide, eps)
+    z_grad, normed = in_scan_order(z_grad, order).to(wide.dtype), wide * scale
+    weighed = z_grad * norm_weight.to(wide.dtype).view(y.shape[2:])
+    y_grad = scale * (weighed - normed * (normed * weighed).mean(-1, keepdim=True))
     return y_grad.to(y.dtype), (normed * z_grad).sum((0, 1)).flatten()
 
 

@@ -63,7 +63,6 @@ def output_kernel(
     NORM,
     Y,
     KEPT,
-    SCALE,
     x_batch,
     x_token,
     x_head,
@@ -97,7 +96,7 @@ def output_kernel(
     chunk of one head; then its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took
     the tokens from.
 
-    KEEPS says whether the gradient's needs are stored too, in scan order: y, and the norm's factor of it.
+    KEEPS says whether the gradient's needs are stored too: y, in scan order.
     """
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % (CHUNK // ROWS)
@@ -160,7 +159,6 @@ def output_kernel(
         if KEEPS:
             kept = KEPT + place[:, None] * P + columns[None, :]
             tl.store(kept, y.to(KEPT.dtype.element_ty), mask=where)
-            tl.store(SCALE + place, scale, mask=real)
         weight = tl.load(NORM + head * P + columns, mask=columns < P, other=0.0).to(tl.float32)
         y = y * scale[:, None] * weight[None, :]
     if HAS_ORDER:
@@ -222,7 +220,7 @@ def forward_heads(
     eps: float,
     keep: bool,
     openings: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`scan_heads.forward_heads` on Triton kernels."""
     dtype = x.dtype
     x, B, C = (rows_of(tensor.to(token_dtype(dtype))) for tensor in (x, B, C))
@@ -233,7 +231,6 @@ def forward_heads(
     keep = keep and norm_weight is not None
     y = x.new_empty(batch, length, heads, head_dim, dtype=dtype)
     y_kept = y.new_empty(y.shape if keep else 0, dtype=kept_dtype(dtype))
-    scale = x.new_empty((batch, length, heads) if keep else 0, dtype=torch.float32)
     chunks, chunk = scalars.dt.shape[1], scalars.dt.shape[3]
     tiles, options = output_tiles(state, head_dim, x.dtype, chunk, shared_memory(x))
     output_kernel[(heads * (chunk // tiles["ROWS"]) * chunks, batch)](
@@ -249,7 +246,6 @@ def forward_heads(
         NORM=None if norm_weight is None else norm_weight.contiguous(),
         Y=y,
         KEPT=y_kept if keep else None,
-        SCALE=scale if keep else None,
         length=length,
         eps=eps,
         RATIO=heads // groups,
@@ -263,4 +259,4 @@ def forward_heads(
         KEEPS=keep,
         **options,
     )
-    return y, final_state[0], y_kept, scale
+    return y, final_state[0], y_kept
