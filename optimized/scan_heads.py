@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.flex_ma import rms_norm_per_head
 from . import chunked_scan
 from .layout_sorts import flat_order
 from .precision import accumulation_dtype, without_autocast
@@ -48,17 +49,11 @@ def forward_heads(
     y, final_state = chunked_scan.forward(x, dt, A, B, C, gate, segment, valid, D, initial_state)
     kept, z = y.new_empty(0, dtype=kept_dtype(y.dtype)), y
     if norm_weight is not None:
-        wide = y.to(accumulation_dtype(y.dtype))
-        z = (wide * norm_factor(wide, eps) * norm_weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)
+        z = rms_norm_per_head(y, norm_weight, eps)
         kept = y.to(kept.dtype) if keep else kept
     if order is not None:
         z = torch.empty_like(z).flatten(0, 1).index_copy_(0, flat_order(order), z.flatten(0, 1)).view(z.shape)
     return z, final_state, kept
-
-
-def norm_factor(y: Tensor, eps: float) -> Tensor:
-    """σ of eq. (1), (B, L, H, 1)."""
-    return torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +73,7 @@ def norm_gradient(
     takes off all that w z̄ has along y, and beside that what is left may be small.
     """
     wide = y.to(accumulation_dtype(y.dtype))
-    scale = norm_factor(wide, eps)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     z_grad, normed = in_scan_order(z_grad, order).to(wide.dtype), wide * scale
     weighed = z_grad * norm_weight.to(wide.dtype).view(y.shape[2:])
     y_grad = scale * (weighed - normed * (normed * weighed).mean(-1, keepdim=True))
