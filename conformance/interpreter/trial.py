@@ -223,10 +223,10 @@ def main(operator: str, dtype: torch.dtype) -> int:
     optimized.set_engine("triton")
     failed = 0
     fine = FINE[operator]() if operator in FINE and dtype != torch.bfloat16 else ()
-    cases = chain(CASES[operator](), fine)
+    cases = enumerate(chain(CASES[operator](), fine))
     if dtype == torch.float16:  # the kernels of float32 or bfloat16 otherwise
         cases = islice(cases, 2, None, 2)
-    for number, given in enumerate(cases):
+    for number, given in cases:
         scan_states.ENOUGH = (1, 10**6)[number % 2]  # without runs, with runs
         names, mask = given.pop("spoil", ((), None))
         own = results(getattr(reference, operator), rounded(given, dtype))

@@ -55,7 +55,7 @@ def shared(
 
 def main() -> None:
     """Raises unless each token's results are written once, and those of the torch engine."""
-    for number, given in enumerate(islice(window_cases(), 1, None, 2)):  # the others have nothing to share
+    for number, given in islice(enumerate(window_cases()), 1, None, 2):  # the others have nothing to share
         case, ids = f"case {number} of window_attention", given["window_id"]
         q, k, v = (given[name].bfloat16() for name in "qkv")
         plan = window_plan.window_plan(ids)
