@@ -11,7 +11,7 @@
 
 A line of FILE.jsonl is {"messages": [...], "kind": "optional name"}, messages as chat templates take them,
 with {"type": "image", "image": PATH} and {"type": "video", "video": [FRAME_PATH, ...] or FILE} blocks, paths
-relative to FILE; or in the forms that reference/training/turns.py lists.
+relative to FILE; or in the forms that reference/training/data/turns.py lists.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from linmu.reference.lesson import Objective
-from linmu.reference.training.ablation import ablate
-from linmu.reference.training.command_line import RefusedError, check, from_json, numbers, parse_flags
-from linmu.reference.training.dry_run import dry_run
-from linmu.reference.training.judge import judge
+from linmu.reference.training.commands.ablation import ablate
+from linmu.reference.training.commands.command_line import (
+    RefusedError,
+    check,
+    from_json,
+    numbers,
+    parse_flags,
+)
+from linmu.reference.training.commands.dry_run import dry_run
+from linmu.reference.training.commands.evaluate_command import judge
 from linmu.reference.training.run import Run
-from linmu.reference.training.stage_trainer import STAGES, Stage
+from linmu.reference.training.stages import STAGES, Stage
+from linmu.reference.training.teacher_student import Objective
 from linmu.reference.training.variants import varied
 
 

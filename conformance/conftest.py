@@ -10,8 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and workers 
 
 import pytest
 import torch
-from backends import NAMES, OWN, Backend, load, machine, own_backends
 from hypothesis import HealthCheck, settings
+
+from .harness.backends import NAMES, OWN, Backend, load, machine, own_backends
 
 EXAMPLES = 20
 THOROUGH = 25  # times as many

@@ -1,5 +1,5 @@
 """Twin of `linmu.reference.calibration`: nothing to speed up."""
 
-from ..reference.calibration import calibrate_norms
+from ..reference.training.calibration import calibrate_norms
 
 __all__ = ["calibrate_norms"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..reference.convert import build_student, chosen_mixer, load_student
-from ..reference.hosting import LinMUModel
+from ..reference.student.convert import build_student, chosen_mixer, load_student
+from ..reference.student.model import LinMUModel
 from .config import LinMUConfig
 from .m_mate import MMATE
 

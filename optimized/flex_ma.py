@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from linmu import reference
+
 from ..reference.flex_ma import FlexMAState, LentState, full_precision_linear, rms_norm_per_head
 from . import conv_operators, step_operators
 from .layout import VisionLayout, fast, permute_tokens

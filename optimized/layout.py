@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import reference
+from linmu import reference
+
 from ..reference.layout import SCAN_AXES, inverse_order
 from . import operators
 from .checks import require

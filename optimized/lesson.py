@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..reference import lesson as reference
-from ..reference.lesson import Objective, attach_teacher, detach_teacher
+from ..reference.training import teacher_student as reference
+from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
 from .losses import hidden_loss, logit_loss
 
 __all__ = ["Lesson", "Objective", "attach_teacher", "detach_teacher"]

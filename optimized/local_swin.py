@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import reference
+from linmu import reference
+
 from . import mixing
 from .checks import require, require_shape
 from .layout import VisionLayout, fast

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import reference
+from linmu import reference
+
 from . import block_operators
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, fast

@@ -23,20 +23,20 @@ Read in this order:
 
 import warnings
 
-from .calibration import calibrate_norms
 from .config import LinMUConfig
-from .convert import convert, load
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
-from .lesson import Lesson, Objective, attach_teacher, detach_teacher
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
 from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
+from .student.convert import convert, load
+from .training.calibration import calibrate_norms
+from .training.teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .window_attention import window_attention
 
-# `python -m linmu.reference.convert` runs a module that its package has imported already: harmless here.
-warnings.filterwarnings("ignore", "'linmu.reference.convert' found in sys.modules", RuntimeWarning)
+# `python -m linmu.reference.student.convert` runs a module that its package has imported already: harmless here.
+warnings.filterwarnings("ignore", "'linmu.reference.student.convert' found in sys.modules", RuntimeWarning)
 
 __all__ = [
     "MMATE",

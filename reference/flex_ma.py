@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .checks import require, require_mask, require_shape
 from .config import LinMUConfig
 from .layout import VisionLayout, permute_tokens
-from .precision import accumulation_dtype, without_autocast
+from .numerics import accumulation_dtype, without_autocast
 from .projections import HeadProjections, apply_rope, split_heads
 from .scan import bidirectional_scan, causal_conv, scan_step
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import require, require_float, require_mask, require_one_device, require_shape
-from .precision import accumulation_dtype, without_autocast
+from .numerics import accumulation_dtype, without_autocast
 
 
 @without_autocast

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checks import require, require_shape
 from .config import LinMUConfig
-from .precision import accumulation_dtype
+from .numerics import accumulation_dtype
 
 COPIED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 

@@ -27,7 +27,7 @@ from .checks import (
     require_one_device,
     require_shape,
 )
-from .precision import accumulation_dtype, without_autocast
+from .numerics import accumulation_dtype, without_autocast
 
 
 @without_autocast

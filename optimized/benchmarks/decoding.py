@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ...reference.cache import cache_slot
+from ...reference.student.cache import cache_slot
 from ..flex_ma import FlexMAState
 from .cases import Case, LeftOutError, clear_memory, first_line, values_of
 from .kernels import OURS, Setting

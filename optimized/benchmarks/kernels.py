@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import reference
+from linmu import reference
+
 from ..engine import set_engine, wanted_engine
 from ..window_attention import window_attention
 from . import peers, window_peers

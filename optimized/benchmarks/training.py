@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from ...reference.training.memory import leave_inputs_alone, recompute_layers
-from ...reference.training.stage_trainer import Stage
+from ...reference.training.safety.memory import leave_inputs_alone, recompute_layers
+from ...reference.training.stages import Stage
 from ..convert import convert
 from ..lesson import Lesson, Objective, attach_teacher
 from .cases import Case, values_of

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from ..processing import ChatCollator, load_processor
+from ..prompts.processing import ChatCollator, load_processor
 from .questions import FRAMES_PER_SECOND
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..processing import IGNORED, ChatCollator
+from ..prompts.processing import IGNORED, ChatCollator
 from .questions import KINDS, DigitsQuestions
 
 

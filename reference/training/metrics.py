@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .whole_writes import write_text
+from .safety.atomic_writes import write_text
 
 
 def append_json(path: Path, values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .metrics import append_json, forget_after
-from .stage_trainer import StageTrainer
+from .stages import StageTrainer
 
 TERMS = ("loss", "mixer", "block", "logits")
 

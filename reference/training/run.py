@@ -23,22 +23,22 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..calibration import calibrate_norms
 from ..demo import TEACHER
-from ..lesson import Lesson, Objective, attach_teacher, detach_teacher
-from ..processing import load_processor
-from .command_line import check
-from .conversations import InOrder, skipped
-from .data import in_order, open_data
-from .description import about_stage, about_student
-from .evaluation import evaluate, table
-from .memory import leave_inputs_alone, recompute_layers
-from .plots import plot_layers, plot_losses
+from ..prompts.processing import load_processor
+from .calibration import calibrate_norms
+from .commands.command_line import check
+from .commands.description import about_stage, about_student
+from .data.conversations import InOrder, skipped
+from .data.open_data import in_order, open_data
+from .data.samples import Encoder
+from .evaluation.evaluation import evaluate, table
+from .evaluation.plots import plot_layers, plot_losses
 from .progress import Progress
-from .samples import Encoder
-from .stage_trainer import STAGES, Stage, StageTrainer, load_taught, taught_tensors
+from .safety.atomic_writes import remove_folder, whole_file, whole_folder, write_text
+from .safety.memory import leave_inputs_alone, recompute_layers
+from .stages import STAGES, Stage, StageTrainer, load_taught, taught_tensors
+from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .variants import COPY, LORA, start, tuner
-from .whole_writes import remove_folder, whole_file, whole_folder, write_text
 
 if TYPE_CHECKING:
     from distill import Config

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..lesson import TaughtMixer
 from ..projections import COPIED
-from .command_line import RefusedError
-from .stage_trainer import Stage
+from .commands.command_line import RefusedError
+from .stages import Stage
+from .teacher_student import TaughtMixer
 
 if TYPE_CHECKING:
     from distill import Config

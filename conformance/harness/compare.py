@@ -1,0 +1,266 @@
+"""One comparison for all tests: how far a result may be from the truth, and what to say when it is further.
+
+    error(got, truth) <= max(2 · error(the reference in the same dtype, truth), floor · size of the truth)
+
+The truth is the reference in float64 on the same rounded inputs. Its size is that of what is summed where a
+test says so: a sum over tokens that cancels resolves less than its terms do. Both the root mean square of the
+error and its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide. The
+mean of few numbers scatters: of n of them, the floor of the first is 1 + 3/√n times as high, for a single one
+that of the maximum.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Root mean square of the error over that of the truth; maximum over maximum may be four times as much.
+FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+MAXIMUM_OVER_RMS = 4.0
+TINY = 1e-30
+PER_TOKEN = {"x", "dt", "B", "C", "gate", "u", "q", "k", "v", "student", "teacher", "hidden_states"}
+
+Results = Mapping[str, Tensor]
+
+
+def assert_matches(
+    got: Results, truth: Results, own: Results, case: Any, sizes: Callable[[], Results] | None = None
+) -> None:
+    """Each tensor of `got` equals `truth` about as well as `own`, the reference in the same dtypes, does.
+
+    Args:
+        got: results of the backend under test by name, as `evaluate` returns them.
+        truth: results of the reference on the same inputs in float64.
+        own: results of the reference on the same inputs in their own dtypes.
+        case: what was run; its repr goes into the message.
+        sizes: what `sums.sizes_of_sums` says of this case; asked if an error is large.
+    Raises:
+        AssertionError: naming shape, dtype, or the worst element, the case and a command that reproduces it.
+    """
+    assert set(got) == set(truth), report(f"results must be {sorted(truth)}, got {sorted(got)}", case)
+    precision = coarsest(own, case)
+    for name, tensor in got.items():
+        check_form(name, tensor, own[name], case)
+        check = partial(check_errors, name, tensor, truth[name], case, floor=FLOORS[precision], own=own[name])
+        check_sized(check, name, sizes)
+
+
+def assert_same(
+    got: Results,
+    want: Results,
+    case: Any,
+    factor: float = 1.0,
+    sizes: Callable[[], Results] | None = None,
+) -> None:
+    """Two results of one backend that must agree up to rounding, in shape and dtype exactly; `sizes` as in
+    `assert_matches`."""
+    assert set(got) == set(want), report(f"results must be {sorted(want)}, got {sorted(got)}", case)
+    floor = factor * FLOORS[coarsest(want, case)]
+    for name, tensor in got.items():
+        check_form(name, tensor, want[name], case)
+        check_sized(partial(check_errors, name, tensor, want[name], case, floor=floor), name, sizes)
+
+
+def check_sized(check: Callable, name: str, sizes: Callable[[], Results] | None) -> None:
+    """Run a `check_errors`; if it fails, again with the size of what is summed, if there is one."""
+    try:
+        check()
+    except AssertionError:
+        size = None if sizes is None else sizes().get(name)
+        if size is None:
+            raise
+        check(size=size)
+
+
+def assert_close(got: Results, want: Results, case: Any, tolerance: float) -> None:
+    """Two float64 results agree to `tolerance`, relative to the size of `want`: for second formulations."""
+    assert set(got) == set(want), report(f"results must be {sorted(want)}, got {sorted(got)}", case)
+    for name, tensor in got.items():
+        check_form(name, tensor, want[name], case)
+        check_errors(name, tensor, want[name], case, floor=tolerance, maximum_over_rms=1.0)
+
+
+def assert_exact(got: Tensor, want: Tensor, case: Any, what: str) -> None:
+    """Equal bit by bit: integers, identities and zeros."""
+    check_form(what, got, want, case, finite=False)
+    wrong = (got != want).nonzero()
+    if len(wrong):
+        index = tuple(wrong[0].tolist())
+        line = f"{what}: must be equal, at {index} got {got[index].item()!r}, expected {want[index].item()!r}"
+        raise AssertionError(report(line, case))
+
+
+def assert_zero(got: Tensor, case: Any, what: str) -> None:
+    """Zero, bit by bit."""
+    assert_exact(got, torch.zeros_like(got), case, what)
+
+
+def check_form(name: str, got: Tensor, want: Tensor, case: Any, finite: bool = True) -> None:
+    """Shape, dtype and finiteness."""
+    shapes, kinds = (tuple(got.shape), tuple(want.shape)), (got.dtype, want.dtype)
+    assert shapes[0] == shapes[1], report(f"{name}: shape must be {shapes[1]}, got {shapes[0]}", case)
+    assert kinds[0] == kinds[1], report(f"{name}: dtype must be {kinds[1]}, got {kinds[0]}", case)
+    broken = (~torch.isfinite(got)).nonzero() if finite and got.is_floating_point() else ()
+    if len(broken):
+        index = tuple(broken[0].tolist())
+        raise AssertionError(report(f"{name}: must be finite, got {got[index].item()} at {index}", case))
+
+
+def check_errors(
+    name: str,
+    got: Tensor,
+    truth: Tensor,
+    case: Any,
+    *,
+    floor: float,
+    own: Tensor | None = None,
+    size: Tensor | None = None,
+    maximum_over_rms: float = MAXIMUM_OVER_RMS,
+) -> None:
+    """Root mean square and maximum of the error against their bounds."""
+    if got.numel() == 0:
+        return
+    got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
+    error, rounding = (
+        got - truth,
+        torch.zeros_like(truth) if own is None else own.detach().double().cpu() - truth,
+    )
+    size = truth if size is None else torch.maximum(truth.abs(), size.double().cpu())
+    of_few = min(1 + 3 / got.numel() ** 0.5, maximum_over_rms)
+    for kind, measure, share in (("RMS", rms, of_few), ("maximum", maximum, maximum_over_rms)):
+        bound = max(2 * measure(rounding), share * floor * measure(size), TINY)
+        found = measure(error)
+        if not found <= bound:
+            index = tuple(int(i) for i in torch.unravel_index(error.abs().argmax(), error.shape))
+            values = f"worst at {index}: got {got[index].item()!r}, expected {truth[index].item()!r}"
+            line = (
+                f"{name}: {kind} error {found:.3e} exceeds {bound:.3e} (size {measure(size):.3e}); {values}"
+            )
+            raise AssertionError(report(line, case))
+
+
+def rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
+
+
+def maximum(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
+
+
+def coarsest(results: Results, case: Any) -> torch.dtype:
+    """The least precise dtype among results and inputs: what the result can be expected to resolve."""
+    kinds = {tensor.dtype for tensor in results.values()} & FLOORS.keys()
+    named = {"bfloat16": torch.bfloat16, "mixed": torch.bfloat16, "float16": torch.float16}
+    return max(kinds | {named.get(getattr(case, "dtype", ""), torch.float64)}, key=FLOORS.__getitem__)
+
+
+def evaluate(
+    function: Callable,
+    inputs: Mapping[str, Any],
+    gradients: bool = False,
+    seed: int = 0,
+    draw: int | None = None,
+) -> dict[str, Tensor]:
+    """Call `function(**inputs)`; its outputs by name and, if asked, the gradient of every float input.
+
+    The cotangents are random quarters, exact in every dtype, so that all dtypes answer the same question. An
+    input that takes no part has gradient zero, whether autograd says None or zeros. With `draw`, which
+    numbers random signs, each token of the outputs has one.
+    """
+    floats = {name: value for name, value in inputs.items() if is_float(value)}
+    leaves = {name: value.detach().clone().requires_grad_(gradients) for name, value in floats.items()}
+    outputs = function(**{**inputs, **leaves})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output {i}": output for i, output in enumerate(outputs)}
+    if not gradients:
+        return results
+    asked = {
+        output: cotangent(output, seed + i, draw) for i, output in enumerate(outputs) if output.requires_grad
+    }
+    found = [None] * len(leaves)
+    if asked:
+        found = torch.autograd.grad(
+            list(asked), list(leaves.values()), list(asked.values()), allow_unused=True
+        )
+    for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
+        results[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return {name: tensor.detach() for name, tensor in results.items()}
+
+
+def quarters(like: Tensor, seed: int) -> Tensor:
+    """Random multiples of 1/4 between -2 and 2, none of them 0, in shape and dtype of `like`."""
+    generator = torch.Generator().manual_seed(seed)
+    steps, signs = (
+        torch.randint(low, high, like.shape, generator=generator) for low, high in ((1, 9), (0, 2))
+    )
+    return (steps * (2 * signs - 1) / 4).to(like)
+
+
+def cotangent(like: Tensor, seed: int, draw: int | None = None) -> Tensor:
+    """`quarters`; with `draw`, each token, (B, L), has a random sign."""
+    if draw is None:
+        return quarters(like, seed)
+    generator = torch.Generator().manual_seed(draw * 97 + seed)
+    shape = (*like.shape[:2], *(1,) * (like.ndim - 2))
+    signs = 2 * torch.randint(0, 2, shape, generator=generator) - 1
+    return quarters(like, seed) * signs.to(like)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs, float tensors widened to float64."""
+    return {name: value.double() if is_float(value) else value for name, value in inputs.items()}
+
+
+def edited(inputs: Mapping[str, Any], others: Mapping[str, Any], where: Tensor) -> dict[str, Any]:
+    """`inputs`, but at the tokens `where`, (B, L) bool, everything per token comes from `others`."""
+
+    def pick(value: Tensor, other: Tensor) -> Tensor:
+        return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), other, value)
+
+    present = PER_TOKEN & inputs.keys()
+    return {**inputs, **{name: pick(inputs[name], others[name]) for name in present}}
+
+
+def report(line: str, case: Any) -> str:
+    """The finding, the case, and a command that runs this case alone."""
+    return f"{line}\n  case: {case!r}\n  reproduce: {reproduction(case)}"
+
+
+def reproduction(case: Any) -> str:
+    """The check of the running test on this case; a test without drawn cases is run as a whole."""
+    test_id = os.environ.get("PYTEST_CURRENT_TEST", "a_file.py::a_test[linmu.reference] (call)").rpartition(
+        " "
+    )[0]
+    file, _, test = test_id.partition("::")
+    name, _, backend = test.rstrip("]").partition("[")
+    if "-" in backend:
+        return f"python -m pytest '{test_id}'"
+    module = ".".join(Path(file).with_suffix("").parts[-2:])
+    names = "; ".join(
+        f"from linmu.conformance.{source} import *"
+        for source in (
+            "harness.backends",
+            "harness.layouts",
+            "harness.module_cases",
+            "harness.operator_cases",
+            module,
+        )
+    )
+    return shell_quoted(f"{names}; {name}.check(load({backend!r}), {case!r})")
+
+
+def shell_quoted(code: str) -> str:
+    """A command line; between double quotes, for reprs hold single ones only."""
+    quoted = code.replace('"', '\\"')
+    return f'{sys.executable} -c "{quoted}"'

@@ -1,0 +1,235 @@
+"""Cases for the modules: sizes, options, a layout, random parameters and random rotary angles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from linmu.reference import LinMUConfig, VisionLayout, flex_ma
+
+from .cancellation import sizes_of_sums
+from .compare import Results, assert_matches, cotangent
+from .layouts import Layout, layouts
+from .operator_cases import COMPILED, DTYPES, EXACT, SEEDS, Numbers, dtypes
+
+WIDTH = 6
+IN_MODEL_DTYPE = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "z_proj")
+
+
+@dataclass(frozen=True)
+class ModuleCase:
+    """A module and its inputs."""
+
+    layout: Layout
+    config: LinMUConfig
+    layer_index: int
+    dtype: str
+    seed: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype][0]
+
+    @property
+    def vision_layout(self) -> VisionLayout:
+        """What the modules take as `layout`."""
+        return VisionLayout(self.layout.coords)
+
+    def hidden_states(self, draw: int = 0) -> Tensor:
+        """(B, L, D); another `draw` gives other numbers."""
+        return Numbers(self.seed + 7919 * draw).normal(*self.layout.shape, WIDTH, dtype=self.torch_dtype)
+
+    def position_embeddings(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (B, L, N), of random angles, float32 or better as Hugging Face computes them."""
+        half = self.config.head_dim // 2
+        angles = Numbers(self.seed + 2).uniform(*self.layout.shape, half, low=-3, high=3).repeat(1, 1, 2)
+        wide = torch.float64 if self.dtype == "float64" else torch.float32
+        return angles.cos().to(wide), angles.sin().to(wide)
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """Keyword arguments of the forward of `name`, without the hidden states."""
+        arguments = {"layout": self.vision_layout, "position_embeddings": self.position_embeddings()}
+        return arguments if name == "LocalSwin" else {**arguments, "valid": self.layout.valid}
+
+    def with_options(self, **options: Any) -> ModuleCase:
+        """The same case with other options of the configuration."""
+        return replace(self, config=replace(self.config, **options))
+
+
+def initial(backend: Any, name: str, case: ModuleCase) -> nn.Module:
+    """The module as its constructor leaves it, in the dtype of the case; torch's own layers seeded.
+
+    "mixed" is how a bfloat16 student is loaded: projections in bfloat16, all that is Mamba2's in float32.
+    """
+    torch.manual_seed(case.seed)
+    module = getattr(backend, name)(case.config, case.layer_index)
+    for key, parameter in module.named_parameters():
+        own = not set(key.split(".")) & set(IN_MODEL_DTYPE)
+        parameter.data = parameter.data.to(DTYPES[case.dtype][own])
+    return module
+
+
+def random_module(backend: Any, name: str, case: ModuleCase) -> nn.Module:
+    """The module with every parameter drawn at random, so that no test sits at the neutral starting point."""
+    module = initial(backend, name, case)
+    with torch.no_grad():
+        for index, (key, parameter) in enumerate(sorted(module.named_parameters())):
+            numbers = Numbers(case.seed + 31 * index)
+            centre, spread = (1.0, 0.3) if "norm" in key else (-2.0, 1.0) if "A_log" in key else (0.0, 0.5)
+            parameter.copy_(centre + spread * numbers.normal(*parameter.shape))
+    return module
+
+
+def run(
+    module: nn.Module, name: str, case: ModuleCase, hidden_states: Tensor | None = None, **changes: Any
+) -> Results:
+    """Outputs of a module by name: the output, and the state if there is one."""
+    hidden_states = case.hidden_states() if hidden_states is None else hidden_states
+    outputs = module(hidden_states, **{**case.arguments(name), **changes})
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    output, state = outputs
+    return {"output": output, "conv state": state.conv, "scan state": state.scan}
+
+
+def run_with_gradients(
+    module: nn.Module, name: str, case: ModuleCase, draw: int | None = None, **changes: Any
+) -> Results:
+    """Outputs, and the gradients of the hidden states and of every parameter; `draw` as in `evaluate`."""
+    hidden_states = case.hidden_states().requires_grad_()
+    results = run(module, name, case, hidden_states, **changes)
+    asked = {key: result for key, result in results.items() if result.requires_grad}
+    leaves = {"hidden_states": hidden_states, **dict(module.named_parameters())}
+    cotangents = [cotangent(result, i, draw) for i, result in enumerate(asked.values())]
+    found = torch.autograd.grad(list(asked.values()), list(leaves.values()), cotangents, allow_unused=True)
+    gradients = {
+        f"gradient of {key}": torch.zeros_like(leaf) if gradient is None else gradient
+        for (key, leaf), gradient in zip(leaves.items(), found, strict=True)
+    }
+    return {key: result.detach() for key, result in {**results, **gradients}.items()}
+
+
+def check_module(module: nn.Module, reference: Any, name: str, case: ModuleCase) -> None:
+    """Outputs, states and every gradient against the reference with the same parameters."""
+    state = module.state_dict()
+    truth, own = truth_and_own(reference, name, case, state)
+    of_sums = partial(sizes, reference, name, case, state)
+    assert_matches(run_with_gradients(module, name, case), truth, own, case, of_sums)
+
+
+def truth_and_own(
+    reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]
+) -> tuple[Results, Results]:
+    """Results of the reference with these parameters: in float64, and in the dtype of the case."""
+    own_module, wide_module = (initial(reference, name, case) for _ in range(2))
+    own_module.load_state_dict(state)
+    wide_module.load_state_dict(state)
+    own = run_with_gradients(own_module, name, case)
+    wide_module.double()
+    wide = RoundedCase(case)
+    return run_with_gradients(wide_module, name, wide), own
+
+
+def sizes(reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]) -> Results:
+    """`sizes_of_sums` of the reference with these parameters, of its gradients with `constant_norms` too."""
+    module = initial(reference, name, case)
+    module.load_state_dict(state)
+    run = partial(run_with_gradients, module.double(), name, RoundedCase(case))
+    found = sizes_of_sums(run)
+    with constant_norms():
+        terms = sizes_of_sums(run)
+    return {key: torch.maximum(size, terms[key]) for key, size in found.items()}
+
+
+@contextmanager
+def constant_norms() -> Iterator[None]:
+    """Within, the reference's norm of each head counts as a constant factor.
+
+    The norm takes off what a gradient has along y. A text token that sees no other one has all of it there,
+    so what is left for the scan is the rounding of what was taken off: that is the size to measure it by.
+    """
+
+    def scaled(y: Tensor, weight: Tensor, eps: float) -> Tensor:
+        factor = torch.rsqrt(y.detach().square().mean(-1, keepdim=True) + eps)
+        return y * factor * weight.view(y.shape[2:])
+
+    with mock.patch.object(flex_ma, "rms_norm_per_head", scaled):
+        yield
+
+
+class RoundedCase:
+    """A case whose numbers are rounded to its dtype and handed out in float64."""
+
+    def __init__(self, case: ModuleCase) -> None:
+        self.case, self.layout, self.config = case, case.layout, case.config
+
+    def hidden_states(self) -> Tensor:
+        return self.case.hidden_states().double()
+
+    def position_embeddings(self) -> tuple[Tensor, Tensor]:
+        cos, sin = self.case.position_embeddings()
+        return cos.double(), sin.double()
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        return {**self.case.arguments(name), "position_embeddings": self.position_embeddings()}
+
+
+def random_attention(case: ModuleCase, **changes: Any) -> nn.Module:
+    """A teacher's attention layer: projections and q/k norms as the case's config describes them."""
+    config = replace(case.config, **changes)
+    torch.manual_seed(case.seed + 5)
+    inner, grouped = config.heads * config.head_dim, config.groups * config.head_dim
+    layer = nn.Module()
+    layer.q_proj = nn.Linear(config.width, inner, bias=config.qkv_bias)
+    layer.k_proj = nn.Linear(config.width, grouped, bias=config.qkv_bias)
+    layer.v_proj = nn.Linear(config.width, grouped, bias=config.qkv_bias)
+    layer.o_proj = nn.Linear(inner, config.width, bias=config.output_bias)
+    if config.qk_norm:
+        layer.q_norm, layer.k_norm = (nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
+        for norm in (layer.q_norm, layer.k_norm):
+            nn.init.normal_(norm.weight)
+    return layer.to(case.torch_dtype)
+
+
+@st.composite
+def configs(draw: st.DrawFn, **fixed: Any) -> LinMUConfig:
+    heads, groups = draw(st.sampled_from(((1, 1), (4, 2)) if COMPILED else ((1, 1), (2, 1), (2, 2), (4, 2))))
+    drawn = {
+        "width": WIDTH,
+        "heads": heads,
+        "groups": groups,
+        "head_dim": draw(st.sampled_from((2, 6) if COMPILED else (2, 4, 6))),
+        "qkv_bias": draw(st.booleans()),
+        "output_bias": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
+        "window_thw": draw(st.sampled_from(((1, 2, 2), (2, 1, 3), (4, 8, 8)))),
+        "conv_kernel": draw(st.sampled_from((4, 0, 1, 2))),
+        "scan_rope": draw(st.booleans()),
+        "output_gate": draw(st.booleans()),
+        "head_norm": draw(st.booleans()),
+        "backward_scan": draw(st.sampled_from((True, True, False))),
+        "rotary_major": draw(st.sampled_from((True, True, False))),
+    }
+    return LinMUConfig(**{**drawn, **fixed})
+
+
+@st.composite
+def module_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> ModuleCase:
+    """`fixed` holds fields of the case, or options of its configuration."""
+    own = {key: fixed.pop(key) for key in ("layout", "layer_index") if key in fixed}
+    drawn = {
+        "layout": draw(layouts()),
+        "config": draw(configs(**fixed)),
+        "layer_index": draw(st.integers(0, 5)),
+        "dtype": draw(dtypes(names)),
+        "seed": draw(SEEDS),
+    }
+    return ModuleCase(**{**drawn, **own})

@@ -1,0 +1,115 @@
+"""Properties that Flex-MA and M-MATE share; each takes a module with random parameters and a case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from linmu.reference import VisionLayout
+
+from .compare import assert_same, assert_zero
+from .layouts import Layout
+from .module_cases import ModuleCase, run
+
+STATES = ("conv state", "scan state")
+
+
+def arguments_of(case: ModuleCase, part: slice) -> dict:
+    """Layout, mask and angles of a part of the sequence."""
+    angles = tuple(angle[:, part] for angle in case.position_embeddings())
+    layout = VisionLayout(case.layout.coords[:, part].contiguous())
+    return {"layout": layout, "valid": case.layout.valid[:, part], "position_embeddings": angles}
+
+
+def check_causality(module: nn.Module, name: str, case: ModuleCase) -> None:
+    """The gradient from every token to every token it must not see is exactly zero."""
+    u = case.hidden_states().requires_grad_()
+    output = run(module, name, case, u)["output"]
+    sees = case.layout.sees()
+    for t in range(u.shape[1]):
+        kept = case.layout.valid[:, t, None]
+        (found,) = torch.autograd.grad((output[:, t] * kept).sum(), u, retain_graph=True)
+        assert_zero(found[~sees[:, t]], case, f"gradient from token {t} to what it must not see")
+
+
+def check_padding_changes_nothing(module: nn.Module, name: str, case: ModuleCase) -> None:
+    """Padding on both sides of every row, of random content, leaves outputs and state as they were."""
+    wanted, u = run(module, name, case), case.hidden_states()
+    left, right = 3, 2
+    wider = case.layout.padded(left, right)
+    around = (case.hidden_states(draw=1)[:, :1].expand(-1, n, -1) for n in (left, right))
+    before, after = around
+    cos, sin = (pad_tokens(angle, left, right) for angle in case.position_embeddings())
+    arguments = {
+        "layout": VisionLayout(wider.coords),
+        "valid": wider.valid,
+        "position_embeddings": (cos, sin),
+    }
+    found = run(module, name, case, torch.cat([before, u, after], dim=1), **arguments)
+    found["output"] = found["output"][:, left : left + u.shape[1]]
+    assert_same(only_valid(found, case.layout), only_valid(wanted, case.layout), case)
+    others = case.hidden_states(draw=1)
+    edited = torch.where(case.layout.valid[..., None], u, others)
+    assert_same(
+        only_valid(run(module, name, case, edited), case.layout), only_valid(wanted, case.layout), case
+    )
+
+
+def check_batch_mates_change_nothing(module: nn.Module, name: str, case: ModuleCase) -> None:
+    """Each row by itself."""
+    together, u = run(module, name, case), case.hidden_states()
+    for row in range(u.shape[0]):
+        one = slice(row, row + 1)
+        angles = tuple(angle[one] for angle in case.position_embeddings())
+        alone = {"layout": VisionLayout(case.layout.only(row).coords), "position_embeddings": angles}
+        alone |= {} if name == "LocalSwin" else {"valid": case.layout.valid[one]}
+        found = run(module, name, case, u[one], **alone)
+        wanted = {key: result[one] for key, result in together.items()}
+        assert_same(only_valid(found, case.layout.only(row)), only_valid(wanted, case.layout.only(row)), case)
+
+
+def check_splitting_changes_nothing(module: nn.Module, name: str, case: ModuleCase) -> None:
+    """Two pieces, cut where no block is cut, the state handed over."""
+    whole, u = run(module, name, case), case.hidden_states()
+    for cut in case.layout.cuts()[::3]:
+        first, state = module(u[:, :cut], **arguments_of(case, slice(0, cut)))
+        second, state = module(u[:, cut:], **arguments_of(case, slice(cut, None)), state=state)
+        found = {
+            "output": torch.cat([first, second], dim=1),
+            "conv state": state.conv,
+            "scan state": state.scan,
+        }
+        assert_same(only_valid(found, case.layout), only_valid(whole, case.layout), case)
+
+
+def check_steps_equal_prefill(module: nn.Module, name: str, case: ModuleCase) -> None:
+    """Prefill of three tokens, then one by one without a layout; the last row ends on the way."""
+    u, (cos, sin) = case.hidden_states(), case.position_embeddings()
+    length = u.shape[1]
+    valid = torch.ones(u.shape[:2], dtype=torch.bool)
+    valid[-1, 6:] = False
+    whole = run(module, name, case, u, valid=valid)
+    first, state = module(u[:, :3], position_embeddings=(cos[:, :3], sin[:, :3]))
+    outputs, sizes = [first], {(state.conv.shape, state.scan.shape)}
+    for t in range(3, length):
+        now = slice(t, t + 1)
+        angles = (cos[:, now], sin[:, now])
+        output, state = module(u[:, now], valid=valid[:, now], position_embeddings=angles, state=state)
+        outputs.append(output)
+        sizes.add((state.conv.shape, state.scan.shape))
+    assert len(sizes) == 1, f"the state must not grow, got sizes {sizes}: {case!r}"
+    found = {"output": torch.cat(outputs, dim=1), "conv state": state.conv, "scan state": state.scan}
+    kept = valid[..., None]
+    for results in (found, whole):
+        results["output"] = results["output"] * kept
+    assert_same(found, whole, case, factor=2)
+
+
+def only_valid(results: dict, layout: Layout) -> dict:
+    """Outputs on padding are nobody's: left out of comparisons."""
+    return {**results, "output": results["output"] * layout.valid[..., None]}
+
+
+def pad_tokens(tensor: Tensor, left: int, right: int) -> Tensor:
+    """Zeros before and after the token axis of (B, L, ·)."""
+    return torch.nn.functional.pad(tensor, (0, 0, left, right))

@@ -1,0 +1,101 @@
+"""`pytest conformance/ --backend any.module --xfails FILE`: what a third party sees of its own backend."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ..conftest import mark_expected_failures, read_expected_failures
+
+CONFORMANCE = Path(__file__).parents[1]
+FILE = "conformance/properties/test_layout.py"
+CUBE = FILE + "::test_the_four_orders_of_a_cube[their_kernels-{layer}-cells{layer}]"
+THIRD_PARTY = """
+import torch
+from linmu.reference import inverse_order
+
+def scan_order(coords, layer_index):
+    return torch.arange(coords.shape[1]).repeat(len(coords), 1)
+"""
+EXPECTED = f"""# raster order only
+
+{CUBE.format(layer=1)} orders are not implemented yet
+{CUBE.format(layer=0)} it is right after all
+"""
+
+
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory) -> Path:
+    """A folder with a backend that has one right and one wrong operator."""
+    folder = tmp_path_factory.mktemp("third_party")
+    (folder / "their_kernels.py").write_text(THIRD_PARTY)
+    (folder / "xfails.txt").write_text(EXPECTED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(third_party) -> str:
+    """What one run of layout tests on that backend prints."""
+    options = ["--backend", "their_kernels", "--xfails", str(third_party / "xfails.txt")]
+    chosen = ["-k", "cube or swins_rule or identity or sorting_plain_tuples", FILE]
+    path = os.pathsep.join((str(third_party), os.environ.get("PYTHONPATH", "")))
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, *chosen],
+        cwd=CONFORMANCE.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_header_says_what_runs_and_what_is_missing(report):
+    """And the summary says it again: what is not implemented is never silently passed."""
+    missing = "window_ids, selective_scan, bidirectional_scan, scan_step, window_attention, causal_conv"
+    assert f"linmu backend: their_kernels (engine: plain torch); not implemented: {missing}" in report
+    assert "linmu backend: linmu.reference not tested" in report
+    assert f"their_kernels: not implemented, so not tested: {missing}" in report
+    assert re.search(r"SKIPPED \[6\] .*not implemented: window_ids", report)
+
+
+def test_an_expected_failure_is_told_with_its_reason_and_must_fail(report):
+    """A failure that was expected does not fail the run, a success that was not expected does."""
+    assert "orders are not implemented yet" in report and "1 xfailed" in report
+    assert "[XPASS(strict)] it is right after all" in report and re.search(r"FAILED .*cells0\]", report)
+    assert re.search(r"FAILED .*cells2\]", report) and re.search(r"test_order_then_inverse.* PASSED", report)
+
+
+def test_a_failure_says_how_to_reproduce_it(report, third_party, monkeypatch):
+    """The element, both values, the case, and a command that fails in the same way."""
+    message = re.search(r"order of layer \d+: must be equal, at .* got \d+, expected \d+", report)[0]
+    command = re.search(r'reproduce: \S+ -c "(.*)"', report)[1]
+    assert "case: LayoutCase(" in report
+    monkeypatch.syspath_prepend(third_party)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        exec(command, {})
+
+
+@pytest.mark.parametrize(
+    "gone", (f"{FILE}::test_that_is_gone[their_kernels]", "conformance/test_gone.py::test_it")
+)
+def test_a_stale_expectation_is_an_error(gone, tmp_path):
+    """An id that matches no test stops the run: what it excused may be back under another name."""
+    (tmp_path / "xfails.txt").write_text(f"{gone} a reason\n")
+    config = SimpleNamespace(args=["conformance"], rootpath=CONFORMANCE.parent)
+    collected = [SimpleNamespace(nodeid=CUBE.format(layer=0))]
+    with pytest.raises(pytest.UsageError, match=re.escape(f"every id must match a test, got ['{gone}']")):
+        mark_expected_failures(tmp_path / "xfails.txt", config, collected)
+
+
+def test_an_expectation_needs_a_reason(tmp_path):
+    """An id alone is no explanation."""
+    (tmp_path / "xfails.txt").write_text(CUBE.format(layer=1) + "\n")
+    with pytest.raises(pytest.UsageError, match="every line must be `test-id reason`"):
+        read_expected_failures(tmp_path / "xfails.txt")

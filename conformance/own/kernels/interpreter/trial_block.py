@@ -1,0 +1,44 @@
+"""Run a whole M-MATE block on linmu.optimized's Triton kernels in the interpreter, watched, against the
+reference: outputs, states, and the gradient of every parameter. Started by test_kernels.py.
+
+    TRITON_INTERPRET=1 python trial_block.py DTYPE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from linmu import optimized, reference
+
+from ....harness.layouts import Layout, Pad, Text, Vision
+from ....harness.module_cases import WIDTH, ModuleCase, check_module, random_module
+from . import mend_bfloat16, mend_scalars, watch_memory
+from .trial import shrink_blocks
+
+ROWS = (
+    (Text(3), Vision(1, (1, 3, 4), "row"), Text(2), Vision(0, (2, 2, 2)), Text(6)),
+    (Pad(4), Vision(0, (2, 3, 2), "frame"), Vision(1, (1, 2, 3)), Text(10)),
+)
+SIZES = {"width": WIDTH, "heads": 4, "groups": 2, "head_dim": 16, "qkv_bias": True, "window_thw": (1, 2, 2)}
+OPTIONS = ({}, {"scan_rope": True, "output_gate": True, "head_norm": False}, {"conv_kernel": 0})
+
+
+def main(dtype: str) -> None:
+    """Raises the AssertionError of the first case that fails."""
+    shrink_blocks()
+    mend_bfloat16()
+    mend_scalars()
+    optimized.set_engine("triton")
+    for layer_index, options in enumerate(OPTIONS if dtype == "float32" else OPTIONS[:2]):
+        config = reference.LinMUConfig(**SIZES, **options)
+        case = ModuleCase(Layout(ROWS), config, layer_index, dtype, seed=layer_index)
+        module = random_module(optimized, "MMATE", case)
+        with watch_memory():
+            check_module(module, reference, "MMATE", case)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(sys.argv[1])

@@ -1,0 +1,83 @@
+"""Run one token of text through linmu.optimized's Triton kernels in the interpreter, watched, against the
+reference: outputs and states. Started by test_text_step.py.
+
+    TRITON_INTERPRET=1 python trial_step.py DTYPE
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from linmu import optimized, reference
+from linmu.optimized import text_step_kernels
+from linmu.reference import FlexMAState
+from linmu.reference.flex_ma import LentState
+
+from ....harness.compare import Results, assert_matches
+from ....harness.layouts import Layout, Text
+from ....harness.module_cases import WIDTH, ModuleCase, RoundedCase, initial, random_module
+from . import mend_bfloat16, mend_scalars, watch_memory
+from .trial import shrink_blocks
+
+SIZES = {"width": WIDTH, "heads": 4, "groups": 2, "head_dim": 6}
+OPTIONS = (
+    {"qkv_bias": True},
+    {"scan_rope": True, "output_gate": True, "qk_norm": True, "head_norm": False},
+    {"conv_kernel": 0, "output_gate": True},
+    {"conv_kernel": 2, "qkv_bias": True},
+    {"conv_kernel": 1, "output_bias": True},
+)
+BATCHES = (1, 2, 3, 5)  # the last one has too many rows for a launch of all projections
+
+
+def step(module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: FlexMAState) -> Results:
+    y, state = module(u, valid=valid, position_embeddings=angles, state=state)
+    return {"output": y, "conv state": state.conv, "scan state": state.scan}
+
+
+@torch.no_grad()
+def main(dtype: str) -> None:
+    """Raises the AssertionError of the first case that fails."""
+    mend_bfloat16()
+    mend_scalars()
+    shrink_blocks()
+    for rows, outputs in text_step_kernels.OUTPUTS.items():
+        text_step_kernels.ELEMENTS[rows] = 2 * rows * outputs  # three steps along the width
+    for batch in BATCHES:
+        for index, options in enumerate(OPTIONS):
+            config = reference.LinMUConfig(**SIZES, **options)
+            layout = Layout(((Text(1),),) * batch)
+            case = ModuleCase(layout, config, 0, dtype, seed=index)
+            module = random_module(optimized, "FlexMA", case)
+            own, wide = (initial(reference, "FlexMA", case) for _ in range(2))
+            for twin in (own, wide):
+                twin.load_state_dict(module.state_dict())
+            taps = max(config.conv_kernel - 1, 0)
+            state = FlexMAState(torch.randn(batch, taps, config.conv_channels), torch.randn(batch, 4, 6, 6))
+            u, angles = case.hidden_states(), case.position_embeddings()
+            valid = torch.arange(batch)[:, None] % 3 != 1 if index % 2 == 0 else None
+            exact = RoundedCase(case)
+            truth_state = FlexMAState(*(tensor.double() for tensor in state))
+            exact_angles = exact.position_embeddings()
+            truth = step(wide.double(), exact.hidden_states(), valid, exact_angles, truth_state)
+            wanted = step(own, u, valid, angles, state)
+            if valid is not None:
+                u = u.where(valid[..., None], float("nan"))
+            optimized.set_engine("triton")
+            with watch_memory():
+                lent = LentState(*(tensor.clone() for tensor in state))
+                got = step(module, u, valid, angles, lent)
+            optimized.set_engine(None)
+            assert got["scan state"] is lent.scan
+            if valid is not None:
+                for results in (got, truth, wanted):
+                    results["output"] = results["output"].where(valid[..., None], 0)
+            assert_matches(got, truth, wanted, case)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(sys.argv[1])

@@ -1,0 +1,215 @@
+"""A student's folder: saved, opened again by load() and the Auto classes, refused if it is another's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from linmu.reference import MMATE, LinMUConfig, convert, load
+from linmu.reference.demo.build_teacher import build_tokenizer, write_preprocessing
+from linmu.reference.student.convert import load_student
+from linmu.reference.student.mixer import BACKEND_VARIABLE, backend_mixer, current_mixer
+from linmu.reference.student.model import PRECISE, mixers
+
+from .tiny_checkpoint import (
+    FAMILIES,
+    IMAGE,
+    build_teacher,
+    every_kind,
+    logits_of,
+    picture,
+    prompt,
+    shake_mixers,
+    words,
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def teacher(family):
+    return build_teacher(family)
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    return shake_mixers(convert(teacher))
+
+
+@pytest.fixture(scope="module")
+def folder(student, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("student")
+    student.save_pretrained(path)
+    return path
+
+
+def test_the_configuration_says_what_was_converted(teacher, family, tmp_path):
+    options = {"window_thw": (2, 4, 4), "conv_kernel": 2, "output_gate": True}
+    student = convert(teacher, options, layers=[-1, 0])
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == f"linmu_{family}"
+    assert config["linmu"]["version"] == 1
+    assert config["linmu"]["layers"] == [0, 2]
+    written = config["linmu"]["options"]
+    assert written.keys() == LinMUConfig(width=4, heads=1, groups=1, head_dim=4).options().keys()
+    assert {name: written[name] for name in options} == options | {"window_thw": [2, 4, 4]}
+    assert {index: mixer.config.window_thw for index, mixer in mixers(load(tmp_path)).items()} == {
+        0: (2, 4, 4),
+        2: (2, 4, 4),
+    }
+
+
+def test_a_student_reopened_is_the_student_bit_for_bit(student, folder):
+    again = load(folder)
+    assert type(again) is type(student)
+    state, reopened = student.state_dict(), again.state_dict()
+    assert state.keys() == reopened.keys()
+    assert all(torch.equal(state[name], reopened[name]) for name in state)
+    inputs = every_kind()
+    assert torch.equal(logits_of(again, inputs), logits_of(student, inputs))
+    assert again.generation_config.suppress_tokens == student.generation_config.suppress_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_student_reopened_has_the_dtypes_it_was_saved_with(family, tmp_path, dtype):
+    student = shake_mixers(convert(build_teacher(family).to(dtype), layers=[0]))
+    student.save_pretrained(tmp_path)
+    state, reopened = student.state_dict(), load(tmp_path).state_dict()
+    for name, tensor in state.items():
+        assert reopened[name].dtype == tensor.dtype and torch.equal(reopened[name], tensor), name
+
+
+def test_a_student_saved_in_shards_is_reopened_whole(student, tmp_path):
+    student.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    inputs = every_kind()
+    assert torch.equal(logits_of(load(tmp_path), inputs), logits_of(student, inputs))
+
+
+def test_a_student_opened_in_bfloat16_keeps_precise_parameters_in_float32(student, folder):
+    reopened = load(folder, dtype=torch.bfloat16)
+    original = dict(student.named_parameters())
+    for name, parameter in reopened.named_parameters():
+        if any(part in name for part in PRECISE):
+            assert parameter.dtype == torch.float32 and torch.equal(parameter, original[name]), name
+        else:
+            assert parameter.dtype == torch.bfloat16, name
+
+
+@pytest.fixture
+def reference_only(monkeypatch):
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+
+
+def test_the_auto_classes_open_a_students_folder(student, folder, reference_only):
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert type(config) is type(student.config)
+    assert type(model) is type(student)
+    assert model.linmu_backend == "linmu.reference"
+    inputs = prompt(words(4, 0), picture(IMAGE, (1, 3, 2)), words(3, 1))
+    tokens = [m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, student)]
+    assert torch.equal(*tokens)
+
+
+def test_the_auto_processor_opens_a_students_folder(student, folder, family):
+    write_preprocessing(folder, build_tokenizer())
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        settings = json.loads((folder / name).read_text())
+        del settings["processor_class"]
+        (folder / name).write_text(json.dumps(settings))
+    tokenizer = folder / "tokenizer_config.json"
+    kept = {k: v for k, v in json.loads(tokenizer.read_text()).items() if k != "processor_class"}
+    tokenizer.write_text(json.dumps(kept))
+    processor = AutoProcessor.from_pretrained(folder)
+    assert (
+        type(processor).__name__
+        == {
+            "qwen2_5_vl": "LinMUQwen2_5_VLProcessor",
+            "qwen2_vl": "LinMUQwen2VLProcessor",
+        }[family]
+    )
+
+
+def test_the_backend_is_chosen_by_the_environment_and_said(monkeypatch, caplog):
+    monkeypatch.setenv(BACKEND_VARIABLE, "fastest")
+    with pytest.raises(ValueError, match="LINMU_BACKEND: must be reference, optimized or unset, got fastest"):
+        current_mixer()
+    monkeypatch.setenv(BACKEND_VARIABLE, "reference")
+    backend_mixer.cache_clear()
+    with caplog.at_level(logging.INFO, logger="linmu"):
+        assert current_mixer() is MMATE
+        current_mixer()
+    assert caplog.text.count("LinMU runs on linmu.reference") == 1
+
+
+@pytest.mark.needs("MMATE")
+def test_a_folder_never_says_which_backend_wrote_it(backend, student, folder, tmp_path):
+    opened = load_student(folder, backend.MMATE)
+    assert opened.linmu_backend == backend.MMATE.__module__.rpartition(".")[0]
+    load(folder).save_pretrained(tmp_path / "reference")
+    opened.save_pretrained(tmp_path / "other")
+    for path in (tmp_path / "reference").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
+    inputs = every_kind()
+    got, want = (logits_of(model.double(), inputs) for model in (opened, copy.deepcopy(student)))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * want.abs().max().item())
+
+
+def test_load_refuses_a_vanilla_folder_and_says_what_to_do(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"load: model_type must be one of .*turned into a student by convert"
+    ):
+        load(tmp_path)
+
+
+def test_a_students_class_refuses_a_vanilla_folder(teacher, student, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config.linmu must hold a student's settings"):
+        type(student).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("model.language_model.layers.1.self_attn.flex_ma.A_log", None, "missing keys: .*flex_ma.A_log"),
+        (None, "model.language_model.layers.0.self_attn.q_proj.weight", "unexpected keys: .*q_proj.weight"),
+        (
+            "model.language_model.layers.2.self_attn.mix_proj.bias",
+            "model.language_model.layers.2.self_attn.mix.bias",
+            "missing keys: .*mix_proj.bias",
+        ),
+    ],
+    ids=["missing", "unexpected", "misnamed"],
+)
+def test_a_folder_with_other_tensors_is_refused(student, tmp_path, old, new, message):
+    student.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    moved = tensors.pop(old) if old else torch.zeros(2)
+    if new:
+        tensors[new] = moved
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for opener in (load, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            opener(tmp_path)
+
+
+def test_a_folder_of_a_newer_version_is_refused(student, folder, tmp_path):
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["linmu"]["version"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="version'] must be 1, got 2; upgrade linmu"):
+        load(tmp_path)

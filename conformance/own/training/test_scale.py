@@ -1,0 +1,162 @@
+"""Two processes train as one does: the same losses in every stage, however unevenly the tokens fall."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+import distill
+from linmu.reference.demo import TEACHER, DigitsQuestions
+from linmu.reference.training.safety.distributed_means import share
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.trial_of_the_reference
+
+TINY = ["--steps", "3,4,3", "--calibration_batches", "1", "--cpu"]
+TINY += ["--backend", "optimized", "--save_every", "9", "--log_every", "1", "--eval_samples", "2"]
+TINY += ["--teacher", str(TEACHER), "--preset", "smoke"]
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+# As the README writes it; without an accelerator to shard on, accelerate copies what is trained.
+LAUNCH = "launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --num_processes 2"
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Path:
+    """Conversations of very different lengths, some without a picture, answers long and short."""
+    folder = tmp_path_factory.mktemp("uneven")
+    rows = []
+    for index, item in enumerate(DigitsQuestions("train", 0, kinds=("cell", "read")).__getitems__(range(12))):
+        (text, image), answer = item["messages"][0]["content"], item["messages"][1]["content"][0]["text"]
+        image["image"].save(folder / f"{index}.png")
+        question = {"role": "user", "content": "<image>" + text["text"]}
+        said = {"role": "assistant", "content": " ".join([answer] * (1 + 5 * (index % 3)))}
+        rows.append({"messages": [question, said], "images": [f"{index}.png"]})
+        rows.append({"messages": [{"role": "user", "content": "1 2 3 " * (index % 4 + 1)}, said]})
+    path = folder / "uneven.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def work(rank: int, world: int, port: int, environment: dict[str, str], arguments: list[str]) -> None:
+    """One process of several, as torchrun starts it."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if environment:
+        take_for_accelerators()
+    distill.main(arguments)
+    torch.distributed.destroy_process_group()
+
+
+def take_for_accelerators() -> None:
+    """Make accelerate shard here too: it does so on accelerators only, although gloo can."""
+    start = PartialState.__init__
+
+    def start_as_accelerator(self, *args, **kwargs) -> None:
+        start(self, *args, **kwargs)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = start_as_accelerator
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_together(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """The same command in two processes that share each batch."""
+    port = free_port()
+    fork = multiprocessing.get_context("fork")
+    started = [
+        fork.Process(target=work, args=(rank, 2, port, environment or {}, arguments)) for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0, 0]
+
+
+def losses(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    terms = ("loss", "mixer", "block", "logits", "grad_norm")
+    return {(line["stage"], line["step"]): {t: line[t] for t in terms if t in line} for line in lines}
+
+
+@pytest.fixture(scope="module")
+def alone(uneven, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    distill.main([*TINY, "--data", str(uneven), "--batch_size", "4", "--output", str(folder / "run")])
+    return folder / "run"
+
+
+def check_losses(alone: Path, together: Path) -> None:
+    """Both runs wrote the same losses, gradient norms and held-out KL, and a student."""
+    one, two = losses(alone), losses(together)
+    assert one.keys() == two.keys() and {stage for stage, _ in one} == {"i", "ii", "iii"}
+    for place, terms in one.items():
+        norms = one[place].pop("grad_norm"), two[place].pop("grad_norm")
+        assert two[place] == pytest.approx(terms, rel=1e-5), place
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4), place  # AdamW enlarges what rounding differs in
+    assert (together / "student" / "model.safetensors").is_file()
+    accuracy = [json.loads((folder / "results.json").read_text())["rows"] for folder in (alone, together)]
+    assert accuracy[1]["stage iii"]["kl"] == pytest.approx(accuracy[0]["stage iii"]["kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_two_processes_see_the_losses_of_one(alone, uneven, tmp_path, kind):
+    arguments = [*TINY, "--data", str(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
+    run_together(arguments, FSDP if kind == "FSDP2" else None)
+    check_losses(alone, tmp_path / "run")
+
+
+def test_accelerate_launches_two_processes_that_see_the_losses_of_one(alone, uneven, tmp_path):
+    """And only one of the two prints and logs."""
+    arguments = [*TINY, "--data", str(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH.split()]
+    command = [*accelerate, "--main_process_port", str(free_port()), str(ROOT / "distill.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "run" / "stage_i").glob("checkpoint-*/rng_state_1.pth")), "one process, not two"
+    check_losses(alone, tmp_path / "run")
+    for line in ("stage iii trains", "losses "):
+        assert sum(each.startswith(line) for each in done.stdout.splitlines()) == 1, done.stdout
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(losses(alone))
+
+
+def test_two_sharded_processes_resume_to_the_losses_of_one(alone, uneven, tmp_path):
+    arguments = [*TINY, "--data", str(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
+    arguments += ["--save_every", "1"]
+    run_together([*arguments, "--stages", "i"], FSDP)
+    last = tmp_path / "run" / "stage_i"
+    assert list(last.glob("checkpoint-*/*fsdp*")), "the weights must have been sharded"
+    shutil.rmtree(last / "checkpoint-3")
+    (last / "taught.safetensors").unlink()
+    run_together([*arguments, "--stages", "i", "--resume"], FSDP)
+    one, two = losses(alone), losses(tmp_path / "run")
+    assert list(two) == [("i", 1), ("i", 2), ("i", 3)]
+    assert all(two[place] == pytest.approx(one[place], rel=1e-5) for place in two)
+
+
+def test_a_single_process_takes_its_own_mean():
+    assert PartialState(cpu=True).num_processes == 1
+    assert share(torch.tensor([3.0, 0.0])).tolist() == [1.0, 1.0]

@@ -1,0 +1,193 @@
+"""Every variant of a distillation trains what it says, and the ablation runs them all."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import distill
+from linmu.reference import Objective
+from linmu.reference.demo import TEACHER
+from linmu.reference.training.commands.ablation import VARIANTS, shared_out, table_of, varied_config
+from linmu.reference.training.variants import varied
+
+pytestmark = pytest.mark.trial_of_the_reference
+
+TINY = ["--batch_size", "2", "--eval_samples", "2", "--calibration_batches", "1", "--cpu"]
+TINY += ["--save_every", "9", "--log_every", "1", "--backend", "optimized"]
+ONE = [*TINY, "--stages", "iii", "--steps", "1,1,2", "--allow_missing_stage"]
+
+
+def moved(folder) -> set[str]:
+    """Names of the saved student's tensors that differ from the teacher's."""
+    student, teacher = (
+        AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (folder / "student", TEACHER)
+    )
+    return {name for name in student.keys() & teacher.keys() if not torch.equal(student[name], teacher[name])}
+
+
+@pytest.mark.parametrize(
+    ("flags", "tuned"),
+    [
+        (["--tune", "none", "--layers", "0,2"], r"^$"),
+        (["--tune", "full", "--lr_lora", "1e-3"], r"\.mlp\.(gate|up|down)_proj\.weight$"),
+        (["--lora_targets", "down_proj", "--lora_rank", "2"], r"\.mlp\.down_proj\.weight$"),
+    ],
+)
+def test_stage_iii_tunes_what_it_is_asked_to(tmp_path, flags, tuned):
+    distill.main([*ONE, *flags, "--output", str(tmp_path)])
+    names = moved(tmp_path)
+    assert all(re.search(tuned, name) and ".visual." not in name for name in names)
+    assert bool(names) == ("none" not in flags)
+    if "full" in flags:
+        assert len(names) == 3 * 4
+    settings = json.loads((tmp_path / "student" / "config.json").read_text())["linmu"]
+    assert settings["layers"] == ([0, 2] if "--layers" in flags else [0, 1, 2, 3])
+
+
+def opened(*flags: str) -> distill.Run:
+    """A run with teacher and student in place, before anything is written."""
+    run = distill.Run(distill.parse([*TINY, *flags]))
+    run.open()
+    return run
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_what_is_tuned_is_the_students_alone(tune):
+    """The teacher's logits stay as they are, whatever becomes of adapters or tuned copies."""
+    run = opened("--tune", tune)
+    inputs = run.encoder.padded(run.training.__getitems__(range(2)))
+    del inputs["labels"]
+    before = {role: run.lesson().run(role, inputs) for role in ("teacher", "student")}
+    run.add_adapters()
+    with torch.no_grad():
+        for name, parameter in run.student.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(0.1)
+    after = {role: run.lesson().run(role, inputs) for role in ("teacher", "student")}
+    assert torch.equal(before["teacher"], after["teacher"])
+    assert not torch.allclose(before["student"], after["student"], atol=1e-2)
+
+
+def test_adapters_ask_for_no_gradient_of_the_embeddings():
+    """With recomputed layers peft would, and the frozen vision tower would be differentiated too."""
+    run = opened("--gradient_checkpointing")
+    run.add_adapters()
+    run.set_free(distill.stage_of("iii", run.config))
+    assert not run.student.get_input_embeddings()(torch.tensor([[0]])).requires_grad
+
+
+def test_a_random_start_keeps_nothing_of_attention():
+    own, random = (
+        {name: p.detach() for name, p in opened("--init", init).student.named_parameters()}
+        for init in ("attention", "random")
+    )
+    for name, tensor in own.items():
+        copied = ".mixer." in name and re.search(r"\.(q|k|v|o)_proj\.weight$", name)
+        assert torch.equal(tensor, random[name]) != bool(copied) or name.endswith("_proj.bias"), name
+
+
+def test_objectives_change_the_losses_of_their_stage_alone():
+    changes = {"ii": {"inputs": "teacher", "block": 0.25}, "iii": {"block": 0.0, "temperature": 2.0}}
+    config = distill.parse(["--objectives", json.dumps(changes)])
+    stages = {name: varied(distill.stage_of(name, config), config) for name in ("i", "ii", "iii")}
+    assert stages["i"] == distill.stage_of("i", config)
+    assert [(route.inputs, route.block) for route in stages["ii"].routes] == [("teacher", 0.25)]
+    (route,) = stages["iii"].routes
+    assert (route.block, route.temperature, route.end_to_end) == (0.0, 2.0, True)
+    assert isinstance(route, Objective)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--objectives", "{"], "--objectives must be JSON"),
+        (["--objectives", '{"iv": {}}'], "--objectives must be a JSON object of stages"),
+    ],
+)
+def test_objectives_of_no_stage_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        distill.parse(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"blocks": 1.0}, {"inputs": "both"}, {"inputs": "teacher"}])
+def test_objectives_that_cannot_be_are_refused(change):
+    config = distill.parse(["--objectives", json.dumps({"iii": change})])
+    with pytest.raises(distill.RefusedError, match="--objectives must fit stage iii"):
+        varied(distill.stage_of("iii", config), config)
+
+
+def test_projections_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(distill.RefusedError, match="--lora_targets must be among the projections of"):
+        distill.main([*ONE, "--lora_targets", "q_proj", "--output", str(tmp_path)])
+
+
+def test_bfloat16_with_checkpointing_and_accumulation_trains_in_float32(tmp_path):
+    flags = ["--dtype", "bfloat16", "--gradient_checkpointing", "--gradient_accumulation", "2"]
+    distill.main([*TINY, *flags, "--steps", "1,2,2", "--output", str(tmp_path)])
+    taught = load_file(tmp_path / "stage_iii" / "taught.safetensors")
+    assert {tensor.dtype for tensor in taught.values()} == {torch.float32}
+    saved = load_file(tmp_path / "student" / "model.safetensors")
+    kept = {tensor.dtype for name, tensor in saved.items() if "flex_ma.A_log" in name or "mix_proj" in name}
+    others = {tensor.dtype for name, tensor in saved.items() if ".mlp." in name or "q_proj" in name}
+    assert (kept, others) == ({torch.float32}, {torch.bfloat16})
+
+
+def test_variants_of_the_ablation_take_as_many_steps_in_all():
+    base = distill.parse(["--steps", "80,380,140"])
+    for name, changes in VARIANTS.items():
+        config = varied_config(base, name, 0)
+        assert sum(config.steps_of(stage) for stage in config.stage_list) == 600, name
+        assert ("stages" in changes) == (config.stages != "i,ii,iii")
+    assert shared_out(base, ["i", "iii"]) == [218, 1, 382]
+
+
+def test_the_ablation_leaves_out_one_thing_at_a_time(tmp_path, capsys, pytestconfig):
+    """In as few steps as can be; all variants in a thorough run."""
+    few = ["without stage ii", "without Local-Swin", "without Flex-MA"]
+    names = list(VARIANTS) if pytestconfig.getoption("thorough") else few
+    flags = [*TINY, "--steps", "1,1,1", "--output", str(tmp_path), "--calibration_batches", "0"]
+    distill.main(["ablate", "--seeds", "1", "--variants", ",".join(names), *flags])
+    table = (tmp_path / "ablation.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == names
+    assert table in capsys.readouterr().out and (tmp_path / "ablation.png").is_file()
+
+    def tensors(name: str) -> dict[str, torch.Tensor]:
+        folder = tmp_path / name.replace(" ", "_") / "seed_0"
+        return load_file(folder / "student" / "model.safetensors")
+
+    for gone, pinned in (("without Local-Swin", 1.0), ("without Flex-MA", 0.0)):
+        mix = [v for k, v in tensors(gone).items() if k.endswith("mix_proj.bias")]
+        assert torch.equal(torch.sigmoid(torch.stack(mix)).round(decimals=6), torch.full((4, 1), pinned))
+    silent = [v for k, v in tensors("without Flex-MA").items() if k.endswith("flex_ma.o_proj.weight")]
+    assert len(silent) == 4 and not any(map(torch.any, silent))
+    assert not (tmp_path / "without_stage_ii" / "seed_0" / "stage_ii").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("without the backward scan", "backward_scan"),
+        ("raster instead of Rotary-Major", "rotary_major"),
+    ],
+)
+def test_variants_of_the_scan_switch_one_option_off(name, option):
+    base = distill.parse([])
+    options = varied_config(base, name, 0).mixer_options
+    assert options == base.mixer_options | {option: False}
+
+
+def test_the_table_shows_mean_and_spread():
+    rows = [{"accuracy": 0.5, "kl": 1.0, "agreement": 0.7}, {"accuracy": 0.7, "kl": 1.0, "agreement": 0.9}]
+    assert "| full | 0.600 ± 0.141 | 1.000 ± 0.000 | 0.800 ± 0.141 |" in table_of({"full": rows})
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(distill.RefusedError, match=r"--variants must be among .*got \['half'\]"):
+        distill.main(["ablate", "--variants", "half"])

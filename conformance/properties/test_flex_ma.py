@@ -1,0 +1,260 @@
+"""`FlexMA`: the global branch as a whole, its starting point, its options, its state."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from linmu import reference
+
+from ..harness import second_formulation_modules
+from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero
+from ..harness.layouts import Layout, Text, Vision
+from ..harness.module_cases import (
+    ModuleCase,
+    check_module,
+    initial,
+    module_cases,
+    random_attention,
+    random_module,
+    run,
+)
+from ..harness.module_checks import (
+    check_batch_mates_change_nothing,
+    check_causality,
+    check_padding_changes_nothing,
+    check_splitting_changes_nothing,
+    check_steps_equal_prefill,
+)
+from ..harness.operator_cases import DTYPES, holds
+
+flex = partial(holds, "FlexMA", share=0.4)
+NAME = "FlexMA"
+TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
+PROMPT = Layout(((Text(2), Vision(0, (2, 2, 3), "frame"), Text(2)),))
+
+
+@flex(case=module_cases(DTYPES))
+def test_flex_ma_and_gradients_match_the_reference(backend, case: ModuleCase):
+    """P17: output, state, and the gradients of the input and of every parameter, in every dtype."""
+    module = random_module(backend, NAME, case)
+    check_module(module, reference, NAME, case)
+
+
+@flex(case=module_cases(["float64"]))
+def test_flex_ma_equals_its_second_formulation(backend, case: ModuleCase):
+    """With every option on and off: matrices instead of loops, to 1e-10."""
+    module = random_module(backend, NAME, case)
+    parameters = dict(module.named_parameters())
+    wanted = second_formulation_modules.flex_ma(
+        parameters,
+        case.hidden_states(),
+        case.layout.coords,
+        case.layout.valid,
+        case.position_embeddings(),
+        case.config,
+        case.layer_index,
+    )
+    output = run(module, NAME, case)["output"]
+    kept = case.layout.valid[..., None]
+    assert_close({"output": output * kept}, {"output": wanted * kept}, case, 1e-10)
+
+
+@flex(case=module_cases(["float64"]), share=0.2)
+def test_no_output_depends_on_what_its_block_does_not_see(backend, case: ModuleCase):
+    """Causality: exactly zero gradient from every token to what comes after it and after its block."""
+    check_causality(random_module(backend, NAME, case), NAME, case)
+
+
+@flex(case=module_cases())
+def test_padding_changes_nothing(backend, case: ModuleCase):
+    """P7: more of it on both sides, with anything in it."""
+    check_padding_changes_nothing(random_module(backend, NAME, case), NAME, case)
+
+
+@flex(case=module_cases())
+def test_batch_mates_change_nothing(backend, case: ModuleCase):
+    """P16: every row alone gives what it gives among others."""
+    check_batch_mates_change_nothing(random_module(backend, NAME, case), NAME, case)
+
+
+@flex(case=module_cases(conv_kernel=4), share=0.3)
+def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
+    """P9: prefill in pieces, the state handed over, gives outputs and state of prefill in one piece."""
+    check_splitting_changes_nothing(random_module(backend, NAME, case), NAME, case)
+
+
+@flex(case=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
+def test_steps_equal_prefill(backend, case: ModuleCase):
+    """P10: decoding token by token, with a state whose size never changes."""
+    check_steps_equal_prefill(random_module(backend, NAME, case), NAME, case)
+
+
+@flex(case=module_cases(("bfloat16", "mixed", "float32"), conv_kernel=4))
+def test_the_state_is_float32_and_constant_in_size(backend, case: ModuleCase):
+    """(B, K-1, channels) and (B, H, N, P), whatever the length."""
+    results = run(random_module(backend, NAME, case), NAME, case)
+    config, batch = case.config, case.layout.shape[0]
+    channels = (2 * config.groups + config.heads) * config.head_dim
+    assert results["conv state"].shape == (batch, 3, channels)
+    assert results["scan state"].shape == (batch, config.heads, config.head_dim, config.head_dim)
+    assert {results[name].dtype for name in ("conv state", "scan state")} == {torch.float32}
+
+
+@flex(case=module_cases(head_norm=True, conv_kernel=4))
+def test_flex_ma_starts_as_the_specification_says(backend, case: ModuleCase):
+    """dt = 1, gate ½, D = 0, norm weight 1, half-lives log-spaced from 64 to 8192, identity convolution."""
+    p = dict(initial(backend, NAME, case).named_parameters())
+    heads = case.config.heads
+    half_lives = math.log(2) / p["A_log"].double().exp()
+    spaced = [64.0 * 128.0 ** (h / max(heads - 1, 1)) for h in range(heads)]
+    assert half_lives.tolist() == pytest.approx(spaced, rel=1e-5)
+    assert torch.nn.functional.softplus(p["dt_proj.bias"].double()).tolist() == pytest.approx([1.0] * heads)
+    for name in ("dt_proj.weight", "scan_gate_proj.weight", "scan_gate_proj.bias", "D", "conv_bias"):
+        assert_zero(p[name].detach(), case, name)
+    assert_exact(p["norm_weight"].detach(), torch.ones_like(p["norm_weight"]), case, "norm weight")
+    taps = torch.tensor([0.0, 0, 0, 1]).to(p["conv_weight"]).expand_as(p["conv_weight"])
+    assert_exact(p["conv_weight"].detach(), taps, case, "convolution")
+
+
+@flex(case=module_cases(conv_kernel=4))
+def test_the_convolution_starts_as_the_identity(backend, case: ModuleCase):
+    """Bit for bit what no convolution gives."""
+    with_taps = initial(backend, NAME, case)
+    without = initial(backend, NAME, case.with_options(conv_kernel=0))
+    without.load_state_dict({k: v for k, v in with_taps.state_dict().items() if not k.startswith("conv_")})
+    plain = run(without, NAME, case)["output"]
+    assert_exact(run(with_taps, NAME, case)["output"].detach(), plain.detach(), case, "output")
+
+
+@flex(case=module_cases(["float32"], output_gate=True))
+def test_the_output_gate_starts_open(backend, case: ModuleCase):
+    """silu(z) = 1: what no output gate gives."""
+    gated = initial(backend, NAME, case)
+    plain = initial(backend, NAME, case.with_options(output_gate=False))
+    plain.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.startswith("z_proj")})
+    assert_same(
+        {"output": run(gated, NAME, case)["output"]}, {"output": run(plain, NAME, case)["output"]}, case
+    )
+
+
+@flex(case=module_cases(["float64"], conv_kernel=4, head_norm=False, output_gate=False, scan_rope=False))
+def test_flex_ma_starts_from_attention(backend, case: ModuleCase):
+    """C from q, B from k, x from v, out from o, with biases and norms: attention with decay for softmax."""
+    module, teacher = initial(backend, NAME, case), random_attention(case)
+    module.copy_attention(teacher)
+    config, u = case.config, case.hidden_states()
+    q, k, v = (getattr(teacher, f"{n}_proj")(u).unflatten(-1, (-1, config.head_dim)) for n in "qkv")
+    if config.qk_norm:
+        q, k = teacher.q_norm(q), teacher.k_norm(k)
+    ratio = config.heads // config.groups
+    k, v = k.repeat_interleave(ratio, dim=2), v.repeat_interleave(ratio, dim=2)
+    age = torch.arange(u.shape[1])[:, None] - torch.arange(u.shape[1])
+    half_life = torch.tensor(
+        [64.0 * 128.0 ** (h / max(config.heads - 1, 1)) for h in range(config.heads)]
+    ).double()
+    decay = (0.5 ** (age / half_life[:, None, None])) * (age >= 0)
+    scores = torch.einsum("blhn,bshn->bhls", q, k) * config.head_dim**-0.5 * decay
+    wanted = teacher.o_proj(torch.einsum("bhls,bshp->blhp", scores, v).flatten(2))
+    output, _ = module(u)
+    assert_close(
+        {"output": output}, {"output": wanted}, case, 1e-6
+    )  # the half-lives are stored in float32 first
+
+
+@flex(case=module_cases(("float32", "bfloat16")))
+def test_attention_is_copied_with_its_biases(backend, case: ModuleCase):
+    """Bit for bit, every tensor the teacher has."""
+    module, teacher = initial(backend, NAME, case), random_attention(case)
+    module.copy_attention(teacher)
+    own = dict(module.named_parameters())
+    for name, tensor in teacher.named_parameters():
+        assert_exact(own[name].detach(), tensor.detach(), case, name)
+
+
+@flex(case=module_cases(qkv_bias=True, output_bias=True), share=0.2)
+def test_a_teacher_with_other_tensors_is_refused(backend, case: ModuleCase):
+    """A lost bias or a lost norm is an error on either side, not a silent default."""
+    for changes in (
+        {"qkv_bias": False},
+        {"output_bias": False},
+        {"qk_norm": not case.config.qk_norm},
+        {"head_dim": 8},
+    ):
+        with pytest.raises(ValueError, match="must"):
+            initial(backend, NAME, case).copy_attention(random_attention(case, **changes))
+
+
+@flex(case=module_cases(head_norm=True, conv_kernel=4, norm_eps=1e-30, layout=PROMPT))
+def test_the_norm_takes_the_place_of_softmaxs_denominator(backend, case: ModuleCase):
+    """Values eight times as large leave the output as it was."""
+    module = random_module(backend, NAME, case)
+    with torch.no_grad():
+        module.conv_bias.zero_()
+        before = run(module, NAME, case)["output"]
+        for parameter in module.v_proj.parameters():
+            parameter.mul_(8)
+        after = run(module, NAME, case)["output"]
+    assert_same({"output": after}, {"output": before}, case, factor=20)
+
+
+@flex(case=module_cases(["float64"], backward_scan=False, rotary_major=False))
+def test_without_backward_scan_in_raster_order_all_is_causal(backend, case: ModuleCase):
+    """The ablation leaves no way to the right, in any layer: every token sees the past only."""
+    module = random_module(backend, NAME, case)
+    u = case.hidden_states().requires_grad_()
+    output = run(module, NAME, case, u)["output"]
+    for t in range(0, u.shape[1], 4):
+        (found,) = torch.autograd.grad(output[:, t].sum(), u, retain_graph=True)
+        assert_zero(found[:, t + 1 :], case, f"gradient from token {t} to later ones")
+
+
+@flex(case=module_cases(["float64"], backward_scan=True, conv_kernel=0, layout=PROMPT))
+def test_vision_sees_its_whole_segment_both_ways(backend, case: ModuleCase):
+    """The first vision token reads the last and the other way round; text before the image reads neither."""
+    module = random_module(backend, NAME, case)
+    u = case.hidden_states().requires_grad_()
+    output = run(module, NAME, case, u)["output"]
+    vision = (case.layout.segment[0] >= 0).nonzero().squeeze(-1).tolist()
+    for t in vision:
+        (found,) = torch.autograd.grad(output[:, t].sum(), u, retain_graph=True)
+        seen = found[0].abs().amax(-1) > 0
+        assert seen[vision].all(), f"token {t} must read all of its segment: {case!r}"
+
+
+@flex(case=module_cases(layout=PROMPT, backward_scan=False))
+def test_layers_scan_in_rotating_orders_unless_told_otherwise(backend, case: ModuleCase):
+    """Four layers, four orders; `rotary_major` off gives every layer the first."""
+    base = random_module(backend, NAME, case).state_dict()
+
+    def output(layer_index: int, rotary_major: bool):
+        module = backend.FlexMA(case.with_options(rotary_major=rotary_major).config, layer_index).to(
+            case.torch_dtype
+        )
+        module.load_state_dict(base)
+        return run(module, NAME, case)["output"].detach()
+
+    raster = [output(layer, rotary_major=False) for layer in range(4)]
+    rotating = [output(layer, rotary_major=True) for layer in range(4)]
+    for layer in range(4):
+        assert_exact(raster[layer], raster[0], case, f"raster order in layer {layer}")
+        others = [rotating[other] for other in range(layer)]
+        assert not any(torch.equal(rotating[layer], other) for other in others), f"layer {layer}: {case!r}"
+    assert_exact(rotating[0], raster[0], case, "layer 0")
+
+
+@flex(case=module_cases(layout=TEXT_ONLY))
+def test_no_layout_means_all_text(backend, case: ModuleCase):
+    """A text-only batch needs no coordinates."""
+    module = random_module(backend, NAME, case)
+    assert_same(run(module, NAME, case, layout=None), run(module, NAME, case), case)
+
+
+@flex(case=module_cases(scan_rope=True), share=0.2)
+def test_rope_on_the_scan_needs_angles(backend, case: ModuleCase):
+    """An option that cannot work says so."""
+    with pytest.raises(ValueError, match="position_embeddings"):
+        run(random_module(backend, NAME, case), NAME, case, position_embeddings=None)

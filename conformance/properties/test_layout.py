@@ -1,0 +1,240 @@
+"""`scan_order`, `inverse_order` and `window_ids`: integers, so everything here holds exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from ..harness import second_formulation
+from ..harness.compare import assert_exact
+from ..harness.layouts import Layout, Text, Vision, layouts
+from ..harness.operator_cases import holds
+
+AXES = {0: (1, 2, 3), 1: (1, 3, 2), 2: (2, 3, 1), 3: (3, 2, 1)}  # columns of coords, most significant first
+
+
+@dataclass(frozen=True)
+class LayoutCase:
+    """A layout, a layer and a window."""
+
+    layout: Layout
+    layer_index: int
+    window_thw: tuple[int, int, int]
+    shifted: bool
+    seed: int
+
+
+CASES = st.builds(
+    LayoutCase,
+    layouts(),
+    st.integers(0, 9),
+    st.tuples(*[st.integers(1, 4)] * 3),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+orders = partial(holds, "scan_order", case=CASES)
+partitions = partial(holds, "window_ids", case=CASES)
+
+
+def partition(ids: torch.Tensor) -> torch.Tensor:
+    """(B, L, L) bool: which tokens of a row share an id."""
+    return (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]
+
+
+def four_layers(case: LayoutCase) -> range:
+    """The layer of the case and the three after it: one of each scan order."""
+    return range(case.layer_index, case.layer_index + 4)
+
+
+def gathered(coords: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """coords in scan order."""
+    return coords.gather(1, order[..., None].expand_as(coords))
+
+
+@orders()
+def test_scan_order_equals_sorting_plain_tuples(backend, case: LayoutCase):
+    """Against a formulation without tensors."""
+    for layer in four_layers(case):
+        order = backend.scan_order(case.layout.coords, layer)
+        assert_exact(
+            order, second_formulation.scan_order(case.layout.coords, layer), case, f"order of layer {layer}"
+        )
+
+
+@orders()
+def test_scan_order_is_a_permutation_that_leaves_text_and_segments_in_place(backend, case: LayoutCase):
+    """Every token once; text stays; the tokens of a segment share out the positions they occupied."""
+    coords = case.layout.coords
+    order = backend.scan_order(coords, case.layer_index)
+    position = torch.arange(order.shape[1]).expand_as(order)
+    assert_exact(order.sort(1).values, position, case, "sorted order")
+    assert_exact(order[coords[..., 0] < 0], position[coords[..., 0] < 0], case, "order on text")
+    assert_exact(gathered(coords, order)[..., 0], coords[..., 0], case, "segments in scan order")
+
+
+@orders()
+def test_scan_order_sorts_by_the_axes_of_its_layer(backend, case: LayoutCase):
+    """Keys never fall from one vision token of a segment to the next, and rotate with period 4."""
+    coords = case.layout.coords
+    scanned = gathered(coords, backend.scan_order(coords, case.layer_index))
+    for row in scanned:
+        for segment in range(int(coords[..., 0].max()) + 1):
+            keys = row[row[:, 0] == segment][:, AXES[case.layer_index % 4]].tolist()
+            assert keys == sorted(keys), (
+                f"tokens must be sorted by {AXES[case.layer_index % 4]}, got {keys}: {case!r}"
+            )
+    later = backend.scan_order(coords, case.layer_index + 4)
+    assert_exact(later, backend.scan_order(coords, case.layer_index), case, "order four layers on")
+
+
+@orders()
+def test_scan_order_does_not_depend_on_how_a_segment_is_stored(backend, case: LayoutCase):
+    """Shuffle the tokens of each segment among their positions: the scan visits the same cells."""
+    coords, generator = case.layout.coords, torch.Generator().manual_seed(case.seed)
+    shuffled = coords.clone()
+    for row in range(coords.shape[0]):
+        for segment in range(int(coords[..., 0].max()) + 1):
+            own = (coords[row, :, 0] == segment).nonzero().squeeze(-1)
+            shuffled[row, own] = coords[row, own[torch.randperm(len(own), generator=generator)]]
+    for layer in four_layers(case):
+        stored, mixed = (gathered(c, backend.scan_order(c, layer)) for c in (coords, shuffled))
+        assert_exact(mixed, stored, case, f"cells in the scan order of layer {layer}")
+
+
+@holds("scan_order", "inverse_order", case=CASES)
+def test_order_then_inverse_is_identity(backend, case: LayoutCase):
+    """Both ways round."""
+    order = backend.scan_order(case.layout.coords, case.layer_index)
+    inverse = backend.inverse_order(order)
+    position = torch.arange(order.shape[1]).expand_as(order)
+    assert_exact(order.gather(1, inverse), position, case, "order after inverse")
+    assert_exact(inverse.gather(1, order), position, case, "inverse after order")
+
+
+@holds("scan_order", "window_ids", case=CASES)
+def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: LayoutCase):
+    """Segment ids are names; rows do not know each other; padding on the left moves everything along."""
+    layout, windows = case.layout, (case.window_thw, case.shifted)
+    order, ids = (
+        backend.scan_order(layout.coords, case.layer_index),
+        backend.window_ids(layout.coords, *windows),
+    )
+    renamed = layout.renumbered([1000 - 7 * i for i in range(int(layout.segment.max()) + 1)]).coords
+    assert_exact(backend.scan_order(renamed, case.layer_index), order, case, "order of renumbered segments")
+    assert_exact(partition(backend.window_ids(renamed, *windows)), partition(ids), case, "renumbered windows")
+    for row in range(layout.shape[0]):
+        alone, one = layout.only(row).coords, slice(row, row + 1)
+        assert_exact(
+            backend.scan_order(alone, case.layer_index), order[one], case, f"order of row {row} alone"
+        )
+        assert_exact(
+            partition(backend.window_ids(alone, *windows)), partition(ids[one]), case, f"windows of {row}"
+        )
+    padded = layout.padded(3, 2).coords
+    inner = slice(3, 3 + layout.shape[1])
+    assert_exact(
+        backend.scan_order(padded, case.layer_index)[:, inner] - 3, order, case, "order behind padding"
+    )
+    assert_exact(
+        partition(backend.window_ids(padded, *windows)[:, inner]), partition(ids), case, "padded windows"
+    )
+
+
+@partitions()
+def test_windows_equal_their_definition_pair_by_pair(backend, case: LayoutCase):
+    """Same segment and the same floor((c + s) / w) on all three axes; -1 exactly on text and padding."""
+    for shifted in (False, True):
+        ids = backend.window_ids(case.layout.coords, case.window_thw, shifted)
+        wanted = second_formulation.same_window(case.layout.coords, case.window_thw, shifted)
+        assert_exact(partition(ids), wanted, case, f"windows, shifted {shifted}")
+        assert_exact(ids == -1, case.layout.segment < 0, case, "tokens in no window")
+        assert ids.dtype == torch.int64, f"window ids must be int64, got {ids.dtype}: {case!r}"
+
+
+@partitions()
+def test_windows_are_local(backend, case: LayoutCase):
+    """No window is wider than its size on any axis, crosses a segment, or holds more tokens than cells."""
+    coords = case.layout.coords
+    ids = backend.window_ids(coords, case.window_thw, case.shifted)
+    for row in range(coords.shape[0]):
+        for window in ids[row].unique().tolist():
+            cells = coords[row, ids[row] == window]
+            if window >= 0:
+                spread = (cells[:, 1:].amax(0) - cells[:, 1:].amin(0)).tolist()
+                assert all(s < w for s, w in zip(spread, case.window_thw, strict=True)), f"{spread}: {case!r}"
+                assert len(cells[:, 0].unique()) == 1, f"window {window} crosses segments: {case!r}"
+
+
+@pytest.mark.needs("scan_order")
+@pytest.mark.parametrize(
+    ("layer_index", "cells"),
+    (
+        (0, ["000", "001", "010", "011", "100", "101", "110", "111"]),
+        (1, ["000", "010", "001", "011", "100", "110", "101", "111"]),
+        (2, ["000", "100", "001", "101", "010", "110", "011", "111"]),
+        (3, ["000", "100", "010", "110", "001", "101", "011", "111"]),
+    ),
+)
+def test_the_four_orders_of_a_cube(backend, layer_index, cells):
+    """Spelt out as txy digits t, y, x of a 2 × 2 × 2 segment: the last axis of the key moves fastest."""
+    coords = Layout(((Text(1), Vision(0, (2, 2, 2)), Text(1)),)).coords
+    scanned = gathered(coords, backend.scan_order(coords, layer_index))[0, 1:-1, 1:]
+    assert ["".join(map(str, cell)) for cell in scanned.tolist()] == cells
+
+
+def far_apart(coords: torch.Tensor) -> torch.Tensor:
+    """The same cells and segments under numbers whose product no integer holds."""
+    return torch.where(coords >= 0, coords * 2**40, coords)
+
+
+@orders()
+def test_large_coordinates_sort_as_small_ones(backend, case: LayoutCase):
+    """Keys that are joined into one number must not overflow it."""
+    coords = case.layout.coords
+    for layer in four_layers(case):
+        found, wanted = (backend.scan_order(given, layer) for given in (far_apart(coords), coords))
+        assert_exact(found, wanted, case, f"order of layer {layer}")
+
+
+@partitions()
+def test_large_coordinates_have_the_windows_of_small_ones(backend, case: LayoutCase):
+    """The same of the keys of windows: cells of one token, and everything in one cell."""
+    coords = case.layout.coords
+    for window, far in (((1, 1, 1), (1, 1, 1)), ((64,) * 3, (2**48,) * 3)):
+        found = backend.window_ids(far_apart(coords), far, case.shifted)
+        assert_exact(found, backend.window_ids(coords, window, case.shifted), case, f"windows of {far}")
+
+
+@pytest.mark.needs("window_ids")
+@pytest.mark.parametrize(
+    ("columns", "window", "sizes"),
+    (
+        (8, 4, [2, 4, 2]),  # Swin's shifted row, border windows smaller, not wrapped
+        (5, 4, [2, 3]),
+        (4, 4, [4]),  # not longer than the window: no shift
+        (3, 4, [3]),
+        (5, 3, [2, 3]),  # an odd window shifts by its half rounded down
+        (3, 1, [1, 1, 1]),
+    ),
+)
+def test_shifted_windows_follow_swins_rule(backend, columns, window, sizes):
+    """Half a window, only where the segment is longer than the window."""
+    coords = Layout(((Vision(0, (1, 1, columns)),),)).coords
+    ids = backend.window_ids(coords, (4, 8, window), True)[0].tolist()
+    assert [ids.count(i) for i in dict.fromkeys(ids)] == sizes
+
+
+@pytest.mark.needs("window_ids")
+def test_the_shift_looks_at_every_segment_and_axis_by_itself(backend):
+    """A long image next to a short one, a long axis next to a short one."""
+    coords = Layout(((Vision(0, (1, 2, 4)), Vision(1, (1, 2, 2)), Vision(2, (3, 1, 2))),)).coords
+    ids = backend.window_ids(coords, (2, 2, 2), True)[0]
+    sizes = [
+        sorted(int((ids == i).sum()) for i in ids[span].unique())
+        for span in (slice(8), slice(8, 12), slice(12, 18))
+    ]
+    assert sizes == [[2, 2, 4], [4], [2, 4]]

@@ -1,0 +1,145 @@
+"""`LocalSwin`: the teacher's own attention, inside shifted windows of one segment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linmu import reference
+
+from ..harness import second_formulation, second_formulation_modules
+from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero
+from ..harness.layouts import Layout, Text, Vision
+from ..harness.module_cases import (
+    ModuleCase,
+    check_module,
+    initial,
+    module_cases,
+    random_attention,
+    random_module,
+    run,
+    run_with_gradients,
+)
+from ..harness.module_checks import check_batch_mates_change_nothing
+from ..harness.operator_cases import DTYPES, holds
+
+swin = partial(holds, "LocalSwin", share=0.4)
+NAME = "LocalSwin"
+PROMPT = Layout(((Text(2), Vision(0, (1, 3, 3), "row"), Text(2)),))
+
+
+@swin(case=module_cases(DTYPES))
+def test_local_swin_and_gradients_match_the_reference(backend, case: ModuleCase):
+    """P17: output, and the gradients of the input and of every parameter, in every dtype."""
+    module = random_module(backend, NAME, case)
+    check_module(module, reference, NAME, case)
+
+
+@swin(case=module_cases(["float64"]))
+def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
+    """Attention over the whole row under a mask of window mates, to 1e-10."""
+    module = random_module(backend, NAME, case)
+    wanted = second_formulation_modules.local_swin(
+        dict(module.named_parameters()),
+        case.hidden_states(),
+        case.layout.coords,
+        case.position_embeddings(),
+        case.config,
+        case.layer_index,
+    )
+    assert_close(run(module, NAME, case), {"output": wanted}, case, 1e-10)
+
+
+@swin(case=module_cases(output_bias=True))
+def test_text_gets_zero_and_gives_nothing(backend, case: ModuleCase):
+    """Exactly, an output bias notwithstanding; no gradient reaches text or padding."""
+    results = run_with_gradients(random_module(backend, NAME, case), NAME, case)
+    text = case.layout.segment < 0
+    for key in ("output", "gradient of hidden_states"):
+        assert_zero(results[key][text], case, f"{key} on text")
+
+
+@swin(case=module_cases(["float64"], layout=PROMPT))
+def test_a_token_sees_its_window_and_nothing_else(backend, case: ModuleCase):
+    """Every window mate, later ones too, and exactly zero elsewhere; odd layers are shifted."""
+    module = random_module(backend, NAME, case)
+    u = case.hidden_states().requires_grad_()
+    output = run(module, NAME, case, u)["output"]
+    shifted = case.layer_index % 2 == 1
+    mates = second_formulation.same_window(case.layout.coords, case.config.window_thw, shifted)
+    for t in range(u.shape[1]):
+        (found,) = torch.autograd.grad(output[:, t].sum(), u, retain_graph=True)
+        assert_exact(found.abs().amax(-1) > 0, mates[:, t], case, f"tokens that token {t} reads")
+
+
+@swin(case=module_cases(["float64"], window_thw=(4, 8, 8), layout=PROMPT))
+def test_one_window_over_an_image_is_the_teachers_attention(backend, case: ModuleCase):
+    """Weights, biases, norms and RoPE of the teacher; without a causal mask, over the image alone."""
+    module, teacher = initial(backend, NAME, case), random_attention(case)
+    module.copy_attention(teacher)
+    image, config = case.layout.segment[0] >= 0, case.config
+    u = case.hidden_states()[:, image]
+    q, k, v = (
+        getattr(teacher, f"{n}_proj")(u).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for n in "qkv"
+    )
+    if config.qk_norm:
+        q, k = teacher.q_norm(q), teacher.k_norm(k)
+    cos, sin = (angle[:, None, image] for angle in case.position_embeddings())
+    q, k = (
+        z * cos + torch.cat([-z[..., z.shape[-1] // 2 :], z[..., : z.shape[-1] // 2]], -1) * sin
+        for z in (q, k)
+    )
+    attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+    found = run(module, NAME, case)["output"][:, image]
+    assert_close({"output": found}, {"output": teacher.o_proj(attended)}, case, 1e-10)
+
+
+@swin(case=module_cases(["float64"]))
+def test_only_differences_of_angles_matter(backend, case: ModuleCase):
+    """RoPE is relative: turning all tokens by one angle changes nothing."""
+    module = random_module(backend, NAME, case)
+    cos, sin = case.position_embeddings()
+    turn = torch.tensor(0.7, dtype=cos.dtype)
+    turned = (cos * turn.cos() - sin * turn.sin(), sin * turn.cos() + cos * turn.sin())
+    assert_same(run(module, NAME, case, position_embeddings=turned), run(module, NAME, case), case, factor=10)
+
+
+@swin(case=module_cases())
+def test_batch_mates_change_nothing(backend, case: ModuleCase):
+    """P16: every row alone gives what it gives among others."""
+    check_batch_mates_change_nothing(random_module(backend, NAME, case), NAME, case)
+
+
+@swin(case=module_cases(layout=Layout(((Vision(0, (1, 3, 3)),), (Vision(0, (1, 3, 3)),)))))
+def test_angles_of_one_row_serve_all_rows(backend, case: ModuleCase):
+    """Hugging Face may pass cos and sin with batch 1."""
+    module = random_module(backend, NAME, case)
+    one = tuple(angle[:1] for angle in case.position_embeddings())
+    for_all = tuple(angle.expand(2, -1, -1) for angle in one)
+    narrow = run(module, NAME, case, position_embeddings=one)
+    assert_same(narrow, run(module, NAME, case, position_embeddings=for_all), case)
+
+
+@swin(case=module_cases(("float32", "bfloat16")))
+def test_attention_is_copied_with_its_biases(backend, case: ModuleCase):
+    """Bit for bit, and a teacher with other tensors is refused."""
+    module, teacher = initial(backend, NAME, case), random_attention(case)
+    module.copy_attention(teacher)
+    own = dict(module.named_parameters())
+    assert own.keys() == dict(teacher.named_parameters()).keys()
+    for name, tensor in teacher.named_parameters():
+        assert_exact(own[name].detach(), tensor.detach(), case, name)
+    with pytest.raises(ValueError, match="must"):
+        module.copy_attention(random_attention(case, qkv_bias=not case.config.qkv_bias))
+
+
+@swin(case=module_cases(), share=0.2)
+def test_missing_angles_are_an_error(backend, case: ModuleCase):
+    """Attention without its positions would be a different function."""
+    module = random_module(backend, NAME, replace(case, dtype="float32"))
+    with pytest.raises(ValueError, match="position_embeddings"):
+        run(module, NAME, replace(case, dtype="float32"), position_embeddings=None)

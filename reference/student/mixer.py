@@ -1,0 +1,150 @@
+"""M-MATE behind the call of a Hugging Face decoder layer, and the choice of the backend that computes it.
+
+A decoder layer calls `self_attn` with keywords and wants a pair back. `hosted(MMATE)` is that MMATE with such
+a forward: same parameters, same names. It needs nothing of the module that calls it, so a wrapper may hold
+it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..checks import require
+from ..layout import VisionLayout
+from ..m_mate import MMATE
+from .cache import cache_slot
+
+logger = logging.getLogger(__name__)
+
+BACKEND_VARIABLE = "LINMU_BACKEND"
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")  # how attention is told of packed rows
+UNKNOWN = object()  # not None, which says that the tokens are all text
+
+_mixer_class: ContextVar[type[MMATE] | None] = ContextVar("mixer_class", default=None)
+
+
+class HostedMixer:
+    """To be put before an MMATE class: `self_attn`'s call instead of MMATE's."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        linmu_layout: VisionLayout | None = UNKNOWN,
+        past_key_values: Cache | None = None,
+        **unused,
+    ) -> tuple[Tensor, None]:
+        """Mix the sequence.
+
+        Args:
+            hidden_states: (B, L, D).
+            attention_mask: (B, S) bool, True = not padding, of which the last L columns count; None = all
+                valid.
+            cache: its slot of this layer lends its state and stores the next; None = no decoding.
+            position_embeddings: the teacher's (cos, sin), each (B or 1, L, N).
+            linmu_layout: where the vision tokens are, from the model's forward; None = all text.
+            past_key_values: what older transformers call `cache`.
+        Returns:
+            (B, L, D) in the dtype of `hidden_states`, and None in the place of attention weights.
+        Raises:
+            ValueError: if the layout is missing, for packed batches, or for shapes that do not fit.
+        """
+        require(
+            linmu_layout is not UNKNOWN,
+            "HostedMixer",
+            "linmu_layout must come from the student's own forward",
+            "no such argument",
+            "call the whole model, not an inner part of it",
+        )
+        packing = [name for name in PACKING if unused.get(name) is not None]
+        require(not packing, "HostedMixer", "the batch must be padded, not packed", packing)
+        cache = past_key_values if cache is None else cache
+        slot = None if cache is None else cache_slot(cache, self.layer_index)
+        y, state = super().forward(
+            hidden_states,
+            linmu_layout,
+            valid=valid_tokens(attention_mask, hidden_states.shape[1]),
+            position_embeddings=position_embeddings,
+            state=None if slot is None else slot.lend(),
+        )
+        if slot is not None:
+            slot.store(state, hidden_states.shape[1])
+        return y, None
+
+
+def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """Return the last `length` columns of a (B, S) padding mask, as bool; None stays None."""
+    if attention_mask is None:
+        return None
+    require(
+        attention_mask.ndim == 2,
+        "HostedMixer",
+        "attention_mask must be (B, S)",
+        tuple(attention_mask.shape),
+        'keep the decoder at attn_implementation={"text_config": "linmu"}',
+    )
+    return attention_mask[:, -length:].bool()
+
+
+@cache
+def hosted(mixer_class: type[MMATE]) -> type[MMATE]:
+    """Return the subclass of an MMATE class that a decoder layer can call."""
+    return type(f"Hosted{mixer_class.__name__}", (HostedMixer, mixer_class), {"__module__": __name__})
+
+
+@contextmanager
+def use_mixer(mixer_class: type[MMATE]) -> Iterator[None]:
+    """Build students with this MMATE class inside the `with`."""
+    token = _mixer_class.set(mixer_class)
+    try:
+        yield
+    finally:
+        _mixer_class.reset(token)
+
+
+def current_mixer() -> type[MMATE]:
+    """Return the MMATE class to build with: that of `use_mixer`, else that of the best backend there is.
+
+    Raises:
+        ValueError: if LINMU_BACKEND names no backend.
+        RuntimeError: if LINMU_BACKEND=optimized and it cannot be imported here.
+    """
+    return _mixer_class.get() or backend_mixer(os.environ.get(BACKEND_VARIABLE, ""))
+
+
+@cache
+def backend_mixer(wanted: str) -> type[MMATE]:
+    """Return the MMATE of a backend, "reference" or "optimized"; "" = optimized where it exists. Said
+    once."""
+    known = wanted in ("", "reference", "optimized")
+    require(known, BACKEND_VARIABLE, "must be reference, optimized or unset", wanted)
+    if wanted == "reference":
+        logger.info("LinMU runs on linmu.reference, as %s asks.", BACKEND_VARIABLE)
+        return MMATE
+    try:
+        optimized = importlib.import_module("linmu.optimized").MMATE
+    except (ImportError, AttributeError) as error:
+        if wanted == "optimized":
+            raise RuntimeError(
+                f"{BACKEND_VARIABLE}: linmu.optimized must be importable, got: {error}"
+            ) from error
+        logger.warning("LinMU runs on linmu.reference, which is slow: no linmu.optimized here (%s).", error)
+        return MMATE
+    logger.info("LinMU runs on linmu.optimized.")
+    return optimized
+
+
+def backend_name(mixer_class: type[MMATE]) -> str:
+    """Return the package of an MMATE class, as "linmu.reference"."""
+    return mixer_class.__module__.rpartition(".")[0]

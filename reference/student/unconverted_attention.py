@@ -1,0 +1,81 @@
+"""The attention of decoder layers that were not converted, under the mask that converted layers read.
+
+Converted layers want the padding mask as it is, (B, S) bool, S tokens seen so far and now; building the usual
+(B, 1, L, S) mask for them would cost what LinMU saves. So the decoder's attention implementation is "linmu":
+its mask function passes the padding mask on, or None without padding, and its attention makes of it what
+softmax needs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..checks import require
+
+ATTENTION = "linmu"
+
+
+def padding_mask(
+    *,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    kv_length: int,
+    kv_offset: int = 0,
+    **unused,
+) -> Tensor | None:
+    """Pass the padding mask to all layers; called once per forward by Hugging Face.
+
+    Args:
+        mask_function: what the layers may see, besides padding.
+        attention_mask: (B, S) bool, True = not padding; None = no padding.
+        kv_length: S, tokens of the past and of this forward.
+        kv_offset: the first of them.
+    Returns:
+        (B, S) bool, or None if there is no padding.
+    Raises:
+        ValueError: for packed sequences and sliding windows.
+    """
+    require(
+        mask_function is causal_mask_function,
+        "padding_mask",
+        "attention must be plain causal",
+        "packed sequences or a sliding window",
+        "pad the batch instead, with an attention_mask",
+    )
+    compiled = torch.compiler.is_compiling()  # a graph cannot depend on what the mask holds
+    if attention_mask is None or (not compiled and bool(attention_mask.all())):
+        return None
+    return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    """Causal softmax attention under a padding mask.
+
+    Args:
+        module: the attention layer.
+        query: (B, H, L, N), the last L of S tokens.
+        key, value: (B, G, S, N).
+        attention_mask: (B, S) bool, True = not padding; None = no padding.
+        **kwargs: as Hugging Face passes them.
+    Returns:
+        (B, L, H, N), and None in the place of attention weights. Padding attends to itself.
+    """
+    length, total = query.shape[2], key.shape[2]
+    if attention_mask is not None or 1 < length < total:
+        queries = torch.arange(total - length, total, device=query.device)[:, None]
+        keys = torch.arange(total, device=query.device)
+        mask = (keys <= queries)[None]  # (1, L, S)
+        if attention_mask is not None:
+            mask = (mask & attention_mask[:, None]) | (keys == queries)  # (B, L, S)
+        attention_mask = mask[:, None].expand(query.shape[0], 1, length, total)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, causal_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, padding_mask)

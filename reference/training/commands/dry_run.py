@@ -1,0 +1,124 @@
+"""`--dry_run`: check the data, and say what a run would train, on what, and in how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from ...prompts.processing import IGNORED
+from ..data.conversations import ENDLESS, BrokenSampleError, Conversations, Mixture
+from ..safety.memory import predict
+from ..stages import Stage
+from .command_line import check
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+LOOKED_AT = 1000  # samples of a data set without an end
+NAMED = 20  # broken samples that are printed
+
+
+class Survey(Dataset):
+    """Samples as their sizes, or as what is wrong with them."""
+
+    def __init__(self, data: Dataset, measure: Callable[[Any], dict[str, int]]) -> None:
+        self.data, self.measure = data, measure
+        self.length = LOOKED_AT if len(data) >= ENDLESS else len(data)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, int] | str:
+        try:
+            return self.measure(self.data[index])
+        except BrokenSampleError as error:
+            return str(error)
+
+
+def dry_run(run: Run, stages: list[Stage]) -> None:
+    """Check and describe; nothing is written.
+
+    Args:
+        run: opened.
+        stages: those to describe.
+    Raises:
+        RefusedError: if samples are broken and broken samples refuse a run.
+    """
+    largest, broken = None, 0
+    for title, data in parts(run):
+        sizes, complaints = survey(run, data)
+        broken += len(complaints)
+        run.say(f"{title}: {len(sizes)} samples can be read, {len(complaints)} are broken")
+        for complaint in complaints[:NAMED]:
+            run.say(f"  {complaint}")
+        for name in ("tokens", "vision", "supervised") if sizes else ():
+            values = [size[name] for size in sizes]
+            run.say(f"  {name:10} {min(values)} to {max(values)} a sample, median {median(values):g}")
+        longest = max(range(len(sizes)), key=lambda i: sizes[i]["tokens"], default=None)
+        if longest is not None and (largest is None or sizes[longest]["tokens"] > largest[1]):
+            largest = data, sizes[longest]["tokens"], sizes[longest]["index"]
+    refused = broken and run.config.on_broken == "refuse"
+    check(not refused, "samples must be readable", f"{broken} that are not", "mend them, or --on_broken skip")
+    check(largest, "data must hold samples", "none that can be read")
+    data, _, index = largest
+    batch = run.encoder.padded([data[index]] * run.config.batch_size)
+    run.say(f"the largest batch, {run.config.batch_size} times the longest sample:")
+    for name, tensor in batch.items():
+        run.say(f"  {name:20} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    describe_stages(run, stages, {name: tensor.to(run.device) for name, tensor in batch.items()})
+
+
+def describe_stages(run: Run, stages: list[Stage], batch: dict[str, torch.Tensor]) -> None:
+    """What each stage trains, and its memory on the largest batch: that of its hungriest route."""
+    for stage in stages:
+        if stage.lr_lora:
+            run.add_adapters()
+        run.set_free(stage)
+        predictions = []
+        for route in stage.routes:
+            lesson = run.lesson(route)
+            with run.autocast():
+                predictions.append(predict(lesson, batch))
+            lesson.close()
+        memory = max(predictions, key=lambda prediction: prediction.total)
+        run.say(f"stage {stage.name}, {run.config.steps_of(stage.name)} steps: memory {memory}")
+
+
+def parts(run: Run) -> Iterator[tuple[str, Dataset]]:
+    """The data sets of a run, one by one, with what to call them."""
+    for title, data in (("training", run.training), ("held out", run.held_out)):
+        several = [order.data for order in data.orders] if isinstance(data, Mixture) else [data]
+        several = data.datasets if isinstance(data, ConcatDataset) else several
+        for part in several:
+            name = part.rows.source if isinstance(part, Conversations) else run.config.data
+            yield f"{title} data, {name}", part
+
+
+def survey(run: Run, data: Dataset) -> tuple[list[dict[str, int]], list[str]]:
+    """Sizes of all samples that can be read, and what is wrong with the others."""
+
+    def measure(item: dict[str, Any]) -> dict[str, int]:
+        batch = run.encoder.padded([item])
+        return {
+            "tokens": int(batch["attention_mask"].sum()),
+            "vision": int((batch["mm_token_type_ids"] > 0).sum()),
+            "supervised": int((batch["labels"] != IGNORED).sum()),
+        }
+
+    told = Survey(strict(data), measure)
+    found = list(DataLoader(told, 8, collate_fn=list, num_workers=run.config.workers))
+    flat = [result for results in found for result in results]
+    sizes = [size | {"index": i} for i, size in enumerate(flat) if isinstance(size, dict)]
+    return sizes, [result for result in flat if isinstance(result, str)]
+
+
+def strict(data: Dataset) -> Dataset:
+    """The same samples, broken ones refused: a survey wants to meet them all."""
+    if not isinstance(data, Conversations):
+        return data
+    options = (data.media.max_frames, data.media.max_pixels, data.lines, data.prepare)
+    return Conversations(data.rows, "refuse", *options)

@@ -1,0 +1,248 @@
+"""Conversations of users' data sets, one sample at a time, in an order that a killed run can take up again.
+
+Which sample comes at which place of a run depends on the seed and the place alone, so a run that goes on
+needs to know its step and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from ...checks import require
+from ..commands.command_line import RefusedError
+from .media import Media
+from .sources import JsonLines, Stream, Table, open_rows
+from .turns import blocks, read_turns
+
+logger = logging.getLogger(__name__)
+
+ENDLESS = 2**40  # samples counted where there is no end
+PIXELS_PER_TOKEN = 28 * 28  # of Qwen's vision towers; only to sort by rough length
+ATTEMPTS = 1000  # broken samples in a row that a stream may skip
+BLOCK = 1024  # places of a mixture drawn at once
+
+
+class BrokenSampleError(RefusedError):
+    """A sample that cannot be used, by file and line."""
+
+
+class Conversations(Dataset):
+    """Conversations of one data set, images and frames opened when asked for.
+
+    Args:
+        source: JSONL file, folder or Hub id, as of `open_rows`, or opened rows.
+        on_broken: "refuse" raises on a sample that cannot be used, "skip" names it and takes the next one.
+        max_frames, max_pixels: as of `Media`.
+        lines: indices of the rows to use; None = all.
+        prepare: what else is done to a sample; an error in it breaks the sample.
+        report: JSONL file that is told which samples were skipped, by every process.
+    Raises:
+        ValueError: if there is no such data set or it is empty.
+        BrokenSampleError: on access, for a sample that cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | JsonLines | Table | Stream,
+        on_broken: str = "refuse",
+        max_frames: int = 0,
+        max_pixels: int = 0,
+        lines: Sequence[int] | None = None,
+        prepare: Callable[[dict[str, Any]], Any] | None = None,
+        report: Path | None = None,
+    ) -> None:
+        require(
+            on_broken in ("refuse", "skip"), "Conversations", "on_broken must be refuse or skip", on_broken
+        )
+        self.rows = open_rows(str(source)) if isinstance(source, str | Path) else source
+        self.on_broken, self.prepare, self.report = on_broken, prepare, report
+        self.media = Media(self.rows.root, max_pixels, max_frames)
+        every = range(ENDLESS if isinstance(self.rows, Stream) else len(self.rows))
+        self.lines: Sequence[int] = every if lines is None else lines
+        require(len(self.lines) > 0, "Conversations", f"{source} must hold conversations", "none")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Any:
+        for attempt in range(min(len(self), ATTEMPTS)):
+            line = self.lines[(index + attempt) % len(self)]
+            try:
+                return self.read(line)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                name, why = self.rows.name(line), f"{type(error).__name__}: {error}"
+                if self.on_broken == "refuse":
+                    hint = "mend it, or skip broken samples (on_broken)"
+                    raise BrokenSampleError(f"{name}: {why}; {hint}") from error
+                logger.warning("skipped %s: %s", name, why)
+                self.note(name, why)
+        raise BrokenSampleError(f"{self.rows.name(line)}: must not follow broken samples alone")
+
+    def note(self, name: str, why: str) -> None:
+        """Tell the report that a sample was skipped: one write, so that processes do not mix their lines."""
+        if self.report is not None:
+            with self.report.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"sample": name, "why": why}) + "\n")
+
+    def split(self, every: int) -> tuple[Conversations, Conversations]:
+        """Hold out every `every`-th sample: (the rest, the held-out ones)."""
+        held_out = list(self.lines[::every])
+        rest = [line for line in self.lines if line not in set(held_out)]
+        must = "a data set must hold two samples to split"
+        require(bool(rest), "Conversations", must, len(self.lines))
+        options = (self.on_broken, self.media.max_frames, self.media.max_pixels)
+        return tuple(
+            Conversations(self.rows, *options, lines, self.prepare, self.report) for lines in (rest, held_out)
+        )
+
+    def read(self, line: int) -> Any:
+        """Parse one row and open its images: {"kind", "messages", "name"}, prepared."""
+        row = self.rows.row(line)
+        messages = read_turns(row)
+        for block in blocks(messages, "image"):
+            block["image"] = self.media.image(block["image"])
+        for block in blocks(messages, "video"):
+            block |= self.media.video(block["video"], block.get("fps", row.get("fps")))
+        item = {"kind": str(row.get("kind") or "all"), "messages": messages, "name": self.rows.name(line)}
+        return item if self.prepare is None else self.prepare(item)
+
+    def rough_length(self, index: int) -> int:
+        """About how many tokens a sample has, from its text and the sizes of its pictures; 0 if broken."""
+        try:
+            messages = read_turns(self.rows.row(self.lines[index]))
+            text = sum(len(block["text"]) for block in blocks(messages, "text")) // 4
+            pictures = [block["image"] for block in blocks(messages, "image")]
+            videos = [block["video"] for block in blocks(messages, "video")]
+            frames = [v[i] for v in videos if isinstance(v, list) for i in self.media.kept(len(v))]
+            return text + sum(map(self._area, pictures + frames)) // PIXELS_PER_TOKEN
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return 0
+
+    def _area(self, source: Any) -> int:
+        """Pixels of an image, from the head of its file."""
+        if isinstance(source, Image.Image):
+            area = source.width * source.height
+        else:
+            with Image.open(self.media.file(source)[0]) as image:
+                area = image.width * image.height
+        return min(area, self.media.max_pixels or area)
+
+
+class Mixture(Dataset):
+    """Samples of several data sets, drawn with weights, each data set in an order of its own.
+
+    Args:
+        parts: the data sets.
+        weights: how often each is drawn, > 0, relative to each other.
+        seed: of the draws and of the orders.
+        group: as of `InOrder`.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], seed: int, group: int = 0) -> None:
+        require(len(parts) == len(weights), "Mixture", "every part must have a weight", len(weights))
+        require(min(weights) > 0, "Mixture", "weights must be positive", tuple(weights))
+        self.orders = [InOrder(part, ENDLESS, order_of(part, seed), group=group) for part in parts]
+        self.weights, self.seed = torch.tensor(weights, dtype=torch.float64), seed
+        self.drawn: list[torch.Tensor] = [torch.zeros(len(parts), dtype=torch.int64)]  # before each block
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Any:
+        part, place = self.draw(index)
+        return self.orders[part][place]
+
+    def draw(self, index: int) -> tuple[int, int]:
+        """Which data set comes at `index`, and how many of its samples came before."""
+        block, place = divmod(index, BLOCK)
+        while len(self.drawn) <= block + 1:
+            counts = torch.bincount(self._choices(len(self.drawn) - 1), minlength=len(self.orders))
+            self.drawn.append(self.drawn[-1] + counts)
+        choices = self._choices(block)
+        part = int(choices[place])
+        return part, int(self.drawn[block][part] + (choices[:place] == part).sum())
+
+    def _choices(self, block: int) -> torch.Tensor:
+        """The data sets at the places of a block."""
+        generator = torch.Generator().manual_seed(hash((self.seed, block, 1)) % 2**63)
+        return torch.multinomial(self.weights, BLOCK, replacement=True, generator=generator)
+
+
+class InOrder(Dataset):
+    """`length` samples of `data` in an order that depends on the seed alone, epoch after epoch.
+
+    Args:
+        data: a dataset with a length.
+        length: samples to give.
+        seed: of the order; None = as they stand.
+        first: samples to leave out at the start of the order, as an earlier stage has seen them.
+        group: samples in a batch over all processes, to fill batches with samples of about one length, so
+            that little is padded; 0 = do not group. `data` must tell each `rough_length`.
+    """
+
+    def __init__(
+        self, data: Dataset, length: int, seed: int | None = None, first: int = 0, group: int = 0
+    ) -> None:
+        self.data, self.length, self.seed, self.first = data, length, seed, first
+        self.group, self.lengths = group, []
+        self._shuffled: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        positions = [self.position(index + self.first) for index in indices]
+        many = getattr(self.data, "__getitems__", None)
+        items = many(positions) if many else [self.data[position] for position in positions]
+        return [
+            {"name": f"sample {position}"} | item if isinstance(item, dict) else item
+            for position, item in zip(positions, items, strict=True)
+        ]
+
+    def position(self, index: int) -> int:
+        """Which sample of `data` comes at `index` of the order."""
+        epoch, place = divmod(index, len(self.data))
+        if self.seed is None:
+            return place
+        if self._shuffled[0] != epoch:
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            self._shuffled = (epoch, self._shuffle(generator))
+        return self._shuffled[1][place]
+
+    def _shuffle(self, generator: torch.Generator) -> list[int]:
+        """The samples of one epoch."""
+        if not self.group:
+            return torch.randperm(len(self.data), generator=generator).tolist()
+        if not self.lengths:
+            self.lengths = [self.data.rough_length(i) for i in range(len(self.data))]
+        order = get_length_grouped_indices(self.lengths, self.group, generator=generator)
+        batches = [order[i : i + self.group] for i in range(0, len(order), self.group)]
+        whole = [batch for batch in batches if len(batch) == self.group]
+        mixed = torch.randperm(len(whole), generator=generator).tolist()  # long ones must not all come first
+        rest = [i for batch in batches if len(batch) < self.group for i in batch]
+        return [i for number in mixed for i in whole[number]] + rest
+
+
+def order_of(data: Dataset, seed: int) -> int | None:
+    """The seed that orders a data set; None for one that comes in an order of its own."""
+    return None if len(data) >= ENDLESS else seed
+
+
+def skipped(report: Path) -> Counter[str]:
+    """How many samples were skipped, by what was wrong with them; each counts once."""
+    lines = report.read_text(encoding="utf-8").splitlines() if report.is_file() else []
+    reasons = {entry["sample"]: entry["why"] for entry in map(json.loads, lines)}
+    return Counter(why.split(":")[0] for why in reasons.values())
