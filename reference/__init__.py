@@ -35,7 +35,7 @@ from .training.calibration import calibrate_norms
 from .training.teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .window_attention import window_attention
 
-# `python -m linmu.reference.student.convert` runs a module that its package has imported already: harmless here.
+# `python -m linmu.reference.student.convert` runs a module that was imported already.
 warnings.filterwarnings("ignore", "'linmu.reference.student.convert' found in sys.modules", RuntimeWarning)
 
 __all__ = [

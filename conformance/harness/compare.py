@@ -247,16 +247,14 @@ def reproduction(case: Any) -> str:
     if "-" in backend:
         return f"python -m pytest '{test_id}'"
     module = ".".join(Path(file).with_suffix("").parts[-2:])
-    names = "; ".join(
-        f"from linmu.conformance.{source} import *"
-        for source in (
-            "harness.backends",
-            "harness.layouts",
-            "harness.module_cases",
-            "harness.operator_cases",
-            module,
-        )
+    sources = (
+        "harness.backends",
+        "harness.layouts",
+        "harness.module_cases",
+        "harness.operator_cases",
+        module,
     )
+    names = "; ".join(f"from linmu.conformance.{source} import *" for source in sources)
     return shell_quoted(f"{names}; {name}.check(load({backend!r}), {case!r})")
 
 

@@ -4,7 +4,7 @@
     student.save_pretrained(folder)      config.json and safetensors, as for any Hugging Face model
     student = load(folder)
 
-    python -m linmu.reference.student.convert --describe ID_OR_DIR      what converting would change, without weights
+    python -m linmu.reference.student.convert --describe ID_OR_DIR    what converting would change
 
 Per converted layer: q, k, v and output projections with their biases go into both branches; the rest of
 M-MATE starts as `MMATE.initial_values` says (LinMU, arXiv 2601.01322, and the choices noted there). All

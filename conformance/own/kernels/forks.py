@@ -22,7 +22,7 @@ Variables = tuple[tuple[str, str], ...]
 
 
 def run_forked(variables: Variables, program: str | Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a module of this folder, or a file, where these environment variables were set before anything was imported."""
+    """Run a module of this folder, or a file, in an environment set before anything was imported."""
     with TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("stdout", "stderr")]
         command = [str(part) for part in (*paths, program, *arguments)]

@@ -25,11 +25,11 @@ OPERATORS = (
 )
 
 
-def interpreted(module: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a module under Triton's interpreter."""
-    return run_forked(
-        (("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1")), f"interpreter.{module}", *arguments
-    )
+def interpreted(program: str | Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a trial, by its name, or a file under Triton's interpreter."""
+    if isinstance(program, str):
+        program = f"interpreter.{program}"
+    return run_forked((("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1")), program, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_sums_of_steps_are_rounded_once(tmp_path):
 
 NORMS = """
 import torch
-from gpu_cases import left_by_the_norm
-from interpreter import mend_bfloat16, mend_scalars
-from interpreter.trial import shrink_blocks
+from linmu.conformance.own.kernels.gpu_cases import left_by_the_norm
+from linmu.conformance.own.kernels.interpreter import mend_bfloat16, mend_scalars
+from linmu.conformance.own.kernels.interpreter.trial import shrink_blocks
 
 shrink_blocks()
 mend_bfloat16()
@@ -117,7 +117,7 @@ def test_offsets_may_exceed_two_to_the_31(operator):
 
 WRAPPING = """
 import torch, triton, triton.language as tl
-from interpreter import watch_memory
+from linmu.conformance.own.kernels.interpreter import watch_memory
 
 @triton.jit
 def kernel(X, Y, stride):
@@ -145,7 +145,7 @@ def test_the_interpreter_catches_an_offset_that_wraps(tmp_path, wide):
 
 FAULTY = """
 import torch, triton, triton.language as tl
-from interpreter import watch_memory
+from linmu.conformance.own.kernels.interpreter import watch_memory
 
 @triton.jit
 def kernel(X, Y, size, SHIFT: tl.constexpr, SAME: tl.constexpr, MASKED: tl.constexpr):
@@ -190,7 +190,7 @@ def test_the_interpreter_poisons_masked_loads_that_give_no_other_value(tmp_path)
 
 BFLOAT16 = """
 import torch, triton, triton.language as tl
-from interpreter import mend_bfloat16
+from linmu.conformance.own.kernels.interpreter import mend_bfloat16
 mend_bfloat16()
 
 @triton.jit

@@ -27,10 +27,9 @@ print(json.dumps({"reference": reference.__file__, "optimized": optimized.__file
 
 def package_files(tree: Path, folder: str) -> list[Path]:
     """Every file of one package folder that belongs to it: no bytecode, no results, no tests of our own."""
+    left_out = {"__pycache__", "results", "own"}
     files = (path for path in (tree / folder).rglob("*") if path.is_file())
-    return sorted(
-        path for path in files if not {"__pycache__", "results", "own"} & set(path.relative_to(tree).parts)
-    )
+    return sorted(path for path in files if not left_out & set(path.relative_to(tree).parts))
 
 
 @pytest.fixture(scope="module")
