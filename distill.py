@@ -34,7 +34,7 @@ from linmu.reference.training.commands.evaluate_command import judge
 from linmu.reference.training.run import Run
 from linmu.reference.training.stages import STAGES, Stage
 from linmu.reference.training.teacher_student import Objective
-from linmu.reference.training.variants import varied
+from linmu.reference.training.variants import apply_variant
 
 
 def about(help: str, default: Any) -> Any:
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> Any:
 def distil(config: Config) -> dict[str, Any]:
     """Distil, or describe it; returns what `results.json` holds."""
     run = Run(config)
-    stages = [varied(stage_of(name, config), config) for name in config.stage_list]
+    stages = [apply_variant(stage_of(name, config), config) for name in config.stage_list]
     if config.dry_run:
         run.open()
         dry_run(run, stages)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linmu import reference
 
-from ..reference.flex_ma import FlexMAState, LentState, full_precision_linear, rms_norm_per_head
+from ..reference.flex_ma import DonatedState, FlexMAState, full_precision_linear, rms_norm_per_head
 from . import conv_operators, step_operators
 from .layout import VisionLayout, fast, permute_tokens
 from .projections import apply_rope, are_plain, narrow_products
@@ -70,7 +70,7 @@ class FlexMA(reference.FlexMA):
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
             rates = narrow_products(hidden_states, linears)
         if layout is not None:
-            rates = [layout.in_order(rate, self.scan_axes) for rate in rates]
+            rates = [layout.in_order(rate, self.order_layer) for rate in rates]
         dt = F.softplus(rates[0])
         if one_token:
             y, state = self.step(x, B, C, dt, valid, state)
@@ -97,7 +97,7 @@ class FlexMA(reference.FlexMA):
 
         dt and gate come in scan order, all else in token order.
         """
-        order = None if layout is None else layout.order(self.scan_axes)
+        order = None if layout is None else layout.order(self.order_layer)
         segment = openings = None
         if layout is not None and self.config.backward_scan:
             segment, openings = layout.segment, layout.openings if valid is None else None
@@ -162,7 +162,7 @@ class FlexMA(reference.FlexMA):
         """
         x, B, C, rate, z = self.project_token(hidden_states, position_embeddings)
         scan_state = state.scan
-        if not (isinstance(state, LentState) and may_be_overwritten(scan_state, rate.dtype)):
+        if not (isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)):
             scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
         has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
         y, conv_state = step_operators.text_step(

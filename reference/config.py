@@ -13,7 +13,7 @@ from typing import Any
 
 from .checks import require
 
-SIZES = ("width", "heads", "groups", "head_dim", "qkv_bias", "output_bias", "qk_norm", "norm_eps")
+TEACHER_SIZES = ("width", "heads", "groups", "head_dim", "qkv_bias", "output_bias", "qk_norm", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class LinMUConfig:
 
     def options(self) -> dict[str, Any]:
         """What a student's `config.json` keeps: all that the teacher's own configuration does not say."""
-        return {name: value for name, value in asdict(self).items() if name not in SIZES}
+        return {name: value for name, value in asdict(self).items() if name not in TEACHER_SIZES}
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Refuse option names that do not exist, instead of ignoring a misspelt one."""
-        known = {field.name for field in fields(cls)} - set(SIZES)
+        known = {field.name for field in fields(cls)} - set(TEACHER_SIZES)
         unknown = sorted(set(options) - known)
         require(not unknown, "LinMUConfig", f"options must be among {sorted(known)}", unknown)
         return options

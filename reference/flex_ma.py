@@ -43,7 +43,7 @@ class FlexMAState(NamedTuple):
     scan: Tensor
 
 
-class LentState(FlexMAState):
+class DonatedState(FlexMAState):
     """A state that the token it is given to may overwrite: whoever lends it keeps what comes back instead."""
 
     __slots__ = ()
@@ -128,17 +128,17 @@ class FlexMA(HeadProjections):
         """
         self.check_inputs(hidden_states, layout, valid)
         taken, dt, gate = self.project(hidden_states, position_embeddings)
-        order = None if layout is None else layout.order(self.scan_axes)
+        order = None if layout is None else layout.order(self.order_layer)
         if order is not None:
             taken, dt, gate = (permute_tokens(tensor, order) for tensor in (taken, dt, gate))
         taken, conv_state = self.convolve(taken, valid, state)
         y, scan_state = self.scan(taken, dt, gate, layout, valid, state)
         if order is not None:
-            y = permute_tokens(y, layout.inverse(self.scan_axes))
+            y = permute_tokens(y, layout.inverse(self.order_layer))
         return self.project_out(y, hidden_states), FlexMAState(conv_state, scan_state)
 
     @property
-    def scan_axes(self) -> int:
+    def order_layer(self) -> int:
         """The layer index whose scan order this layer uses: its own, or 0 with `rotary_major` off."""
         return self.layer_index if self.config.rotary_major else 0
 

@@ -15,7 +15,7 @@ from .checks import require, require_shape
 from .config import LinMUConfig
 from .numerics import accumulation_dtype
 
-COPIED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+COPIED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class HeadProjections(nn.Module):
@@ -59,7 +59,7 @@ class HeadProjections(nn.Module):
             ValueError: if a tensor is missing on either side, or has another shape.
         """
         where = f"{type(self).__name__}.copy_attention"
-        for name in COPIED:
+        for name in COPIED_MODULES:
             own, given = (dict(module_tensors(module, name)) for module in (self, attention))
             require(own.keys() == given.keys(), where, f"{name} must hold {sorted(own)}", sorted(given))
             for key, tensor in given.items():

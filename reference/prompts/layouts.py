@@ -70,7 +70,7 @@ class Vision:
         """(items,) rows of an argument that belong to each item, from the items' tokens (items,)."""
         return torch.ones_like(tokens)
 
-    def keep_new(
+    def drop_cached(
         self, config: PreTrainedConfig, placements: list[Placement], past: int, inputs: dict[str, Any]
     ) -> None:
         """Drop from `inputs` what the cache of `past` tokens has seen: images and videos that begin there."""
@@ -266,7 +266,7 @@ class Idefics3Vision(Vision):
                 item += 1
         return placements
 
-    def keep_new(self, config, placements, past, inputs) -> None:
+    def drop_cached(self, config, placements, past, inputs) -> None:
         """Blank the tiles that were seen: the teacher leaves blank ones out."""
         side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         pixels = inputs["pixel_values"].clone()

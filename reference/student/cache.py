@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ..checks import require
-from ..flex_ma import FlexMAState, LentState
+from ..flex_ma import DonatedState, FlexMAState
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 _ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -37,12 +37,12 @@ class LinMUCacheLayer(CacheLayerMixin):
         self.state: FlexMAState | None = None
         self.seen_tokens = 0
 
-    def lend(self) -> LentState | None:
+    def donate(self) -> DonatedState | None:
         """Return the state for the next tokens, None before the first; `store` brings what comes of it.
 
         Nobody else holds a slot's tensors, so that a token may overwrite them instead of copying them.
         """
-        return None if self.state is None else LentState(*self.state)
+        return None if self.state is None else DonatedState(*self.state)
 
     def store(self, state: FlexMAState, new_tokens: int) -> None:
         """Take over the state after `new_tokens` more tokens: its tensors are the slot's from now on."""

@@ -29,7 +29,15 @@ from ..numerics import accumulation_dtype
 from .cost import describe
 from .families import FAMILIES, family_of
 from .mixer import backend_mixer, use_mixer
-from .model import PRECISE, VERSION, LinMUModel, attention_by_part, decoder_layers, mixer_config, mixers
+from .model import (
+    FLOAT32_PARAMETERS,
+    VERSION,
+    LinMUModel,
+    attention_by_part,
+    decoder_layers,
+    mixer_config,
+    mixers,
+)
 from .saved_folder import check_folder, hub_name
 
 
@@ -168,7 +176,7 @@ def start_mixer(mixer: MMATE, attention: nn.Module) -> None:
     weight = attention.q_proj.weight
     mixer.to_empty(device=weight.device).to(weight.dtype)
     for name, parameter in mixer.named_parameters():
-        if name.startswith(PRECISE):
+        if name.startswith(FLOAT32_PARAMETERS):
             parameter.data = parameter.data.to(accumulation_dtype(weight.dtype))
     mixer.reset_parameters()
     mixer.copy_attention(attention)

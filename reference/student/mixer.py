@@ -1,7 +1,7 @@
 """M-MATE behind the call of a Hugging Face decoder layer, and the choice of the backend that computes it.
 
-A decoder layer calls `self_attn` with keywords and wants a pair back. `hosted(MMATE)` is that MMATE with such
-a forward: same parameters, same names. It needs nothing of the module that calls it, so a wrapper may hold
+A decoder layer calls `self_attn` with keywords and wants a pair back. `as_self_attn(MMATE)` is that MMATE with
+such a forward: same parameters, same names. It needs nothing of the module that calls it, so a wrapper may hold
 it.
 """
 
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "LINMU_BACKEND"
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")  # how attention is told of packed rows
-UNKNOWN = object()  # not None, which says that the tokens are all text
+NO_LAYOUT_GIVEN = object()  # not None, which says that the tokens are all text
 
 _mixer_class: ContextVar[type[MMATE] | None] = ContextVar("mixer_class", default=None)
 
 
-class HostedMixer:
+class SelfAttentionAdapter:
     """To be put before an MMATE class: `self_attn`'s call instead of MMATE's."""
 
     def forward(
@@ -41,7 +41,7 @@ class HostedMixer:
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        linmu_layout: VisionLayout | None = UNKNOWN,
+        linmu_layout: VisionLayout | None = NO_LAYOUT_GIVEN,
         past_key_values: Cache | None = None,
         **unused,
     ) -> tuple[Tensor, None]:
@@ -61,14 +61,14 @@ class HostedMixer:
             ValueError: if the layout is missing, for packed batches, or for shapes that do not fit.
         """
         require(
-            linmu_layout is not UNKNOWN,
-            "HostedMixer",
+            linmu_layout is not NO_LAYOUT_GIVEN,
+            "SelfAttentionAdapter",
             "linmu_layout must come from the student's own forward",
             "no such argument",
             "call the whole model, not an inner part of it",
         )
         packing = [name for name in PACKING if unused.get(name) is not None]
-        require(not packing, "HostedMixer", "the batch must be padded, not packed", packing)
+        require(not packing, "SelfAttentionAdapter", "the batch must be padded, not packed", packing)
         cache = past_key_values if cache is None else cache
         slot = None if cache is None else cache_slot(cache, self.layer_index)
         y, state = super().forward(
@@ -76,7 +76,7 @@ class HostedMixer:
             linmu_layout,
             valid=valid_tokens(attention_mask, hidden_states.shape[1]),
             position_embeddings=position_embeddings,
-            state=None if slot is None else slot.lend(),
+            state=None if slot is None else slot.donate(),
         )
         if slot is not None:
             slot.store(state, hidden_states.shape[1])
@@ -89,7 +89,7 @@ def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
         return None
     require(
         attention_mask.ndim == 2,
-        "HostedMixer",
+        "SelfAttentionAdapter",
         "attention_mask must be (B, S)",
         tuple(attention_mask.shape),
         'keep the decoder at attn_implementation={"text_config": "linmu"}',
@@ -98,9 +98,10 @@ def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
 
 
 @cache
-def hosted(mixer_class: type[MMATE]) -> type[MMATE]:
+def as_self_attn(mixer_class: type[MMATE]) -> type[MMATE]:
     """Return the subclass of an MMATE class that a decoder layer can call."""
-    return type(f"Hosted{mixer_class.__name__}", (HostedMixer, mixer_class), {"__module__": __name__})
+    name = f"Hosted{mixer_class.__name__}"
+    return type(name, (SelfAttentionAdapter, mixer_class), {"__module__": __name__})
 
 
 @contextmanager

@@ -31,12 +31,12 @@ from ..m_mate import MMATE
 from ..prompts.grids import cuts_a_block, placement_coords
 from ..prompts.layouts import Vision
 from .cache import CACHE_NAME, name_cache
-from .mixer import backend_name, current_mixer, hosted
+from .mixer import as_self_attn, backend_name, current_mixer
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-PRECISE = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
+FLOAT32_PARAMETERS = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
 VERSION = 1
 
 
@@ -85,7 +85,7 @@ class LinMUModel:
         ValueError: if the configuration has no `linmu`, or one of a newer version.
     """
 
-    _keep_in_fp32_modules_strict = PRECISE
+    _keep_in_fp32_modules_strict = FLOAT32_PARAMETERS
     vision: Vision | None = None
     _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
 
@@ -97,7 +97,7 @@ class LinMUModel:
         layers = decoder_layers(self)
         for index in config.linmu["layers"]:
             sizes = mixer_config(config, layers[index].self_attn, config.linmu["options"])
-            layers[index].self_attn = hosted(mixer_class)(sizes, index)
+            layers[index].self_attn = as_self_attn(mixer_class)(sizes, index)
         self.set_attn_implementation(attention_by_part(config))
         self.post_init()
 
@@ -211,7 +211,7 @@ class LinMUModel:
             if hasattr(self.base_model, "rope_deltas"):
                 self.base_model.rope_deltas = None  # of an earlier call, perhaps on another prompt
             kwargs["position_ids"] = self._prepare_position_ids_for_generation(input_ids, kwargs)
-        self.vision.keep_new(self.config, placements, past, kwargs)
+        self.vision.drop_cached(self.config, placements, past, kwargs)
 
     def _expand_inputs_for_generation(
         self,

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 
 from ..checks import require
 
-MARK = "linmu.MMATE"
-OURS = "<!-- written by linmu when the student was saved -->"
+STUDENT_LAYER_TYPE = "linmu.MMATE"
+CARD_MARKER = "<!-- written by linmu when the student was saved -->"
 MEASURES = {"accuracy": "accuracy", "kl": "KL, nats", "agreement": "same first choice"}
 
 CARD = """---
@@ -67,7 +67,7 @@ class StudentConfig:
         if converted:
             decoder = self.get_text_config(decoder=True)
             part = settings if decoder is self else settings.setdefault("text_config", {})
-            kinds = ("full_attention", MARK)
+            kinds = ("full_attention", STUDENT_LAYER_TYPE)
             part["layer_types"] = [kinds[index in converted] for index in range(decoder.num_hidden_layers)]
         return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
@@ -78,7 +78,7 @@ class StudentConfig:
         if isinstance(settings.get("text_config"), dict):
             settings["text_config"] = dict(settings["text_config"])
         for part in (settings, settings.get("text_config")):
-            if isinstance(part, dict) and MARK in (part.get("layer_types") or []):
+            if isinstance(part, dict) and STUDENT_LAYER_TYPE in (part.get("layer_types") or []):
                 del part["layer_types"]  # all alike, as Hugging Face sets them by itself
         return super().from_dict(settings, **kwargs)
 
@@ -86,7 +86,7 @@ class StudentConfig:
 def write_card(student: Any, folder: str | os.PathLike) -> None:
     """Write README.md, unless somebody else wrote one; the numbers are those of the run around the folder."""
     path = Path(folder) / "README.md"
-    if path.is_file() and OURS not in path.read_text():
+    if path.is_file() and CARD_MARKER not in path.read_text():
         return
     settings = student.config.linmu
     teacher = settings.get("teacher")
@@ -94,7 +94,7 @@ def write_card(student: Any, folder: str | os.PathLike) -> None:
         CARD.format(
             pipeline="text-generation" if student.vision is None else "image-text-to-text",
             base=f"\nbase_model: {teacher}" if teacher else "",
-            ours=OURS,
+            ours=CARD_MARKER,
             of=f" of {teacher}" if teacher else "",
             architecture=type(student).__name__.removeprefix("LinMU"),
             converted=len(settings["layers"]),

@@ -272,7 +272,7 @@ class Run:
             dataloader_num_workers=config.workers,
             dataloader_pin_memory=self.device.type == "cuda",
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,  # `TaughtMixer` sees to it that there are none
+            ddp_find_unused_parameters=False,  # `TeacherStudentMixer` sees to it that there are none
             disable_tqdm=True,
             report_to=config.report,
             run_name=f"{self.folder.name}, stage {stage.name}",

@@ -26,7 +26,7 @@ from ..checks import require
 from .safety.atomic_writes import PART, finish_folder
 from .safety.distributed_means import processes, total
 from .safety.guards import (
-    UntrustedError,
+    TrainingStoppedError,
     refuse_idle_training,
     refuse_infinite_gradients,
     refuse_infinite_loss,
@@ -146,7 +146,7 @@ class StageTrainer(Trainer):
                 finish_folder(written, folder / written.name)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(self.part, ignore_errors=True)
-            raise UntrustedError(
+            raise TrainingStoppedError(
                 f"{where}: a checkpoint must fit on the disk, got {error}; {self.last_good()}, make room and "
                 "go on with --resume"
             ) from error

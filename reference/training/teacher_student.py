@@ -69,7 +69,7 @@ class Objective:
         require(not alone, "Objective", "logits and end_to_end need the student's own inputs", self)
 
 
-class TaughtMixer(nn.Module):
+class TeacherStudentMixer(nn.Module):
     """A decoder layer's mixer while it is being taught: attention and M-MATE in one place, one of them in
     use.
 
@@ -122,13 +122,13 @@ def attach_teacher(student: nn.Module, teacher: nn.Module) -> None:
             taught[i].self_attn
         )  # same weights, but it must read the student's kind of mask
         attention.config = student.config.get_text_config(decoder=True)
-        layers[i].self_attn = TaughtMixer(attention, layers[i].self_attn)
+        layers[i].self_attn = TeacherStudentMixer(attention, layers[i].self_attn)
 
 
 def detach_teacher(student: nn.Module) -> None:
     """Undo `attach_teacher`: only the M-MATE blocks remain, and the student can be saved."""
     for layer in student.get_decoder().layers:
-        if isinstance(layer.self_attn, TaughtMixer):
+        if isinstance(layer.self_attn, TeacherStudentMixer):
             layer.self_attn = layer.self_attn.mixer
 
 
@@ -148,7 +148,9 @@ class Lesson(nn.Module):
         self.student = student
         self.objective = objective
         self.layers = [
-            layer for layer in student.get_decoder().layers if isinstance(layer.self_attn, TaughtMixer)
+            layer
+            for layer in student.get_decoder().layers
+            if isinstance(layer.self_attn, TeacherStudentMixer)
         ]
         require(
             bool(self.layers), "Lesson", "student must have its teacher attached", "none", "attach_teacher"
@@ -334,7 +336,7 @@ def set_adapters(model: nn.Module, enabled: bool) -> None:
 
 
 @contextmanager
-def judged(lesson: Lesson, objective: Objective) -> Iterator[Lesson]:
+def temporary_objective(lesson: Lesson, objective: Objective) -> Iterator[Lesson]:
     """Use another objective for a while, without gradients: to measure what is not being trained."""
     trained, was_training = lesson.objective, lesson.training
     lesson.objective = objective

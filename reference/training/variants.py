@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from ..projections import COPIED
+from ..projections import COPIED_MODULES
 from .commands.command_line import RefusedError
 from .stages import Stage
-from .teacher_student import TaughtMixer
+from .teacher_student import TeacherStudentMixer
 
 if TYPE_CHECKING:
     from distill import Config
@@ -30,7 +30,7 @@ FLEX, LOCAL, MIX, LORA, COPY = (
 PINNED = 30.0  # logit of a mixing weight that is 1 in float32
 
 
-def varied(stage: Stage, config: Config) -> Stage:
+def apply_variant(stage: Stage, config: Config) -> Stage:
     """A stage with the losses, branches and tuning that the flags ask for.
 
     Raises:
@@ -66,7 +66,7 @@ def branches_of(trained: tuple[str, ...], branches: str) -> tuple[str, ...]:
 def start(student: nn.Module, config: Config) -> None:
     """Start the branches as the flags ask: from attention or at random, both or one alone."""
     for module in student.modules():
-        if not isinstance(module, TaughtMixer):
+        if not isinstance(module, TeacherStudentMixer):
             continue
         mixer = module.mixer
         if config.init == "random":
@@ -82,7 +82,7 @@ def start(student: nn.Module, config: Config) -> None:
 
 def start_at_random(branch: nn.Module) -> None:
     """Forget what was copied from attention."""
-    for name in COPIED:
+    for name in COPIED_MODULES:
         module = getattr(branch, name, None)
         if isinstance(module, nn.Linear):
             module.reset_parameters()

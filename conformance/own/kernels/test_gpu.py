@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from linmu import optimized
-from linmu.reference.flex_ma import LentState
+from linmu.reference.flex_ma import DonatedState
 
 from ...harness.compare import assert_exact, assert_matches, assert_same, evaluate, in_float64, quarters
 from .gpu_cases import (
@@ -186,9 +186,9 @@ def test_a_step_never_waits_and_replays_from_a_graph(batch):
     _, start = module(u[:, :1])
 
     def steps(scan):
-        outputs, state = [], LentState(start.conv, scan)
+        outputs, state = [], DonatedState(start.conv, scan)
         for t in range(1, 4):
-            y, state = module(u[:, t : t + 1], state=LentState(*state))
+            y, state = module(u[:, t : t + 1], state=DonatedState(*state))
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 

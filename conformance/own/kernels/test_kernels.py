@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 from itertools import product
+from pathlib import Path
 
 import pytest
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linmu import optimized
 from linmu.optimized import registration
 from linmu.optimized.registration import is_plain, is_watched
-from linmu.reference.flex_ma import LentState
+from linmu.reference.flex_ma import DonatedState
 
 from ...harness.compare import assert_same
 from .gpu_cases import OPERATORS, arguments, block
@@ -123,8 +123,8 @@ def test_autograd_is_told_of_what_an_operator_overwrites():
     prompt, token = torch.randn(1, 3, 16), torch.randn(1, 1, 16)
     _, state = layer(prompt)
     before = state.scan._version
-    layer(token, state=LentState(*state))
+    layer(token, state=DonatedState(*state))
     assert state.scan._version > before
     with torch.inference_mode():
         _, state = layer(prompt)
-        layer(token, state=LentState(*state))  # whose versions nobody counts
+        layer(token, state=DonatedState(*state))  # whose versions nobody counts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linmu import optimized, reference
 from linmu.reference import FlexMAState
-from linmu.reference.flex_ma import LentState
+from linmu.reference.flex_ma import DonatedState
 from linmu.reference.student.cache import CACHE_NAME
 
 from ...harness.compare import assert_exact, assert_matches, assert_same
@@ -78,7 +78,7 @@ def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
         wanted = last_token(module, case, state)
         for name, kept, tensor in zip(state._fields, before, state, strict=True):
             assert_exact(tensor, kept, case, name)
-        found = last_token(module, case, LentState(*state))
+        found = last_token(module, case, DonatedState(*state))
     for name, tensor in found.items():
         assert_exact(tensor, wanted[name], case, name)
 
@@ -87,8 +87,8 @@ def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
 def test_a_state_that_autograd_or_inference_mode_holds_is_left_as_it_was(backend, case: ModuleCase):
     module = random_module(backend, "FlexMA", case)
     with torch.inference_mode():
-        made_there = LentState(*prefilled(module, case))
-    recorded = LentState(*(tensor.clone().requires_grad_() for tensor in prefilled(module, case)))
+        made_there = DonatedState(*prefilled(module, case))
+    recorded = DonatedState(*(tensor.clone().requires_grad_() for tensor in prefilled(module, case)))
     for state in (made_there, recorded):
         before = copy.deepcopy([tensor.detach().clone() for tensor in state])
         with torch.no_grad():

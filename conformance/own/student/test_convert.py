@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from linmu import optimized
 from linmu.reference import LinMUConfig, convert
-from linmu.reference.student.model import PRECISE, decoder_layers, mixers
+from linmu.reference.student.model import FLOAT32_PARAMETERS, decoder_layers, mixers
 from linmu.reference.student.unconverted_attention import causal_attention
 
 from .tiny_checkpoint import (
@@ -138,7 +138,7 @@ def test_the_student_has_the_teachers_dtype_and_keeps_precise_parameters_precise
     student = convert(teacher)
     precise = torch.float32 if dtype == torch.bfloat16 else torch.float64
     for name, parameter in student.named_parameters():
-        wanted = precise if any(part in name for part in PRECISE) else dtype
+        wanted = precise if any(part in name for part in FLOAT32_PARAMETERS) else dtype
         assert parameter.dtype == wanted, name
     assert student.training == teacher.training is False
     assert torch.isfinite(logits_of(student, every_kind())).all()

@@ -16,7 +16,7 @@ from linmu.reference import MMATE, LinMUConfig, convert, load
 from linmu.reference.demo.build_teacher import build_tokenizer, write_preprocessing
 from linmu.reference.student.convert import load_student
 from linmu.reference.student.mixer import BACKEND_VARIABLE, backend_mixer, current_mixer
-from linmu.reference.student.model import PRECISE, mixers
+from linmu.reference.student.model import FLOAT32_PARAMETERS, mixers
 
 from .tiny_checkpoint import (
     FAMILIES,
@@ -101,7 +101,7 @@ def test_a_student_opened_in_bfloat16_keeps_precise_parameters_in_float32(studen
     reopened = load(folder, dtype=torch.bfloat16)
     original = dict(student.named_parameters())
     for name, parameter in reopened.named_parameters():
-        if any(part in name for part in PRECISE):
+        if any(part in name for part in FLOAT32_PARAMETERS):
             assert parameter.dtype == torch.float32 and torch.equal(parameter, original[name]), name
         else:
             assert parameter.dtype == torch.bfloat16, name

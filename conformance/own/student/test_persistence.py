@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linmu.optimized import convert, load
-from linmu.reference.student.saved_folder import OURS, hub_name
+from linmu.reference.student.saved_folder import CARD_MARKER, hub_name
 
 from .tiny_checkpoint import build_teacher, every_kind, logits_of, shake, shake_mixers
 from .tiny_families import BUILDERS
@@ -91,7 +91,7 @@ def test_a_card_that_somebody_wrote_is_left_alone(student, folder):
     (folder / "README.md").write_text("# Mine")
     student.save_pretrained(folder)
     assert (folder / "README.md").read_text() == "# Mine"
-    (folder / "README.md").write_text(f"old {OURS}")
+    (folder / "README.md").write_text(f"old {CARD_MARKER}")
     student.save_pretrained(folder)
     assert "## Settings" in (folder / "README.md").read_text()
 

@@ -144,9 +144,9 @@ def test_an_image_stays_alone_or_one_of_several_when_others_are_dropped(counts, 
     vision = LlavaOnevisionVision()
     if wanted == "error":
         with pytest.raises(ValueError, match="one of several must come last, or be several, got"):
-            vision.keep_new(None, placements, past, inputs)
+            vision.drop_cached(None, placements, past, inputs)
         return
-    vision.keep_new(None, placements, past, inputs)
+    vision.drop_cached(None, placements, past, inputs)
     assert inputs["pixel_values"].tolist() == list(range(past // 4, total))
     kept = inputs.get("batch_num_images")
     assert (None if kept is None else kept.tolist()) == (None if wanted == [1] else wanted)

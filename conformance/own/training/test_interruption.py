@@ -17,7 +17,7 @@ import torch
 import distill
 from linmu.reference.training.safety import atomic_writes as whole_writes
 from linmu.reference.training.safety.atomic_writes import whole_file, whole_folder
-from linmu.reference.training.safety.guards import UntrustedError
+from linmu.reference.training.safety.guards import TrainingStoppedError
 from linmu.reference.training.stages import StageTrainer
 from linmu.reference.training.teacher_student import Lesson
 
@@ -129,7 +129,7 @@ def test_a_full_disk_is_an_error_that_loses_nothing(unbroken, tmp_path, monkeypa
 
     monkeypatch.setattr(StageTrainer, "_save_checkpoint", save_without_room)
     with pytest.raises(
-        UntrustedError, match=r"must fit on the disk.*checkpoint is .*checkpoint-1, make room"
+        TrainingStoppedError, match=r"must fit on the disk.*checkpoint is .*checkpoint-1, make room"
     ):
         run(tmp_path)
     monkeypatch.undo()
@@ -187,7 +187,7 @@ def test_a_number_that_is_none_stops_the_run_and_is_named(tmp_path, monkeypatch,
     monkeypatch.setattr(StageTrainer, "training_step", poison)
     says = rf"stage {stage}, step 2: the loss must be finite, got (nan|inf); first in layer 3, "
     with pytest.raises(
-        UntrustedError, match=says + r"the student's mixer, samples sample \d+; .*checkpoint-1"
+        TrainingStoppedError, match=says + r"the student's mixer, samples sample \d+; .*checkpoint-1"
     ):
         run(tmp_path)
 
@@ -195,7 +195,7 @@ def test_a_number_that_is_none_stops_the_run_and_is_named(tmp_path, monkeypatch,
 def test_a_gradient_that_is_none_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Lesson, "forward", poisoned(2, "gradient", float("nan")))
     with pytest.raises(
-        UntrustedError, match=r"step 1: gradients must be finite.*layers.2.*mix_proj.bias, samples"
+        TrainingStoppedError, match=r"step 1: gradients must be finite.*layers.2.*mix_proj.bias, samples"
     ):
         run(tmp_path)
     assert not list((tmp_path / "stage_i").glob("checkpoint-*"))
@@ -221,5 +221,5 @@ def test_a_loss_that_cannot_fall_is_caught_at_the_first_step(tmp_path, monkeypat
             return {name: term.detach() + zero for name, term in terms.items()}
 
         monkeypatch.setattr(Lesson, "forward", cut)
-    with pytest.raises(UntrustedError, match=says):
+    with pytest.raises(TrainingStoppedError, match=says):
         run(tmp_path, *flags)

@@ -14,7 +14,7 @@ import distill
 from linmu.reference import Objective
 from linmu.reference.demo import TEACHER
 from linmu.reference.training.commands.ablation import VARIANTS, shared_out, table_of, varied_config
-from linmu.reference.training.variants import varied
+from linmu.reference.training.variants import apply_variant
 
 pytestmark = pytest.mark.trial_of_the_reference
 
@@ -95,7 +95,7 @@ def test_a_random_start_keeps_nothing_of_attention():
 def test_objectives_change_the_losses_of_their_stage_alone():
     changes = {"ii": {"inputs": "teacher", "block": 0.25}, "iii": {"block": 0.0, "temperature": 2.0}}
     config = distill.parse(["--objectives", json.dumps(changes)])
-    stages = {name: varied(distill.stage_of(name, config), config) for name in ("i", "ii", "iii")}
+    stages = {name: apply_variant(distill.stage_of(name, config), config) for name in ("i", "ii", "iii")}
     assert stages["i"] == distill.stage_of("i", config)
     assert [(route.inputs, route.block) for route in stages["ii"].routes] == [("teacher", 0.25)]
     (route,) = stages["iii"].routes
@@ -120,7 +120,7 @@ def test_objectives_of_no_stage_are_refused(capsys, flags, message):
 def test_objectives_that_cannot_be_are_refused(change):
     config = distill.parse(["--objectives", json.dumps({"iii": change})])
     with pytest.raises(distill.RefusedError, match="--objectives must fit stage iii"):
-        varied(distill.stage_of("iii", config), config)
+        apply_variant(distill.stage_of("iii", config), config)
 
 
 def test_projections_that_are_not_there_are_refused(tmp_path):

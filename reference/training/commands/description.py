@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ...projections import COPIED
+from ...projections import COPIED_MODULES
 from ..stages import Stage
-from ..teacher_student import TaughtMixer
+from ..teacher_student import TeacherStudentMixer
 
 if TYPE_CHECKING:
     from distill import Config
@@ -37,7 +37,7 @@ STARTS = {
 
 def about_student(student: nn.Module, config: Config, device: torch.device) -> Iterator[str]:
     """How every kind of tensor in M-MATE started."""
-    mixers = [module.mixer for module in student.modules() if isinstance(module, TaughtMixer)]
+    mixers = [module.mixer for module in student.modules() if isinstance(module, TeacherStudentMixer)]
     total = sum(parameter.numel() for parameter in student.parameters())
     taught = sum(parameter.numel() for mixer in mixers for parameter in mixer.parameters())
     yield (
@@ -62,7 +62,7 @@ def start_of(name: str, config: Config) -> str:
     """How a tensor of M-MATE was initialised."""
     if config.branches != "both" and name.startswith("mix_proj"):
         return f"pinned: {config.branches} alone"
-    if config.init == "random" and name.split(".")[-2] in COPIED:
+    if config.init == "random" and name.split(".")[-2] in COPIED_MODULES:
         return "at random"
     return next(start for prefix, start in STARTS.items() if name.startswith(prefix))
 

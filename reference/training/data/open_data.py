@@ -34,7 +34,7 @@ def open_data(config: Config, encoder: Encoder, report: Path, world_size: int) -
     if config.data == "demo":
         return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
     try:
-        sources, weights = zip(*map(weighed, config.data.split(",")), strict=True)
+        sources, weights = zip(*map(parse_weight, config.data.split(",")), strict=True)
         parts = [opened(config, source, encoder.encode, report, config.streaming) for source in sources]
         if config.eval_data:
             held_out = open_held_out(config, config.eval_data, encoder, report)
@@ -55,13 +55,13 @@ def open_held_out(config: Config, names: str, encoder: Encoder, report: Path) ->
     if names == "demo":
         return [DigitsQuestions("heldout", config.seed, ENDLESS)]
     try:
-        sources = [weighed(name)[0] for name in names.split(",")]
+        sources = [parse_weight(name)[0] for name in names.split(",")]
         return [opened(config, source, partial(both, encoder), report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
 
-def weighed(source: str) -> tuple[str, float]:
+def parse_weight(source: str) -> tuple[str, float]:
     """ "a.jsonl@2" -> ("a.jsonl", 2.0); without a weight 1."""
     name, _, weight = source.partition("@")
     try:

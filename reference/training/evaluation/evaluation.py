@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..teacher_student import Lesson, Objective, judged, pictures_encoded_once, supervised
+from ..teacher_student import Lesson, Objective, pictures_encoded_once, supervised, temporary_objective
 from .branch_usage import LayerWatch
 
 
@@ -33,7 +33,7 @@ def evaluate(
         inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
         labels = batch["labels"].to(device)
         positions, mask = supervised(labels)
-        with pictures_encoded_once(lesson.student.base_model), judged(lesson, alone):
+        with pictures_encoded_once(lesson.student.base_model), temporary_objective(lesson, alone):
             groups = lesson.token_groups(inputs, labels)
             mixer_error = lesson(labels, **inputs)["mixer"]
             watch.add_errors("mixer_error", [layer.self_attn.heard for layer in lesson.layers], groups)

@@ -15,7 +15,7 @@ from ..commands.command_line import RefusedError
 from ..teacher_student import Lesson
 
 
-class UntrustedError(RefusedError):
+class TrainingStoppedError(RefusedError):
     """Numbers that cannot be trusted: the run has stopped."""
 
 
@@ -34,7 +34,7 @@ def refuse_infinite_loss(lesson: Lesson, loss: Tensor, where: str, names: Sequen
     culprit, rows = first_infinite(lesson)
     got = "nan" if bool(loss.isnan()) else "inf"
     bad = [names[row] for row in rows if row < len(names)] or list(names)
-    raise UntrustedError(
+    raise TrainingStoppedError(
         f"{where}: the loss must be finite, got {got}; first in {culprit}, samples {', '.join(bad)}; {last}"
     )
 
@@ -66,7 +66,7 @@ def refuse_infinite_gradients(
     if not given or bool(torch.stack(torch._foreach_norm([grad for _, grad in given])).isfinite().all()):
         return
     name = next(name for name, grad in given if not bool(grad.isfinite().all()))
-    raise UntrustedError(
+    raise TrainingStoppedError(
         f"{where}: gradients must be finite, got nan or inf in {name}, samples {', '.join(names)}; {last}"
     )
 
@@ -75,7 +75,7 @@ def refuse_infinite_tensors(tensors: dict[str, Tensor], where: str, last: str) -
     """Stop before weights that are not finite are saved."""
     bad = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
     if bad:
-        raise UntrustedError(f"{where}: weights must be finite, got one that is not in {bad}; {last}")
+        raise TrainingStoppedError(f"{where}: weights must be finite, got one that is not in {bad}; {last}")
 
 
 def refuse_idle_training(model: nn.Module, optimizer: torch.optim.Optimizer, where: str) -> None:
@@ -87,19 +87,19 @@ def refuse_idle_training(model: nn.Module, optimizer: torch.optim.Optimizer, whe
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
-        raise UntrustedError(f"{where}: a stage must train something, got no parameter with a gradient")
+        raise TrainingStoppedError(f"{where}: a stage must train something, got no parameter with a gradient")
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     if not any(rate > 0 for rate in rates):
-        raise UntrustedError(f"{where}: a learning rate must be positive, got {rates}")
+        raise TrainingStoppedError(f"{where}: a learning rate must be positive, got {rates}")
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     forgotten = [name for name, p in trained.items() if id(p) not in stepped]
     if forgotten:
-        raise UntrustedError(
+        raise TrainingStoppedError(
             f"{where}: the optimizer must step all that is trained, got none of {forgotten[:3]}"
         )
     if not any(p.grad is not None and bool(local(p.grad).any()) for p in trained.values()):
         must = "the loss must depend on what is trained"
-        raise UntrustedError(f"{where}: {must}, got no gradient but 0 in {len(trained)} tensors")
+        raise TrainingStoppedError(f"{where}: {must}, got no gradient but 0 in {len(trained)} tensors")
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from linmu import optimized, reference
 from linmu.optimized import text_step_kernels
 from linmu.reference import FlexMAState
-from linmu.reference.flex_ma import LentState
+from linmu.reference.flex_ma import DonatedState
 
 from ....harness.compare import Results, assert_matches
 from ....harness.layouts import Layout, Text
@@ -68,7 +68,7 @@ def main(dtype: str) -> None:
                 u = u.where(valid[..., None], float("nan"))
             optimized.set_engine("triton")
             with watch_memory():
-                lent = LentState(*(tensor.clone() for tensor in state))
+                lent = DonatedState(*(tensor.clone() for tensor in state))
                 got = step(module, u, valid, angles, lent)
             optimized.set_engine(None)
             assert got["scan state"] is lent.scan
