@@ -1,8 +1,8 @@
 """M-MATE behind the call of a Hugging Face decoder layer, and the choice of the backend that computes it.
 
-A decoder layer calls `self_attn` with keywords and wants a pair back. `as_self_attn(MMATE)` is that MMATE with
-such a forward: same parameters, same names. It needs nothing of the module that calls it, so a wrapper may hold
-it.
+A decoder layer calls `self_attn` with keywords and wants a pair back. `as_self_attn(MMATE)` is that MMATE
+with such a forward: same parameters, same names. It does not use its parent, so PEFT or
+`TeacherStudentMixer` may wrap it.
 """
 
 from __future__ import annotations
