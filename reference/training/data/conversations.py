@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ...checks import require
-from ..commands.command_line import RefusedError
+from ..refusal import RefusedError
 from .media import Media
 from .sources import JsonLines, Stream, Table, open_rows
 from .turns import blocks, read_turns
