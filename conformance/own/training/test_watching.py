@@ -93,9 +93,11 @@ def test_reliance_is_the_mean_of_the_gates_over_vision_tokens():
     labels = inputs["input_ids"].masked_fill(~inputs["attention_mask"].bool(), -100)
     seen = {}
     layer = lesson.layers[1].self_attn.mixer
-    hook = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.__setitem__("u", kwargs["hidden_states"].detach()), with_kwargs=True
-    )
+
+    def keep(_, args, kwargs) -> None:
+        seen.setdefault("u", kwargs["hidden_states"].detach())  # of the first pass, on the student's own states
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
         row = evaluate(lesson, [(["a"] * len(labels), inputs | {"labels": labels})], torch.device("cpu"))
     hook.remove()
