@@ -1,4 +1,4 @@
-"""`reference/convert.py` with the fast M-MATE in the decoder layers; folders are the same."""
+"""`reference/student/convert.py` with the fast M-MATE in the decoder layers; folders are the same."""
 
 from __future__ import annotations
 
