@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from ..prompts.processing import ChatCollator, load_processor
+from ..prompts.chat_collator import ChatCollator
+from ..prompts.processors import load_processor
 from .questions import FRAMES_PER_SECOND
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..demo import TEACHER
-from ..prompts.processing import load_processor
+from ..prompts.processors import load_processor
 from .calibration import calibrate_norms
 from .commands.command_line import check
 from .commands.description import about_stage, about_student

@@ -17,19 +17,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import is_torchvision_available
 
 from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.prompts import processing
-from linmu.reference.prompts.processing import (
-    ChatCollator,
-    FrameProcessor,
-    LinMUQwen2_5_VLProcessor,
-    load_processor,
-)
+from linmu.reference.prompts import processors
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
+from linmu.reference.prompts.qwen_processing import FrameProcessor, LinMUQwen2_5_VLProcessor
 
 pytestmark = pytest.mark.trial_of_the_reference
 
 IMAGE_KINDS, VIDEO_KINDS = ("cell", "read", "count"), ("moved", "moment", "changed")
 # with torchvision the stock classes, video part and all, are what `load_processor` opens
-OPENED = processing.STOCK_PROCESSORS if is_torchvision_available() else processing.PROCESSORS
+OPENED = processors.STOCK_PROCESSORS if is_torchvision_available() else processors.PROCESSORS
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +203,8 @@ def test_with_torchvision_the_stock_classes_are_asked(monkeypatch):
         def from_pretrained(cls, folder):
             asked.append(Path(folder))
 
-    monkeypatch.setattr(processing, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(processing, "STOCK_PROCESSORS", {"qwen2_5_vl": Stock})
+    monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(processors, "STOCK_PROCESSORS", {"qwen2_5_vl": Stock})
     load_processor(TEACHER)
     assert asked == [TEACHER]
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from linmu.reference.demo import TEACHER
-from linmu.reference.prompts.processing import ChatCollator, load_processor
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.data.conversations import Conversations, InOrder, Mixture, skipped
 from linmu.reference.training.data.media import Media
 from linmu.reference.training.data.samples import Encoder

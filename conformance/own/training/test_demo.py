@@ -20,7 +20,8 @@ from linmu.reference.demo.ask import ask
 from linmu.reference.demo.digits import BLANK, CELL, Warp, digit_bank, warp_scans
 from linmu.reference.demo.evaluation import answered, best_guess, heldout_accuracy
 from linmu.reference.demo.packed_vision import pack_vision
-from linmu.reference.prompts.processing import ChatCollator, load_processor
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
 
 pytestmark = pytest.mark.trial_of_the_reference
 

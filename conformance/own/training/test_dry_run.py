@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import distill
 from linmu.reference.demo import TEACHER
-from linmu.reference.prompts.processing import load_processor
+from linmu.reference.prompts.processors import load_processor
 
 pytestmark = pytest.mark.trial_of_the_reference
 

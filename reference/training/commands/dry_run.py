@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ...prompts.processing import IGNORED
+from ...prompts.chat_collator import IGNORED
 from ..data.conversations import ENDLESS, BrokenSampleError, Conversations, Mixture
 from ..safety.memory import predict
 from ..stages import Stage

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from ...demo import TEACHER
-from ...prompts.processing import load_processor
+from ...prompts.processors import load_processor
 from ..data.conversations import InOrder, skipped
 from ..data.open_data import open_held_out
 from ..data.samples import Encoder

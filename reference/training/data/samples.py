@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
 from ...checks import require
-from ...prompts.processing import IGNORED, ChatCollator
+from ...prompts.chat_collator import IGNORED, ChatCollator
 from .turns import blocks
 
 ALONG_TOKENS = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}
