@@ -1,79 +1,140 @@
 """From conversations to tensors.
 
-    conversation = turns; a turn = {"role", "content": text or a list of blocks}
-    block        = {"type": "text", "text"} | {"type": "image", "image"} | {"type": "video", "video", "fps"}
+    conversation  = turns; a turn = {"role", "content": text or a list of content blocks}
+    content block = {"type": "text", "text"} | {"type": "image", "image"} | {"type": "video", "video", "fps"}
 
-A *content block* is what chat templates call an entry of `content`.
+Letters: B conversations, L tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import ProcessorMixin
+
+from ..checks import require
 
 IGNORED = -100
 ANSWER_HEADER = "<|im_start|>assistant\n"
 TURN_END = "<|im_end|>"
+SUPERVISE = ("answers", "all", "nothing")
 
 
 class ChatCollator:
     """Collates items {"messages": conversation} into one batch of tensors for a Qwen-style chat model.
 
+    `collator(items)` is the one entrance. A data set may `encode` its samples one by one before, in the
+    process that reads them, so that one that does not fit can be named and left out; padded together they
+    give what the processor gives for them at once.
+
     Args:
         processor: of `load_processor`.
-        supervise: True: whole conversations with `labels`, -100 outside the assistant's answers; an answer's
-            <|im_end|> belongs to it. False: prompts, cut before a final assistant turn, opened for an answer.
+        supervise: "answers": `labels` are the assistant's answers, each with its <|im_end|>; "all": all
+            text, so what a user asks, too; "nothing": prompts without labels, cut before a final assistant
+            turn, opened for an answer. Vision tokens and padding are never supervised: -100.
+        max_length: tokens that a conversation may have; 0 = any number.
+    Raises:
+        ValueError: for another family's chat template, or on use for a conversation that does not fit it,
+            holds placeholders in its text, or is too long.
 
     A video block may carry `fps`, the frames per second of what it holds; it becomes `second_per_grid_ts`.
     """
 
-    def __init__(self, processor: ProcessorMixin, *, supervise: bool = True):
+    def __init__(self, processor: ProcessorMixin, *, supervise: str = "answers", max_length: int = 0) -> None:
+        must = f"supervise must be one of {SUPERVISE}"
+        require(supervise in SUPERVISE, "ChatCollator", must, repr(supervise))
         tokenizer = processor.tokenizer
-        if TURN_END not in tokenizer.get_vocab():
-            raise ValueError(
-                f"ChatCollator: the chat template must close turns with {TURN_END}, got another family"
-            )
-        self.processor = processor
-        self.supervise = supervise
+        must = f"the chat template must close turns with {TURN_END}"
+        require(TURN_END in tokenizer.get_vocab(), "ChatCollator", must, "another family")
+        self.processor, self.supervise, self.max_length = processor, supervise, max_length
         self.header = np.array(tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"])
         self.end = tokenizer.convert_tokens_to_ids(TURN_END)
+        self.padding = {"attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}
+        self.padding["input_ids"] = tokenizer.pad_token_id
+        names = ("image_token", "video_token")
+        self.placeholders = [token for name in names if (token := getattr(processor, name, None))]
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask, mm_token_type_ids, labels, all (B, L) int64, pixels and grids."""
+    def encode(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """One sample {"kind", "messages"} as {"kind", "name", "tensors"}, to be collated later."""
+        return {"kind": item["kind"], "name": item.get("name", "?"), "tensors": self._tensors([item])}
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A batch: input_ids, attention_mask, mm_token_type_ids, labels, all (B, L) int64; pixels, grids."""
+        if any("tensors" not in item for item in items):
+            return self._tensors(items)
+        samples = [item["tensors"] for item in items]
+        longest = max(sample["input_ids"].shape[1] for sample in samples)
+        left = self.processor.tokenizer.padding_side == "left"
+        batch = {}
+        for name in dict.fromkeys(name for sample in samples for name in sample):
+            tensors = [sample[name] for sample in samples if name in sample]
+            if name in self.padding:
+                missing = [longest - tensor.shape[1] for tensor in tensors]
+                sides = [(count, 0) if left else (0, count) for count in missing]
+                fill = self.padding[name]
+                tensors = [pad(*given, value=fill) for given in zip(tensors, sides, strict=True)]
+            batch[name] = torch.cat(tensors)
+        return batch
+
+    def with_names(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch to train on: the tensors, and the `names` of the samples."""
+        return self(items) | {"names": [item.get("name", "?") for item in items]}
+
+    def _tensors(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Items not encoded before."""
         conversations = [list(item["messages"]) for item in items]
-        if not self.supervise:
+        self._refuse_placeholders(conversations)
+        prompts = self.supervise == "nothing"
+        if prompts:
             conversations = [c[:-1] if c[-1]["role"] == "assistant" else c for c in conversations]
         processor_kwargs: dict[str, Any] = {"padding": True}
         if metadata := _video_metadata(conversations):
             processor_kwargs["video_metadata"] = metadata
-        batch = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=not self.supervise,
-            processor_kwargs=processor_kwargs,
+        batch = dict(
+            self.processor.apply_chat_template(
+                conversations,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=prompts,
+                processor_kwargs=processor_kwargs,
+            )
         )
-        batch = dict(batch)
-        if self.supervise:
-            turns = [sum(turn["role"] == "assistant" for turn in c) for c in conversations]
-            batch["labels"] = self._labels(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), turns)
+        length = batch["input_ids"].shape[1]
+        must = f"a sample must have at most {self.max_length} tokens"
+        require(not self.max_length or length <= self.max_length, "ChatCollator", must, length)
+        if not prompts:
+            batch["labels"] = self._labels(batch, conversations)
         return batch
 
-    def _labels(self, ids: np.ndarray, valid: np.ndarray, turns: Sequence[int]) -> torch.Tensor:
-        """Keep the ids from after each answer header up to and including the next <|im_end|>."""
-        answers, found = answer_mask(ids, self.header, self.end)
-        if (found != np.array(turns)).any():
-            row = int(np.argmax(found != np.array(turns)))
+    def _refuse_placeholders(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Text must not pass for an image."""
+        for conversation in conversations:
+            for block in content_blocks(conversation, "text"):
+                for token in self.placeholders:
+                    must = "a text must hold no placeholder of the model"
+                    require(token not in block["text"], "ChatCollator", must, token)
+
+    def _labels(
+        self, batch: Mapping[str, Tensor], conversations: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> Tensor:
+        """The ids to predict, -100 elsewhere; an answer goes from its header to the next <|im_end|>."""
+        ids, valid = batch["input_ids"], batch["attention_mask"].bool()
+        turns = np.array([sum(turn["role"] == "assistant" for turn in c) for c in conversations])
+        answers, found = answer_mask(ids.numpy(), self.header, self.end)
+        if (found != turns).any():
+            row = int(np.argmax(found != turns))
             raise ValueError(
                 f"ChatCollator: every assistant turn must follow {ANSWER_HEADER!r}, got {found[row]} headers "
                 f"for {turns[row]} turns in item {row}; an answer must not begin with a line break"
             )
-        return torch.from_numpy(np.where(answers & (valid > 0), ids, IGNORED))
+        taught = batch["mm_token_type_ids"] == 0 if self.supervise == "all" else torch.from_numpy(answers)
+        return ids.where(taught & valid, torch.tensor(IGNORED))
 
 
 def answer_mask(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,14 +158,7 @@ def answer_mask(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarr
 
 def _video_metadata(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]] | None:
     """Return the metadata of all videos in order, or None if no block states its `fps`."""
-    blocks = [
-        block
-        for conversation in conversations
-        for turn in conversation
-        if not isinstance(turn["content"], str)
-        for block in turn["content"]
-        if block["type"] == "video"
-    ]
+    blocks = [block for conversation in conversations for block in content_blocks(conversation, "video")]
     if not any("fps" in block for block in blocks):
         return None
     return [
@@ -115,3 +169,10 @@ def _video_metadata(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> lis
         }
         for block in blocks
     ]
+
+
+def content_blocks(messages: Sequence[Mapping[str, Any]], kind: str) -> Iterator[Mapping[str, Any]]:
+    """All content blocks of a kind; a content that is a text is one text block."""
+    for content in (message["content"] for message in messages):
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        yield from (block for block in blocks if block["type"] == kind)
