@@ -42,8 +42,7 @@ from ..prompts.layouts import (
     Qwen3Vision,
     Vision,
 )
-from ..prompts.processing import PROCESSORS
-from ..prompts.processors import OTHER_PROCESSORS
+from ..prompts.processors import PROCESSORS
 from .model import LinMUModel, with_vision_layout
 from .saved_folder import StudentConfig
 
@@ -143,7 +142,7 @@ for _name, _teacher_class, _vision in (
     ("qwen2", Qwen2ForCausalLM, None),
     ("llama", LlamaForCausalLM, None),
 ):
-    register_family(_name, _teacher_class, _vision, (PROCESSORS | OTHER_PROCESSORS).get(_name))
+    register_family(_name, _teacher_class, _vision, PROCESSORS.get(_name))
 
 
 def __getattr__(name: str) -> type:

@@ -61,7 +61,7 @@ def opened(*flags: str) -> distill.Run:
 def test_what_is_tuned_is_the_students_alone(tune):
     """The teacher's logits stay as they are, whatever becomes of adapters or tuned copies."""
     run = opened("--tune", tune)
-    inputs = run.encoder.padded(run.training.__getitems__(range(2)))
+    inputs = run.encoder(run.training.__getitems__(range(2)))
     del inputs["labels"]
     before = {role: run.lesson().run(role, inputs) for role in ("teacher", "student")}
     run.add_adapters()
