@@ -1,7 +1,7 @@
 """Students that were saved before the code was put into folders open unchanged.
 
-`saved_before/` was written by commit f0768fe: a Qwen2.5-VL's student in bfloat16, and a Llama's in float32, with random
-weights, and beside each, inputs and what it made of them in float64.
+`saved_before/` was written by commit f0768fe: a Qwen2.5-VL's student in bfloat16, and a Llama's in float32,
+with random weights. Beside each are inputs, and the logits that it gave for them in float64.
 """
 
 from __future__ import annotations
