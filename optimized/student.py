@@ -7,12 +7,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..reference.student.convert import build_student, chosen_mixer, load_student
+from ..reference.student import convert as reference
+from ..reference.student.backend import Backend, register_backend
 from ..reference.student.model import LinMUModel
 from .config import LinMUConfig
+from .layout import VisionLayout
 from .m_mate import MMATE
+from .training import Lesson
 
 __all__ = ["convert", "load"]
+
+BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson))
 
 
 def convert(
@@ -20,14 +25,12 @@ def convert(
     config: LinMUConfig | dict[str, Any] | None = None,
     *,
     layers: Sequence[int] | None = None,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> LinMUModel:
-    """`linmu.reference.convert`: arguments, parameters and errors are the same, computed by
-    `linmu.optimized`.
-    """
-    return build_student(teacher, config, layers, chosen_mixer(backend, MMATE))
+    """`linmu.reference.convert`: arguments, parameters and errors are the same, computed by this package."""
+    return reference.convert(teacher, config, layers=layers, backend=backend or BACKEND)
 
 
 def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:
-    """`linmu.reference.load`: arguments and errors are the same, computed by `linmu.optimized`."""
-    return load_student(folder, MMATE, **from_pretrained_kwargs)
+    """`linmu.reference.load`: arguments and errors are the same, computed by this package."""
+    return reference.load(folder, **{"linmu_backend": BACKEND} | from_pretrained_kwargs)

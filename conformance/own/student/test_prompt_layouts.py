@@ -10,7 +10,8 @@ from PIL import ImageChops
 from torch import Tensor
 
 from linmu.reference.prompts.grids import Placement, placement_coords
-from linmu.reference.prompts.layouts import LlavaOnevisionVision, Vision
+from linmu.reference.prompts.layouts import PromptLayout
+from linmu.reference.prompts.llava_onevision_layout import LlavaOnevisionPromptLayout
 from linmu.reference.student.families import FAMILIES
 
 from .tiny_families import BUILDERS, QWEN, Tiny
@@ -23,14 +24,14 @@ def tiny(request) -> Tiny:
     return BUILDERS[request.param]()
 
 
-def vision_of(tiny: Tiny) -> Vision:
-    return next(family for family in FAMILIES if family.name == tiny.name).student_class.vision
+def prompt_layout_of(tiny: Tiny) -> PromptLayout:
+    return FAMILIES[type(tiny.teacher)].prompt_layout
 
 
 def segments(tiny: Tiny, inputs: dict[str, Tensor], row: int = 0) -> list[list[tuple[int, ...]]]:
     """The cells of each segment of a row, in the order of the prompt."""
-    found = vision_of(tiny).placements(tiny.teacher.config, inputs["input_ids"], inputs)
-    return [[tuple(cell) for cell in p.cells.tolist()] for p in found if p.row == row]
+    found = prompt_layout_of(tiny).placements(tiny.teacher.config, inputs["input_ids"], inputs)
+    return [[tuple(cell) for cell in p.coordinates.tolist()] for p in found if p.row == row]
 
 
 def box(frames: int, height: int, width: int) -> list[tuple[int, ...]]:
@@ -94,7 +95,7 @@ def test_what_is_painted_on_a_cell_is_seen_by_the_token_of_that_cell(tiny, cell)
     before, after = (tiny.inputs("{tall}", given=image) for image in (picture, painted))
     change = (features(tiny, after) - features(tiny, before)).norm(dim=-1)
     ids = before["input_ids"]
-    placements = vision_of(tiny).placements(tiny.teacher.config, ids, before)
+    placements = prompt_layout_of(tiny).placements(tiny.teacher.config, ids, before)
     coords = placement_coords(placements, ids.shape, ids.device)[0]
     coords = coords[ids[0] == tiny.teacher.config.image_token_id]  # (tokens, 4)
     detail = DETAIL.get(tiny.name, 0)
@@ -107,8 +108,10 @@ def test_a_prompt_that_lacks_a_token_is_refused(tiny):
     ids = inputs["input_ids"]
     last = int((ids[0] == tiny.teacher.config.image_token_id).nonzero()[-1])
     shorter = torch.cat([ids[:, :last], ids[:, last + 1 :]], dim=1)
-    with pytest.raises(ValueError, match=r"place: (a block must be whole|every run of image tokens)"):
-        vision_of(tiny).placements(tiny.teacher.config, shorter, inputs)
+    with pytest.raises(
+        ValueError, match=r"assign_placeholders: (a block must be whole|every run of image tokens)"
+    ):
+        prompt_layout_of(tiny).placements(tiny.teacher.config, shorter, inputs)
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
@@ -120,7 +123,7 @@ def test_tiles_in_rows_of_unequal_length_are_refused(name):
     at = int((ids[0] == marker).nonzero()[0])
     broken = torch.cat([ids[:, : at - 1], ids[:, :1], ids[:, at - 1 :]], dim=1)  # a letter between two tiles
     with pytest.raises(ValueError, match=r"rows of equal length.*got rows of \[1, 2, 3\]; pass linmu_coords"):
-        vision_of(tiny).placements(tiny.teacher.config, broken, inputs)
+        prompt_layout_of(tiny).placements(tiny.teacher.config, broken, inputs)
 
 
 @pytest.mark.parametrize(
@@ -141,12 +144,12 @@ def test_an_image_stays_alone_or_one_of_several_when_others_are_dropped(counts, 
     placements = [Placement(0, "image", n, torch.tensor([4 * n]), cells) for n in range(total)]
     inputs = {"pixel_values": torch.arange(total), "image_sizes": torch.ones(total, 2)}
     inputs["batch_num_images"] = torch.tensor(counts)
-    vision = LlavaOnevisionVision()
+    layout = LlavaOnevisionPromptLayout()
     if wanted == "error":
         with pytest.raises(ValueError, match="one of several must come last, or be several, got"):
-            vision.drop_cached(None, placements, past, inputs)
+            layout.drop_cached(None, placements, past, inputs)
         return
-    vision.drop_cached(None, placements, past, inputs)
+    layout.drop_cached(None, placements, past, inputs)
     assert inputs["pixel_values"].tolist() == list(range(past // 4, total))
     kept = inputs.get("batch_num_images")
     assert (None if kept is None else kept.tolist()) == (None if wanted == [1] else wanted)
