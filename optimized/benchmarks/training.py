@@ -19,8 +19,8 @@ from ...reference.training.config import PRESETS
 from ...reference.training.parameter_groups import MIXER, belongs
 from ...reference.training.safety.memory import leave_inputs_alone, recompute_layers
 from ...reference.training.stages import Stage, stage_of
-from ..convert import convert
-from ..lesson import Lesson, attach_teacher
+from ..student import convert
+from ..training import Lesson, attach_teacher
 from .cases import Case, values_of
 from .kernels import OURS, Setting
 from .models import Pair, build_teacher, video_inputs

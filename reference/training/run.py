@@ -27,13 +27,12 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..demo import TEACHER
-from ..prompts.processing import load_processor
+from ..prompts.processors import load_processor
 from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config, settings_of
 from .data.conversations import InOrder, skipped
-from .data.open_data import in_order, open_data
-from .data.samples import Encoder
+from .data.open_data import chat_collator, in_order, open_data
 from .evaluation.evaluation import evaluate
 from .evaluation.held_out import HeldOut
 from .evaluation.plots import plot_layers, plot_losses
@@ -87,7 +86,7 @@ class Run:
         set_seed(self.config.seed)
         self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
         self.processor = load_processor(self.teacher, padding_side="right")
-        self.encoder = Encoder(self.processor, self.config.samples.supervise, self.config.samples.max_length)
+        self.encoder = chat_collator(self.processor, self.config.samples)
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
         self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.held_out = HeldOut(held_out, self.encoder, self.config)
@@ -150,7 +149,7 @@ class Run:
         lesson = self.lesson()
         loader = DataLoader(InOrder(self.training, min(samples, len(self.training))), size, collate_fn=list)
         with self.autocast():
-            calibrate_norms(lesson, (self.on_device(self.encoder.padded(items)) for items in loader))
+            calibrate_norms(lesson, (self.on_device(self.encoder(items)) for items in loader))
         lesson.close()
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -294,7 +293,7 @@ class Run:
             model=self.lesson(stage.objectives[0]),
             args=arguments,
             train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
-            data_collator=self.encoder,
+            data_collator=self.encoder.with_names,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Progress(stage.name, self.folder / "metrics.jsonl"))

@@ -18,7 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from linmu.reference.config import LinMUConfig
 from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.prompts.processing import ChatCollator, load_processor
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.config import PRESETS, Config, MixerOptions, settings_of

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from linmu.reference.demo import TEACHER
-from linmu.reference.prompts.processing import load_processor
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.refusal import RefusedError
 
@@ -82,7 +82,7 @@ for stage in run.stages:
     predictions = []
     for objective in stage.objectives:
         lesson = run.lesson(objective)
-        predictions.append(predict(lesson, run.encoder.padded(items)).total)
+        predictions.append(predict(lesson, run.encoder(items)).total)
         lesson.close()
     trainer = run.trainer(stage, run.folder / name)
     needed = weights(trainer.model) + peak_above(trainer.train, run.device)

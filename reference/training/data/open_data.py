@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
+from transformers import ProcessorMixin
 
 from ...demo import DigitsQuestions
-from ..config import Config
+from ...prompts.chat_collator import ChatCollator
+from ..config import Config, SampleSettings
 from ..refusal import RefusedError
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
-from .samples import Encoder
 from .sources import open_rows
 
-HELD_OUT = 20  # every how manieth sample is held out where no other data are named
+HELD_OUT = 20  # one sample in so many is held out unless --eval_data names others
 
 
 def open_data(
-    config: Config, encoder: Encoder, report: Path | None, world_size: int
+    config: Config, encoder: ChatCollator, report: Path, world_size: int
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out samples; held-out ones keep their messages.
 
@@ -37,14 +38,15 @@ def open_data(
     try:
         sources, weights = zip(*map(parse_weight, config.data), strict=True)
         parts = [
-            opened(config, source, encoder.encode, report, config.samples.streaming) for source in sources
+            open_dataset(config, source, encoder.encode, report, config.samples.streaming)
+            for source in sources
         ]
         if config.eval_data:
             held_out = open_held_out(config, config.eval_data, encoder, report)
         else:
             parts, held_out = zip(*(part.split(every=HELD_OUT) for part in parts), strict=True)
             for part in held_out:
-                part.prepare = partial(both, encoder)
+                part.prepare = partial(with_tensors, encoder)
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
     if len(parts) == 1:
@@ -54,14 +56,14 @@ def open_data(
 
 
 def open_held_out(
-    config: Config, names: Sequence[str], encoder: Encoder, report: Path | None
+    config: Config, names: Sequence[str], encoder: ChatCollator, report: Path | None
 ) -> list[Dataset]:
     """Data sets to measure on, as they stand; weights do not count."""
     if names == ("demo",):
         return [DigitsQuestions("heldout", config.seed, ENDLESS)]
     try:
         sources = [parse_weight(name)[0] for name in names]
-        return [opened(config, source, partial(both, encoder), report) for source in sources]
+        return [open_dataset(config, source, partial(with_tensors, encoder), report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
@@ -75,7 +77,7 @@ def parse_weight(source: str) -> tuple[str, float]:
         raise RefusedError(f"distill: a weight in --data must be a number, got {weight!r}") from None
 
 
-def opened(
+def open_dataset(
     config: Config, source: str, prepare: Any, report: Path | None, streaming: bool = False
 ) -> Conversations:
     """One data set of conversations."""
@@ -84,7 +86,12 @@ def opened(
     return Conversations(rows, *options, prepare=prepare, report=report)
 
 
-def both(encoder: Encoder, item: dict[str, Any]) -> dict[str, Any]:
+def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:
+    """What makes tensors of samples."""
+    return ChatCollator(processor, supervise=settings.supervise, max_length=settings.max_length)
+
+
+def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:
     """A sample with its tensors."""
     return item | encoder.encode(item)
 

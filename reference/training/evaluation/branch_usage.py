@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...flex_ma import full_precision_linear
+from ...numerics import full_precision_linear
 from ..safety.distributed_means import energies
 from ..teacher_student import Lesson
 from .scores import add_up

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from ...prompts.chat_collator import ChatCollator
 from ..config import Config
 from ..data.conversations import BrokenSampleError, Conversations, InOrder
-from ..data.samples import Encoder
 from ..safety.distributed_means import processes
 
 
@@ -50,7 +50,7 @@ class HeldOut:
         config: the settings, of which how many, the batch size, workers and what to do about broken ones.
     """
 
-    def __init__(self, data: Dataset, encoder: Encoder, config: Config) -> None:
+    def __init__(self, data: Dataset, encoder: ChatCollator, config: Config) -> None:
         self.data = data
         self.samples = OrComplaint(data) if config.samples.on_broken == "skip" else strict(data)
         self.count = min(config.watch.eval_samples, len(data))
@@ -75,7 +75,7 @@ class HeldOut:
             self.complaints |= dict.fromkeys(item for item in items if isinstance(item, str))
             items = [item for item in items if not isinstance(item, str)]
             if items:
-                yield [item["kind"] for item in items], self.encoder.padded(items)
+                yield [item["kind"] for item in items], self.encoder(items)
 
     def broken(self) -> list[str]:
         """What is wrong with the conversations that were left out, over all processes."""
