@@ -35,9 +35,11 @@ def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -
     require_mask(where, "valid", valid, student.shape[:2], "B, L")
     require_one_device(where, student=student, valid=valid)
     student, teacher = as_accumulated(student, teacher)
+    if valid is not None:  # before the square, whose gradient at NaN would be NaN however it is masked
+        student, teacher = (
+            torch.where(valid[..., None], tensor, tensor.new_zeros(())) for tensor in (student, teacher)
+        )
     error, size = (student - teacher).square().sum(-1), teacher.square().sum(-1)  # (B, L)
-    if valid is not None:
-        error, size = (torch.where(valid, tensor, tensor.new_zeros(())) for tensor in (error, size))
     return error.sum() / size.sum().clamp_min(torch.finfo(size.dtype).tiny)  # eq. (1): the two counts cancel
 
 
