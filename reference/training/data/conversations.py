@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ...checks import require
 from ...prompts.chat_collator import content_blocks
-from ..commands.command_line import RefusedError
+from ..refusal import RefusedError
 from .media import Media
 from .sources import JsonLines, Stream, Table, open_rows
 from .turns import read_turns
