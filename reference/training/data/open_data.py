@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from ...demo import DigitsQuestions
 from ...prompts.chat_collator import ChatCollator
-from ..commands.command_line import RefusedError
+from ..commands.command_line import RefusedError, check
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
 from .sources import open_rows
 
@@ -36,7 +37,7 @@ def open_data(
     if config.data == "demo":
         return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
     try:
-        sources, weights = zip(*map(parse_weight, config.data.split(",")), strict=True)
+        sources, weights = zip(*map(parse_weight, names_of(config.data)), strict=True)
         parts = [open_dataset(config, source, encoder.encode, report, config.streaming) for source in sources]
         if config.eval_data:
             held_out = open_held_out(config, config.eval_data, encoder, report)
@@ -57,19 +58,34 @@ def open_held_out(config: Config, names: str, encoder: ChatCollator, report: Pat
     if names == "demo":
         return [DigitsQuestions("heldout", config.seed, ENDLESS)]
     try:
-        sources = [parse_weight(name)[0] for name in names.split(",")]
+        sources = [parse_weight(name)[0] for name in names_of(names)]
         return [open_dataset(config, source, partial(with_tensors, encoder), report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
 
+def names_of(data: str) -> list[str]:
+    """ "a.jsonl@2,b.jsonl" -> ["a.jsonl@2", "b.jsonl"]; a file that is there under the whole name is one."""
+    return [data] if Path(data).exists() else data.split(",")
+
+
 def parse_weight(source: str) -> tuple[str, float]:
-    """ "a.jsonl@2" -> ("a.jsonl", 2.0); without a weight 1."""
-    name, _, weight = source.partition("@")
+    """ "a.jsonl@2" -> ("a.jsonl", 2.0); without a weight 1, and so for a file whose name holds an @.
+
+    Raises:
+        RefusedError: unless the weight is a finite number > 0.
+    """
+    name, at, weight = source.rpartition("@")
+    if not at or Path(source).exists() or "/" in weight:
+        return source, 1.0
     try:
-        return name, float(weight or 1)
+        number = float(weight)
     except ValueError:
-        raise RefusedError(f"distill: a weight in --data must be a number, got {weight!r}") from None
+        number = math.nan
+    must = "a weight in --data must be a finite number > 0"
+    hint = f"write {name}@2 to draw it twice as often, or leave @ out"
+    check(0 < number < math.inf, must, f"{weight!r} in {source}", hint)
+    return name, number
 
 
 def open_dataset(
