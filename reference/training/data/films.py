@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import math
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
@@ -112,7 +112,7 @@ def upright(frame: Any) -> Image.Image:
         ValueError: for turns by less than a quarter.
     """
     image = frame.to_image()
-    for data in frame.side_data.values():
+    for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data))
             least = max(map(abs, (a, b, c, d))) / 100
@@ -147,6 +147,6 @@ def frame_rate(fps: Any) -> float:
         ValueError: unless it is a finite number > 0.
     """
     is_number = isinstance(fps, int | float | np.integer | np.floating) and not isinstance(fps, bool)
-    if not is_number or not 0 < fps < math.inf:
-        raise ValueError(f"fps must be a finite number > 0, got {fps!r}")
+    if not is_number or not 0 < fps <= sys.float_info.max:
+        raise ValueError(f"fps must be a finite number > 0, got {fps!r:.40}")
     return float(fps)
