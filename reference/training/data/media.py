@@ -27,7 +27,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .films import MissingPackageError, animation, film, frame_rate, is_animation, mean_rate
 
@@ -282,6 +282,8 @@ def what_is(file: Path | io.BytesIO, error: Exception) -> str:
         return "an empty file"
     if head[4:8] == b"ftyp" and head[8:12] in HEIC:
         return "HEIC, whatever its name; convert it to JPEG"
+    if isinstance(error, UnidentifiedImageError):  # whose message holds an address in memory
+        return "a format that Pillow does not know"
     return shortened(str(error), 200)
 
 

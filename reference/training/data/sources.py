@@ -24,7 +24,8 @@ from ...checks import require
 
 REMEMBERED = 64  # rows that a stream can go back
 SPACE = " \t\r\n"
-TABLES = {b"PAR1": "parquet", b"ARRO": "arrow"}  # by the first bytes of a file
+# By the first bytes of a file; the last are those of what `datasets` saves.
+TABLES = {b"PAR1": "parquet", b"ARRO": "arrow", b"\xff\xff\xff\xff": "arrow"}
 LOCAL = (".jsonl", ".json", ".parquet", ".arrow")
 UNREADABLE = {
     b"\x1f\x8b": "gzip; unpack it first",
@@ -96,7 +97,8 @@ class JsonArray(JsonLines):
                 _, end = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
                 got = f"{type(error).__name__} after {line + text.count(chr(10), seen, at) - 1} lines"
-                raise ValueError(f"{self.path} must be an array of objects, got {got}: {error}") from None
+                must = f"{self.path} must be an array of objects"
+                raise ValueError(f"open_rows: {must}, got {got}: {error}") from None
             start += size(text[seen:at])
             line += text.count("\n", seen, at)
             length = size(text[at:end])
