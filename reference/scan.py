@@ -1,21 +1,23 @@
-"""The selective scan, both ways, one token at a time, and the causal convolution in front of it.
+"""The selective scan: one direction, both directions, and one token of decoding.
 
-Letters: B batch, L tokens, H query heads, G groups, N state size, P head dim, K conv taps. Head h reads group
-h // (H/G) of x and B, as attention's query heads read key/value heads.
+Letters: B batch, L tokens, H query heads, G groups, N state size, P head dim. Head h reads group h // (H/G)
+of x and B, as attention's query heads read key/value heads.
 
-    S_t = exp(dt_t A) S_{t-1} + dt_t B_t ⊗ x_t                                    (1)   state, (N, P) per head
-    y_t = S_tᵀ C_t                                                                  (2)
-    y   = gate · y_f + (1 - gate) · y_b + D x   on vision,   y = y_f + D x  on text  (3)
-    out_t = Σ_k weight[k] · u_{t-K+1+k} + bias                                    (4)   over valid tokens only
+    S_t = exp(dt_t A) S_{t-1} + dt_t B_t ⊗ x_t                     the state, (N, P) per head           (1)
+    y_t = S_tᵀ C_t                                                                                      (2)
+    y_f = (1), (2) over all tokens, left to right
+    y_r = (1), (2) over the tokens of one segment, right to left, with S_{t+1} for S_{t-1}              (3)
+    y   = gate · y_f + (1 - gate) · y_r + D x   on vision,         y = y_f + D x   on text              (4)
 
-(1) and (2) are Mamba2's recurrence (arXiv 2405.21060) with the names x, dt, A, B, C, D; (3) is Flex-MA
-(LinMU, arXiv 2601.01322). Cost: L steps of a few small torch calls each, and autograd keeps every state:
-O(L·H·N·P) memory.
+(1) and (2) are Mamba2's recurrence (arXiv 2405.21060) with its names x, dt, A, B, C, D; (3) and (4) are
+Flex-MA's (LinMU, arXiv 2601.01322). Cost: L steps of a few small torch calls each, and autograd keeps every
+state: O(L·H·N·P) memory.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import (
@@ -27,7 +29,7 @@ from .checks import (
     require_one_device,
     require_shape,
 )
-from .numerics import accumulation_dtype, without_autocast
+from .numerics import accumulation_dtype, repeat_groups, without_autocast, zero_where_masked
 
 
 @without_autocast
@@ -50,9 +52,9 @@ def selective_scan(
         A: (H,) decay rate per unit of dt, < 0.
         B: (B, L, G, N) write direction.
         C: (B, L, H, N) read direction.
-        mask: (B, L) bool, True = takes part; elsewhere the state passes unchanged, y is 0, no gradient flows.
-        initial_state: (B, H, N, P); zeros if None.
-        reverse: run from the last token to the first.
+        mask: (B, L) bool, None = all True; False = skipped: state unchanged, y = 0, no gradient.
+        initial_state: (B, H, N, P), S before the first token; zeros if None.
+        reverse: run right to left.
     Returns:
         y: (B, L, H, P) in the dtype of `x`.
         final_state: (B, H, N, P) in float32, or float64 if `x` is.
@@ -64,8 +66,8 @@ def selective_scan(
     accumulate = accumulation_dtype(dtype)
     x, dt, A, B, C = (tensor.to(accumulate) for tensor in (x, dt, A, B, C))
     if mask is not None:  # dt = 0 is the exact identity: decay exp(0) = 1, write 0
-        x, B, C = (keep(tensor, mask[:, :, None, None]) for tensor in (x, B, C))
-        dt = keep(dt, mask[:, :, None])
+        x, B, C = (zero_where_masked(tensor, mask[:, :, None, None]) for tensor in (x, B, C))
+        dt = zero_where_masked(dt, mask[:, :, None])
     x, B = repeat_groups(x, heads), repeat_groups(B, heads)  # (B, L, H, P), (B, L, H, N)
     state = initial_scan_state(x, B) if initial_state is None else initial_state.to(accumulate)
     tokens = list(zip(*(tensor.unbind(1) for tensor in (x, dt, B, C)), strict=True))
@@ -100,21 +102,22 @@ def bidirectional_scan(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scan forward over all tokens and backward inside each segment; eq. (3) (LinMU, arXiv 2601.01322).
+    """Scan all tokens left to right, each segment right to left too; eq. (4) (LinMU, arXiv 2601.01322).
 
-    Choice: the backward scan starts from zero in every segment. One state across segments would let text
-    between two images see the second, and prefill in chunks would differ from prefill in one piece.
+    Choice: the reverse scan starts from zero in every segment. The alternative, one state across segments,
+    would let text between two images see the second, and prefill in chunks would differ from prefill in one
+    piece.
 
     Args:
         x, dt, A, B, C: as for `selective_scan`, already in scan order.
-        gate: (B, L, H) in [0, 1], share of the forward direction on vision tokens; unused on text.
+        gate: (B, L, H) in [0, 1], share of y_f on vision tokens; unused on text.
         segment: (B, L) int64, segment id of each position, -1 on text; None = all text.
         valid: (B, L) bool, True = not padding; None = all valid.
         D: (H,) skip weight of x; None = no skip.
-        initial_state: (B, H, N, P) of the forward direction; zeros if None.
+        initial_state: (B, H, N, P) of the left-to-right direction; zeros if None.
     Returns:
         y: (B, L, H, P) in the dtype of `x`, 0 on padding.
-        final_state: (B, H, N, P) of the forward direction, float32, or float64 if `x` is.
+        final_state: (B, H, N, P) of the left-to-right direction, float32, or float64 if `x` is.
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or L = 0.
     """
@@ -124,33 +127,38 @@ def bidirectional_scan(
     dtype = x.dtype
     x, gate = x.to(accumulation_dtype(dtype)), gate.to(accumulation_dtype(dtype))
     if valid is not None:
-        x, gate = keep(x, valid[..., None, None]), keep(gate, valid[..., None])
-    y, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)  # y_f
+        x, gate = zero_where_masked(x, valid[..., None, None]), zero_where_masked(gate, valid[..., None])
+    y_f, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)
+    y = y_f  # (B, L, H, P)
     if segment is not None:
         is_vision = segment >= 0 if valid is None else (segment >= 0) & valid
-        y_b = backward_scan(x, dt, A, B, C, segment, is_vision)
-        g = gate[..., None]  # (B, L, H, 1)
-        y = torch.where(is_vision[..., None, None], g * y + (1 - g) * y_b, y)  # eq. (3)
-    if D is not None:
-        y = y + D.to(y.dtype)[:, None] * repeat_groups(x, C.shape[2])  # (B, L, H, P)
-    return y.to(dtype), final_state
+        y_r = reverse_scan(x, dt, A, B, C, segment, is_vision)
+        gate = gate[..., None]  # (B, L, H, 1)
+        y = torch.where(is_vision[..., None, None], gate * y_f + (1 - gate) * y_r, y_f)  # eq. (4)
+    return add_skip(y, x, D).to(dtype), final_state
 
 
-def backward_scan(
+def reverse_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment: Tensor, is_vision: Tensor
 ) -> Tensor:
-    """y_b of eq. (3), (B, L, H, P): each segment alone, right to left, from a zero state; 0 on text."""
+    """y_r of eq. (3), (B, L, H, P): each segment alone, right to left, from a zero state; 0 on text."""
     batch, length, heads, _ = C.shape
     total = x.new_zeros(batch, length, heads, x.shape[3])
     for segment_id in segment[is_vision].unique().tolist():
         mask = (segment == segment_id) & is_vision
         columns = mask.any(0).nonzero().squeeze(-1)
-        span = slice(int(columns[0]), int(columns[-1]) + 1)  # the block; text in it is masked
-        y, _ = selective_scan(
-            x[:, span], dt[:, span], A, B[:, span], C[:, span], mask=mask[:, span], reverse=True
-        )
-        total = total + torch.nn.functional.pad(y, (0, 0, 0, 0, span.start, length - span.stop))
+        span = slice(int(columns[0]), int(columns[-1]) + 1)  # text in it is masked
+        inside = (x[:, span], dt[:, span], A, B[:, span], C[:, span])
+        y_r, _ = selective_scan(*inside, mask=mask[:, span], reverse=True)  # eq. (3)
+        total = total + F.pad(y_r, (0, 0, 0, 0, span.start, length - span.stop))
     return total
+
+
+def add_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    """y + D x: y (B, L, H, P), x (B, L, G, P), D (H,) or None = no skip -> (B, L, H, P)."""
+    if D is None:
+        return y
+    return y + D.to(y.dtype)[:, None] * repeat_groups(x, y.shape[2])  # eq. (4)
 
 
 @without_autocast
@@ -165,7 +173,7 @@ def scan_step(
     D: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One text token of decoding: eqs. (1) and (2), and the skip of eq. (3).
+    """One text token of decoding: eqs. (1) and (2), and the skip of eq. (4) (Mamba2, arXiv 2405.21060).
 
     Args:
         state: (B, H, N, P), float32, or float64 if `x` is.
@@ -179,62 +187,14 @@ def scan_step(
         ValueError: for shapes, dtypes or devices that do not fit.
     """
     check_step("scan_step", state, x, dt, A, B, C, D, valid)
+    dtype = x.dtype
+    x = x.to(accumulation_dtype(dtype))
     x, dt, B, C = (tensor.unsqueeze(1) for tensor in (x, dt, B, C))  # L = 1
     mask = None if valid is None else valid[:, None]
-    unused_gate = C.new_ones(C.shape[:3])
-    y, state = bidirectional_scan(x, dt, A, B, C, gate=unused_gate, valid=mask, D=D, initial_state=state)
-    return y[:, 0], state
-
-
-@without_autocast
-def causal_conv(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution over valid tokens; eq. (4) (Mamba2's, without its activation).
-
-    Args:
-        u: (B, L, channels) input, any float dtype.
-        weight: (channels, K); the last tap meets the current token.
-        bias: (channels,) or None.
-        mask: (B, L) bool, True = takes part; other tokens are skipped as if absent, and give 0.
-        initial_state: (B, K-1, channels), the K-1 inputs before the first, oldest first; zeros if None.
-    Returns:
-        out: (B, L, channels) in the dtype of `u`.
-        final_state: (B, K-1, channels), the last K-1 valid inputs, in float32, or float64 if `u` is.
-    Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, K = 0 or L = 0.
-    """
-    check_conv("causal_conv", u, weight, bias, mask, initial_state)
-    dtype, accumulate = u.dtype, accumulation_dtype(u.dtype)
-    batch, channels, taps = u.shape[0], *weight.shape
-    u, weight = u.to(accumulate), weight.to(accumulate)
     if mask is not None:
-        u = keep(u, mask[..., None])
-    start = u.new_zeros(batch, taps - 1, channels) if initial_state is None else initial_state
-    window = start.to(accumulate)  # (B, K-1, channels)
-    outputs: list[Tensor] = []
-    for t, u_t in enumerate(u.unbind(1)):
-        seen = torch.cat([window, u_t[:, None]], dim=1)  # (B, K, channels)
-        out_t = (seen * weight.T).sum(1)  # eq. (4)
-        out_t = out_t if bias is None else out_t + bias.to(accumulate)
-        outputs.append(out_t if mask is None else keep(out_t, mask[:, t, None]))
-        window = seen[:, 1:] if mask is None else torch.where(mask[:, t, None, None], seen[:, 1:], window)
-    return torch.stack(outputs, dim=1).to(dtype), window
-
-
-def keep(tensor: Tensor, mask: Tensor) -> Tensor:
-    """`tensor` where `mask`, else 0, whatever (NaN included) stood there; no gradient flows there either."""
-    return torch.where(mask, tensor, tensor.new_zeros(()))
-
-
-def repeat_groups(tensor: Tensor, heads: int) -> Tensor:
-    """(B, L, G, ·) -> (B, L, H, ·): head h is given group h // (H/G)."""
-    return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+        x = zero_where_masked(x, mask[..., None, None])
+    y, state = selective_scan(x, dt, A, B, C, mask=mask, initial_state=state)
+    return add_skip(y, x, D)[:, 0].to(dtype), state
 
 
 def initial_scan_state(x: Tensor, B: Tensor) -> Tensor:
@@ -287,20 +247,3 @@ def check_step(where: str, state, x, dt, A, B, C, D, valid) -> None:
         require_shape(where, "D", D, (heads,), "H")
     require_mask(where, "valid", valid, (batch,), "B")
     require_one_device(where, x=x, valid=valid)
-
-
-def check_conv(where: str, u, weight, bias, mask, initial_state) -> None:
-    """Shapes, dtypes and devices of the convolution's arguments."""
-    require_float(where, u=u, weight=weight, bias=bias, initial_state=initial_state)
-    require_shape(where, "u", u, (None, None, None), "B, L, channels")
-    batch, length, channels = u.shape
-    require(length >= 1, where, "L must be at least 1", length)
-    require_shape(where, "weight", weight, (channels, None), "channels, K")
-    taps = weight.shape[1]
-    require(taps >= 1, where, "weight must have at least one tap", taps)
-    if bias is not None:
-        require_shape(where, "bias", bias, (channels,), "channels")
-    require_mask(where, "mask", mask, (batch, length), "B, L")
-    require_one_device(where, u=u, mask=mask)
-    if initial_state is not None:
-        require_shape(where, "initial_state", initial_state, (batch, taps - 1, channels), "B, K-1, channels")
