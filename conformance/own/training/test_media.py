@@ -261,6 +261,11 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64
     [
         ("zero.png", b"", "zero.png must be an image.*an empty file"),
         ("phone.jpg", HEIC, "phone.jpg must be an image.*HEIC.*convert it"),
+        (
+            "lfs.png",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:7\n",
+            "lfs.png must be an image.*git lfs",
+        ),
         ("text.jpg", b"<html>404</html>", "text.jpg must be an image"),
         ("folder.png", None, "folder.png must be an image"),
     ],
@@ -337,11 +342,13 @@ def test_sound_alone_is_no_video(tmp_path):
 
 def test_one_frame_is_a_video(tmp_path):
     write_film(tmp_path / "one.mp4", shades(1))
-    saved(corners(), tmp_path / "one.png")
     assert Media(tmp_path).video("one.mp4")["fps"] == 4.0
-    still = Media(tmp_path).video("one.png")
-    assert len(still["video"]) == 1 and "fps" not in still
-    for source in ("one.mp4", "one.png", ["one.png"]):
+    stills = [f"one.{kind}" for kind in ("png", "jpg", "webp", "gif", "tiff", "bmp")]
+    for name in stills:
+        saved(corners(), tmp_path / name)
+        still = Media(tmp_path).video(name)
+        assert len(still["video"]) == 1 and "fps" not in still
+    for source in ("one.mp4", *stills, ["one.png"]):
         assert len(Media(tmp_path, max_frames=4).video(source)["video"]) == 1
 
 

@@ -21,7 +21,8 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from ..commands.command_line import RefusedError
 
-ANIMATIONS = ("GIF", "WEBP", "PNG")  # what Pillow decodes and FFmpeg does not, or not with its pauses
+# What Pillow decodes of what is shown as a video: FFmpeg does not know all of these, nor all their pauses.
+PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "TIFF", "BMP")
 NO_PAUSE = Fraction(1, 10)  # seconds that browsers and FFmpeg show a frame for whose pause is 0
 WITHOUT_PYAV = "PyAV must be installed to decode films; pip install av, or list their frames"
 # How Pillow turns a frame upright, by the signs of its display matrix.
@@ -44,10 +45,10 @@ class MissingPackageError(RefusedError):
     """A package that the data need: no fault of a sample."""
 
 
-def is_animation(file: Path | io.BytesIO) -> bool:
-    """Whether Pillow is to decode a video: by what the file holds, not by its name."""
+def is_picture(file: Path | io.BytesIO) -> bool:
+    """Whether Pillow is to decode a video, animated or still: by what the file holds, not by its name."""
     try:
-        with Image.open(file, formats=ANIMATIONS):
+        with Image.open(file, formats=PICTURES):
             return True
     except UnidentifiedImageError:
         return False
@@ -56,12 +57,15 @@ def is_animation(file: Path | io.BytesIO) -> bool:
             file.seek(0)
 
 
-def animation(file: Path | io.BytesIO) -> Iterator[Frame]:
-    """The frames of an animated picture, each with its own pause; each must be used before the next."""
+def frames_of_picture(file: Path | io.BytesIO) -> Iterator[Frame]:
+    """The frames of an animated picture, each with its own pause; each must be used before the next.
+
+    A still one is a frame without a time.
+    """
     if isinstance(file, io.BytesIO):
         file.seek(0)
     with Image.open(file) as image:
-        start: Fraction | None = Fraction(0)
+        start = Fraction(0) if getattr(image, "is_animated", False) else None
         for i, frame in enumerate(ImageSequence.Iterator(image)):
             frame.load()  # WebP tells the pause only then
             if i == 0 and getattr(image, "default_image", False):
@@ -72,7 +76,7 @@ def animation(file: Path | io.BytesIO) -> Iterator[Frame]:
             start = None if start is None or pause is None else start + pause
 
 
-def film(file: Path | io.BytesIO) -> Iterator[Frame]:
+def frames_of_film(file: Path | io.BytesIO) -> Iterator[Frame]:
     """The frames of a film, with their times if it has any; each must be used before the next.
 
     Raises:

@@ -29,7 +29,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .films import MissingPackageError, animation, film, frame_rate, is_animation, mean_rate
+from .films import (
+    MissingPackageError,
+    frame_rate,
+    frames_of_film,
+    frames_of_picture,
+    is_picture,
+    mean_rate,
+)
 
 HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # brands that Pillow cannot decode
 MOST_PIXELS = 2**32  # of a video in memory, 12 GiB
@@ -143,7 +150,7 @@ class Media:
 
     def needs_film_decoder(self, source: Any) -> bool:
         """Whether a video is a film, for which PyAV must be installed."""
-        return not is_pixels(source) and not is_animation(self.file(source)[0])
+        return not is_pixels(source) and not is_picture(self.file(source)[0])
 
     def _decode(self, file: Path | io.BytesIO, name: str) -> tuple[int, list[Image.Image], Fraction | None]:
         """Frames of a file: how many there are, those kept, and the mean rate of all.
@@ -151,7 +158,7 @@ class Media:
         The frames are counted by decoding them, as headers are often wrong; none is kept for that.
         """
         try:
-            read = partial(animation if is_animation(file) else film, file)
+            read = partial(frames_of_picture if is_picture(file) else frames_of_film, file)
             kept = set(self.kept(sum(1 for _ in read()))) if self.max_frames else None
             frames, times, pixels = [], [], 0
             for i, (picture, start, pause) in enumerate(read()):
@@ -282,6 +289,8 @@ def what_is(file: Path | io.BytesIO, error: Exception) -> str:
         return "an empty file"
     if head[4:8] == b"ftyp" and head[8:12] in HEIC:
         return "HEIC, whatever its name; convert it to JPEG"
+    if head.startswith(b"version http"):
+        return "a pointer of Git LFS; fetch the file itself with `git lfs pull`"
     if isinstance(error, UnidentifiedImageError):  # whose message holds an address in memory
         return "a format that Pillow does not know"
     return shortened(str(error), 200)
