@@ -27,13 +27,12 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..demo import TEACHER
-from ..prompts.chat_collator import ChatCollator
 from ..prompts.processors import load_processor
 from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config, settings_of
 from .data.conversations import InOrder, skipped
-from .data.open_data import in_order, open_data
+from .data.open_data import chat_collator, in_order, open_data
 from .evaluation.evaluation import evaluate
 from .evaluation.held_out import HeldOut
 from .evaluation.plots import plot_layers, plot_losses
@@ -87,10 +86,7 @@ class Run:
         set_seed(self.config.seed)
         self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
         self.processor = load_processor(self.teacher, padding_side="right")
-        samples = self.config.samples
-        self.encoder = ChatCollator(
-            self.processor, supervise=samples.supervise, max_length=samples.max_length
-        )
+        self.encoder = chat_collator(self.processor, self.config.samples)
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
         self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.held_out = HeldOut(held_out, self.encoder, self.config)

@@ -247,13 +247,13 @@ class Lesson(nn.Module):
                 teacher = self.run("teacher", inputs, positions)
         finally:
             hook.remove()
-        shown = self.student.prompt_layout
-        if shown is None or not shown.has_vision(inputs):
+        if not self.student.has_vision(inputs):
             return {"teacher": teacher, "student": self.run("student", inputs, positions)}
         # The decoder is called as in the first pass: what leads to it needs no pictures and no layout.
         hook = decoder.register_forward_pre_hook(lambda *_: calls[0], with_kwargs=True)
         ids = inputs["input_ids"]
-        unseen = {name: value for name, value in inputs.items() if name not in shown.argument_names}
+        pictures = self.student.prompt_layout.argument_names
+        unseen = {name: value for name, value in inputs.items() if name not in pictures}
         unseen |= {
             "position_ids": calls[0][1].get("position_ids"),
             "linmu_coords": ids.new_full((*ids.shape, 4), -1),

@@ -184,7 +184,7 @@ def test_the_ablation_leaves_out_one_thing_at_a_time(tmp_path, capsys, pytestcon
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        ("without the backward scan", "reverse_scan"),
+        ("without the reverse scan", "reverse_scan"),
         ("raster instead of Rotary-Major", "rotary_major"),
     ],
 )

@@ -28,7 +28,7 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "without stage iii": lambda base: with_stages(base, ("i", "ii")),
     "without Local-Swin": lambda base: with_start(base, branches="flex"),
     "without Flex-MA": lambda base: with_start(base, branches="local"),
-    "without the backward scan": lambda base: with_mixer(base, reverse_scan=False),
+    "without the reverse scan": lambda base: with_mixer(base, reverse_scan=False),
     "random instead of attention init": lambda base: with_start(base, init="random"),
     "raster instead of Rotary-Major": lambda base: with_mixer(base, rotary_major=False),
 }

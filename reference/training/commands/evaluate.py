@@ -17,10 +17,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from ...demo import TEACHER
-from ...prompts.chat_collator import ChatCollator
 from ...prompts.processors import load_processor
 from ..config import Config
-from ..data.open_data import open_held_out
+from ..data.open_data import chat_collator, open_held_out
 from ..evaluation.held_out import HeldOut
 from ..evaluation.scores import Rows, Scores, table
 from ..refusal import RefusedError, check
@@ -49,9 +48,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
     config = parse(flags)
     process = PartialState(cpu=config.cpu)
     models = open_models(folder, config, process.device)
-    samples = config.samples
-    processor = load_processor(folder, padding_side="right")
-    encoder = ChatCollator(processor, supervise=samples.supervise, max_length=samples.max_length)
+    encoder = chat_collator(load_processor(folder, padding_side="right"), config.samples)
     held_out = HeldOut(ConcatDataset(open_held_out(config, config.data, encoder, None)), encoder, config)
     scores = Scores(importlib.import_module(f"linmu.{config.backend}").logit_loss)
     batches = tqdm(held_out.batches(), desc="evaluate", unit="batch", disable=not process.is_main_process)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
+from transformers import ProcessorMixin
 
 from ...demo import DigitsQuestions
 from ...prompts.chat_collator import ChatCollator
-from ..config import Config
+from ..config import Config, SampleSettings
 from ..refusal import RefusedError, check
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
 from .sources import open_rows
@@ -94,6 +95,11 @@ def open_dataset(
     rows = open_rows(source, streaming, config.seed)
     options = (config.samples.on_broken, config.samples.max_frames, config.samples.max_pixels)
     return Conversations(rows, *options, prepare=prepare, report=report)
+
+
+def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:
+    """What makes tensors of samples."""
+    return ChatCollator(processor, supervise=settings.supervise, max_length=settings.max_length)
 
 
 def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:
