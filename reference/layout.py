@@ -18,8 +18,9 @@ forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,26 +157,27 @@ class VisionLayout:
 
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
-        return self._once(("order", layer_index % 4), lambda: scan_order(self.coords, layer_index))
+        return self.once(("order", layer_index % 4), lambda: scan_order(self.coords, layer_index))
 
     def inverse(self, layer_index: int) -> Tensor:
         """The inverse of `order(layer_index)`, (B, L) int64."""
-        return self._once(("inverse", layer_index % 4), lambda: inverse_order(self.order(layer_index)))
+        return self.once(("inverse", layer_index % 4), lambda: inverse_order(self.order(layer_index)))
 
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
         shifted = layer_index % 2 == 1
         key = ("windows", window_thw, shifted)
-        return self._once(key, lambda: window_ids(self.coords, window_thw, shifted))
+        return self.once(key, lambda: window_ids(self.coords, window_thw, shifted))
 
     def to(self, device: torch.device | str, **kwargs) -> VisionLayout:
-        """This layout on another device, made once each: layers may lie on several."""
+        """Return a copy on `device`, cached per device: layers may be on several."""
         coords = self.coords.to(device, **kwargs)
         if coords is self.coords:
             return self
-        return self._once(("on", coords.device), lambda: type(self)(coords))
+        return self.once(("on", coords.device), lambda: type(self)(coords))
 
-    def _once(self, key: tuple, make) -> Tensor:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns, computed once per `key` and kept with the layout."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
