@@ -1,0 +1,1 @@
+"""M-MATE inside a Hugging Face model; README.md tells how."""
