@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.scan import check_bidirectional, check_conv, check_scan, check_step
+from ..reference.causal_conv import check_conv
+from ..reference.scan import check_bidirectional, check_scan, check_step
 from . import conv_operators, operators
 from .checks import require
 from .precision import without_autocast

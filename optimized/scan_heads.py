@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.flex_ma import rms_norm_per_head
+from ..reference.numerics import rms_norm_per_head
 from . import chunked_scan
 from .layout_sorts import flat_order
 from .precision import accumulation_dtype, without_autocast

@@ -92,7 +92,7 @@ def output_kernel(
     HAS_NORM: tl.constexpr,
     KEEPS: tl.constexpr,
 ):
-    """Eq. (3) of `chunked_scan`: `bidirectional_scan` and `backward_scan` of the reference, one part of a
+    """Eq. (3) of `chunked_scan`: `bidirectional_scan` and `reverse_scan` of the reference, one part of a
     chunk of one head; then its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took
     the tokens from.
 

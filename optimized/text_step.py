@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.flex_ma import rms_norm_per_head
+from ..reference.numerics import rms_norm_per_head
 from . import conv, step
 from .precision import accumulation_dtype, without_autocast
 

@@ -35,8 +35,7 @@ from ..prompts.idefics3_layout import Idefics3PromptLayout
 from ..prompts.internvl_layout import InternVLPromptLayout
 from ..prompts.layouts import PromptLayout
 from ..prompts.llava_onevision_layout import LlavaOnevisionPromptLayout
-from ..prompts.processing import PROCESSORS
-from ..prompts.processors import OTHER_PROCESSORS
+from ..prompts.processors import PROCESSORS
 from ..prompts.qwen_layout import Qwen2PromptLayout, Qwen3PromptLayout
 from .model import LinMUModel, with_vision_layout
 from .saved_folder import StudentConfig
@@ -123,7 +122,7 @@ for _name, _teacher_class, _prompt_layout in (
     ("qwen2", Qwen2ForCausalLM, None),
     ("llama", LlamaForCausalLM, None),
 ):
-    register_family(_name, _teacher_class, _prompt_layout, (PROCESSORS | OTHER_PROCESSORS).get(_name))
+    register_family(_name, _teacher_class, _prompt_layout, PROCESSORS.get(_name))
 
 
 def __getattr__(name: str) -> type:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linmu.optimized import narrow, projections
-from linmu.reference.flex_ma import full_precision_linear
+from linmu.reference.numerics import full_precision_linear
 
 from ...harness.compare import assert_same, evaluate
 

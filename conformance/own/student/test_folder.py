@@ -234,6 +234,24 @@ def test_a_folder_with_other_tensors_is_refused(student, tmp_path, old, new, mes
             opener(tmp_path)
 
 
+@pytest.mark.parametrize("reverse", [True, False])
+def test_a_folder_with_an_options_former_name_opens(teacher, tmp_path, reverse):
+    student = shake_mixers(convert(teacher, {"reverse_scan": reverse}, layers=[0]))
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["linmu"]["options"]["backward_scan"] = config["linmu"]["options"].pop("reverse_scan")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load(tmp_path)
+    assert mixers(again)[0].config == mixers(student)[0].config
+    inputs = every_kind()
+    assert torch.equal(logits_of(again, inputs), logits_of(student, inputs))
+
+
+def test_an_option_by_both_of_its_names_is_refused(teacher):
+    with pytest.raises(ValueError, match=r"an option must have one of its two names, got .*backward_scan"):
+        convert(teacher, {"reverse_scan": True, "backward_scan": False})
+
+
 def test_a_folder_of_a_newer_version_is_refused(student, folder, tmp_path):
     student.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

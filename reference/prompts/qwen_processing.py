@@ -1,7 +1,4 @@
-"""From conversations to tensors, with or without torchvision.
-
-    conversation = turns; a turn = {"role", "content": text or a list of blocks}
-    block        = {"type": "text", "text"} | {"type": "image", "image"} | {"type": "video", "video", "fps"}
+"""The processors of Qwen2-VL and Qwen2.5-VL without torchvision.
 
 Letters: frames F, height and width in pixels; grid T Y X in patches, before the spatial merge m x m:
 `T = ceil(F / temporal_patch_size)`, `Y = height / patch_size`, `X = width / patch_size`. A row of
@@ -14,33 +11,21 @@ The stock processors of Qwen2-VL and Qwen2.5-VL refuse to load without torchvisi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers import BatchFeature
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
-from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
-from .processors import OTHER_PROCESSORS
+__all__ = ["QWEN_PROCESSORS", "FrameProcessor", "LinMUQwen2VLProcessor", "LinMUQwen2_5_VLProcessor"]
 
-__all__ = [
-    "ChatCollator",
-    "FrameProcessor",
-    "LinMUQwen2VLProcessor",
-    "LinMUQwen2_5_VLProcessor",
-    "load_processor",
-]
-
-IGNORED = -100
-ANSWER_HEADER = "<|im_start|>assistant\n"
-TURN_END = "<|im_end|>"
 BICUBIC = 3
 
 FRAME_DEFAULTS = {
@@ -222,127 +207,4 @@ class LinMUQwen2VLProcessor(_WithFrames, Qwen2VLProcessor):
     """Qwen2VLProcessor that takes videos as frames and needs no torchvision."""
 
 
-PROCESSORS = {"qwen2_5_vl": LinMUQwen2_5_VLProcessor, "qwen2_vl": LinMUQwen2VLProcessor}
-STOCK_PROCESSORS = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen2_vl": Qwen2VLProcessor}
-
-
-def load_processor(folder: str, *, padding_side: str | None = None, **kwargs: Any) -> ProcessorMixin:
-    """Open the processor of a teacher or student: with torchvision the stock one, else its twin from here.
-
-    Args:
-        folder: local folder or Hub id of a teacher or student.
-        padding_side: "left" or "right" for batches; None keeps the folder's.
-        **kwargs: as for `from_pretrained`.
-    Returns:
-        a processor whose `apply_chat_template` takes images, and videos as lists of frames or arrays.
-    Raises:
-        ValueError: for a padding side that is neither.
-    """
-    if padding_side not in (None, "left", "right"):
-        raise ValueError(f"load_processor: padding_side must be 'left' or 'right', got {padding_side!r}")
-    folder = str(folder)
-    family = (
-        PreTrainedConfig.get_config_dict(folder, **kwargs)[0].get("model_type", "").removeprefix("linmu_")
-    )
-    classes = STOCK_PROCESSORS if is_torchvision_available() else PROCESSORS | OTHER_PROCESSORS
-    processor = classes.get(family, AutoProcessor).from_pretrained(folder, **kwargs)
-    if padding_side is not None:
-        processor.tokenizer.padding_side = padding_side
-    return processor
-
-
-class ChatCollator:
-    """Collates items {"messages": conversation} into one batch of tensors for a Qwen-style chat model.
-
-    Args:
-        processor: of `load_processor`.
-        supervise: True: whole conversations with `labels`, -100 outside the assistant's answers; an answer's
-            <|im_end|> belongs to it. False: prompts, cut before a final assistant turn, opened for an answer.
-
-    A video block may carry `fps`, the frames per second of what it holds; it becomes `second_per_grid_ts`.
-    """
-
-    def __init__(self, processor: ProcessorMixin, *, supervise: bool = True):
-        tokenizer = processor.tokenizer
-        if TURN_END not in tokenizer.get_vocab():
-            raise ValueError(
-                f"ChatCollator: the chat template must close turns with {TURN_END}, got another family"
-            )
-        self.processor = processor
-        self.supervise = supervise
-        self.header = np.array(tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"])
-        self.end = tokenizer.convert_tokens_to_ids(TURN_END)
-
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask, mm_token_type_ids, labels, all (B, L) int64, pixels and grids."""
-        conversations = [list(item["messages"]) for item in items]
-        if not self.supervise:
-            conversations = [c[:-1] if c[-1]["role"] == "assistant" else c for c in conversations]
-        processor_kwargs: dict[str, Any] = {"padding": True}
-        if metadata := _video_metadata(conversations):
-            processor_kwargs["video_metadata"] = metadata
-        batch = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=not self.supervise,
-            processor_kwargs=processor_kwargs,
-        )
-        batch = dict(batch)
-        if self.supervise:
-            turns = [sum(turn["role"] == "assistant" for turn in c) for c in conversations]
-            batch["labels"] = self._labels(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), turns)
-        return batch
-
-    def _labels(self, ids: np.ndarray, valid: np.ndarray, turns: Sequence[int]) -> torch.Tensor:
-        """Keep the ids from after each answer header up to and including the next <|im_end|>."""
-        answers, found = answer_mask(ids, self.header, self.end)
-        if (found != np.array(turns)).any():
-            row = int(np.argmax(found != np.array(turns)))
-            raise ValueError(
-                f"ChatCollator: every assistant turn must follow {ANSWER_HEADER!r}, got {found[row]} headers "
-                f"for {turns[row]} turns in item {row}; an answer must not begin with a line break"
-            )
-        return torch.from_numpy(np.where(answers & (valid > 0), ids, IGNORED))
-
-
-def answer_mask(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the answers in ids (B, L).
-
-    Returns:
-        (B, L) bool, True from after a header up to and including the end token, and (B,) headers found.
-    """
-    batch, length = ids.shape
-    follows = np.zeros((batch, length + 1), dtype=bool)
-    if length >= len(header):
-        windows = np.lib.stride_tricks.sliding_window_view(ids, len(header), axis=1)
-        follows[:, len(header) :] = (windows == header).all(-1)
-    after_end = np.zeros((batch, length + 1), dtype=bool)
-    after_end[:, 1:] = ids == end
-    place = np.arange(1, length + 2)
-    opened = np.maximum.accumulate(np.where(follows, place, 0), axis=1)
-    closed = np.maximum.accumulate(np.where(after_end, place, 0), axis=1)
-    return (opened > closed)[:, :length], follows.sum(1)
-
-
-def _video_metadata(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]] | None:
-    """Return the metadata of all videos in order, or None if no block states its `fps`."""
-    blocks = [
-        block
-        for conversation in conversations
-        for turn in conversation
-        if not isinstance(turn["content"], str)
-        for block in turn["content"]
-        if block["type"] == "video"
-    ]
-    if not any("fps" in block for block in blocks):
-        return None
-    return [
-        {
-            "total_num_frames": len(block["video"]),
-            "fps": block.get("fps"),
-            "frames_indices": [*range(len(block["video"]))],
-        }
-        for block in blocks
-    ]
+QWEN_PROCESSORS = {"qwen2_5_vl": LinMUQwen2_5_VLProcessor, "qwen2_vl": LinMUQwen2VLProcessor}
