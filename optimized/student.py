@@ -12,8 +12,8 @@ from ..reference.student.backend import Backend, register_backend
 from ..reference.student.model import LinMUModel
 from .config import LinMUConfig
 from .layout import VisionLayout
-from .lesson import Lesson
 from .m_mate import MMATE
+from .training import Lesson
 
 __all__ = ["convert", "load"]
 
