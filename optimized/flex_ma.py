@@ -15,7 +15,8 @@ from linmu import reference
 
 from ..reference.flex_ma import DonatedState, FlexMAState
 from ..reference.numerics import full_precision_linear, rms_norm_per_head
-from . import conv_operators, step_operators
+from .causal_conv import operator as conv_operators
+from .decoding import operator as step_operators
 from .layout import VisionLayout, fast, permute_tokens
 from .projections import apply_rope, are_plain, narrow_products
 from .scan import scan_heads, scan_step

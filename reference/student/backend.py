@@ -68,7 +68,7 @@ def backend_of(wanted: Backend | str | None) -> Backend:
 def backend_by_name(name: str, where: str) -> Backend:
     if name == "optimized" and name not in BACKENDS:
         try:
-            _ = importlib.import_module("linmu.optimized").convert  # what computes students registers itself
+            importlib.import_module("linmu.optimized.student")  # registers itself
         except ImportError as error:
             raise RuntimeError(f"{where}: linmu.optimized must be importable, got: {error}") from error
     known = sorted({*BACKENDS, "optimized"})
