@@ -39,6 +39,8 @@ class LinMUConfig:
         head_norm: RMS norm per head after the scan, in the place of softmax's denominator.
         reverse_scan: the right-to-left half of the scan.
         rotary_major: rotate the scan's order with the layer; off means raster order (t, y, x) in all layers.
+        text_only: leave out the parameters that only vision uses (Local-Swin, the mix, the scan's gate), for
+            decoders that see none.
     Raises:
         ValueError: if a size is not positive, `heads` is no multiple of `groups`, or `head_dim` is odd.
     """
@@ -59,6 +61,7 @@ class LinMUConfig:
     head_norm: bool = True
     reverse_scan: bool = True
     rotary_major: bool = True
+    text_only: bool = False
 
     def __post_init__(self) -> None:
         where = "LinMUConfig"

@@ -35,13 +35,15 @@ class MMATE(nn.Module):
         super().__init__()
         self.config, self.layer_index = config, layer_index
         self.flex_ma = self.flex_ma_class(config, layer_index)
-        self.local_swin = self.local_swin_class(config, layer_index)
-        self.mix_proj = nn.Linear(config.width, 1)
+        if not config.text_only:
+            self.local_swin = self.local_swin_class(config, layer_index)
+            self.mix_proj = nn.Linear(config.width, 1)
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
         """Start of every parameter that the teacher does not have, by name, float32."""
         own = {"mix_proj.weight": torch.zeros(1, self.config.width), "mix_proj.bias": torch.zeros(1)}
+        own = {} if self.config.text_only else own
         return own | {f"flex_ma.{name}": value for name, value in self.flex_ma.initial_values().items()}
 
     @torch.no_grad()
@@ -53,7 +55,8 @@ class MMATE(nn.Module):
     def copy_attention(self, attention: nn.Module) -> None:
         """Start both branches from an attention layer's weights and biases (LinMU, arXiv 2601.01322)."""
         self.flex_ma.copy_attention(attention)
-        self.local_swin.copy_attention(attention)
+        if not self.config.text_only:
+            self.local_swin.copy_attention(attention)
 
     def forward(
         self,
