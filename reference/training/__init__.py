@@ -8,3 +8,5 @@ variants, ablation    what flags can change, and what each change costs
 evaluation, reliance, judge, plots    how well a student does
 dry_run, memory, description    what would be done, in how much memory
 """
+
+import transformers  # noqa: F401  # its import registers the students, which needs this package's modules whole
