@@ -100,41 +100,41 @@ class VisionLayout(reference.VisionLayout):
     """`linmu.reference.VisionLayout`, checked once, sorted on the device."""
 
     def __post_init__(self) -> None:
-        self._memo["facts"] = examine(self.coords, "VisionLayout")
+        _ = self.facts  # refuses malformed coordinates
 
     @property
     def facts(self) -> Facts:
         """What is known of the coordinates."""
-        return self._memo["facts"]
+        return self.once("facts", lambda: examine(self.coords, "VisionLayout"))
 
     @property
     def segment(self) -> Tensor:
         """The reference's, contiguous."""
-        return self._once("segment", lambda: self.coords[..., 0].contiguous())
+        return self.once("segment", lambda: self.coords[..., 0].contiguous())
 
     @property
     def is_vision(self) -> Tensor:
         """The reference's, made once."""
-        return self._once("vision", lambda: self.segment >= 0)
+        return self.once("vision", lambda: self.segment >= 0)
 
     @property
     def openings(self) -> Tensor:
         """`scan_masks.openings` of this layout."""
-        return self._once("openings", lambda: openings(self.segment))
+        return self.once("openings", lambda: openings(self.segment))
 
     @property
     def sorted(self) -> Sorted:
         """The coordinates in the order of their segments."""
-        return self._once("sorted", lambda: by_segment(self.coords, self.facts))
+        return self.once("sorted", lambda: by_segment(self.coords, self.facts))
 
     @property
     def scan_rows(self) -> Tensor:
         """(4, B·L) int64: the tokens of the flattened batch in the four scan orders, made all at once."""
-        return self._once("scan rows", lambda: scan_rows(self.sorted))
+        return self.once("scan rows", lambda: scan_rows(self.sorted))
 
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
-        return self._once("orders", lambda: in_rows(self.scan_rows, self.coords))[layer_index % 4]
+        return self.once("orders", lambda: in_rows(self.scan_rows, self.coords))[layer_index % 4]
 
     def in_order(self, tensor: Tensor, layer_index: int) -> Tensor:
         """`permute_tokens` into the order of this layer."""
@@ -143,7 +143,7 @@ class VisionLayout(reference.VisionLayout):
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
         shifted = layer_index % 2 == 1
-        return self._once(
+        return self.once(
             ("windows", window_thw, shifted),
             lambda: window_numbers(self.sorted, self.is_vision, window_thw, shifted),
         )
@@ -159,21 +159,21 @@ class VisionLayout(reference.VisionLayout):
             kind = (self.facts.vision, list(window_thw), shifted, text)
             return operators.layout_plan(*self.sorted, *kind)
 
-        return self._once(("window plan", window_thw, shifted, text), make)
+        return self.once(("window plan", window_thw, shifted, text), make)
 
     def vision_tokens(self, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
         """The tokens of these windows, without text."""
         key = ("vision tokens", window_thw, layer_index % 2 == 1)
-        return self._once(key, lambda: VisionTokens.of(self, window_thw, layer_index))
+        return self.once(key, lambda: VisionTokens.of(self, window_thw, layer_index))
 
     @property
     def vision_row(self) -> Tensor:
         """(B, L) int64: where each token stands in the flattened batch, -1 on text."""
-        return self._once("vision row", lambda: own_rows(self.is_vision))
+        return self.once("vision row", lambda: own_rows(self.is_vision))
 
 
 def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:
     """The same layout as our `VisionLayout`, made once per layout: a caller may bring the reference's."""
     if layout is None or isinstance(layout, VisionLayout):
         return layout
-    return layout._once("optimized", lambda: VisionLayout(layout.coords))
+    return layout.once("optimized", lambda: VisionLayout(layout.coords))
