@@ -38,7 +38,7 @@ class LinMUCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
 
     def donate(self) -> DonatedState | None:
-        """Hand out the state for in-place update; call `store` with the result. None before the first token."""
+        """Hand out the state for in-place update; call `store` with the result. None before any token."""
         return None if self.state is None else DonatedState(*self.state)
 
     def store(self, state: FlexMAState, new_tokens: int) -> None:
