@@ -38,16 +38,12 @@ class MMATE(reference.MMATE):
         Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
         before it, would read and write as many bytes per token, and could not be adapted by branch.
         """
-        flex_ma, local_swin, given = (
-            self.flex_ma,
-            self.local_swin,
-            {"position_embeddings": position_embeddings},
-        )
+        flex_ma, given = self.flex_ma, {"position_embeddings": position_embeddings}
         if layout is None or not self.reaches_into_branches():
             y, state = flex_ma(hidden_states, layout, valid=valid, state=state, **given)
             if layout is None:
                 return y, state
-            local = local_swin(hidden_states, layout, **given)
+            local = self.local_swin(hidden_states, layout, **given)
             row = fast(layout).vision_row
             (mix,) = narrow_products(hidden_states, [self.mix_proj])
         else:
@@ -56,13 +52,15 @@ class MMATE(reference.MMATE):
             )
             y, state = flex_ma.heads(hidden_states, layout, valid=valid, state=state, rates=rates, **given)
             y = flex_ma.o_proj(y)
-            local, row = local_swin.attend(hidden_states, layout, **given)
+            local, row = self.local_swin.attend(hidden_states, layout, **given)
         return block_operators.mix_branches(y, local, mix, row), state
 
     def reaches_into_branches(self) -> bool:
         """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes
         them.
         """
+        if self.config.text_only:
+            return False
         branches = ((self.flex_ma, FlexMA), (self.local_swin, LocalSwin))
         own = all(is_unwatched(branch) and type(branch).forward is kind.forward for branch, kind in branches)
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])
