@@ -1,4 +1,4 @@
-"""`reference/convert.py` with the fast M-MATE in the decoder layers; folders are the same."""
+"""`reference/student/` with the fast M-MATE in the decoder layers; folders are the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..reference.config import LinMUConfig
 from ..reference.student.convert import build_student, chosen_mixer, load_student
 from ..reference.student.model import LinMUModel
-from .config import LinMUConfig
 from .m_mate import MMATE
 
 __all__ = ["convert", "load"]

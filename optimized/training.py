@@ -1,4 +1,4 @@
-"""Twin of `linmu.reference.lesson`: the same lessons with this backend's losses."""
+"""`reference/training/`: the same distillation with this backend's losses."""
 
 from __future__ import annotations
 

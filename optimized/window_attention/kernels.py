@@ -1,7 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernels for window attention, forward: tokens gathered window by window.
 
-Letters and equations as in `batched_windows`, the order of the tokens and its blocks in `window_plan`. For a
+Letters and equations as in `torch_engine`, the order of the tokens and its blocks in `layout.plan`. For a
 block of one window that fits a tile, a program holds the window's keys and values, takes the heads of their
 group one after the other, each with a softmax in one go, and loads the next head's queries meanwhile.
 Elsewhere, in small windows, large ones and float32, it walks over the tokens of all windows that the block
@@ -14,11 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..engine.launch import launching
+from ..engine.launch import rows_of
 from ..layout import plan as window_plan
-from ..scan.kernels.tiles import rows_of
+from .operator import AttentionInputs, AttentionOutputs, attention_outputs
 from .tiles import (
     Tiles,
     held,
@@ -186,18 +185,14 @@ def attend_kernel(
             tl.store(LSE + at, tl.where(taken, largest + tl.log2(total), 0.0), mask=place < end)
 
 
-@launching
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, places: Tensor, blocks: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`batched_windows.forward` on Triton kernels: o (B, L, H, P), and lse (B, L, H) as a power of two."""
-    q, k, v = (rows_of(tensor.to(q.dtype)) for tensor in (q, k, v))
-    o = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    arguments = shared_arguments({"q": q, "k": k, "v": v}, places, blocks, scale)
+def forward(inputs: AttentionInputs) -> AttentionOutputs:
+    """The operator on Triton kernels."""
+    q, k, v = (rows_of(tensor.to(inputs.q.dtype)) for tensor in inputs[:3])
+    o, lse = attention_outputs(inputs)
+    arguments = shared_arguments({"q": q, "k": k, "v": v}, inputs)
     arguments |= {"OUT": o, "LSE": lse, "KEYS": keys_held(HELD, q)}
     heads = q.shape[2] // k.shape[2]
     if arguments["KEYS"]:
         launch_held(attend_held_kernel, HELD, heads, (q, k, v), **arguments)
     launch_rest(attend_kernel, FORWARD, heads, (q, k, v), **arguments)
-    return o, lse
+    return AttentionOutputs(o, lse)

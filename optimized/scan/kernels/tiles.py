@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...engine import say_once
-from ...engine.launch import power_of_2
+from ...engine.launch import tile_size
 
 CHUNKS = {torch.bfloat16: 128, torch.float32: 16}  # tokens between two states
 GRADIENT_CHUNKS = {torch.bfloat16: 64, torch.float32: 16}  # the same in the backward pass
@@ -65,7 +64,7 @@ def along(POINTER, at):
 @triton.jit
 def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
     """Where readers i and writers j, places of one chunk along either axis, are a pair of the forward and of
-    the backward direction."""
+    the reverse direction."""
     together = j >= i
     if HAS_VISION:
         together = together & (along(SEGMENT, at + i) == along(SEGMENT, at + j))
@@ -73,21 +72,21 @@ def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
 
 
 @triton.jit
-def pair_decay(i, j, FORWARD, BACKWARD, at_i, at_j, HAS_VISION: tl.constexpr):
+def pair_decay(i, j, FORWARD_SUM, REVERSE_SUM, at_i, at_j, HAS_VISION: tl.constexpr):
     """What is left of j's write when i reads, in whichever direction: the exponentials of eq. (2) of
     `chunked_scan`."""
-    exponent = along(FORWARD, at_i) - along(FORWARD, at_j)
+    exponent = along(FORWARD_SUM, at_i) - along(FORWARD_SUM, at_j)
     if HAS_VISION:
-        exponent = tl.where(j <= i, exponent, along(BACKWARD, at_j) - along(BACKWARD, at_i))
+        exponent = tl.where(j <= i, exponent, along(REVERSE_SUM, at_j) - along(REVERSE_SUM, at_i))
     return decayed(exponent)
 
 
 @triton.jit
-def pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at_i, HAS_VISION: tl.constexpr):
-    """gF_i [j≤i] + gB_i [j≥i, one segment] of eq. (2)."""
+def pair_gates(before, together, FORWARD_GATE, REVERSE_GATE, at_i, HAS_VISION: tl.constexpr):
+    """gF_i [j≤i] + gR_i [j≥i, one segment] of eq. (2)."""
     if HAS_VISION:
         gates = tl.where(before, along(FORWARD_GATE, at_i), 0.0)
-        return gates + tl.where(together, along(BACKWARD_GATE, at_i), 0.0)
+        return gates + tl.where(together, along(REVERSE_GATE, at_i), 0.0)
     else:
         return tl.where(before, 1.0, 0.0)
 
@@ -158,11 +157,6 @@ def state_products(
     return total
 
 
-def tile_size(size: int) -> int:
-    """The power of two, at least 16, that holds `size`: what a matrix product of tiles takes."""
-    return max(16, power_of_2(size))
-
-
 def token_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the scan's kernels take tokens in: states outgrow float16, so it takes float32's kernels."""
     if dtype != torch.float16:
@@ -199,21 +193,3 @@ def half_step(size: int, dtype: torch.dtype) -> int:
 def warps(*sizes: int) -> int:
     """Warps of a program whose tiles are that wide."""
     return 8 if max(sizes) > 64 else 4
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """`tensor` with adjacent elements in its last axis; the other strides are free."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as kernels read it."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def stride_arguments(**tensors: Tensor) -> dict[str, int]:
-    """The strides of (B, L, heads, ·) tensors, as `x_batch`, `x_token`, `x_head` for x."""
-    axes = ("batch", "token", "head")
-    return {
-        f"{name}_{axis}": tensor.stride(i) for name, tensor in tensors.items() for i, axis in enumerate(axes)
-    }
