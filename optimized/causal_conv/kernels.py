@@ -26,26 +26,10 @@ ROWS, COLUMNS = 32, 64
 
 @triton.jit
 def input_of(
-    U,
-    PLACE,
-    ORDER,
-    START,
-    rank,
-    taken,
-    batch,
-    u_batch,
-    u_token,
-    length,
-    channel,
-    scale,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    TAPS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_START: tl.constexpr,
-    SCALES: tl.constexpr,
-):
+    U, PLACE, ORDER, START, rank, taken, batch, u_batch, u_token, length, channel, scale,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_START: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """s of eq. (1) at some ranks, those of the state included, 0 where not taken: (ranks, channels)."""
     inside = (channel < CHANNELS)[None, :]
     among = taken & (rank >= 0)
@@ -67,32 +51,11 @@ def input_of(
 
 @triton.jit
 def forward_kernel(
-    U,
-    WEIGHT,
-    BIAS,
-    RANK,
-    PLACE,
-    ORDER,
-    COUNT,
-    START,
-    OUT,
-    FINAL,
-    u_batch,
-    u_token,
-    length,
-    scale,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    TAPS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_START: tl.constexpr,
-    SCALES: tl.constexpr,
-):
+    U, WEIGHT, BIAS, RANK, PLACE, ORDER, COUNT, START, OUT, FINAL, u_batch, u_token, length, scale,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, BEFORE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """Eq. (1): the loop of the reference's `causal_conv`; RANK is -1 on masked tokens.
 
     Each of the last K-1 valid tokens puts its input into FINAL; what is older comes from START. A token has

@@ -23,35 +23,12 @@ from .torch_engine import of_each_part
 
 @triton.jit
 def backward_kernel(
-    U,
-    WEIGHT,
-    OUT_GRAD,
-    RANK,
-    PLACE,
-    ORDER,
-    COUNT,
-    START,
-    FINAL_GRAD,
-    U_GRAD,
-    WEIGHT_GRAD,
-    BIAS_GRAD,
-    u_batch,
-    u_token,
-    g_batch,
-    g_token,
-    length,
-    scale,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_START: tl.constexpr,
-    SCALES: tl.constexpr,
-):
+    U, WEIGHT, OUT_GRAD, RANK, PLACE, ORDER, COUNT, START, FINAL_GRAD, U_GRAD, WEIGHT_GRAD, BIAS_GRAD,
+    u_batch, u_token, g_batch, g_token, length, scale,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """Eq. (1), and what a block of tokens adds to the gradients of weight and bias."""
     batch = tl.cast(tl.program_id(2), tl.int64)
     token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -20,27 +20,11 @@ BLOCK = 1024
 
 @triton.jit
 def rope_kernel(
-    X,
-    COS,
-    SIN,
-    TOKEN,
-    OUT,
-    x_batch,
-    x_token,
-    x_head,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
-    length,
-    angles,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    TAKES: tl.constexpr,
-):
+    X, COS, SIN, TOKEN, OUT, x_batch, x_token, x_head, cos_batch, cos_token, sin_batch, sin_token,
+    length, angles,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BACKWARD: tl.constexpr, TAKES: tl.constexpr,
+):  # fmt: skip
     """Eq. (1) for all heads of one token; if it TAKES angles, by those of TOKEN among rows of so many."""
     token = tl.cast(tl.program_id(0) % length, tl.int64)
     batch = tl.cast(tl.program_id(0) // length, tl.int64)
@@ -103,14 +87,9 @@ def rotate_backward(inputs: RotateInputs, outputs: RotateOutputs, grads: RotateO
 
 @triton.jit
 def mix_kernel(
-    FLEX,
-    LOCAL,
-    LOGIT,
-    ROW,
-    OUT,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    FLEX, LOCAL, LOGIT, ROW, OUT,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Eq. (2), left, for one token."""
     token = tl.cast(tl.program_id(0), tl.int64)
     row = tl.load(ROW + token)
@@ -129,17 +108,9 @@ def mix_kernel(
 
 @triton.jit
 def mix_gradient_kernel(
-    GRAD,
-    FLEX,
-    LOCAL,
-    LOGIT,
-    ROW,
-    FLEX_GRAD,
-    LOCAL_GRAD,
-    LOGIT_GRAD,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    GRAD, FLEX, LOCAL, LOGIT, ROW, FLEX_GRAD, LOCAL_GRAD, LOGIT_GRAD,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Eq. (2), right, for one token."""
     token = tl.cast(tl.program_id(0), tl.int64)
     row = tl.load(ROW + token)

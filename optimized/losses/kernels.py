@@ -37,20 +37,9 @@ def log_sum(LOGITS, inverse, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def divergence_kernel(
-    STUDENT,
-    TEACHER,
-    MASK,
-    OUT,
-    s_batch,
-    s_token,
-    t_batch,
-    t_token,
-    length,
-    inverse,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
+    STUDENT, TEACHER, MASK, OUT, s_batch, s_token, t_batch, t_token, length, inverse,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
     """Σ_v p_t (log p_t - log p_s) of one token, 0 if it is not supervised: eq. (2) of the reference."""
     row = tl.cast(tl.program_id(0), tl.int64)
     supervised = row >= 0
@@ -75,21 +64,9 @@ def divergence_kernel(
 
 @triton.jit
 def gradient_kernel(
-    STUDENT,
-    TEACHER,
-    MASK,
-    FACTOR,
-    GRAD,
-    s_batch,
-    s_token,
-    t_batch,
-    t_token,
-    length,
-    inverse,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
+    STUDENT, TEACHER, MASK, FACTOR, GRAD, s_batch, s_token, t_batch, t_token, length, inverse,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
     """factor · (p_s - p_t) of one token, 0 if it is not supervised."""
     row = tl.cast(tl.program_id(0), tl.int64)
     supervised = row >= 0

@@ -41,36 +41,11 @@ HELD = dict.fromkeys((torch.bfloat16, torch.float16), Tiles(window_plan.BLOCK, 2
 
 @triton.jit
 def attend_held_kernel(
-    Q,
-    K,
-    V,
-    TOKEN,
-    WINDOW,
-    BLOCKS,
-    OUT,
-    LSE,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    length,
-    scale,
-    share,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FLAT: tl.constexpr,
-):
+    Q, K, V, TOKEN, WINDOW, BLOCKS, OUT, LSE,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length, scale, share,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
     """Eq. (1) for blocks of one window that a tile holds, `held`, and for those of no window: `share` heads
     of one group, for which keys and values are loaded once."""
     group, first, last, begin, step = turns_of_program(share, HEADS // RATIO, RATIO)
@@ -112,38 +87,12 @@ def attend_held_kernel(
 
 @triton.jit
 def attend_kernel(
-    Q,
-    K,
-    V,
-    TOKEN,
-    WINDOW,
-    BLOCKS,
-    OUT,
-    LSE,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    length,
-    scale,
-    share,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FLAT: tl.constexpr,
-):
+    Q, K, V, TOKEN, WINDOW, BLOCKS, OUT, LSE,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length, scale, share,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
     """Eq. (1) for the other blocks, for all if KEYS = 0: a program takes `share` of a block's parts and heads
     of one group in turn, and walks over the keys of each."""
     group, first, last, begin, step = turns_of_program(share, HEADS // RATIO, RATIO * (BLOCK // ROWS))

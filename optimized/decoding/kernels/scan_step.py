@@ -17,31 +17,10 @@ BLOCK_P = 32
 
 @triton.jit
 def step_kernel(
-    STATE,
-    X,
-    DT,
-    A,
-    B,
-    C,
-    D,
-    VALID,
-    NEW_STATE,
-    Y,
-    x_batch,
-    x_head,
-    b_batch,
-    b_head,
-    c_batch,
-    c_head,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-):
+    STATE, X, DT, A, B, C, D, VALID, NEW_STATE, Y, x_batch, x_head, b_batch, b_head, c_batch, c_head,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
     """Eq. (1) for a block of P of one head: `advance` of the reference."""
     head = tl.program_id(0) % HEADS
     batch = tl.cast(tl.program_id(0) // HEADS, tl.int64)

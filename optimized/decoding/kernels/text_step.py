@@ -30,21 +30,10 @@ SERIES = tl.constexpr(0.1)  # below, log(1 + e) would lose the last bits of a sm
 
 @triton.jit
 def rows_product(
-    U,
-    WEIGHT,
-    BIAS,
-    OUT,
-    block,
-    size,
-    batch,
-    u_batch,
-    out_batch,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
+    U, WEIGHT, BIAS, OUT, block, size, batch, u_batch, out_batch,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-):
+):  # fmt: skip
     """OUT = U WEIGHTᵀ + BIAS for one block of WEIGHT's rows, summed in float32."""
     row = tl.arange(0, ROWS)
     output = block * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -72,32 +61,11 @@ def rows_product(
 
 @triton.jit
 def project_kernel(
-    U,
-    V,
-    K,
-    Q,
-    DT,
-    Z,
-    V_BIAS,
-    K_BIAS,
-    Q_BIAS,
-    DT_BIAS,
-    Z_BIAS,
-    XBC,
-    RATE,
-    GATED,
-    batch,
-    u_batch,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPED: tl.constexpr,
-    INNER: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    U, V, K, Q, DT, Z, V_BIAS, K_BIAS, Q_BIAS, DT_BIAS, Z_BIAS, XBC, RATE, GATED, batch, u_batch,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, GROUPED: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_Z: tl.constexpr,
-):
+):  # fmt: skip
     """`torch_engine.project`: the first programs take V, then K, Q, DT and Z."""
     channels: tl.constexpr = 2 * GROUPED + INNER
     grouped: tl.constexpr = (GROUPED + OUTPUTS - 1) // OUTPUTS  # blocks
@@ -142,23 +110,9 @@ def softplus(rate):
 
 @triton.jit
 def convolved(
-    TOKENS,
-    START,
-    NEXT,
-    WEIGHT,
-    BIAS,
-    place,
-    shift,
-    factor,
-    end,
-    written,
-    batch,
-    taken,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
+    TOKENS, START, NEXT, WEIGHT, BIAS, place, shift, factor, end, written, batch, taken,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """Eq. (2) at `place`s before `end` of x, B or C, whose first channel is `shift`; the new state at those
     before `written`.
     """
@@ -185,37 +139,12 @@ def convolved(
 
 @triton.jit
 def text_step_kernel(
-    STATE,
-    START,
-    NEXT,
-    X,
-    B,
-    C,
-    RATE,
-    A_LOG,
-    D,
-    WEIGHT,
-    BIAS,
-    NORM,
-    Z,
-    VALID,
-    Y,
-    x_batch,
-    b_batch,
-    c_batch,
-    scale,
-    eps,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_Z: tl.constexpr,
+    STATE, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, Y,
+    x_batch, b_batch, c_batch, scale, eps,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_VALID: tl.constexpr,
-):
+):  # fmt: skip
     """`torch_engine.text_step` for one head, N = P; STATE is overwritten."""
     head = tl.program_id(0) % HEADS
     batch = tl.cast(tl.program_id(0) // HEADS, tl.int64)

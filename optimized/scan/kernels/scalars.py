@@ -83,33 +83,11 @@ def summed_steps(dt, rate):
 
 @triton.jit
 def scalars_kernel(
-    TIME_STEP,
-    A,
-    GATE,
-    IDS,
-    VALID,
-    OPENS,
-    DT,
-    SUMS,
-    GATES,
-    READ_DECAY,
-    WRITE_WEIGHT,
-    CHUNK_DECAY,
-    SEGMENT,
-    step_batch,
-    step_token,
-    step_head,
-    gate_batch,
-    gate_token,
-    gate_head,
-    length,
-    chunks,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    TIME_STEP, A, GATE, IDS, VALID, OPENS, DT, SUMS, GATES, READ_DECAY, WRITE_WEIGHT, CHUNK_DECAY, SEGMENT,
+    step_batch, step_token, step_head, gate_batch, gate_token, gate_head, length, chunks,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
-):
+):  # fmt: skip
     """`scan_decays`, and the weights of reads and writes, for one chunk and a block of heads."""
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

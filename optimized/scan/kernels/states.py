@@ -40,42 +40,13 @@ LINKED = 512  # elements of a state that one program carries over the runs
 
 @triton.jit
 def sweep_kernel(
-    LEFT,
-    RIGHT,
-    WEIGHT,
-    CHUNK_DECAY,
-    VALID,
-    START,
-    ENTERING,
-    LEAVING,
-    RUN_DECAY,
-    PARTNER,
-    PRODUCT,
-    left_batch,
-    left_token,
-    left_head,
-    right_batch,
-    right_token,
-    right_head,
-    length,
-    chunks,
-    runs,
-    run_length,
-    batches,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REVERSED: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    STARTS: tl.constexpr,
-    LEAVES: tl.constexpr,
-    HAS_PARTNER: tl.constexpr,
-):
+    LEFT, RIGHT, WEIGHT, CHUNK_DECAY, VALID, START, ENTERING, LEAVING, RUN_DECAY, PARTNER, PRODUCT,
+    left_batch, left_token, left_head, right_batch, right_token, right_head,
+    length, chunks, runs, run_length, batches,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr, REVERSED: tl.constexpr,
+    HAS_VALID: tl.constexpr, STARTS: tl.constexpr, LEAVES: tl.constexpr, HAS_PARTNER: tl.constexpr,
+):  # fmt: skip
     """Eq. (1) over one run of some heads of a group in one direction, a block of N and P: `edge_states` and
     `carry` of `torch_engine.states`. REVERSED is the index of the direction that goes from right to left.
 
@@ -146,17 +117,10 @@ def sweep_kernel(
 
 @triton.jit
 def link_kernel(
-    START,
-    STATES,
-    CHUNK_DECAY,
-    FINAL,
-    runs,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REVERSED: tl.constexpr,
+    START, STATES, CHUNK_DECAY, FINAL, runs,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
     HAS_START: tl.constexpr,
-):
+):  # fmt: skip
     """Replace what each run adds, in STATES, by the state that enters it: `carry` of `torch_engine.states`,
     over runs. Only the first direction has a START."""
     row = tl.cast(tl.program_id(0), tl.int64)  # of a row of the batch and a head

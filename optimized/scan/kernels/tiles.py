@@ -102,18 +102,9 @@ def gate_of(GATE, at, HAS_VISION: tl.constexpr):
 
 @triton.jit
 def pair_products(
-    left,
-    left_stride,
-    left_rows,
-    left_taken,
-    right,
-    right_stride,
-    right_rows,
-    right_taken,
-    SIZE: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    left, left_stride, left_rows, left_taken, right, right_stride, right_rows, right_taken,
+    SIZE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """left_i · right_j of two parts of a chunk, (ROWS, rows of `right`): never the transpose of a product."""
     total = tl.zeros([ROWS, right_rows.shape[0]], tl.float32)
     for start in range(0, SIZE, STEP):
@@ -132,20 +123,10 @@ def add_product(weights, tile, total):
 
 @triton.jit
 def state_products(
-    tokens,
-    stride,
-    rows,
-    taken,
-    STATE,
-    outer,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER_STRIDE: tl.constexpr,
-    OUTER_STRIDE: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    tokens, stride, rows, taken, STATE, outer,
+    INNER: tl.constexpr, OUTER: tl.constexpr, INNER_STRIDE: tl.constexpr, OUTER_STRIDE: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Σ_inner tokens[i, inner] state[inner, outer], (ROWS, BLOCK_OUTER)."""
     total = tl.zeros([ROWS, BLOCK_OUTER], tl.float32)
     for start in range(0, INNER, STEP):

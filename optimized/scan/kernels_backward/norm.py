@@ -20,23 +20,10 @@ ROWS = 32
 
 @triton.jit
 def norm_gradient_kernel(
-    Z_GRAD,
-    Y,
-    NORM,
-    ORDER,
-    Y_GRAD,
-    WEIGHT_GRAD,
-    z_batch,
-    z_token,
-    z_head,
-    length,
-    eps,
-    HEADS: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
+    Z_GRAD, Y, NORM, ORDER, Y_GRAD, WEIGHT_GRAD, z_batch, z_token, z_head, length, eps,
+    HEADS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
-):
+):  # fmt: skip
     """Eq. (1), right, for a block of places of one head, and what it adds to w̄."""
     head = tl.program_id(0) % HEADS
     block = tl.program_id(0) // HEADS

@@ -27,40 +27,14 @@ def product_at(PRODUCT, WEIGHT, at, there):
 
 @triton.jit
 def rates_kernel(
-    A,
-    DT,
-    FORWARD_SUM,
-    REVERSE_SUM,
-    FORWARD_GATE,
-    REVERSE_GATE,
-    SEGMENT,
-    VALID,
-    FORWARD_WRITE_WEIGHT,
-    REVERSE_WRITE_WEIGHT,
-    FORWARD_CHUNK_DECAY,
-    REVERSE_CHUNK_DECAY,
-    OPENS,
-    FORWARD_STATE_PRODUCT,
-    REVERSE_STATE_PRODUCT,
-    FORWARD_SPANS,
-    REVERSE_SPANS,
-    FORWARD_READ_PRODUCT,
-    REVERSE_READ_PRODUCT,
-    FORWARD_WRITE_PRODUCT,
-    REVERSE_WRITE_PRODUCT,
-    PAIR_DT,
-    PAIR_GATE,
-    DT_GRAD,
-    A_GRAD,
-    GATE_GRAD,
-    length,
-    chunks,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    A, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, VALID, FORWARD_WRITE_WEIGHT,
+    REVERSE_WRITE_WEIGHT, FORWARD_CHUNK_DECAY, REVERSE_CHUNK_DECAY, OPENS, FORWARD_STATE_PRODUCT,
+    REVERSE_STATE_PRODUCT, FORWARD_SPANS, REVERSE_SPANS, FORWARD_READ_PRODUCT, REVERSE_READ_PRODUCT,
+    FORWARD_WRITE_PRODUCT, REVERSE_WRITE_PRODUCT, PAIR_DT, PAIR_GATE, DT_GRAD, A_GRAD, GATE_GRAD,
+    length, chunks,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
-):
+):  # fmt: skip
     """The gradients of dt, A and the gate for one chunk and a block of heads. That of a = dt A is the sum of
     every product of a write and a read that spans the token: pairs of the chunk, reads of the state that
     enters it, writes to the state that leaves it, and the state that passes through."""
