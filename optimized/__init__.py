@@ -9,8 +9,9 @@ student, training    a Hugging Face model on these modules, and its lessons
 README.md says how an operator is called and how to add a kernel.
 """
 
+import importlib
+
 from ..reference.config import LinMUConfig
-from ..reference.training.calibration import calibrate_norms
 from .causal_conv import causal_conv
 from .decoding import scan_step
 from .engine import get_engine, set_engine
@@ -20,9 +21,18 @@ from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
 from .scan import bidirectional_scan, selective_scan
-from .student import convert, load
-from .training import Lesson, Objective, attach_teacher, detach_teacher
 from .window_attention import window_attention
+
+# What needs transformers is imported when first asked for.
+LAZY = {
+    "Lesson": "linmu.optimized.training",
+    "Objective": "linmu.optimized.training",
+    "attach_teacher": "linmu.optimized.training",
+    "calibrate_norms": "linmu.reference.training.calibration",
+    "convert": "linmu.optimized.student",
+    "detach_teacher": "linmu.optimized.training",
+    "load": "linmu.optimized.student",
+}
 
 __all__ = [
     "MMATE",
@@ -51,3 +61,9 @@ __all__ = [
     "window_attention",
     "window_ids",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(LAZY[name]), name)
