@@ -15,7 +15,6 @@ from .peers import PEERS
 from .results import OURS, Line, crossover, growth_exponent, measured, panels, with_ratios
 from .window_peers import FLEX_LIMIT
 
-
 TITLES = {
     "scan": "Bidirectional scan",
     "windows": "Window attention",
