@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from linmu.reference import LinMUConfig, VisionLayout, flex_ma
+from linmu.reference import LinMUConfig, VisionLayout, flex_ma, local_swin
 
 from .cancellation import sizes_of_sums
 from .compare import Results, assert_matches, cotangent
@@ -139,29 +139,40 @@ def truth_and_reference(
 
 
 def sizes(reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]) -> Results:
-    """`sizes_of_sums` of the reference with these parameters, of its gradients with `constant_norms` too."""
+    """`sizes_of_sums` of the reference with these parameters, as it is and with `constant_factors`."""
     module = initial(reference, name, case)
     module.load_state_dict(state)
     run = partial(run_with_gradients, module.double(), name, RoundedCase(case))
     found = sizes_of_sums(run)
-    with constant_norms():
-        terms = sizes_of_sums(run)
-    return {key: torch.maximum(size, terms[key]) for key, size in found.items()}
+    with constant_factors():
+        terms = sizes_of_sums(run, also=("grad hidden_states",))
+    return {key: torch.maximum(size, found.get(key, size)) for key, size in terms.items()}
 
 
 @contextmanager
-def constant_norms() -> Iterator[None]:
-    """Within, the reference's norm of each head counts as a constant factor.
+def constant_factors() -> Iterator[None]:
+    """Within, the reference's norm of each head and softmax's denominator count as constant factors.
 
     The norm takes off what a gradient has along y. A text token that sees no other one has all of it there,
-    so what is left for the scan is the rounding of what was taken off: that is the size to measure it by.
+    so what is left for the scan is the rounding of what was taken off: that is the size to measure it by. The
+    denominator does the same to the scores, for a token that is alone in its window.
     """
 
     def scaled(y: Tensor, weight: Tensor, eps: float) -> Tensor:
         factor = torch.rsqrt(y.detach().square().mean(-1, keepdim=True) + eps)
         return y * factor * weight.view(y.shape[2:])
 
-    with mock.patch.object(flex_ma, "rms_norm_per_head", scaled):
+    def attention(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor) -> Tensor:
+        ratio = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(ratio, dim=2), v.repeat_interleave(ratio, dim=2)
+        mates = (window_id[:, :, None] == window_id[:, None, :]) & (window_id >= 0)[:, :, None]
+        scores = q.shape[3] ** -0.5 * torch.einsum("bihn,bjhn->bhij", q, k)
+        scores = scores.masked_fill(~mates[:, None], -torch.inf)
+        denominator = scores.detach().logsumexp(-1, keepdim=True).nan_to_num(neginf=0.0)
+        return torch.einsum("bhij,bjhp->bihp", (scores - denominator).exp(), v)
+
+    norm = mock.patch.object(flex_ma, "rms_norm_per_head", scaled)
+    with norm, mock.patch.object(local_swin, "window_attention", attention):
         yield
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from linmu import reference
 
-from .cancellation import sizes_in_attention, sizes_of_sums
+from .cancellation import sizes_in_attention, sizes_in_divergence, sizes_of_sums
 from .compare import Results, assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, fed, property_of, run
 
@@ -62,7 +62,7 @@ def check_matches_the_reference(
     """Within the bounds of `assert_matches`; gradients are those of the results `of`, of all if None."""
     truth = run(reference, widened(case), gradients, of)
     in_own_dtypes = run(reference, case, gradients, of)
-    sizes = partial(sizes_of_gradients, case, of) if gradients else None
+    sizes = partial(sizes_of_gradients, case, of)
     assert_matches(run(backend, case, gradients, of), truth, in_own_dtypes, case, sizes)
 
 
@@ -72,10 +72,11 @@ def widened(case: Case) -> ChangedCase:
 
 
 def sizes_of_gradients(case: Case, of: tuple[str, ...] | None = None) -> Results:
-    """The sizes of the terms that gradients sum over, where these may cancel."""
+    """The sizes of the terms that gradients, and the divergence, sum over, where these may cancel."""
     wide = widened(case)
     sizes = sizes_of_sums(lambda draw: run(reference, wide, True, of, draw))
-    return sizes | (sizes_in_attention(**wide.inputs()) if case.operator == "window_attention" else {})
+    formulas = {"window_attention": sizes_in_attention, "logit_loss": sizes_in_divergence}
+    return sizes | (formulas[case.operator](**wide.inputs()) if case.operator in formulas else {})
 
 
 def check_gradients_of_each_result_match(backend: Any, case: Case) -> None:
@@ -174,9 +175,9 @@ def check_nothing_is_remembered(backend: Any, case: Case) -> None:
     assert_same(run(backend, fixed, gradients=True), wanted_of_others, case)
     for name in case.masks:
         if first[name] is not None:
-            rolled = first[name].roll(1, 1)
-            wanted = run(backend, fixed.changed(**{name: rolled}))
-            first[name].copy_(rolled)
+            mirrored = first[name].flip(1)
+            wanted = run(backend, fixed.changed(**{name: mirrored}))
+            first[name].copy_(mirrored)
             assert_same(run(backend, fixed), wanted, case)
 
 
