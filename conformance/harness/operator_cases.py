@@ -72,13 +72,16 @@ class Numbers:
 
 
 def row_mask(kind: str, batch: int, length: int, numbers: Numbers) -> Tensor | None:
-    """A mask: "none" (no mask), "all", "some" (holes anywhere), "left" or "right" (ragged padding)."""
+    """A mask: "none" (no mask), "all", "some" (holes anywhere), "left" or "right" (ragged padding), "tail" (the
+    last three in seven tokens of every row missing, and a few others)."""
     if kind == "none":
         return None
     if kind == "all":
         return torch.ones(batch, length, dtype=torch.bool)
     if kind == "some":
         return numbers.some(batch, length)
+    if kind == "tail":
+        return numbers.some(batch, length, share=0.9) & (torch.arange(length) < length * 4 // 7)
     counts = torch.randint(0, length + 1, (batch, 1), generator=numbers.generator)
     position = torch.arange(length).expand(batch, length)
     return position >= length - counts if kind == "left" else position < counts
@@ -225,6 +228,7 @@ class ScanCase(Case):
     reverse: bool
     dtype: str
     seed: int
+    decay: float | None = None  # the same for all heads, in the place of a drawn one
 
     def inputs(self, draw: int = 0) -> dict[str, Any]:
         """All arguments by name; another `draw` gives other numbers and the same mask."""
@@ -251,6 +255,7 @@ class BidirectionalCase(Case):
     skip: bool
     dtype: str
     seed: int
+    decay: float | None = None  # the same for all heads, in the place of a drawn one
 
     def inputs(self, draw: int = 0) -> dict[str, Any]:
         """All arguments by name; another `draw` gives other numbers and the same layout."""
@@ -281,6 +286,8 @@ def scan_tensors(
     }
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     state = numbers.normal(batch, sizes.heads, sizes.state, sizes.head_dim, dtype=state_dtype)
+    if getattr(sizes, "decay", None) is not None:
+        tensors["A"] = torch.full_like(tensors["A"], sizes.decay)
     wanted = sizes.initial_state if initial_state is None else initial_state
     return {**tensors, "initial_state": state if wanted else None}
 
@@ -441,7 +448,7 @@ class LogitLossCase(LossCase):
 
 
 SEEDS = st.integers(0, 2**16)
-MASKS = st.sampled_from(("none", "all", "some", "left", "right"))
+MASKS = st.sampled_from(("none", "all", "some", "left", "right", "tail"))
 BATCHES = st.integers(1, 3)
 COMPILED = torch.cuda.is_available()  # every size is another kernel to compile: fewer of them
 SMALL = st.sampled_from((3, 16) if COMPILED else (1, 2, 3, 5, 8))  # head dims and state sizes

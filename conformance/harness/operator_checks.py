@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from linmu import reference
 
 from .cancellation import sizes_in_attention, sizes_in_divergence, sizes_of_sums
 from .compare import Results, assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float
+from .large_cases import LARGE, check_large
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, fed, property_of, run
 
 HALF_AND_SINGLE = ("bfloat16", "float32")
@@ -42,8 +44,19 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_arguments_are_left_as_they_were": test(cases=exact)(check_arguments_are_left),
         "test_autocast_changes_nothing": test(cases=cases(HALF_AND_SINGLE))(check_autocast),
         "test_uninitialised_memory_is_never_read": test(cases=exact, share=0.5)(check_uninitialised_memory),
+        "test_sizes_that_people_run": large_cases_of(operator),
         "test_nothing_is_remembered_between_calls": test(cases=exact, share=0.5)(check_nothing_is_remembered),
     }
+
+
+def large_cases_of(operator: str) -> Callable:
+    """One test for each case of a size that people run."""
+
+    def check(backend: Any, case: Case) -> None:
+        check_large(backend, case)
+
+    cases = [pytest.param(case, id=name) for name, case in LARGE[operator].items()]
+    return pytest.mark.needs(operator)(pytest.mark.parametrize("case", cases)(check))
 
 
 def check_values_match(backend: Any, case: Case) -> None:
