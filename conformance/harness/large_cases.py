@@ -194,7 +194,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2),
         "N=P=144": windows(60, 4, 2, 144, 3, batch=2),
         "N=P=128, bfloat16": windows(300, 4, 2, 128, 5, dtype="bfloat16"),
-        "2,200 tokens in one window": windows(2200, 1, 1, 3, 1),
+        "2,200 tokens in one window": windows(2200, 1, 1, 3, 1, everywhere=True),
         "2,200 tokens in 300 windows": windows(2200, 2, 1, 4, 300),
         "272 heads": windows(20, 272, 68, 3, 2),
         "300 rows": windows(4, 2, 1, 3, 2, batch=300),
