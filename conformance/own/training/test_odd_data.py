@@ -19,7 +19,7 @@ from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.chat_collator import GROUNDING, ChatCollator, control_tokens
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.command_line import RefusedError
-from linmu.reference.training.data.conversations import Conversations, skipped
+from linmu.reference.training.data.conversations import Conversations, Mixture, skipped
 from linmu.reference.training.data.films import MissingPackageError
 from linmu.reference.training.data.open_data import names_of, open_data, parse_weight
 from linmu.reference.training.data.sources import open_rows
@@ -393,6 +393,13 @@ def test_weights_are_finite_and_above_zero(tmp_path):
     (tmp_path / "a,b.jsonl").touch()
     assert names_of(f"{tmp_path}/a,b.jsonl") == [f"{tmp_path}/a,b.jsonl"]
     assert names_of("a@2,b") == ["a@2", "b"]
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+def test_a_mixture_refuses_such_weights_wherever_they_stand(weight):
+    for weights in ((1.0, weight), (weight, 1.0)):
+        with pytest.raises(ValueError, match="Mixture: weights must be finite numbers > 0"):
+            Mixture([range(3), range(3)], weights, seed=0)
 
 
 def test_a_run_refuses_bad_weights_and_names(folder, collator):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -159,14 +160,15 @@ class Mixture(Dataset):
 
     Args:
         parts: the data sets.
-        weights: how often each is drawn, > 0, relative to each other.
+        weights: how often each is drawn, finite and > 0, relative to each other.
         seed: of the draws and of the orders.
         group: as of `InOrder`.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], seed: int, group: int = 0) -> None:
         require(len(parts) == len(weights), "Mixture", "every part must have a weight", len(weights))
-        require(min(weights) > 0, "Mixture", "weights must be positive", tuple(weights))
+        usable = all(0 < weight < math.inf for weight in weights)
+        require(usable, "Mixture", "weights must be finite numbers > 0", tuple(weights))
         self.orders = [InOrder(part, ENDLESS, order_of(part, seed), group=group) for part in parts]
         self.weights, self.seed = torch.tensor(weights, dtype=torch.float64), seed
         self.drawn: list[torch.Tensor] = [torch.zeros(len(parts), dtype=torch.int64)]  # before each block
