@@ -24,7 +24,7 @@ from ..commands.command_line import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
 from .media import Media, shortened
 from .sources import JsonLines, Stream, Table, open_rows
-from .turns import read_turns
+from .turns import kind_of, read_turns
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Conversations(Dataset):
         for block in content_blocks(messages, "video"):
             fps = block.get("fps", row.get("fps"))
             block |= self.media.bounded(block).video(block["video"], fps)
-        item = {"kind": str(row.get("kind") or "all"), "messages": messages, "name": self.rows.name(line)}
+        item = {"kind": kind_of(row), "messages": messages, "name": self.rows.name(line)}
         return item if self.prepare is None else self.prepare(item)
 
     def rough_length(self, index: int) -> int:
