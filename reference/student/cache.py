@@ -38,10 +38,7 @@ class LinMUCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
 
     def donate(self) -> DonatedState | None:
-        """Return the state for the next tokens, None before the first; `store` brings what comes of it.
-
-        Nobody else holds a slot's tensors, so that a token may overwrite them instead of copying them.
-        """
+        """Hand out the state for in-place update; call `store` with the result. None before any token."""
         return None if self.state is None else DonatedState(*self.state)
 
     def store(self, state: FlexMAState, new_tokens: int) -> None:

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ...checks import require
 from ...prompts.chat_collator import content_blocks
-from ..commands.command_line import RefusedError
+from ..refusal import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
 from .media import Media, shortened
 from .sources import JsonLines, Stream, Table, open_rows

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from ..commands.command_line import RefusedError
+from ..refusal import RefusedError
 
 # What Pillow decodes of what is shown as a video: FFmpeg does not know all of these, nor all their pauses.
 PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "TIFF", "BMP")

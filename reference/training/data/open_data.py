@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
+from transformers import ProcessorMixin
 
 from ...demo import DigitsQuestions
 from ...prompts.chat_collator import ChatCollator
-from ..commands.command_line import RefusedError, check
+from ..config import Config, SampleSettings
+from ..refusal import RefusedError, check
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
 from .sources import open_rows
-
-if TYPE_CHECKING:
-    from distill import Config
 
 HELD_OUT = 20  # one sample in so many is held out unless --eval_data names others
 
 
 def open_data(
-    config: Config, encoder: ChatCollator, report: Path, world_size: int
+    config: Config, encoder: ChatCollator, report: Path | None, world_size: int
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out samples; held-out ones keep their messages.
 
@@ -34,11 +34,14 @@ def open_data(
     Raises:
         RefusedError: if there are no such data.
     """
-    if config.data == "demo":
+    if config.data == ("demo",):
         return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
     try:
-        sources, weights = zip(*map(parse_weight, names_of(config.data)), strict=True)
-        parts = [open_dataset(config, source, encoder.encode, report, config.streaming) for source in sources]
+        sources, weights = zip(*map(parse_weight, config.data), strict=True)
+        parts = [
+            open_dataset(config, source, encoder.encode, report, config.samples.streaming)
+            for source in sources
+        ]
         if config.eval_data:
             held_out = open_held_out(config, config.eval_data, encoder, report)
         else:
@@ -49,24 +52,21 @@ def open_data(
         raise RefusedError(str(error)) from error
     if len(parts) == 1:
         return parts[0], held_out[0] if len(held_out) == 1 else ConcatDataset(held_out)
-    group = config.batch_size * world_size if config.group_by_length else 0
+    group = config.optimizer.batch_size * world_size if config.samples.group_by_length else 0
     return Mixture(parts, weights, config.seed, group), ConcatDataset(held_out)
 
 
-def open_held_out(config: Config, names: str, encoder: ChatCollator, report: Path) -> list[Dataset]:
+def open_held_out(
+    config: Config, names: Sequence[str], encoder: ChatCollator, report: Path | None
+) -> list[Dataset]:
     """Data sets to measure on, as they stand; weights do not count."""
-    if names == "demo":
+    if names == ("demo",):
         return [DigitsQuestions("heldout", config.seed, ENDLESS)]
     try:
-        sources = [parse_weight(name)[0] for name in names_of(names)]
+        sources = [parse_weight(name)[0] for name in names]
         return [open_dataset(config, source, partial(with_tensors, encoder), report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
-
-
-def names_of(data: str) -> list[str]:
-    """ "a.jsonl@2,b.jsonl" -> ["a.jsonl@2", "b.jsonl"]; a file that is there under the whole name is one."""
-    return [data] if Path(data).exists() else data.split(",")
 
 
 def parse_weight(source: str) -> tuple[str, float]:
@@ -89,12 +89,17 @@ def parse_weight(source: str) -> tuple[str, float]:
 
 
 def open_dataset(
-    config: Config, source: str, prepare: Any, report: Path, streaming: bool = False
+    config: Config, source: str, prepare: Any, report: Path | None, streaming: bool = False
 ) -> Conversations:
     """One data set of conversations."""
     rows = open_rows(source, streaming, config.seed)
-    options = (config.on_broken, config.max_frames, config.max_pixels)
+    options = (config.samples.on_broken, config.samples.max_frames, config.samples.max_pixels)
     return Conversations(rows, *options, prepare=prepare, report=report)
+
+
+def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:
+    """What makes tensors of samples."""
+    return ChatCollator(processor, supervise=settings.supervise, max_length=settings.max_length)
 
 
 def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:
 
 def in_order(config: Config, training: Dataset, samples: int, seen: int, world_size: int) -> InOrder:
     """The samples of a stage, after those that earlier stages have seen."""
-    endless = config.data == "demo" or isinstance(training, Mixture)  # in an order already
+    endless = config.data == ("demo",) or isinstance(training, Mixture)  # in an order already
     seed = None if endless else order_of(training, config.seed)
-    grouped = config.group_by_length and seed is not None
-    return InOrder(training, samples, seed, seen, config.batch_size * world_size if grouped else 0)
+    grouped = config.samples.group_by_length and seed is not None
+    return InOrder(training, samples, seed, seen, config.optimizer.batch_size * world_size if grouped else 0)
