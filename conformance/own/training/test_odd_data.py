@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import distill
 from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.chat_collator import GROUNDING, ChatCollator, control_tokens
 from linmu.reference.prompts.processors import load_processor
+from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.data.conversations import BrokenSampleError, Conversations, Mixture, skipped
 from linmu.reference.training.data.films import MissingPackageError
 from linmu.reference.training.data.open_data import open_data, parse_weight
@@ -471,7 +471,7 @@ def test_a_mixture_refuses_such_weights_wherever_they_stand(weight):
 def test_a_run_refuses_bad_weights_and_names(folder, collator):
     write(folder / "a.jsonl", *[GOOD] * 3)
     for data in ("a.jsonl@0", "a.jsonl@nan", "gone.jsonl", "a.jsonl:train"):
-        config = distill.parse(["--teacher", str(TEACHER), "--data", str(folder / data)])
+        config = parse(["--teacher", str(TEACHER), "--data", str(folder / data)])
         with pytest.raises(RefusedError):
             open_data(config, collator, folder / "report.jsonl", 1)
 
