@@ -150,7 +150,7 @@ class Config:
     teacher: str = "demo"
     """'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model"""
     data: tuple[str, ...] = ("demo",)
-    """'demo', or files (.jsonl, .json, .parquet), folders or names on the Hub, each [:SPLIT]; a.jsonl@3: a weight"""
+    """'demo', or .jsonl, .json, .parquet, FOLDER[:SPLIT], OWNER/NAME[:SPLIT] on the Hub; @3 behind it is a weight"""
     eval_data: tuple[str, ...] = ()
     """held-out conversations, named like --data; none = every 20th sample of --data"""
     output: str = "runs/demo"

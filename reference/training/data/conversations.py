@@ -74,6 +74,7 @@ class Conversations(Dataset):
         self.media = Media(self.rows.root, max_pixels, max_frames)
         every = range(ENDLESS if isinstance(self.rows, Stream) else len(self.rows))
         self.lines: Sequence[int] = every if lines is None else lines
+        self.skipped: set[str] = set()
         require(len(self.lines) > 0, "Conversations", f"{source} must hold conversations", "none")
         self.require_film_decoder()
 
@@ -92,8 +93,10 @@ class Conversations(Dataset):
                 if self.on_broken == "refuse":
                     hint = "mend it, or skip broken samples (on_broken)"
                     raise BrokenSampleError(f"{name}: {why}; {hint}") from error
-                logger.warning("skipped %s: %s", name, why)
-                self.note(name, why)
+                if name not in self.skipped:  # once, however many epochs there are
+                    self.skipped.add(name)
+                    logger.warning("skipped %s: %s", name, why)
+                    self.note(name, why)
         raise BrokenSampleError(f"{self.rows.name(line)}: must not follow broken samples alone")
 
     def note(self, name: str, why: str) -> None:
