@@ -46,6 +46,11 @@ TAKEN_AS_TEXT = (
     "[segment, t, y, x]."
 )
 
+NO_PICTURES = (
+    "A student got placeholder tokens of images or videos, and neither pictures nor linmu_coords: "
+    "it takes them as text."
+)
+
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the decoder layers of a teacher or student, PEFT's wrapping included; each has a `self_attn`."""
@@ -182,14 +187,25 @@ class LinMUModel(StudentGeneration):
             where, must = type(self).__name__, "linmu_coords must come with inputs_embeds"
             hint = "-1 throughout for text; coords are (B, L, 4) [segment, t, y, x]"
             require(input_ids is not None, where, must, None, hint)
-            if not self.has_vision(kwargs):
-                return None  # text, whatever the ids: one that was sampled may be a placeholder's
-            placements = self.prompt_layout.placements(self.config, input_ids, kwargs)
+            is_prompt = tokens.shape[1] > 1 and kwargs.get("mm_token_type_ids") is not None
+            if not (self.has_vision(kwargs) or is_prompt):
+                self.warn_of_placeholders(input_ids)
+                return None  # text, whatever the ids: a placeholder may have been sampled
+            placements = self.placements(input_ids, kwargs)
             if not placements:
                 return None
             coords = placement_coords(placements, tokens.shape[:2], tokens.device)
         coords = coords.to(tokens.device)
         return self.linmu_backend.VisionLayout(coords) if bool((coords >= 0).any()) else None
+
+    def warn_of_placeholders(self, input_ids: Tensor) -> None:
+        """Say once that a prompt has placeholders and no pictures; a decoding step may draw them."""
+        if (
+            input_ids.shape[1] > 1
+            and not torch.compiler.is_compiling()
+            and self.placeholder_mask(input_ids).any()
+        ):
+            logger.warning_once(NO_PICTURES)
 
     def placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""

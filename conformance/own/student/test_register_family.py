@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from linmu.optimized import convert, load
+from linmu.reference.student.cache import CACHE_NAME
 from linmu.reference.student.families import FAMILIES, register_family
 
 from .tiny_checkpoint import shake, shake_mixers
@@ -145,6 +146,24 @@ def test_it_converts_generates_and_comes_back_like_any_other_family(student, tea
     assert torch.equal(load(tmp_path)(**inputs).logits, student(**inputs).logits)
     monkeypatch.setenv("LINMU_BACKEND", "optimized")
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is type(student)
+
+
+@torch.no_grad()
+def test_a_second_turn_works_where_forward_does_not_name_the_cache(student):
+    inputs = film()
+    options = {
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    first = student.generate(**inputs, **options)
+    ids = torch.cat([first.sequences, torch.tensor([[11, 12]])], dim=1)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    second = student.generate(**whole, **{CACHE_NAME: first[CACHE_NAME]}, **options)
+    longer = whole | {"input_ids": second.sequences, "attention_mask": torch.ones_like(second.sequences)}
+    wanted = student(**longer, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(second.logits, dim=1), wanted, rtol=0, atol=1e-4)
 
 
 def test_a_name_is_given_once(teacher):
