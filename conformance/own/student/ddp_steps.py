@@ -1,4 +1,4 @@
-"""Two processes train a student by plain DDP, one of them on text alone: FAMILY PACKAGE OUTPUT."""
+"""Two processes train students by plain DDP, one of them on text alone; gradients go to the folder named."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from .tiny_checkpoint import shake_mixers
 from .tiny_families import BUILDERS, Tiny
 
+STUDENTS = [
+    ("qwen2_5_vl", "optimized"),
+    ("qwen2_5_vl", "reference"),
+    ("internvl", "optimized"),
+    ("llama", "optimized"),
+]
 TOWERS = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "connector", "image_newline")
 
 
@@ -35,18 +41,20 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def main(family: str, package: str, output: str) -> None:
+def main(folder: str) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
-    tiny = BUILDERS[family]()
-    model = DistributedDataParallel(student_of(tiny, package))
-    inputs = batches(tiny)[dist.get_rank()]
-    for _ in range(3):
-        model.zero_grad()
-        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
-    if dist.get_rank() == 0:
-        save_file(gradients(model.module), output)
+    for family, package in STUDENTS:
+        tiny = BUILDERS[family]()
+        model = DistributedDataParallel(student_of(tiny, package))
+        inputs = batches(tiny)[dist.get_rank()]
+        for _ in range(3):
+            model.zero_grad()
+            model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        if dist.get_rank() == 0:
+            save_file(gradients(model.module), f"{folder}/{family}-{package}.safetensors")
+    dist.barrier()  # or the store may be gone before the other process has left
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -6,12 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .ddp_steps import batches, gradients, student_of
+from .ddp_steps import STUDENTS, batches, gradients, student_of
 from .tiny_families import BUILDERS
 
 
@@ -21,28 +22,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    ("family", "package"),
-    [
-        ("qwen2_5_vl", "optimized"),
-        ("qwen2_5_vl", "reference"),
-        ("internvl", "optimized"),
-        ("llama", "optimized"),
-    ],
-)
-def test_two_processes_get_the_mean_of_both_gradients(family, package, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of gradients that two processes wrote."""
+    folder = tmp_path_factory.mktemp("gradients")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += ["--master_port", str(free_port()), "-m", "linmu.conformance.own.student.ddp_steps"]
-    output = tmp_path / "gradients.safetensors"
-    done = subprocess.run(
-        [*launch, family, package, str(output)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    launch += [
+        "--master_port",
+        str(free_port()),
+        "-m",
+        "linmu.conformance.own.student.ddp_steps",
+        str(folder),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    got, wanted = load_file(output), {}
+    return folder
+
+
+@pytest.mark.parametrize(("family", "package"), STUDENTS)
+def test_two_processes_get_the_mean_of_both_gradients(family, package, trained):
+    got, wanted = load_file(trained / f"{family}-{package}.safetensors"), {}
     tiny = BUILDERS[family]()
     for inputs in batches(tiny):
         student = student_of(tiny, package)
