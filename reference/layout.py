@@ -183,7 +183,7 @@ class VisionLayout:
         return self.once(key, lambda: window_ids(self.coords, window_thw, shifted))
 
     def to(self, device: torch.device | str, **kwargs) -> VisionLayout:
-        """A copy on `device`, cached per device: layers may be on several."""
+        """Return a copy on `device`, cached per device: layers may be on several."""
         coords = self.coords.to(device, **kwargs)
         if coords is self.coords:
             return self

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from linmu import reference
 
+from ...reference.checks import require
 from ...reference.layout import SCAN_AXES, inverse_order
-from ..checks import require
-from ..scan import operator as operators
+from .operator import LayoutPlanInputs, Plan, layout_plan
 from .segments import openings
-from .sorts import Facts, Sorted, by_segment, examine, flat_order, scan_rows, window_numbers
+from .sorts import Facts, Sorted, by_segment, examine, scan_rows, window_numbers
+from .tokens import flat_order, gather_tokens
 
 __all__ = ["VisionLayout", "check_coords", "inverse_order", "permute_tokens", "scan_order", "window_ids"]
 
@@ -45,12 +46,7 @@ def in_rows(orders: Tensor, coords: Tensor) -> Tensor:
 
 def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
     """Gather along the token axis: tensor (B, L, ...), order (B, L) -> out[b, i] = tensor[b, order[b, i]]."""
-    return take_rows(tensor, flat_order(order))
-
-
-def take_rows(tensor: Tensor, row: Tensor) -> Tensor:
-    """tensor (B, L, ...), row (B·L,) -> its rows of the flattened batch, in the same shape."""
-    return tensor.flatten(0, 1).index_select(0, row).view(tensor.shape)
+    return gather_tokens(tensor, flat_order(order)).view(tensor.shape)
 
 
 def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
@@ -73,7 +69,7 @@ class VisionTokens:
     token: Tensor | None  # (n,) int64 in the flattened batch, window by window; None = all
     row: Tensor  # (B, L) int64: where each token stands among them, -1 on text
     window_id: Tensor  # (1, n), or (B, L): the same number in a window, -1 in none
-    plan: tuple[Tensor, Tensor]  # of these windows
+    plan: Plan  # of these windows
 
     @classmethod
     def of(cls, layout: VisionLayout, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
@@ -84,15 +80,15 @@ class VisionTokens:
             token, place = token.long(), torch.arange(vision, device=token.device)
             row = torch.full_like(segment, -1)
             row.view(-1).scatter_(0, token, place)
-            return cls(token, row, window[None], (torch.stack([place.int(), window]), blocks))
+            return cls(token, row, window[None], Plan(torch.stack([place.int(), window]), blocks))
         plan = layout.window_plan(window_thw, layer_index)
         token, window = plan[0]
         window_id = torch.empty_like(window).scatter_(0, token.long(), window)
         return cls(None, layout.vision_row, window_id.view_as(segment), plan)
 
-    def taken(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         """(B, L, D) -> (1, n, D), or as it is."""
-        return tensor if self.token is None else tensor.flatten(0, 1).index_select(0, self.token)[None]
+        return tensor if self.token is None else gather_tokens(tensor, self.token)[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +115,7 @@ class VisionLayout(reference.VisionLayout):
 
     @property
     def openings(self) -> Tensor:
-        """`scan_masks.openings` of this layout."""
+        """`segments.openings` of this layout."""
         return self.once("openings", lambda: openings(self.segment))
 
     @property
@@ -138,7 +134,7 @@ class VisionLayout(reference.VisionLayout):
 
     def in_order(self, tensor: Tensor, layer_index: int) -> Tensor:
         """`permute_tokens` into the order of this layer."""
-        return take_rows(tensor, self.scan_rows[layer_index % 4])
+        return gather_tokens(tensor, self.scan_rows[layer_index % 4]).view(tensor.shape)
 
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
@@ -148,16 +144,14 @@ class VisionLayout(reference.VisionLayout):
             lambda: window_numbers(self.sorted, self.is_vision, window_thw, shifted),
         )
 
-    def window_plan(
-        self, window_thw: tuple[int, int, int], layer_index: int, text: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """The order in which kernels take the tokens of these windows, `window_plan.window_plan`; `text` has
-        a place in it, or none."""
+    def window_plan(self, window_thw: tuple[int, int, int], layer_index: int, text: bool = True) -> Plan:
+        """The order in which kernels take the tokens of these windows, `plan.window_plan`; `text` has a place
+        in it, or none."""
         shifted = layer_index % 2 == 1
 
-        def make() -> tuple[Tensor, Tensor]:
+        def make() -> Plan:
             kind = (self.facts.vision, list(window_thw), shifted, text)
-            return operators.layout_plan(*self.sorted, *kind)
+            return layout_plan(LayoutPlanInputs(*self.sorted, *kind))
 
         return self.once(("window plan", window_thw, shifted, text), make)
 

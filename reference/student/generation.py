@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from ..checks import require
-from ..prompts.grids import Placement, cuts_a_block, placement_coords
+from ..prompts.grids import Placement, cuts_a_span, placement_coords
 from ..prompts.layouts import PromptLayout
 from .cache import name_cache
 
@@ -214,7 +214,7 @@ def coords_between(coords: Tensor, start: int, end: int) -> Tensor:
     """Return coords (B, L, 4) of the positions [start, end): -1 beyond L, where generated text is."""
     for position in (start, end):
         must = "prefill must not be split inside an image or video"
-        whole = not cuts_a_block(coords, position)
+        whole = not cuts_a_span(coords, position)
         hint = "choose another prefill_chunk_size"
         require(whole, "generate", must, f"a split before position {position}", hint)
     return F.pad(coords, (0, 0, 0, max(0, end - coords.shape[1])), value=-1)[:, start:end]
