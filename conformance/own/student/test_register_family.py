@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,3 +170,61 @@ def test_a_second_turn_works_where_forward_does_not_name_the_cache(student):
 def test_a_name_is_given_once(teacher):
     with pytest.raises(ValueError, match="register_family: name must be new, got llama"):
         register_family("llama", type(teacher), None)
+
+
+class HandWrittenConfig(PreTrainedConfig):
+    """As remote code writes it: an `__init__` of its own, parts made from dictionaries there."""
+
+    model_type = "hand_written"
+    sub_configs = {"text_config": Qwen2Config}  # noqa: RUF012 - Hugging Face's own form
+
+    def __init__(self, text_config=None, image_token_id=IMAGE, video_token_id=VIDEO, **kwargs):
+        given = text_config.to_dict() if isinstance(text_config, Qwen2Config) else text_config or {}
+        self.text_config = Qwen2Config(**given)
+        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        super().__init__(**kwargs)
+
+
+class HandWritten(NVILAForConditionalGeneration):
+    config_class = HandWrittenConfig
+
+
+class HandWrittenTextConfig(Qwen2Config):
+    """A text decoder's, whose arguments have other names than its attributes."""
+
+    model_type = "hand_written_text"
+
+    def __init__(self, width=32, **kwargs):
+        super().__init__(**{"hidden_size": width} | kwargs)
+
+
+class HandWrittenText(Qwen2ForCausalLM):
+    config_class = HandWrittenTextConfig
+
+
+def hand_written_teachers(nvila) -> dict[str, tuple[PreTrainedModel, Any]]:
+    text = TEXT | {"vocab_size": 64}
+    options = {name: value for name, value in text.items() if name != "hidden_size"}
+    torch.manual_seed(0)
+    return {
+        "hand_written": (HandWritten(HandWrittenConfig(Qwen2Config(**text))), nvila.NVILAPromptLayout()),
+        "hand_written_text": (HandWrittenText(HandWrittenTextConfig(TEXT["hidden_size"], **options)), None),
+    }
+
+
+@pytest.mark.parametrize("name", ["hand_written", "hand_written_text"])
+@torch.no_grad()
+def test_a_teacher_whose_configuration_has_an_init_of_its_own_is_converted(nvila, name, tmp_path):
+    teacher, layout = hand_written_teachers(nvila)[name]
+    type(teacher).get_decoder = lambda self: getattr(self, "llm", self).model
+    register_family(name, type(teacher), layout)
+    try:
+        inputs = film() if layout else {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+        assert torch.equal(convert(teacher.eval(), layers=[])(**inputs).logits, teacher(**inputs).logits)
+        student = shake_mixers(convert(teacher, layers=[0, 2]))
+        student.save_pretrained(tmp_path)
+        again = load(tmp_path)
+        assert again.config.linmu == student.config.linmu
+        assert torch.equal(again(**inputs).logits, student(**inputs).logits)
+    finally:
+        del FAMILIES[type(teacher)]
