@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import os
 import sys
 
 import torch
@@ -52,8 +53,8 @@ def main(folder: str) -> None:
             model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
         if dist.get_rank() == 0:
             save_file(gradients(model.module), f"{folder}/{family}-{package}.safetensors")
-    dist.barrier()  # or the store may be gone before the other process has left
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads now and then do not end with the interpreter
 
 
 if __name__ == "__main__":
