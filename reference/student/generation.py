@@ -142,7 +142,8 @@ class StudentGeneration:
         mask = kwargs["attention_mask"]
         names = inspect.signature(model.get_rope_index).parameters
         new = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        types = kwargs.get("mm_token_type_ids", self.placeholder_types(input_ids))
+        types = kwargs.get("mm_token_type_ids")
+        types = self.placeholder_types(input_ids) if types is None else types
         whole = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types}
         new |= {name: value[:, past:] for name, value in whole.items() if name in names}
         vision, deltas = model.get_rope_index(**new)

@@ -237,3 +237,17 @@ def test_the_any_to_any_pipeline_takes_a_student(tmp_path, monkeypatch):
         text="see <image> now", images=tiny.picture("wide", 0), max_new_tokens=2, return_full_text=False
     )
     assert isinstance(answer[0]["generated_text"], str)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@torch.no_grad()
+def test_a_text_decoders_student_takes_vision_if_it_was_converted_for_it(package):
+    coords = torch.tensor([[[-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]]])
+    teacher, ids = small_llama(), torch.tensor([[5, 6, 7, 8, 9]])
+    embeds = teacher.get_input_embeddings()(ids)
+    student = shake_mixers(PACKAGES[package].convert(teacher, {"text_only": False}))
+    seen = student(inputs_embeds=embeds, linmu_coords=coords, use_cache=False).logits
+    assert (seen - logits_of(student, {"input_ids": ids})).abs().max() > 1e-3
+    for_text = PACKAGES[package].convert(teacher)
+    with pytest.raises(ValueError, match=r"FlexMA: layout must be None, .*text_only"):
+        for_text(inputs_embeds=embeds, linmu_coords=coords)
