@@ -9,8 +9,9 @@ from torch import Tensor
 
 from linmu import reference
 
-from .checks import require, require_shape
-from .elementwise import torch_engine as mixing
+from ..reference.checks import require, require_shape
+from .elementwise.torch_engine import local_rows
+from .engine import engine_of_block
 from .layout import VisionLayout, fast
 from .projections import checked_angles, rotated
 from .window_attention import planned_attention
@@ -29,15 +30,16 @@ class LocalSwin(reference.LocalSwin):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`linmu.reference.LocalSwin.forward`: arguments, result and errors are the same."""
-        output, row = self.attend(hidden_states, layout, position_embeddings=position_embeddings)
-        return mixing.taken(output, row) * layout.is_vision[..., None]
+        engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
+        output, row = self.attend(hidden_states, layout, position_embeddings, engine)
+        return local_rows(output, row) * layout.is_vision[..., None]
 
     def attend(
         self,
         hidden_states: Tensor,
         layout: VisionLayout,
-        *,
         position_embeddings: tuple[Tensor, Tensor] | None,
+        engine: str | None,
     ) -> tuple[Tensor, Tensor]:
         """Eqs. (1) and (2) of the tokens of `VisionLayout.vision_tokens`, (..., D), and their `row`."""
         require_shape("LocalSwin", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
@@ -47,7 +49,7 @@ class LocalSwin(reference.LocalSwin):
         tokens = fast(layout).vision_tokens(self.config.window_thw, self.layer_index)
         heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)  # what angles fit
         angles = checked_angles(heads, position_embeddings)
-        q, k, v = self.project_heads(tokens.taken(hidden_states))
-        q, k = rotated(q, angles, tokens.token), rotated(k, angles, tokens.token)
-        output = planned_attention(q, k, v, tokens.window_id, tokens.plan)
+        q, k, v = self.project_heads(tokens.gather(hidden_states))
+        q, k = (rotated(each, angles, tokens.token, engine) for each in (q, k))
+        output = planned_attention(q, k, v, tokens.window_id, tokens.plan, engine=engine)
         return self.o_proj(output.flatten(2)), tokens.row

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from linmu import reference
 
-from .elementwise import operator as block_operators
+from .elementwise.operator import MixInputs, mix_branches
+from .engine import engine_of_block
+from .engine.torch_state import has_no_hooks
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, fast
 from .local_swin import LocalSwin
-from .projections import are_plain, is_unwatched, narrow_products
+from .projections import are_plain, narrow_products
 
 __all__ = ["MMATE"]
 
@@ -38,31 +40,32 @@ class MMATE(reference.MMATE):
         Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
         before it, would read and write as many bytes per token, and could not be adapted by branch.
         """
-        flex_ma, local_swin, given = (
-            self.flex_ma,
-            self.local_swin,
-            {"position_embeddings": position_embeddings},
-        )
-        if layout is None or not self.reaches_into_branches():
-            y, state = flex_ma(hidden_states, layout, valid=valid, state=state, **given)
+        flex_ma, angles = self.flex_ma, position_embeddings
+        if layout is None or not self.runs_in_parts():
+            y, state = flex_ma(hidden_states, layout, valid=valid, position_embeddings=angles, state=state)
             if layout is None:
                 return y, state
-            local = local_swin(hidden_states, layout, **given)
-            row = fast(layout).vision_row
-            (mix,) = narrow_products(hidden_states, [self.mix_proj])
-        else:
-            *rates, mix = narrow_products(
-                hidden_states, [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
+            local = self.local_swin(hidden_states, layout, position_embeddings=angles)
+            (mix,), row, engine = (
+                narrow_products(hidden_states, [self.mix_proj]),
+                fast(layout).vision_row,
+                None,
             )
-            y, state = flex_ma.heads(hidden_states, layout, valid=valid, state=state, rates=rates, **given)
+        else:
+            engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
+            linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
+            *rates, mix = narrow_products(hidden_states, linears)
+            y, state = flex_ma.heads(hidden_states, layout, valid, angles, state, engine, rates)
             y = flex_ma.o_proj(y)
-            local, row = local_swin.attend(hidden_states, layout, **given)
-        return block_operators.mix_branches(y, local, mix, row), state
+            local, row = self.local_swin.attend(hidden_states, layout, angles, engine)
+        return mix_branches(MixInputs(y, local, mix, row, engine)), state
 
-    def reaches_into_branches(self) -> bool:
-        """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes
-        them.
+    def runs_in_parts(self) -> bool:
+        """Whether the branches may be run in parts, so that their narrow products read the hidden states
+        once: no hooks on them, no adapted or offloaded projections, no other forward.
         """
+        if self.config.text_only:
+            return False
         branches = ((self.flex_ma, FlexMA), (self.local_swin, LocalSwin))
-        own = all(is_unwatched(branch) and type(branch).forward is kind.forward for branch, kind in branches)
+        own = all(has_no_hooks(branch) and type(branch).forward is kind.forward for branch, kind in branches)
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])

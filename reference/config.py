@@ -53,6 +53,8 @@ class LinMUConfig:
             0.13 with it after stage ii, 0.17 without).
         window_thw: local_swin eq. (2): the window in tokens (T, Y, X). Choice: (4, 8, 8), a power of 2 near
             Video Swin's (8, 7, 7).
+        text_only: leave out the parameters that only vision uses (Local-Swin, the mix, the scan's gate), for
+            decoders that see none.
     Raises:
         ValueError: if a size is not positive, `heads` is no multiple of `groups`, `head_dim` is odd, or an
             option has a value that it cannot have.
@@ -74,6 +76,7 @@ class LinMUConfig:
     head_norm: bool = True
     output_gate: bool = False
     window_thw: tuple[int, int, int] = (4, 8, 8)
+    text_only: bool = False
 
     def __post_init__(self) -> None:
         where = "LinMUConfig"

@@ -37,9 +37,9 @@ def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -
     require_mask(where, "valid", valid, student.shape[:2], "B, L")
     require_one_device(where, student=student, valid=valid)
     student, teacher = as_accumulated(student, teacher)
+    if valid is not None:  # before the square, whose gradient at NaN would be NaN however it is masked
+        student, teacher = (zero_where_masked(tensor, valid[..., None]) for tensor in (student, teacher))
     error, size = (student - teacher).square().sum(-1), teacher.square().sum(-1)  # (B, L)
-    if valid is not None:
-        error, size = zero_where_masked(error, valid), zero_where_masked(size, valid)
     return error.sum() / size.sum().clamp_min(torch.finfo(size.dtype).tiny)  # eq. (1): the two counts cancel
 
 

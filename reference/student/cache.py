@@ -38,10 +38,7 @@ class LinMUCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
 
     def donate(self) -> DonatedState | None:
-        """Return the state for the next tokens, None before the first; `store` brings what comes of it.
-
-        Nobody else holds a slot's tensors, so that a token may overwrite them instead of copying them.
-        """
+        """Hand out the state for in-place update; call `store` with the result. None before any token."""
         return None if self.state is None else DonatedState(*self.state)
 
     def store(self, state: FlexMAState, new_tokens: int) -> None:
@@ -153,7 +150,8 @@ def cache_slot(cache: Cache, layer_index: int) -> LinMUCacheLayer:
         where,
         f"layer {layer_index} of the cache must be unused or hold this model's state",
         "keys and values",
-        "do not share a cache between teacher and student",
+        "do not share a cache between teacher and student; prefix tuning, which makes up keys and values, is "
+        "not supported, prompt tuning and LoRA are",
     )
     cache.layers[layer_index] = LinMUCacheLayer()
     return cache.layers[layer_index]

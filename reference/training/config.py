@@ -151,7 +151,7 @@ class Config:
     teacher: str = "demo"
     """'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model"""
     data: tuple[str, ...] = ("demo",)
-    """'demo', or JSONL files, folders of data sets, OWNER/NAME[:SPLIT] on the Hub; a.jsonl@3 with a weight"""
+    """'demo', or files, FOLDER[:SPLIT], OWNER/NAME[:SPLIT] on the Hub; a.jsonl@3 with a weight"""
     eval_data: tuple[str, ...] = ()
     """held-out conversations, named like --data; none = every 20th sample of --data"""
     output: str = "runs/demo"

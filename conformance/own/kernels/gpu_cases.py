@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linmu import optimized
-from linmu.optimized.scan import scan_heads
+from linmu.optimized.scan import ScanInputs, scan
 
 from ...harness.cancellation import sizes_of_sums
 from ...harness.compare import Results, assert_matches, evaluate, in_float64, is_float, quarters
@@ -119,7 +119,7 @@ def left_by_the_norm(dtype: torch.dtype, device: str) -> float:
     given |= {"C": C, "gate": numbers(2).sigmoid(), "D": torch.ones(2, device=device), "initial_state": None}
     given |= {"segment": torch.zeros(2, 40, dtype=torch.int64, device=device), "valid": None, "order": None}
     y, normed = (
-        scan_heads(**given, norm_weight=weight, eps=1e-12)[0]
+        scan(ScanInputs(**given, norm_weight=weight, eps=1e-12))[0]
         for weight in (None, torch.ones_like(given["D"]))
     )
     asked = numbers(2, 1).to(dtype)
@@ -165,9 +165,9 @@ def results_of_views(operator: str, given: Arguments) -> Results:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     asked = [quarters(output, place) for place, output in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), asked, allow_unused=True)
-    found = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
+    found = dict(zip(("y", "final_state"), (output.detach() for output in outputs), strict=False))
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+        found[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return found
 
 

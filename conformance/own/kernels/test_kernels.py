@@ -49,23 +49,24 @@ def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
 
 SUMS = """
 import torch
+from linmu.optimized.scan import ScanInputs
 from linmu.optimized.scan.kernels.scalars import scan_scalars
 
 torch.manual_seed(0)
 dt = torch.where(torch.rand(1, 64, 2) < 0.1, 1e4, torch.rand(1, 64, 2))
 A, gate, segment = torch.tensor([-0.032, -0.7]), torch.rand(1, 64, 2), torch.zeros(1, 64, dtype=torch.int64)
-found = scan_scalars(dt, A, gate, segment, None, 64)
+found = scan_scalars(ScanInputs(None, dt, A, None, None, gate, segment), 64)
 steps = (dt.double() * A.double())[0].T  # (H, C)
 forward = steps.cumsum(1)
 assert torch.equal(found.sums[0, 0, 0], forward.float())
 assert torch.equal(found.sums[1, 0, 0], (forward - steps).float())
 left = (forward[:, -1:] - forward).exp().float() * dt[0].T  # of each write at the chunk's end
-torch.testing.assert_close(found.write[0, 0, 0], left, rtol=1e-6, atol=1e-30)
+torch.testing.assert_close(found.write_weight[0, 0, 0], left, rtol=1e-6, atol=1e-30)
 """
 
 
 def test_sums_of_steps_are_rounded_once(tmp_path):
-    """P5, P15: the exponents' sums are those in float64, whatever order a GPU would add them up in."""
+    """The exponents' sums are those in float64, whatever order a GPU would add them up in."""
     script = tmp_path / "sums.py"
     script.write_text(SUMS)
     done = interpreted(script)
@@ -87,7 +88,7 @@ assert left < 1e-5, left
 
 
 def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(tmp_path):
-    """P17: as in test_precision.py."""
+    """As in test_precision.py."""
     script = tmp_path / "norms.py"
     script.write_text(NORMS)
     done = interpreted(script)
@@ -111,7 +112,7 @@ def test_pairs_of_kernels_of_windows_share_the_tokens_in_the_interpreter():
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_offsets_may_exceed_two_to_the_31(operator):
-    """P1: 64-bit addresses: an offset that wraps leaves its tensor, which the watch sees."""
+    """64-bit addresses: an offset that wraps leaves its tensor, which the watch sees."""
     done = interpreted("trial_far", operator)
     assert done.returncode == 0, done.stdout + done.stderr
 

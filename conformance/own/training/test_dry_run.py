@@ -64,6 +64,7 @@ def test_it_says_what_would_be_trained_on_what_and_writes_nothing(mine, capsys):
 MEASURED = """
 import json, sys
 from linmu.reference.training.safety.memory import peak_above, predict, weights
+from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.run import Run
 
 config = parse(sys.argv[1:])
@@ -78,7 +79,7 @@ for stage in run.stages:
     if stage.trains_mlps:
         run.add_adapters()
     run.set_free(stage)
-    items = [run.training[0]] * config.batch_size
+    items = [run.training[0]] * config.optimizer.batch_size
     predictions = []
     for objective in stage.objectives:
         lesson = run.lesson(objective)

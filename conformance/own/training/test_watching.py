@@ -95,7 +95,7 @@ def test_reliance_is_the_mean_of_the_gates_over_vision_tokens():
     layer = lesson.layers[1].self_attn.mixer
 
     def keep(_, args, kwargs) -> None:
-        seen.setdefault("u", kwargs["hidden_states"].detach())  # of the first pass: the student's own states
+        seen.setdefault("u", kwargs["hidden_states"].detach())  # first pass: the student's own states
 
     hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import ProcessorMixin
 from ...demo import DigitsQuestions
 from ...prompts.chat_collator import ChatCollator
 from ..config import Config, SampleSettings
-from ..refusal import RefusedError
+from ..refusal import RefusedError, check
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
 from .sources import open_rows
 
@@ -21,7 +22,7 @@ HELD_OUT = 20  # one sample in so many is held out unless --eval_data names othe
 
 
 def open_data(
-    config: Config, encoder: ChatCollator, report: Path, world_size: int
+    config: Config, encoder: ChatCollator, report: Path | None, world_size: int
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out samples; held-out ones keep their messages.
 
@@ -69,12 +70,22 @@ def open_held_out(
 
 
 def parse_weight(source: str) -> tuple[str, float]:
-    """ "a.jsonl@2" -> ("a.jsonl", 2.0); without a weight 1."""
-    name, _, weight = source.partition("@")
+    """ "a.jsonl@2" -> ("a.jsonl", 2.0); without a weight 1, and so for a file whose name holds an @.
+
+    Raises:
+        RefusedError: unless the weight is a finite number > 0.
+    """
+    name, at, weight = source.rpartition("@")
+    if not at or Path(source).exists() or "/" in weight:
+        return source, 1.0
     try:
-        return name, float(weight or 1)
+        number = float(weight)
     except ValueError:
-        raise RefusedError(f"distill: a weight in --data must be a number, got {weight!r}") from None
+        number = math.nan
+    must = "a weight in --data must be a finite number > 0"
+    hint = f"write {name}@2 to draw it twice as often, or leave @ out"
+    check(0 < number < math.inf, must, f"{weight!r} in {source}", hint)
+    return name, number
 
 
 def open_dataset(
