@@ -224,6 +224,14 @@ def test_adapters_that_a_teacher_has_no_place_for_are_refused_at_the_start(data,
     assert "--lora_targets must be among the linear projections of" in said and "--tune full" in said
 
 
+def test_held_out_data_without_one_good_sample_are_refused(data, tmp_path):
+    broken = write(tmp_path / "data", "e.jsonl", [row(picture=BROKEN)] * 3)
+    arguments = [*flags(data, tmp_path / "run"), "--eval_data", str(broken), "--on_broken", "skip"]
+    for more in (["--dry_run"], []):
+        with pytest.raises(RefusedError, match="held-out data must hold conversations that can be read"):
+            main([*arguments, *more])
+
+
 @pytest.mark.parametrize("place", ["held out", "training"])
 def test_a_broken_sample_is_refused_by_both_in_the_same_words(tmp_path, place):
     rows = [row()] * 30

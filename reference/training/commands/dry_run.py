@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ...prompts.chat_collator import IGNORED
 from ..data.conversations import ENDLESS, Conversations, Mixture
+from ..evaluation.evaluation import NOTHING_TO_MEASURE
 from ..evaluation.held_out import OrComplaint
 from ..refusal import check
 from ..safety.memory import predict
@@ -45,9 +47,10 @@ def dry_run(run: Run) -> None:
     Raises:
         RefusedError: if samples are broken and broken samples refuse a run.
     """
-    largest, broken = None, 0
+    largest, broken, readable = None, 0, Counter()
     for title, data in parts(run):
         sizes, complaints = survey(run, data)
+        readable[title.split(" data")[0]] += len(sizes)
         broken += len(complaints)
         run.say(f"{title}: {len(sizes)} samples can be read, {len(complaints)} are broken")
         for complaint in complaints[:NAMED]:
@@ -60,7 +63,8 @@ def dry_run(run: Run) -> None:
             largest = data, sizes[longest]["tokens"], sizes[longest]["index"]
     refused = broken and run.config.samples.on_broken == "refuse"
     check(not refused, "samples must be readable", f"{broken} that are not", "mend them, or --on_broken skip")
-    check(largest, "data must hold samples", "none that can be read")
+    check(readable["training"], "training data must hold conversations that can be read", "none")
+    check(readable["held out"], NOTHING_TO_MEASURE, "none")
     data, _, index = largest
     batch = run.encoder([data[index]] * run.config.optimizer.batch_size)
     run.say(f"the largest batch, {run.config.optimizer.batch_size} times the longest sample:")
