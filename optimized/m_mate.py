@@ -40,12 +40,12 @@ class MMATE(reference.MMATE):
         Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
         before it, would read and write as many bytes per token, and could not be adapted by branch.
         """
-        flex_ma, local_swin, angles = self.flex_ma, self.local_swin, position_embeddings
+        flex_ma, angles = self.flex_ma, position_embeddings
         if layout is None or not self.runs_in_parts():
             y, state = flex_ma(hidden_states, layout, valid=valid, position_embeddings=angles, state=state)
             if layout is None:
                 return y, state
-            local = local_swin(hidden_states, layout, position_embeddings=angles)
+            local = self.local_swin(hidden_states, layout, position_embeddings=angles)
             (mix,), row, engine = (
                 narrow_products(hidden_states, [self.mix_proj]),
                 fast(layout).vision_row,
@@ -57,7 +57,7 @@ class MMATE(reference.MMATE):
             *rates, mix = narrow_products(hidden_states, linears)
             y, state = flex_ma.heads(hidden_states, layout, valid, angles, state, engine, rates)
             y = flex_ma.o_proj(y)
-            local, row = local_swin.attend(hidden_states, layout, angles, engine)
+            local, row = self.local_swin.attend(hidden_states, layout, angles, engine)
         return mix_branches(MixInputs(y, local, mix, row, engine)), state
 
     def runs_in_parts(self) -> bool:

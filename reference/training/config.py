@@ -6,6 +6,7 @@ Each setting is a flag of its name (`--max_pixels 200000`), those of the mixer a
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -231,6 +232,8 @@ def check_settings(config: Config) -> None:
         "--streaming must come with --eval_data, and without --group_by_length",
         f"{config.eval_data}, {grouped}",
     )
+    warmup = config.optimizer.warmup
+    check(0 <= warmup <= 1, "--warmup must be a share of the steps, from 0 to 1", warmup)
     flat = settings_of(config)
     for name in (
         "batch_size",
@@ -253,6 +256,8 @@ def check_stage(name: str, stage: StageSettings) -> None:
     alone = "teacher" in stage.inputs and (stage.logits or stage.end_to_end)
     must = f"{flag}.logits and {flag}.end_to_end need {flag}.inputs student"
     check(not alone, must, " ".join(stage.inputs))
+    rates = [rate for rate in (stage.learning_rate, stage.learning_rate_new) if rate is not None]
+    check(all(0 <= rate < math.inf for rate in rates), f"{flag}.learning_rate must be 0 or more", rates)
     check(stage.temperature > 0, f"{flag}.temperature must be positive", stage.temperature)
 
 
