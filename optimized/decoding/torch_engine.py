@@ -101,13 +101,13 @@ def project(inputs: ProjectionInputs) -> ProjectionOutputs:
 def text_step(inputs: TextStepInputs) -> TextStepOutputs:
     """Scale of C, convolution, dt and A, one step of the scan, norm and output gate."""
     valid, wide, parts = inputs.valid, inputs.scan_state.dtype, (inputs.x, inputs.B, inputs.C * inputs.scale)
-    xBC = torch.cat([part.flatten(1) for part in parts], dim=1)[:, None]  # noqa: N806
+    xBC = torch.cat([part.flatten(1) for part in parts], dim=1)[:, None]
     if inputs.conv_weight is None:
         conv_state = xBC.new_zeros(len(xBC), 0, xBC.shape[2])
     else:
         mask = None if valid is None else valid[:, None]
         weights = (inputs.conv_weight, inputs.conv_bias, mask, inputs.conv_state)
-        (xBC,), conv_state = conv.forward(ConvInputs([xBC], [1.0], *weights))  # noqa: N806
+        (xBC,), conv_state = conv.forward(ConvInputs([xBC], [1.0], *weights))
     split = xBC[:, 0].split([part[0].numel() for part in parts], dim=1)
     x, B, C = (part.view(like.shape) for part, like in zip(split, parts, strict=True))
     dt, A = F.softplus(inputs.rate.to(wide)), -torch.exp(inputs.A_log.to(wide))
