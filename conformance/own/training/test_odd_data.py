@@ -26,7 +26,7 @@ from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.data.conversations import BrokenSampleError, Conversations, Mixture, skipped
 from linmu.reference.training.data.films import MissingPackageError
 from linmu.reference.training.data.open_data import open_data, parse_weight
-from linmu.reference.training.data.sources import open_rows
+from linmu.reference.training.data.sources import Stream, StreamEndedError, open_rows
 from linmu.reference.training.data.turns import read_turns
 from linmu.reference.training.refusal import RefusedError
 
@@ -518,6 +518,25 @@ def test_films_without_pyav_are_one_refusal_at_the_start(folder, on_broken, monk
         stream[4]
     data = Conversations(str(without), "skip")
     assert [len(data[i]["messages"][0]["content"][0].get("video", [])) for i in range(3)] == [0, 4, 2]
+
+
+def endless_trouble() -> Iterator[dict]:
+    """Two rows, and the connection is gone."""
+    yield GOOD | {"_number": 0}
+    yield GOOD | {"_number": 1}
+    raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize("on_broken", ["refuse", "skip"])
+def test_a_stream_that_breaks_off_ends_the_run_by_name(on_broken):
+    rows = Stream("OWNER/NAME", datasets.IterableDataset.from_generator(endless_trouble), Path())
+    data = Conversations(rows, on_broken)
+    assert data[1]["name"] == "OWNER/NAME, row 1"
+    for _ in range(2):
+        with pytest.raises(
+            StreamEndedError, match=r"OWNER/NAME must be readable on, got Conn.* after 2 rows"
+        ):
+            data[2]
 
 
 def test_every_control_token_is_refused_wherever_it_stands(collator):

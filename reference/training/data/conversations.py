@@ -23,7 +23,7 @@ from ...prompts.chat_collator import content_blocks
 from ..refusal import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
 from .media import Media, shortened
-from .sources import JsonLines, Stream, Table, open_rows
+from .sources import JsonLines, Stream, StreamEndedError, Table, open_rows
 from .turns import kind_of, read_turns
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Conversations(Dataset):
     Raises:
         ValueError: if there is no such data set or it is empty.
         MissingPackageError: for films where PyAV is not installed; of a stream, when the first one comes.
+        StreamEndedError: on access, if a stream cannot be read on.
         BrokenSampleError: on access, for a sample that cannot be used: whatever error its row, its pictures
             or `prepare` raise.
     """
@@ -86,7 +87,7 @@ class Conversations(Dataset):
             line = self.lines[(index + attempt) % len(self)]
             try:
                 return self.read(line)
-            except MissingPackageError:
+            except (MissingPackageError, StreamEndedError):
                 raise
             except Exception as error:  # any error of a sample is that sample's
                 name, why = self.rows.name(line), shortened(f"{type(error).__name__}: {error}", LONGEST)
