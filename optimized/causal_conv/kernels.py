@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import ceil_div, power_of_2, rows_of
+from ..engine.launch import ceil_div, contiguous, power_of_2, rows_of
 from .operator import ConvInputs, ConvOutputs
 from .torch_engine import by_part, each_part
 
@@ -122,6 +122,7 @@ def ranks(mask: Tensor | None) -> dict[str, Tensor | None]:
     """RANK (B, L), -1 where masked; PLACE (B, L), where each rank stands; COUNT (B,) of valid tokens."""
     if mask is None:
         return {"RANK": None, "PLACE": None, "COUNT": None}
+    mask = mask.contiguous()  # what is made of it elementwise takes its strides over
     rank = torch.where(mask, mask.cumsum(1) - 1, -1)
     length = mask.shape[1]
     token = torch.arange(length, device=mask.device).expand(mask.shape)
@@ -187,6 +188,8 @@ def forward(inputs: ConvInputs) -> ConvOutputs:
 
 
 def as_kernels_take_them(inputs: ConvInputs) -> ConvInputs:
-    """Weight and states contiguous, states in float32."""
+    """Weight, bias and states contiguous, states in float32."""
     start = None if inputs.initial_state is None else inputs.initial_state.float().contiguous()
-    return inputs._replace(weight=inputs.weight.contiguous(), initial_state=start)
+    return inputs._replace(
+        weight=inputs.weight.contiguous(), bias=contiguous(inputs.bias), initial_state=start
+    )

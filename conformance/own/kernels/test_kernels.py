@@ -117,6 +117,13 @@ def test_offsets_may_exceed_two_to_the_31(operator):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_strides_do_not_matter_to_kernels(operator):
+    done = interpreted("trial_strides", operator)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linmu.optimized: triton engine" in done.stderr
+
+
 WRAPPING = """
 import torch, triton, triton.language as tl
 from linmu.conformance.own.kernels.interpreter import watch_memory

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...engine.launch import as_bytes, ceil_div, power_of_2, rows_of
+from ...engine.launch import as_bytes, ceil_div, contiguous, power_of_2, rows_of
 from ..operator import StepInputs, StepOutputs, step_outputs
 
 BLOCK_P = 32
@@ -65,7 +65,7 @@ def scan_step(inputs: StepInputs) -> StepOutputs:
         inputs.A.contiguous(),
         B,
         C,
-        inputs.D,
+        contiguous(inputs.D),
         as_bytes(inputs.valid),
         new_state,
         y,
