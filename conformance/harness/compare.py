@@ -248,6 +248,11 @@ class RunningTest:
 RUNNING: list[RunningTest] = []  # conftest.py puts it there
 
 
+def as_drawn(case: Any) -> Any:
+    """The case that a changed or rounded one was made from: the test makes it from that again."""
+    return as_drawn(case.case) if hasattr(case, "case") else case
+
+
 def reproduction(test: RunningTest, case: Any) -> str:
     """The check of the running test on this case; a test without drawn cases is run as a whole."""
     if not test.drawn:
@@ -257,7 +262,7 @@ def reproduction(test: RunningTest, case: Any) -> str:
     sources = ("backends", "layouts", "module_cases", "operator_cases")
     modules = [*(f"harness.{source}" for source in sources), test.module]
     names = "; ".join(f"from linmu.conformance.{module} import *" for module in modules)
-    return shell_quoted(f"{names}; {test.name}.check(load({test.backend!r}), {case!r})")
+    return shell_quoted(f"{names}; {test.name}.check(load({test.backend!r}), {as_drawn(case)!r})")
 
 
 def shell_quoted(code: str) -> str:

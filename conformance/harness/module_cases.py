@@ -17,7 +17,7 @@ from linmu.reference import LinMUConfig, VisionLayout, flex_ma, local_swin
 
 from .cancellation import sizes_of_sums
 from .compare import Results, assert_matches, cotangent
-from .layouts import Layout, layouts
+from .layouts import Layout, Pad, Text, Vision, layouts
 from .operator_cases import DTYPES, EXACT, FEW_SHAPES, SEEDS, SHAPES, Numbers, dtypes
 
 WIDTH = 6
@@ -62,6 +62,25 @@ class ModuleCase:
     def with_options(self, **options: Any) -> ModuleCase:
         """The same case with other options of the configuration."""
         return replace(self, config=replace(self.config, **options))
+
+
+def large_cases() -> dict[str, ModuleCase]:
+    """Heads of the sizes that people run, and an image longer than a chunk, with all options on."""
+    prompt = Layout(
+        (
+            (Text(9), Vision(1, (1, 4, 6), "row"), Text(2), Vision(0, (2, 3, 4), "frame"), Text(11)),
+            (Pad(20), Vision(0, (1, 5, 5)), Vision(1, (1, 3, 4)), Text(17)),
+        )
+    )
+    image = Layout(((Text(5), Vision(0, (1, 17, 19)), Text(30)),))
+    options = {"qkv_bias": True, "qk_norm": True, "scan_rope": True, "output_gate": True, "conv_kernel": 4}
+    wide = LinMUConfig(width=WIDTH, heads=4, groups=2, head_dim=128, **options)
+    narrow = LinMUConfig(width=WIDTH, heads=2, groups=1, head_dim=4, **options)
+    return {
+        "N=P=128": ModuleCase(prompt.only(0), wide, 1, "float32", 3),
+        "N=P=128, mixed": ModuleCase(prompt.only(1), wide, 2, "mixed", 4),
+        "an image of 323 tokens": ModuleCase(image, narrow, 3, "float32", 5),
+    }
 
 
 def initial(backend: Any, name: str, case: ModuleCase) -> nn.Module:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+from linmu import reference
 from linmu.reference import VisionLayout
 
-from .compare import assert_same, assert_zero
+from .compare import assert_exact, assert_same, assert_zero
 from .layouts import Layout
-from .module_cases import ModuleCase, run
+from .module_cases import ModuleCase, check_module, large_cases, random_module, run
 
 STATES = ("conv state", "scan state")
 
@@ -103,6 +108,28 @@ def check_steps_equal_prefill(module: nn.Module, name: str, case: ModuleCase) ->
     for results in (found, whole):
         results["output"] = results["output"] * kept
     assert_same(found, whole, case, factor=2)
+
+
+def large_cases_of(name: str) -> Callable:
+    """One test for each case of a size that people run: outputs, states and every gradient."""
+
+    def check(backend: Any, case: ModuleCase) -> None:
+        check_module(random_module(backend, name, case), reference, name, case)
+
+    cases = [pytest.param(case, id=key) for key, case in large_cases().items()]
+    return pytest.mark.needs(name)(pytest.mark.parametrize("case", cases)(check))
+
+
+def check_the_state_is_left(module: nn.Module, name: str, case: ModuleCase) -> None:
+    """A state that is handed over may be handed over again: nothing is written to it."""
+    u, (cos, sin) = case.hidden_states(), case.position_embeddings()
+    _, state = module(u[:, :-1], position_embeddings=(cos[:, :-1], sin[:, :-1]))
+    copies = [part.detach().clone() for part in state]
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            module(u[:, -1:], position_embeddings=(cos[:, -1:], sin[:, -1:]), state=state)
+    for part, copy in zip(state, copies, strict=True):
+        assert_exact(part.detach(), copy, case, f"{name}'s state after the call")
 
 
 def only_valid(results: dict, layout: Layout) -> dict:

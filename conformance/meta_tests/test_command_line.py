@@ -13,6 +13,7 @@ import pytest
 
 from ..conftest import mark_expected_failures, read_expected_failures
 from ..harness.compare import RunningTest, reproduction
+from ..harness.operator_cases import ScanCase
 
 CONFORMANCE = Path(__file__).parents[1]
 FILE = "conformance/properties/test_layout.py"
@@ -111,6 +112,16 @@ def test_a_test_without_drawn_cases_is_reproduced_as_a_whole():
     command = reproduction(running, None)
     named = "linmu.conformance.properties.test_layout::test_the_four_orders_of_a_cube[mine-0]"
     assert command.endswith(f"--pyargs '{named}' --backend mine")
+
+
+def test_a_changed_case_is_reproduced_from_the_one_that_was_drawn():
+    """What the test changes of a case it changes again when it is run again."""
+    case = ScanCase(1, 2, 1, 1, 3, 4, "none", False, False, "float32", 0)
+    running = RunningTest("properties.test_scan", "test_x", "[mine]", "mine", drawn=True)
+    changed = case.changed(x=None).row(0)
+    assert "with other x" in repr(changed)
+    assert reproduction(running, changed) == reproduction(running, case)
+    assert eval(repr(case)) == case
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from .. import pytest_plugin
+
 ROOT = Path(__file__).resolve().parents[2]
 BACKEND = """
 from importlib.util import find_spec
+import torch
 from linmu.reference import bidirectional_scan, scan_order, selective_scan
 
 def inverse_order(order):
+    if order.ndim != 2 or order.dtype != torch.int64:
+        got = f"{{tuple(order.shape)}} {{order.dtype}}"
+        raise ValueError(f"inverse_order: order must be (B, L) int64, got {{got}}")
     return order.argsort(1)
 
 assert find_spec("linmu.conformance").origin.startswith({site!r}), find_spec("linmu.conformance").origin
@@ -50,20 +56,23 @@ def run(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProces
     )
 
 
-def test_one_installed_property_runs_by_name(site, tmp_path):
-    """With the options of the suite, on the backend of the user, from the files of the wheel."""
-    test = "linmu.conformance.properties.test_layout::test_order_then_inverse_is_identity"
-    done = run(site, tmp_path, "--pyargs", test, "--backend", "their_kernels")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "linmu backend: their_kernels" in done.stdout and "1 passed" in done.stdout
-    assert "not implemented, so not tested" in done.stdout
-
-
-def test_properties_take_a_backend_and_are_nothing_else(site, tmp_path):
-    """No meta test, no test of this repository alone: every test collected runs on the backend named."""
+def test_the_installed_properties_run_by_name(site, tmp_path):
+    """With the options of the suite, on the user's backend, from the files of the wheel, and no other."""
     options = ["--pyargs", "linmu.conformance.properties", "--backend", "their_kernels"]
-    done = run(site, tmp_path, *options, "--collect-only", "-q")
+    done = run(site, tmp_path, "-v", *options, "-k", "inverse")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linmu backend: their_kernels" in done.stdout
+    assert "not implemented, so not tested" in done.stdout
     tests = [line for line in done.stdout.splitlines() if "::" in line]
-    assert len(tests) >= 4, done.stdout + done.stderr
+    assert len(tests) >= 4, done.stdout
     assert [line for line in tests if "[their_kernels" not in line] == []
     assert {line.split("::")[0] for line in tests} == {"test_layout.py", "test_errors.py"}
+
+
+def test_names_of_modules_and_tests_become_paths():
+    """All other arguments stay as they are."""
+    test = pytest_plugin.path_of("linmu.conformance.properties.test_layout::test_x[mine]")
+    assert test.endswith("/properties/test_layout.py::test_x[mine]")
+    assert Path(pytest_plugin.path_of("linmu.conformance.properties")).is_dir()
+    for other in ("conformance/properties", "linmu.reference", "linmu.conformance.not_there", "-q", "mine"):
+        assert pytest_plugin.path_of(other) == other

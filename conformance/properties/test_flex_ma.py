@@ -28,6 +28,8 @@ from ..harness.module_checks import (
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
     check_steps_equal_prefill,
+    check_the_state_is_left,
+    large_cases_of,
 )
 from ..harness.operator_cases import DTYPES, property_of
 
@@ -85,6 +87,15 @@ def test_batch_mates_change_nothing(backend, case: ModuleCase):
 def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
     """Prefill in pieces, the state handed over, gives outputs and state of prefill in one piece."""
     check_splitting_changes_nothing(random_module(backend, NAME, case), NAME, case)
+
+
+test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@flex(cases=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
+def test_a_state_is_left_as_it_was(backend, case: ModuleCase):
+    """A state that is handed over may be handed over again: beams, and a second answer."""
+    check_the_state_is_left(random_module(backend, NAME, case), NAME, case)
 
 
 @flex(cases=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)

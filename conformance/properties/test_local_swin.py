@@ -24,7 +24,7 @@ from ..harness.module_cases import (
     run,
     run_with_gradients,
 )
-from ..harness.module_checks import check_batch_mates_change_nothing
+from ..harness.module_checks import check_batch_mates_change_nothing, large_cases_of
 from ..harness.operator_cases import DTYPES, property_of
 
 swin = partial(property_of, "LocalSwin", share=0.4)
@@ -52,6 +52,9 @@ def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
         case.layer_index,
     )
     assert_close(run(module, NAME, case), {"output": wanted}, case, 1e-10)
+
+
+test_sizes_that_people_run = large_cases_of(NAME)
 
 
 @swin(cases=module_cases(output_bias=True))
