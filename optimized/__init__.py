@@ -18,6 +18,7 @@ from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
 from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
+from .sliding_window_attention import WindowState, sliding_window_attention
 from .window_attention import window_attention
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LocalSwin",
     "Objective",
     "VisionLayout",
+    "WindowState",
     "attach_teacher",
     "bidirectional_scan",
     "calibrate_norms",
@@ -44,6 +46,7 @@ __all__ = [
     "scan_step",
     "selective_scan",
     "set_engine",
+    "sliding_window_attention",
     "window_attention",
     "window_ids",
 ]

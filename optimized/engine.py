@@ -27,6 +27,7 @@ KERNELS = frozenset(
         "logit_loss",
         "mix_branches",
         "scan_step",
+        "sliding_window_attention",
         "text_projection",
         "text_step",
         "window_attention",

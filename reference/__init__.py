@@ -4,6 +4,7 @@ Read in this order:
     layout            where tokens sit: Rotary-Major Scan order, 3-D windows
     scan              the recurrence, both ways, one step, the short convolution
     window_attention  softmax inside each window
+    sliding_window_attention  softmax over the last tokens of a row, for text
     flex_ma           the global branch
     local_swin        the local branch
     m_mate            the block: both branches, mixed per token
@@ -30,6 +31,7 @@ from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
 from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
+from .sliding_window_attention import WindowState, sliding_window_attention
 from .student.convert import convert, load
 from .training.calibration import calibrate_norms
 from .training.teacher_student import Lesson, Objective, attach_teacher, detach_teacher
@@ -47,6 +49,7 @@ __all__ = [
     "LocalSwin",
     "Objective",
     "VisionLayout",
+    "WindowState",
     "attach_teacher",
     "bidirectional_scan",
     "calibrate_norms",
@@ -60,6 +63,7 @@ __all__ = [
     "scan_order",
     "scan_step",
     "selective_scan",
+    "sliding_window_attention",
     "window_attention",
     "window_ids",
 ]
