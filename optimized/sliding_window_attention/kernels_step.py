@@ -18,7 +18,7 @@ from ..launch import launching
 from ..scan_tiles import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 
-COLUMNS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # places that a program takes at once
+COLUMNS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # places that a program takes at once
 
 
 @triton.jit
@@ -61,14 +61,14 @@ def step_kernel(
     real_n, real_p = columns_n < N, columns_p < P
     new_n, new_p = columns_n < tl.where(valid, N, 0), columns_p < tl.where(valid, P, 0)  # none of no token
     head = tl.arange(0, BLOCK_H)
-    q_at = row * q_row + (group * RATIO + head)[:, None] * q_head + columns_n[None, :]
-    q_taken = (head < tl.where(asking, RATIO, 0))[:, None] & real_n[None, :]
-    q_tile = tl.load(Q + q_at, mask=q_taken, other=0.0)
+    q_at = row * q_row + (group * RATIO + head)[None, :] * q_head + columns_n[:, None]
+    q_taken = (head < tl.where(asking, RATIO, 0))[None, :] & real_n[:, None]
+    q_tile = tl.load(Q + q_at, mask=q_taken, other=0.0)  # (N, heads), as products of tiles take few heads
     k_new = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0)
     v_new = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0)
-    largest = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale  # it sees itself
+    largest = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[:, None], 0) * scale  # it sees itself
     total = tl.full([BLOCK_H], 1.0, tl.float32)
-    out = tl.zeros([BLOCK_H, BLOCK_P], tl.float32) + v_new.to(tl.float32)[None, :]
+    out = tl.zeros([BLOCK_P, BLOCK_H], tl.float32) + v_new.to(tl.float32)[:, None]
     k_state = STATE_K + (row * PLACES * GROUPS + group) * N
     v_state = STATE_V + (row * PLACES * GROUPS + group) * P
     for start in range(0, PLACES, COLUMNS):
@@ -88,22 +88,22 @@ def step_kernel(
         tl.store(v_to, v_tile, mask=kept[:, None] & real_p[None, :])
         if group == 0:
             tl.store(NEXT + row * PLACES + to, there.to(tl.uint8), mask=kept)
-        scores = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype)), input_precision="ieee") * scale
-        scores = tl.where(there[None, :], scores, -1e30)
-        highest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - highest[:, None])
+        scores = tl.dot(k_tile.to(q_tile.dtype), q_tile, input_precision="ieee") * scale
+        scores = tl.where(there[:, None], scores, -1e30)
+        highest = tl.maximum(largest, tl.max(scores, 0))
+        weights = tl.exp2(scores - highest[None, :])
         shrink = tl.exp2(largest - highest)
-        total = total * shrink + tl.sum(weights, 1)
-        v_tile = v_tile.to(q_tile.dtype)
-        out = tl.dot(weights.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision="ieee")
+        total = total * shrink + tl.sum(weights, 0)
+        values = tl.trans(v_tile.to(q_tile.dtype))
+        out = tl.dot(values, weights.to(q_tile.dtype), out * shrink[None, :], input_precision="ieee")
         largest = highest
     tl.store(k_state + (PLACES - 1) * (GROUPS * N) + columns_n, k_new, mask=new_n)
     tl.store(v_state + (PLACES - 1) * (GROUPS * P) + columns_p, v_new, mask=new_p)
     if (group == 0) & valid:
         tl.store(NEXT + row * PLACES + (PLACES - 1), 1)
-    out = tl.where(asking, out / total[:, None], 0.0)
-    o_at = ((row * GROUPS + group) * RATIO + head)[:, None] * P + columns_p[None, :]
-    tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(head < RATIO)[:, None] & real_p[None, :])
+    out = tl.where(asking, out / total[None, :], 0.0)
+    o_at = ((row * GROUPS + group) * RATIO + head)[None, :] * P + columns_p[:, None]
+    tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(head < RATIO)[None, :] & real_p[:, None])
 
 
 @launching
