@@ -13,8 +13,10 @@ from torch import Tensor
 
 from linmu import reference
 
-from ..reference.flex_ma import DonatedState, FlexMAState, full_precision_linear, rms_norm_per_head
-from . import conv_operators, step_operators
+from ..reference.flex_ma import DonatedState, FlexMAState
+from ..reference.numerics import full_precision_linear, rms_norm_per_head
+from .causal_conv import operator as conv_operators
+from .decoding import operator as step_operators
 from .layout import VisionLayout, fast, permute_tokens
 from .projections import apply_rope, are_plain, narrow_products
 from .scan import scan_heads, scan_step
@@ -65,7 +67,7 @@ class FlexMA(reference.FlexMA):
         C, B, x = self.project_heads(hidden_states)
         if self.config.scan_rope:
             C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
-        has_gate = layout is not None and self.config.backward_scan
+        has_gate = layout is not None and self.config.reverse_scan
         if rates is None:
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
             rates = narrow_products(hidden_states, linears)
@@ -99,7 +101,7 @@ class FlexMA(reference.FlexMA):
         """
         order = None if layout is None else layout.order(self.order_layer)
         segment = openings = None
-        if layout is not None and self.config.backward_scan:
+        if layout is not None and self.config.reverse_scan:
             segment, openings = layout.segment, layout.openings if valid is None else None
         (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order)
         y, scan_state = scan_heads(

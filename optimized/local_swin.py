@@ -9,8 +9,8 @@ from torch import Tensor
 
 from linmu import reference
 
-from . import mixing
 from .checks import require, require_shape
+from .elementwise import torch_engine as mixing
 from .layout import VisionLayout, fast
 from .projections import checked_angles, rotated
 from .window_attention import planned_attention

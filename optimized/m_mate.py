@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linmu import reference
 
-from . import block_operators
+from .elementwise import operator as block_operators
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, fast
 from .local_swin import LocalSwin

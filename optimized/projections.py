@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..reference.flex_ma import full_precision_linear
+from ..reference.numerics import full_precision_linear
 from ..reference.projections import HeadProjections, checked_angles, split_heads
 from ..reference.projections import apply_rope as apply_rope_to_angles_with_gradients
-from . import block_operators
 from .checks import FLOAT_DTYPES
+from .elementwise import operator as block_operators
+from .elementwise.torch_rope import taken
 from .precision import accumulation_dtype
-from .rope import taken
 
 __all__ = ["HeadProjections", "apply_rope", "are_plain", "is_unwatched", "narrow_products", "split_heads"]
 

@@ -24,13 +24,14 @@ Read in this order:
 
 import warnings
 
+from .causal_conv import causal_conv
 from .config import LinMUConfig
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
-from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
+from .scan import bidirectional_scan, scan_step, selective_scan
 from .sliding_window_attention import WindowState, sliding_window_attention
 from .student.convert import convert, load
 from .training.calibration import calibrate_norms

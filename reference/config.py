@@ -14,6 +14,7 @@ from typing import Any
 from .checks import require
 
 TEACHER_SIZES = ("width", "heads", "groups", "head_dim", "qkv_bias", "output_bias", "qk_norm", "norm_eps")
+RENAMED_OPTIONS = {"backward_scan": "reverse_scan"}  # names in folders and settings of before, and today's
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class LinMUConfig:
         scan_rope: ablation: apply the teacher's RoPE to B and C of Flex-MA.
         output_gate: ablation: Mamba2's z gate, y * silu(z), initialised so that silu(z) = 1.
         head_norm: RMS norm per head after the scan, in the place of softmax's denominator.
-        backward_scan: the right-to-left half of the scan.
+        reverse_scan: the right-to-left half of the scan.
         rotary_major: rotate the scan's order with the layer; off means raster order (t, y, x) in all layers.
     Raises:
         ValueError: if a size is not positive, `heads` is no multiple of `groups`, or `head_dim` is odd.
@@ -56,7 +57,7 @@ class LinMUConfig:
     scan_rope: bool = False
     output_gate: bool = False
     head_norm: bool = True
-    backward_scan: bool = True
+    reverse_scan: bool = True
     rotary_major: bool = True
 
     def __post_init__(self) -> None:
@@ -97,7 +98,16 @@ class LinMUConfig:
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Refuse option names that do not exist, instead of ignoring a misspelt one."""
+        """Return options by today's names, those that older folders call otherwise included.
+
+        Args:
+            options: values by name, as `options()` gives them or `config.json` holds them.
+        Raises:
+            ValueError: for a name that does not exist, or an option given by both of its names.
+        """
+        twice = [pair for pair in RENAMED_OPTIONS.items() if set(pair) <= set(options)]
+        require(not twice, "LinMUConfig", "an option must have one of its two names", twice)
+        options = {RENAMED_OPTIONS.get(name, name): value for name, value in options.items()}
         known = {field.name for field in fields(cls)} - set(TEACHER_SIZES)
         unknown = sorted(set(options) - known)
         require(not unknown, "LinMUConfig", f"options must be among {sorted(known)}", unknown)

@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .causal_conv import causal_conv
 from .checks import require, require_mask, require_shape
 from .config import LinMUConfig
 from .layout import VisionLayout, permute_tokens
-from .numerics import accumulation_dtype, without_autocast
+from .numerics import full_precision_linear, rms_norm_per_head
 from .projections import HeadProjections, apply_rope, split_heads
-from .scan import bidirectional_scan, causal_conv, scan_step
+from .scan import bidirectional_scan, scan_step
 
 
 class FlexMAState(NamedTuple):
@@ -179,7 +180,7 @@ class FlexMA(HeadProjections):
             valid_row = None if valid is None else valid[:, 0]
             y, end = scan_step(start, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=self.D, valid=valid_row)
             return y[:, None], end
-        segment = layout.segment if layout is not None and self.config.backward_scan else None
+        segment = layout.segment if layout is not None and self.config.reverse_scan else None
         return bidirectional_scan(
             x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=self.D, initial_state=start
         )
@@ -208,20 +209,3 @@ class FlexMA(HeadProjections):
             same = tuple(layout.coords.shape[:2]) == (batch, length)
             got = f"{tuple(layout.coords.shape[:2])} for {(batch, length)}"
             require(same, "FlexMA", "layout must describe the same (B, L) as hidden_states", got)
-
-
-@without_autocast
-def full_precision_linear(u: Tensor, linear: nn.Linear) -> Tensor:
-    """W u + b, (B, L, D) -> (B, L, H), in at least float32: a dt rounded to bf16 would blur long memories."""
-    dtype = accumulation_dtype(u.dtype)
-    if linear.weight.dtype == dtype:
-        return linear(u.to(dtype))  # the module's own call, which brings weights that are kept elsewhere
-    return F.linear(u.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
-
-
-@without_autocast
-def rms_norm_per_head(y: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """w · y / sqrt(mean(y²) + eps), the mean over P: y (B, L, H, P), weight (H·P,) -> (B, L, H, P)."""
-    wide = y.to(accumulation_dtype(y.dtype))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)

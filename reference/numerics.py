@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,3 +29,37 @@ def without_autocast(operator: Callable) -> Callable:
             return operator(*args, **kwargs)
 
     return wrapped
+
+
+def zero_where_masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Zero masked tokens. Unlike `tensor * mask` this also clears NaN and stops gradients.
+
+    Args:
+        tensor: any shape and dtype.
+        mask: bool, True = stays; broadcasts against `tensor`.
+    Returns:
+        The shape of both, in the dtype of `tensor`.
+    """
+    return torch.where(mask, tensor, tensor.new_zeros(()))
+
+
+def repeat_groups(tensor: Tensor, heads: int) -> Tensor:
+    """(B, L, G, ·) -> (B, L, H, ·): head h is given group h // (H/G)."""
+    return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+
+
+@without_autocast
+def full_precision_linear(u: Tensor, linear: nn.Linear) -> Tensor:
+    """W u + b, (B, L, D) -> (B, L, H), in at least float32: a dt rounded to bf16 would blur long memories."""
+    dtype = accumulation_dtype(u.dtype)
+    if linear.weight.dtype == dtype:
+        return linear(u.to(dtype))  # the module's own call, which brings weights that are kept elsewhere
+    return F.linear(u.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+
+
+@without_autocast
+def rms_norm_per_head(y: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w · y / sqrt(mean(y²) + eps), the mean over P: y (B, L, H, P), weight (H·P,) -> (B, L, H, P)."""
+    wide = y.to(accumulation_dtype(y.dtype))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)

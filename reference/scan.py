@@ -1,12 +1,11 @@
-"""The selective scan, both ways, one token at a time, and the causal convolution in front of it.
+"""The selective scan, both ways, and one token at a time.
 
-Letters: B batch, L tokens, H query heads, G groups, N state size, P head dim, K conv taps. Head h reads group
-h // (H/G) of x and B, as attention's query heads read key/value heads.
+Letters: B batch, L tokens, H query heads, G groups, N state size, P head dim. Head h reads group h // (H/G)
+of x and B, as attention's query heads read key/value heads.
 
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t ⊗ x_t                                    (1)   state, (N, P) per head
     y_t = S_tᵀ C_t                                                                  (2)
     y   = gate · y_f + (1 - gate) · y_b + D x   on vision,   y = y_f + D x  on text  (3)
-    out_t = Σ_k weight[k] · u_{t-K+1+k} + bias                                    (4)   over valid tokens only
 
 (1) and (2) are Mamba2's recurrence (arXiv 2405.21060) with the names x, dt, A, B, C, D; (3) is Flex-MA
 (LinMU, arXiv 2601.01322). Cost: L steps of a few small torch calls each, and autograd keeps every state:
@@ -27,7 +26,7 @@ from .checks import (
     require_one_device,
     require_shape,
 )
-from .numerics import accumulation_dtype, without_autocast
+from .numerics import accumulation_dtype, repeat_groups, without_autocast, zero_where_masked
 
 
 @without_autocast
@@ -64,8 +63,8 @@ def selective_scan(
     accumulate = accumulation_dtype(dtype)
     x, dt, A, B, C = (tensor.to(accumulate) for tensor in (x, dt, A, B, C))
     if mask is not None:  # dt = 0 is the exact identity: decay exp(0) = 1, write 0
-        x, B, C = (keep(tensor, mask[:, :, None, None]) for tensor in (x, B, C))
-        dt = keep(dt, mask[:, :, None])
+        x, B, C = (zero_where_masked(tensor, mask[:, :, None, None]) for tensor in (x, B, C))
+        dt = zero_where_masked(dt, mask[:, :, None])
     x, B = repeat_groups(x, heads), repeat_groups(B, heads)  # (B, L, H, P), (B, L, H, N)
     state = initial_scan_state(x, B) if initial_state is None else initial_state.to(accumulate)
     tokens = list(zip(*(tensor.unbind(1) for tensor in (x, dt, B, C)), strict=True))
@@ -124,19 +123,17 @@ def bidirectional_scan(
     dtype = x.dtype
     x, gate = x.to(accumulation_dtype(dtype)), gate.to(accumulation_dtype(dtype))
     if valid is not None:
-        x, gate = keep(x, valid[..., None, None]), keep(gate, valid[..., None])
+        x, gate = zero_where_masked(x, valid[..., None, None]), zero_where_masked(gate, valid[..., None])
     y, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)  # y_f
     if segment is not None:
         is_vision = segment >= 0 if valid is None else (segment >= 0) & valid
-        y_b = backward_scan(x, dt, A, B, C, segment, is_vision)
+        y_b = reverse_scan(x, dt, A, B, C, segment, is_vision)
         g = gate[..., None]  # (B, L, H, 1)
         y = torch.where(is_vision[..., None, None], g * y + (1 - g) * y_b, y)  # eq. (3)
-    if D is not None:
-        y = y + D.to(y.dtype)[:, None] * repeat_groups(x, C.shape[2])  # (B, L, H, P)
-    return y.to(dtype), final_state
+    return add_skip(y, x, D).to(dtype), final_state
 
 
-def backward_scan(
+def reverse_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment: Tensor, is_vision: Tensor
 ) -> Tensor:
     """y_b of eq. (3), (B, L, H, P): each segment alone, right to left, from a zero state; 0 on text."""
@@ -151,6 +148,13 @@ def backward_scan(
         )
         total = total + torch.nn.functional.pad(y, (0, 0, 0, 0, span.start, length - span.stop))
     return total
+
+
+def add_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    """y + D x of eq. (3): y (B, L, H, P), x (B, L, G, P), D (H,) -> (B, L, H, P); None = no skip."""
+    if D is None:
+        return y
+    return y + D.to(y.dtype)[:, None] * repeat_groups(x, y.shape[2])
 
 
 @without_autocast
@@ -179,62 +183,14 @@ def scan_step(
         ValueError: for shapes, dtypes or devices that do not fit.
     """
     check_step("scan_step", state, x, dt, A, B, C, D, valid)
+    dtype = x.dtype
+    x = x.to(accumulation_dtype(dtype))
     x, dt, B, C = (tensor.unsqueeze(1) for tensor in (x, dt, B, C))  # L = 1
     mask = None if valid is None else valid[:, None]
-    unused_gate = C.new_ones(C.shape[:3])
-    y, state = bidirectional_scan(x, dt, A, B, C, gate=unused_gate, valid=mask, D=D, initial_state=state)
-    return y[:, 0], state
-
-
-@without_autocast
-def causal_conv(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution over valid tokens; eq. (4) (Mamba2's, without its activation).
-
-    Args:
-        u: (B, L, channels) input, any float dtype.
-        weight: (channels, K); the last tap meets the current token.
-        bias: (channels,) or None.
-        mask: (B, L) bool, True = takes part; other tokens are skipped as if absent, and give 0.
-        initial_state: (B, K-1, channels), the K-1 inputs before the first, oldest first; zeros if None.
-    Returns:
-        out: (B, L, channels) in the dtype of `u`.
-        final_state: (B, K-1, channels), the last K-1 valid inputs, in float32, or float64 if `u` is.
-    Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, K = 0 or L = 0.
-    """
-    check_conv("causal_conv", u, weight, bias, mask, initial_state)
-    dtype, accumulate = u.dtype, accumulation_dtype(u.dtype)
-    batch, channels, taps = u.shape[0], *weight.shape
-    u, weight = u.to(accumulate), weight.to(accumulate)
     if mask is not None:
-        u = keep(u, mask[..., None])
-    start = u.new_zeros(batch, taps - 1, channels) if initial_state is None else initial_state
-    window = start.to(accumulate)  # (B, K-1, channels)
-    outputs: list[Tensor] = []
-    for t, u_t in enumerate(u.unbind(1)):
-        seen = torch.cat([window, u_t[:, None]], dim=1)  # (B, K, channels)
-        out_t = (seen * weight.T).sum(1)  # eq. (4)
-        out_t = out_t if bias is None else out_t + bias.to(accumulate)
-        outputs.append(out_t if mask is None else keep(out_t, mask[:, t, None]))
-        window = seen[:, 1:] if mask is None else torch.where(mask[:, t, None, None], seen[:, 1:], window)
-    return torch.stack(outputs, dim=1).to(dtype), window
-
-
-def keep(tensor: Tensor, mask: Tensor) -> Tensor:
-    """`tensor` where `mask`, else 0, whatever (NaN included) stood there; no gradient flows there either."""
-    return torch.where(mask, tensor, tensor.new_zeros(()))
-
-
-def repeat_groups(tensor: Tensor, heads: int) -> Tensor:
-    """(B, L, G, ·) -> (B, L, H, ·): head h is given group h // (H/G)."""
-    return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
+        x = zero_where_masked(x, mask[..., None, None])
+    y, state = selective_scan(x, dt, A, B, C, mask=mask, initial_state=state)
+    return add_skip(y, x, D)[:, 0].to(dtype), state
 
 
 def initial_scan_state(x: Tensor, B: Tensor) -> Tensor:
@@ -287,20 +243,3 @@ def check_step(where: str, state, x, dt, A, B, C, D, valid) -> None:
         require_shape(where, "D", D, (heads,), "H")
     require_mask(where, "valid", valid, (batch,), "B")
     require_one_device(where, x=x, valid=valid)
-
-
-def check_conv(where: str, u, weight, bias, mask, initial_state) -> None:
-    """Shapes, dtypes and devices of the convolution's arguments."""
-    require_float(where, u=u, weight=weight, bias=bias, initial_state=initial_state)
-    require_shape(where, "u", u, (None, None, None), "B, L, channels")
-    batch, length, channels = u.shape
-    require(length >= 1, where, "L must be at least 1", length)
-    require_shape(where, "weight", weight, (channels, None), "channels, K")
-    taps = weight.shape[1]
-    require(taps >= 1, where, "weight must have at least one tap", taps)
-    if bias is not None:
-        require_shape(where, "bias", bias, (channels,), "channels")
-    require_mask(where, "mask", mask, (batch, length), "B, L")
-    require_one_device(where, u=u, mask=mask)
-    if initial_state is not None:
-        require_shape(where, "initial_state", initial_state, (batch, taps - 1, channels), "B, K-1, channels")

@@ -26,8 +26,7 @@ from .checks import (
     require_one_device,
     require_shape,
 )
-from .numerics import accumulation_dtype, without_autocast
-from .scan import keep
+from .numerics import accumulation_dtype, without_autocast, zero_where_masked
 
 
 class WindowState(NamedTuple):
@@ -90,13 +89,14 @@ def sliding_window_attention(
     before = nothing_before(k, v, window) if initial_state is None else initial_state
 
     there = torch.cat([before.present, valid], dim=1)  # (B, W-1 + L): which tokens there are
-    keys = keep(torch.cat([before.k.to(k.dtype), k], dim=1), there[..., None, None])  # (B, W-1 + L, G, N)
-    values = keep(torch.cat([before.v.to(v.dtype), v], dim=1), there[..., None, None])
+    keys = torch.cat([before.k.to(k.dtype), k], dim=1)  # (B, W-1 + L, G, N)
+    values = torch.cat([before.v.to(v.dtype), v], dim=1)
+    keys, values = (zero_where_masked(tensor, there[..., None, None]) for tensor in (keys, values))
     first = sequence.gather(1, valid.int().argmax(1, keepdim=True))  # (B, 1): the state's sequence
     ids = torch.cat([first.expand_as(before.present), sequence], dim=1)
     rank = there.cumsum(1)  # how many tokens there are up to each
 
-    queries = keep(q, asks[..., None, None]).to(accumulation_dtype(dtype))
+    queries = zero_where_masked(q, asks[..., None, None]).to(accumulation_dtype(dtype))
     wide_keys, wide_values = (tensor.to(queries.dtype) for tensor in (keys, values))
     outputs: list[Tensor] = []
     for t in range(length):
@@ -105,7 +105,7 @@ def sliding_window_attention(
         some = seen[:, : now.stop].any(0).nonzero()  # columns that a row sees
         span = slice(int(some[0]) if len(some) else now.start, now.stop)
         outputs.append(attend(queries[:, t], wide_keys[:, span], wide_values[:, span], seen[:, span], scale))
-    output = keep(torch.stack(outputs, dim=1), asks[..., None, None])  # (B, L, H, P)
+    output = zero_where_masked(torch.stack(outputs, dim=1), asks[..., None, None])  # (B, L, H, P)
     return output.to(dtype), last_tokens(keys, values, there, ids, window)
 
 
@@ -133,7 +133,7 @@ def last_tokens(keys: Tensor, values: Tensor, there: Tensor, ids: Tensor, window
     order = of_last.int().argsort(dim=1, stable=True)[:, there.shape[1] - (window - 1) :]  # (B, W-1)
     present = of_last.gather(1, order)
     row = torch.arange(there.shape[0], device=there.device)[:, None]
-    k, v = (keep(tensor[row, order], present[..., None, None]) for tensor in (keys, values))
+    k, v = (zero_where_masked(tensor[row, order], present[..., None, None]) for tensor in (keys, values))
     return WindowState(k, v, present)
 
 

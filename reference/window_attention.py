@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import require_float, require_groups, require_int64, require_one_device, require_shape
-from .numerics import accumulation_dtype, without_autocast
-from .scan import repeat_groups
+from .numerics import accumulation_dtype, repeat_groups, without_autocast
 
 
 @without_autocast

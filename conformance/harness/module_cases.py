@@ -215,7 +215,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> LinMUConfig:
         "scan_rope": draw(st.booleans()),
         "output_gate": draw(st.booleans()),
         "head_norm": draw(st.booleans()),
-        "backward_scan": draw(st.sampled_from((True, True, False))),
+        "reverse_scan": draw(st.sampled_from((True, True, False))),
         "rotary_major": draw(st.sampled_from((True, True, False))),
     }
     return LinMUConfig(**{**drawn, **fixed})

@@ -38,7 +38,7 @@ def flex_ma(
         split(channels[..., a:b], config)
         for a, b in ((0, grouped), (grouped, 2 * grouped), (2 * grouped, None))
     )
-    segment = coords[..., 0] if config.backward_scan else None
+    segment = coords[..., 0] if config.reverse_scan else None
     scanned, _ = second_formulation.bidirectional_scan(
         x,
         F.softplus(linear(p, "dt_proj", u))[rows, order],

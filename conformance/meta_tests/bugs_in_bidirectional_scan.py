@@ -30,7 +30,7 @@ def the_gate_acts_on_text_too(sound, *tensors, gate, segment=None, D=None, **res
     both.test_the_backward_part_sees_its_own_segment_only,
     both.test_no_token_sees_past_the_end_of_its_block,
 )
-def the_backward_scan_is_not_reset_between_segments(sound, *tensors, segment=None, **rest):
+def the_reverse_scan_is_not_reset_between_segments(sound, *tensors, segment=None, **rest):
     return sound(*tensors, segment=None if segment is None else segment.clamp(max=0), **rest)
 
 
@@ -49,7 +49,7 @@ def text_is_scanned_both_ways_as_well(sound, *tensors, segment=None, **rest):
 
 
 @planted("bidirectional_scan", both.test_a_shut_gate_gives_one_reverse_scan_per_segment)
-def the_backward_scan_misses_the_token_itself(
+def the_reverse_scan_misses_the_token_itself(
     sound, x, dt, A, B, C, *, gate, segment=None, valid=None, **rest
 ):
     y, state = sound(x, dt, A, B, C, gate=gate, segment=segment, valid=valid, **rest)
@@ -59,7 +59,7 @@ def the_backward_scan_misses_the_token_itself(
 
 
 @planted("bidirectional_scan", both.test_a_shut_gate_gives_one_reverse_scan_per_segment)
-def the_backward_scan_starts_from_the_initial_state(
+def the_reverse_scan_starts_from_the_initial_state(
     sound, x, dt, A, B, C, *, segment=None, initial_state=None, **rest
 ):
     y, state = sound(x, dt, A, B, C, segment=segment, initial_state=initial_state, **rest)
@@ -85,7 +85,7 @@ def text_between_frames_decays_the_backward_state(sound, x, dt, A, B, C, *, segm
     both.test_no_token_sees_past_the_end_of_its_block,
     both.test_the_final_state_is_the_forward_one,
 )
-def the_final_state_holds_the_backward_scan_too(sound, x, *tensors, **rest):
+def the_final_state_holds_the_reverse_scan_too(sound, x, *tensors, **rest):
     y, state = sound(x, *tensors, **rest)
     extra = y.to(state.dtype).mean(1)[:, :, None, :]
     return y + 0.01 * y[:, -1:], state + extra

@@ -201,8 +201,8 @@ def test_the_norm_takes_the_place_of_softmaxs_denominator(backend, case: ModuleC
     assert_same({"output": after}, {"output": before}, case, factor=20)
 
 
-@flex(case=module_cases(["float64"], backward_scan=False, rotary_major=False))
-def test_without_backward_scan_in_raster_order_all_is_causal(backend, case: ModuleCase):
+@flex(case=module_cases(["float64"], reverse_scan=False, rotary_major=False))
+def test_without_reverse_scan_in_raster_order_all_is_causal(backend, case: ModuleCase):
     """The ablation leaves no way to the right, in any layer: every token sees the past only."""
     module = random_module(backend, NAME, case)
     u = case.hidden_states().requires_grad_()
@@ -212,7 +212,7 @@ def test_without_backward_scan_in_raster_order_all_is_causal(backend, case: Modu
         assert_zero(found[:, t + 1 :], case, f"gradient from token {t} to later ones")
 
 
-@flex(case=module_cases(["float64"], backward_scan=True, conv_kernel=0, layout=PROMPT))
+@flex(case=module_cases(["float64"], reverse_scan=True, conv_kernel=0, layout=PROMPT))
 def test_vision_sees_its_whole_segment_both_ways(backend, case: ModuleCase):
     """The first vision token reads the last and the other way round; text before the image reads neither."""
     module = random_module(backend, NAME, case)
@@ -225,7 +225,7 @@ def test_vision_sees_its_whole_segment_both_ways(backend, case: ModuleCase):
         assert seen[vision].all(), f"token {t} must read all of its segment: {case!r}"
 
 
-@flex(case=module_cases(layout=PROMPT, backward_scan=False))
+@flex(case=module_cases(layout=PROMPT, reverse_scan=False))
 def test_layers_scan_in_rotating_orders_unless_told_otherwise(backend, case: ModuleCase):
     """Four layers, four orders; `rotary_major` off gives every layer the first."""
     base = random_module(backend, NAME, case).state_dict()

@@ -179,7 +179,7 @@ def test_every_parameter_gets_a_gradient(backend, case: ModuleCase):
     """P18: nothing that an option brings is left untrained, on a prompt with images and text."""
     case = ModuleCase(PROMPT, case.config, case.layer_index, "float32", case.seed)
     results = run_with_gradients(random_module(backend, NAME, case), NAME, case)
-    unused = {"flex_ma.scan_gate_proj"} if not case.config.backward_scan else set()
+    unused = {"flex_ma.scan_gate_proj"} if not case.config.reverse_scan else set()
     for key, gradient in results.items():
         name = key.removeprefix("gradient of ")
         if key.startswith("gradient of ") and name.rpartition(".")[0] not in unused:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ..convert import convert
+from ..student import convert
 from .cases import Case, clear_memory, values_of
 from .kernels import OURS, Setting
 from .problems import Prompt, prompt

@@ -17,8 +17,8 @@ from torch import nn
 
 from ...reference.training.safety.memory import leave_inputs_alone, recompute_layers
 from ...reference.training.stages import Stage
-from ..convert import convert
-from ..lesson import Lesson, Objective, attach_teacher
+from ..student import convert
+from ..training import Lesson, Objective, attach_teacher
 from .cases import Case, values_of
 from .kernels import OURS, Setting
 from .models import Pair, build_teacher, video_inputs

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import operators
+from ..scan import operator as operators
 from ..window_attention import planned_attention
 from .cases import LeftOutError
 from .problems import WINDOW_TOKENS, WindowProblem

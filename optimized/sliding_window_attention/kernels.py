@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ceil_div, launching, shared_memory
-from ..scan_tiles import as_bytes, rows_of, stride_arguments, tile_size
+from ..engine.launch import ceil_div, launching, shared_memory
+from ..scan.kernels.tiles import as_bytes, rows_of, stride_arguments, tile_size
 
 LOG2_E = 1.4426950408889634
 NOWHERE = tl.constexpr(2**31 - 1)  # a place behind all keys

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ceil_div, launching
-from ..scan_tiles import rows_of
+from ..engine.launch import ceil_div, launching
+from ..scan.kernels.tiles import rows_of
 from .kernels import (
     NOWHERE,
     Tiles,

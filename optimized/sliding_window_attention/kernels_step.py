@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launching
-from ..scan_tiles import as_bytes, rows_of, tile_size
+from ..engine.launch import launching
+from ..scan.kernels.tiles import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 
 COLUMNS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # places that a program takes at once

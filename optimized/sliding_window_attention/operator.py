@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..engine import choose_engine
+from ..engine.operator import operator
 from ..precision import accumulation_dtype
-from ..registration import operator
 from . import torch_engine
 
 NAME = "sliding_window_attention"

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from ..prompts.processing import ChatCollator, load_processor
+from ..prompts.chat_collator import ChatCollator
+from ..prompts.processors import load_processor
 from .questions import FRAMES_PER_SECOND
 
 
@@ -46,7 +47,7 @@ def ask(
         else {"type": "video", "video": pictures, "fps": fps}
     )
     messages = [{"role": "user", "content": [{"type": "text", "text": question}, block]}]
-    batch = ChatCollator(processor, supervise=False)([{"messages": messages}])
+    batch = ChatCollator(processor, supervise="nothing")([{"messages": messages}])
     batch = {key: value.to(model.device) for key, value in batch.items()}
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     return processor.tokenizer.decode(tokens[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..prompts.processing import IGNORED, ChatCollator
+from ..prompts.chat_collator import IGNORED, ChatCollator
 from .questions import KINDS, DigitsQuestions
 
 

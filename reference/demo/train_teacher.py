@@ -30,7 +30,8 @@ from transformers import (
     set_seed,
 )
 
-from ..prompts.processing import ChatCollator, load_processor
+from ..prompts.chat_collator import ChatCollator
+from ..prompts.processors import load_processor
 from .build_teacher import MERGE, build_model, build_tokenizer, write_preprocessing
 from .evaluation import best_guess, heldout_accuracy
 from .packed_vision import pack_vision

@@ -1,11 +1,11 @@
 """Where a prompt's images and videos are: from placeholder tokens to token coordinates.
 
 Every family marks vision by placeholder tokens, and fills them image by image, video by video, in the order
-of the batch. What one image or video puts there is a list of segments, each a tensor of cells (n, 3), [t, y,
-x], one per placeholder token, in order; -1 throughout where a placeholder holds a newline and no picture.
+of the batch. What one image or video puts there is a list of segments, each a tensor of coordinates (n, 3),
+[t, y, x], one per placeholder token, in order; -1 throughout where a placeholder holds a newline token.
 
-    a video of Qwen2-VL         [cells (T·Y·X, 3)]
-    an image of LLaVA-OneVision [cells (Y·X, 3) of the base view, cells (Y·(X+1), 3), a -1 after each row]
+    a video of Qwen2-VL         [(T·Y·X, 3)]
+    an image of LLaVA-OneVision [(Y·X, 3), the base view; (Y·(X+1), 3), a -1 after each row]
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Placement:
         modality: "image" or "video".
         item: index of the image or video it belongs to, among those of this modality in the batch.
         positions: (n,) int64, where its tokens are in the row, ascending.
-        cells: (n, 3) int64, the [t, y, x] of each.
+        coordinates: (n, 3) int64, the [t, y, x] of each.
     """
 
     row: int
     modality: str
     item: int
     positions: Tensor
-    cells: Tensor
+    coordinates: Tensor
 
     @property
     def start(self) -> int:
@@ -43,18 +43,18 @@ class Placement:
         return int(self.positions[0])
 
 
-def grid_cells(frames: int, height: int, width: int) -> Tensor:
-    """(T·Y·X, 3): the cells of a grid, row by row, t slowest, x fastest."""
+def grid_coordinates(frames: int, height: int, width: int) -> Tensor:
+    """(T·Y·X, 3): the coordinates of a grid, row by row, t slowest, x fastest."""
     return torch.cartesian_prod(*(torch.arange(size) for size in (frames, height, width)))
 
 
-def with_newlines(cells: Tensor, every: int) -> Tensor:
-    """(n, 3) -> (n + n / every, 3): a newline, -1 throughout, after every so many cells."""
-    lines = cells.view(-1, every, 3)
+def with_newlines(coordinates: Tensor, every: int) -> Tensor:
+    """(n, 3) -> (n + n / every, 3): a newline, -1 throughout, after every so many tokens."""
+    lines = coordinates.view(-1, every, 3)
     return torch.nn.functional.pad(lines, (0, 0, 0, 1), value=-1).flatten(0, 1)
 
 
-def place(
+def assign_placeholders(
     input_ids: Tensor,
     token_id: int,
     modality: str,
@@ -84,20 +84,20 @@ def place(
             must = f"every run of {modality} tokens must have a grid"
             got = f"none left for {len(free)} tokens from position {int(free[0])} of row {row}"
             hint = f"pass the {modality}s, or linmu_coords"
-            require(segments is not None, "place", must, got, hint)
+            require(segments is not None, "assign_placeholders", must, got, hint)
             needed = sum(map(len, segments))
             run = len(free) if text_between else run_length(free)
             must = f"a block must be whole: {modality} {index} needs {needed} {modality} tokens"
             got = f"{run} from position {int(free[0])} of row {row}"
             hint = "a prompt may be split anywhere but inside an image or video"
-            require(0 < needed <= run, "place", must, got, hint)
-            for cells in segments:
-                own, free = free[: len(cells)], free[len(cells) :]
-                is_cell = cells[:, 0] >= 0
-                placements.append(Placement(row, modality, index, own[is_cell], cells[is_cell]))
+            require(0 < needed <= run, "assign_placeholders", must, got, hint)
+            for coordinates in segments:
+                own, free = free[: len(coordinates)], free[len(coordinates) :]
+                seen = coordinates[:, 0] >= 0  # no newline
+                placements.append(Placement(row, modality, index, own[seen], coordinates[seen]))
     left = len(list(remaining))
     must = f"every {modality} grid must have its placeholder tokens in input_ids"
-    require(left == 0, "place", must, f"{left} grids too many")
+    require(left == 0, "assign_placeholders", must, f"{left} grids too many")
     return placements
 
 
@@ -113,7 +113,7 @@ def placement_coords(placements: Sequence[Placement], shape: Sequence[int], devi
         in_row = sorted((p for p in placements if p.row == row), key=lambda placement: placement.start)
         for segment, placement in enumerate(in_row):
             coords[row, placement.positions, 0] = segment
-            coords[row, placement.positions, 1:] = placement.cells
+            coords[row, placement.positions, 1:] = placement.coordinates
     return coords.to(device)
 
 

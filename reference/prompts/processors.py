@@ -1,60 +1,41 @@
-"""The other families' processors, with or without torchvision: without it, images and text but no videos.
-
-The stock processors refuse to load without torchvision, because of their video part alone.
-"""
+"""The processor of a teacher or student, whatever its family."""
 
 from __future__ import annotations
 
-import inspect
+from typing import Any
 
-from transformers import (
-    Idefics3Processor,
-    InternVLProcessor,
-    LlavaOnevisionProcessor,
-    ProcessorMixin,
-    Qwen3VLProcessor,
-    SmolVLMProcessor,
-)
+from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils import is_torchvision_available
 
+from .other_processors import OTHER_PROCESSORS
+from .qwen_processing import QWEN_PROCESSORS
 
-def student_processor(stock: type[ProcessorMixin], image_stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """Return the subclass of a stock processor that opens students' folders, under one name everywhere.
+PROCESSORS = QWEN_PROCESSORS | OTHER_PROCESSORS  # of students, by the model_type of their teacher
+STOCK_PROCESSORS = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen2_vl": Qwen2VLProcessor}
+
+
+def load_processor(folder: str, *, padding_side: str | None = None, **kwargs: Any) -> ProcessorMixin:
+    """Open the processor of a teacher or student: with torchvision the stock one, else its twin from here.
 
     Args:
-        stock: the family's processor.
-        image_stock: the one that treats images likewise and can do without its video part.
+        folder: local folder or Hub id of a teacher or student.
+        padding_side: "left" or "right" for batches; None keeps the folder's.
+        **kwargs: as for `from_pretrained`.
+    Returns:
+        a processor whose `apply_chat_template` takes images, and videos as lists of frames or arrays.
+    Raises:
+        ValueError: for a padding side that is neither.
     """
-    parent = stock if is_torchvision_available() else image_stock
-
-    signature = inspect.signature(parent.__init__)
-    kept = [part for name, part in signature.parameters.items() if name != "video_processor"]
-
-    def __init__(self, *args, **kwargs):  # noqa: N807
-        """Take no `video_processor`, so none is loaded: Hugging Face reads what to load off the signature."""
-        parent.__init__(self, *args, **kwargs)
-
-    def validate_init_kwargs(processor_config: dict, valid_kwargs):
-        """Take the stock processor's settings: Hugging Face reads these off the code of `__init__`."""
-        return parent.validate_init_kwargs(processor_config, [part.name for part in kept[1:]])
-
-    __init__.__signature__ = signature.replace(parameters=kept)
-    own = {"__init__": __init__, "validate_init_kwargs": staticmethod(validate_init_kwargs)}
-    own = {} if is_torchvision_available() else own
-    return type(f"LinMU{stock.__name__}", (parent,), {"__module__": __name__, **own})
-
-
-LinMUQwen3VLProcessor = student_processor(Qwen3VLProcessor, Qwen3VLProcessor)
-LinMULlavaOnevisionProcessor = student_processor(LlavaOnevisionProcessor, LlavaOnevisionProcessor)
-LinMUInternVLProcessor = student_processor(InternVLProcessor, InternVLProcessor)
-LinMUIdefics3Processor = student_processor(Idefics3Processor, Idefics3Processor)
-LinMUSmolVLMProcessor = student_processor(SmolVLMProcessor, Idefics3Processor)
-
-OTHER_PROCESSORS = {
-    "qwen3_vl": LinMUQwen3VLProcessor,
-    "qwen3_vl_moe": LinMUQwen3VLProcessor,
-    "llava_onevision": LinMULlavaOnevisionProcessor,
-    "internvl": LinMUInternVLProcessor,
-    "idefics3": LinMUIdefics3Processor,
-    "smolvlm": LinMUSmolVLMProcessor,
-}
+    if padding_side not in (None, "left", "right"):
+        raise ValueError(f"load_processor: padding_side must be 'left' or 'right', got {padding_side!r}")
+    folder = str(folder)
+    family = (
+        PreTrainedConfig.get_config_dict(folder, **kwargs)[0].get("model_type", "").removeprefix("linmu_")
+    )
+    classes = STOCK_PROCESSORS if is_torchvision_available() else PROCESSORS
+    processor = classes.get(family, AutoProcessor).from_pretrained(folder, **kwargs)
+    if padding_side is not None:
+        processor.tokenizer.padding_side = padding_side
+    return processor

@@ -26,9 +26,9 @@ from ..checks import require
 from ..config import LinMUConfig
 from ..m_mate import MMATE
 from ..numerics import accumulation_dtype
+from .backend import REFERENCE, Backend, backend_of
 from .cost import describe
-from .families import FAMILIES, family_of
-from .mixer import backend_mixer, use_mixer
+from .families import FAMILIES, student_class_of
 from .model import (
     FLOAT32_PARAMETERS,
     VERSION,
@@ -46,7 +46,7 @@ def convert(
     config: LinMUConfig | dict[str, Any] | None = None,
     *,
     layers: Sequence[int] | None = None,
-    backend: str | None = None,
+    backend: str | Backend | None = None,
 ) -> LinMUModel:
     """Turn a teacher into a student: a new model, in the teacher's dtype and on its device.
 
@@ -61,47 +61,58 @@ def convert(
             sizes.
         layers: indices of the decoder layers to convert, negative ones from the end; None = all. Others keep
             attention.
-        backend: "reference" or "optimized", which computes the student; None = that of this function.
+        backend: who computes the student: "reference", "optimized", or a `Backend`; None = the package of
+            this function.
     Returns:
-        the student, computed by the reference unless told otherwise. A_log, D and the dt, gate and mix
-        projections are at least float32.
+        the student. A_log, D and the dt, gate and mix projections are at least float32.
     Raises:
         ValueError: for a teacher of no supported family, unknown options, an unknown backend, or indices out
             of range.
     """
-    return build_student(teacher, config, layers, chosen_mixer(backend, MMATE))
+    student_class = student_class_of(teacher)
+    check_teacher(teacher)
+    student = empty_student(teacher, student_class, config, layers, backend_of(backend or REFERENCE))
+    for index, mixer in mixers(student).items():
+        start_mixer(mixer, decoder_layers(teacher)[index].self_attn)
+    share_weights(student, teacher)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.train(teacher.training)
 
 
 def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:
-    """Open a student's folder, computed by the reference.
+    """Open a student's folder, computed by the package of this function.
 
     Args:
         folder: local folder or Hub id.
-        **from_pretrained_kwargs: as for any Hugging Face model, `dtype` and `device_map` among them.
+        **from_pretrained_kwargs: as for any Hugging Face model, `dtype` and `device_map` among them;
+            `linmu_backend` as for `LinMUModel`.
     Returns:
         the student, in eval mode.
     Raises:
         ValueError: if the folder holds no student, or not exactly a student's tensors.
     """
-    return load_student(folder, MMATE, **from_pretrained_kwargs)
+    hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in hub}
+    check_folder(folder)
+    settings, _ = PreTrainedConfig.get_config_dict(folder, **hub_kwargs)
+    classes = {student.config_class.model_type: student for student in FAMILIES.values()}
+    model_type = settings.get("model_type")
+    hint = "a vanilla model is opened with its own class and turned into a student by convert()"
+    require(model_type in classes, "load", f"model_type must be one of {sorted(classes)}", model_type, hint)
+    return classes[model_type].from_pretrained(
+        folder, **{"linmu_backend": REFERENCE} | from_pretrained_kwargs
+    )
 
 
-def chosen_mixer(backend: str | None, own: type[MMATE]) -> type[MMATE]:
-    """Return the MMATE class of a backend by its name; None = `own`."""
-    must = "backend must be reference, optimized or None"
-    require(backend in (None, "reference", "optimized"), "convert", must, backend)
-    return own if backend is None else backend_mixer(backend)
-
-
-def build_student(
+def empty_student(
     teacher: PreTrainedModel,
+    student_class: type[LinMUModel],
     config: LinMUConfig | dict[str, Any] | None,
     layers: Sequence[int] | None,
-    mixer_class: type[MMATE],
+    backend: Backend,
 ) -> LinMUModel:
-    """Do the work of `convert` for the backend of `mixer_class`."""
-    family = family_of(teacher)
-    check_teacher(teacher)
+    """Return the student of a teacher's configuration, on the meta device; only its decoder has an attention
+    implementation of its own."""
     attention = decoder_layers(teacher)[0].self_attn
     options = config.options() if isinstance(config, LinMUConfig) else config or {}
     settings = {
@@ -112,33 +123,15 @@ def build_student(
     }
     given = teacher.config.to_dict()
     kept = {key: value for key, value in given.items() if key not in ("model_type", "architectures")}
-    with use_mixer(mixer_class), torch.device("meta"):
-        student = family.student_class(family.config_class(**kept, linmu=settings))
+    with torch.device("meta"):
+        student = student_class(student_class.config_class(**kept, linmu=settings), backend)
     text = attention_by_part(teacher.config)
     if isinstance(text, dict):  # the other parts as the teacher has them
         parts = {
             name: getattr(teacher.config, name)._attn_implementation for name in teacher.config.sub_configs
         }
         student.set_attn_implementation(parts | text)
-    for index, mixer in mixers(student).items():
-        start_mixer(mixer, decoder_layers(teacher)[index].self_attn)
-    share_weights(student, teacher)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.train(teacher.training)
-
-
-def load_student(folder: str, mixer_class: type[MMATE], **from_pretrained_kwargs: Any) -> LinMUModel:
-    """Do the work of `load` for the backend of `mixer_class`."""
-    hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-    hub_kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name in hub}
-    check_folder(folder)
-    settings, _ = PreTrainedConfig.get_config_dict(folder, **hub_kwargs)
-    classes = {family.config_class.model_type: family.student_class for family in FAMILIES}
-    model_type = settings.get("model_type")
-    hint = "a vanilla model is opened with its own class and turned into a student by convert()"
-    require(model_type in classes, "load", f"model_type must be one of {sorted(classes)}", model_type, hint)
-    with use_mixer(mixer_class):
-        return classes[model_type].from_pretrained(folder, **from_pretrained_kwargs)
+    return student
 
 
 def check_teacher(teacher: PreTrainedModel) -> None:
@@ -218,7 +211,7 @@ def describe_teacher(name: str, layers: Sequence[int] | None = None) -> str:
         ValueError: if it is of no supported family, or a student.
     """
     config = AutoConfig.from_pretrained(name)
-    kinds = {family.teacher_class.config_class: family.teacher_class for family in FAMILIES}
+    kinds = {teacher_class.config_class: teacher_class for teacher_class in FAMILIES}
     must = f"the configuration must be one of {', '.join(kind.__name__ for kind in kinds)}"
     require(type(config) in kinds, "describe", must, type(config).__name__, "a student is no teacher")
     with torch.device("meta"):

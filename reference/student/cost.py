@@ -80,7 +80,7 @@ def flops(model: PreTrainedModel, sizes: LinMUConfig, length: int, converted: in
     layers = decoder_layers(model)
     weights = sum(active_weights(layer) for layer in layers) + model.get_output_embeddings().weight.numel()
     attention = 2 * sizes.heads * sizes.head_dim * length
-    scans = (10 if sizes.backward_scan else 5) * sizes.heads * sizes.head_dim**2
+    scans = (10 if sizes.reverse_scan else 5) * sizes.heads * sizes.head_dim**2
     window = 4 * sizes.heads * sizes.head_dim * min(length, math.prod(sizes.window_thw))
     taps = 2 * sizes.conv_kernel * sizes.conv_channels
     mixing = (len(layers) - converted) * attention + converted * (scans + window + taps)

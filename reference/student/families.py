@@ -10,8 +10,6 @@ student's folder. `register_family` adds a family, from here or from outside; no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,7 +20,6 @@ from transformers import (
     InternVLForConditionalGeneration,
     LlamaForCausalLM,
     LlavaOnevisionForConditionalGeneration,
-    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2_5_VLForConditionalGeneration,
@@ -34,43 +31,24 @@ from transformers import (
 )
 
 from ..checks import require
-from ..prompts.layouts import (
-    Idefics3Vision,
-    InternVLVision,
-    LlavaOnevisionVision,
-    Qwen2Vision,
-    Qwen3Vision,
-    Vision,
-)
-from ..prompts.processing import PROCESSORS
-from ..prompts.processors import OTHER_PROCESSORS
+from ..prompts.idefics3_layout import Idefics3PromptLayout
+from ..prompts.internvl_layout import InternVLPromptLayout
+from ..prompts.layouts import PromptLayout
+from ..prompts.llava_onevision_layout import LlavaOnevisionPromptLayout
+from ..prompts.processors import PROCESSORS
+from ..prompts.qwen_layout import Qwen2PromptLayout, Qwen3PromptLayout
 from .model import LinMUModel, with_vision_layout
 from .saved_folder import StudentConfig
 
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of teacher and what it becomes."""
-
-    name: str
-    teacher_class: type[PreTrainedModel]
-    student_class: type[LinMUModel]
-
-    @property
-    def config_class(self) -> type[PreTrainedConfig]:
-        """The student's configuration."""
-        return self.student_class.config_class
-
-
-FAMILIES: list[Family] = []
+FAMILIES: dict[type[PreTrainedModel], type[LinMUModel]] = {}  # a teacher's class, and its student's
 
 
 def register_family(
     name: str,
     teacher_class: type[PreTrainedModel],
-    vision: Vision | None,
+    prompt_layout: PromptLayout | None,
     processor_class: type[ProcessorMixin] | None = None,
-) -> Family:
+) -> type[LinMUModel]:
     """Make a family known to convert(), load() and the Auto classes.
 
     The teacher must have `get_decoder().layers`, each with a `self_attn` that has q_proj, k_proj, v_proj,
@@ -80,26 +58,29 @@ def register_family(
     Args:
         name: of the family; the student's model_type is `linmu_<name>`.
         teacher_class: its Hugging Face class.
-        vision: how its prompts show images and videos; None = a text decoder.
+        prompt_layout: how its prompts show images and videos; None = a text decoder.
         processor_class: what AutoProcessor opens a student's folder with; None = what the folder names.
     Returns:
-        the family, with the student's class, named after the teacher's.
+        the student's class, named after the teacher's.
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if there is a family of that name.
     """
-    taken = name in [family.name for family in FAMILIES]
-    require(not taken, "register_family", "name must be new", name)
-    family = Family(name, teacher_class, student_class(name, teacher_class, vision))
-    auto_class = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
-    AutoConfig.register(f"linmu_{name}", family.config_class)
-    auto_class.register(family.config_class, family.student_class)
+    is_new = f"linmu_{name}" not in [student.config_class.model_type for student in FAMILIES.values()]
+    require(is_new, "register_family", "name must be new", name)
+    student_class = make_student_class(name, teacher_class, prompt_layout)
+    config_class = student_class.config_class
+    auto_class = AutoModelForCausalLM if prompt_layout is None else AutoModelForImageTextToText
+    AutoConfig.register(f"linmu_{name}", config_class)
+    auto_class.register(config_class, student_class)
     if processor_class is not None:
-        AutoProcessor.register(family.config_class, processor_class)
-    FAMILIES.append(family)
-    return family
+        AutoProcessor.register(config_class, processor_class)
+    FAMILIES[teacher_class] = student_class
+    return student_class
 
 
-def student_class(name: str, teacher_class: type[PreTrainedModel], vision: Vision | None) -> type[LinMUModel]:
+def make_student_class(
+    name: str, teacher_class: type[PreTrainedModel], prompt_layout: PromptLayout | None
+) -> type[LinMUModel]:
     """Return the subclass of a teacher's class that holds M-MATE, and in it that of its configuration."""
     base = teacher_class.config_class
     settings = {"model_type": f"linmu_{name}", "linmu": None, "__annotations__": {"linmu": dict | None}}
@@ -107,15 +88,15 @@ def student_class(name: str, teacher_class: type[PreTrainedModel], vision: Visio
     parts = {
         "config_class": config_class,
         "forward": with_vision_layout(teacher_class.forward),
-        "vision": vision,
+        "prompt_layout": prompt_layout,
     }
     return type(
         f"LinMU{teacher_class.__name__}", (LinMUModel, teacher_class), {"__module__": __name__, **parts}
     )
 
 
-def family_of(teacher: nn.Module) -> Family:
-    """Return the family of a loaded teacher.
+def student_class_of(teacher: nn.Module) -> type[LinMUModel]:
+    """Return the class of a loaded teacher's student.
 
     Raises:
         ValueError: if it is a student already, or of no family here.
@@ -123,32 +104,30 @@ def family_of(teacher: nn.Module) -> Family:
     hint = "open a student's folder with load()"
     is_student = isinstance(teacher, LinMUModel)
     require(not is_student, "convert", "teacher must be a vanilla model", type(teacher).__name__, hint)
-    family = next((family for family in FAMILIES if type(teacher) is family.teacher_class), None)
-    supported = ", ".join(family.teacher_class.__name__ for family in FAMILIES)
     hint = "other families can be added with register_family()"
-    must = f"teacher must be one of {supported}"
-    require(family is not None, "convert", must, type(teacher).__name__, hint)
-    return family
+    must = f"teacher must be one of {', '.join(kind.__name__ for kind in FAMILIES)}"
+    require(type(teacher) in FAMILIES, "convert", must, type(teacher).__name__, hint)
+    return FAMILIES[type(teacher)]
 
 
-for _name, _teacher_class, _vision in (
-    ("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration, Qwen2Vision()),
-    ("qwen2_vl", Qwen2VLForConditionalGeneration, Qwen2Vision()),
-    ("qwen3_vl", Qwen3VLForConditionalGeneration, Qwen3Vision()),
-    ("qwen3_vl_moe", Qwen3VLMoeForConditionalGeneration, Qwen3Vision()),
-    ("llava_onevision", LlavaOnevisionForConditionalGeneration, LlavaOnevisionVision()),
-    ("internvl", InternVLForConditionalGeneration, InternVLVision()),
-    ("idefics3", Idefics3ForConditionalGeneration, Idefics3Vision()),
-    ("smolvlm", SmolVLMForConditionalGeneration, Idefics3Vision()),
+for _name, _teacher_class, _prompt_layout in (
+    ("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration, Qwen2PromptLayout()),
+    ("qwen2_vl", Qwen2VLForConditionalGeneration, Qwen2PromptLayout()),
+    ("qwen3_vl", Qwen3VLForConditionalGeneration, Qwen3PromptLayout()),
+    ("qwen3_vl_moe", Qwen3VLMoeForConditionalGeneration, Qwen3PromptLayout()),
+    ("llava_onevision", LlavaOnevisionForConditionalGeneration, LlavaOnevisionPromptLayout()),
+    ("internvl", InternVLForConditionalGeneration, InternVLPromptLayout()),
+    ("idefics3", Idefics3ForConditionalGeneration, Idefics3PromptLayout()),
+    ("smolvlm", SmolVLMForConditionalGeneration, Idefics3PromptLayout()),
     ("qwen2", Qwen2ForCausalLM, None),
     ("llama", LlamaForCausalLM, None),
 ):
-    register_family(_name, _teacher_class, _vision, (PROCESSORS | OTHER_PROCESSORS).get(_name))
+    register_family(_name, _teacher_class, _prompt_layout, PROCESSORS.get(_name))
 
 
 def __getattr__(name: str) -> type:
     """Find the classes of the families by their names, as pickle does."""
-    classes = [kind for family in FAMILIES for kind in (family.config_class, family.student_class)]
+    classes = [kind for student in FAMILIES.values() for kind in (student.config_class, student)]
     found = next((kind for kind in classes if kind.__name__ == name), None)
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""M-MATE behind the call of a Hugging Face decoder layer, and the choice of the backend that computes it.
+"""M-MATE behind the call of a Hugging Face decoder layer.
 
 A decoder layer calls `self_attn` with keywords and wants a pair back. `as_self_attn(MMATE)` is that MMATE
 with such a forward: same parameters, same names. It does not use its parent, so PEFT or
@@ -7,12 +7,6 @@ with such a forward: same parameters, same names. It does not use its parent, so
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 from torch import Tensor
@@ -23,17 +17,12 @@ from ..layout import VisionLayout
 from ..m_mate import MMATE
 from .cache import cache_slot
 
-logger = logging.getLogger(__name__)
-
-BACKEND_VARIABLE = "LINMU_BACKEND"
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")  # how attention is told of packed rows
 NO_LAYOUT_GIVEN = object()  # not None, which says that the tokens are all text
 
-_mixer_class: ContextVar[type[MMATE] | None] = ContextVar("mixer_class", default=None)
-
 
 class SelfAttentionAdapter:
-    """To be put before an MMATE class: `self_attn`'s call instead of MMATE's."""
+    """Mixin: gives an MMATE class the call signature of a decoder layer's `self_attn`."""
 
     def forward(
         self,
@@ -51,7 +40,7 @@ class SelfAttentionAdapter:
             hidden_states: (B, L, D).
             attention_mask: (B, S) bool, True = not padding, of which the last L columns count; None = all
                 valid.
-            cache: its slot of this layer lends its state and stores the next; None = no decoding.
+            cache: its slot of this layer donates its state and stores the next; None = no decoding.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N).
             linmu_layout: where the vision tokens are, from the model's forward; None = all text.
             past_key_values: what older transformers call `cache`.
@@ -82,6 +71,12 @@ class SelfAttentionAdapter:
             slot.store(state, hidden_states.shape[1])
         return y, None
 
+    def __reduce__(self):
+        """Pickle by the MMATE class, which a module names, unlike this one."""
+        kinds = (kind for kind in type(self).__mro__ if issubclass(kind, MMATE))
+        mixer_class = next(kind for kind in kinds if not issubclass(kind, SelfAttentionAdapter))
+        return empty_adapter, (mixer_class,), self.__dict__
+
 
 def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """Return the last `length` columns of a (B, S) padding mask, as bool; None stays None."""
@@ -100,52 +95,11 @@ def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
 @cache
 def as_self_attn(mixer_class: type[MMATE]) -> type[MMATE]:
     """Return the subclass of an MMATE class that a decoder layer can call."""
-    name = f"Hosted{mixer_class.__name__}"
+    name = f"{mixer_class.__name__}AsSelfAttn"
     return type(name, (SelfAttentionAdapter, mixer_class), {"__module__": __name__})
 
 
-@contextmanager
-def use_mixer(mixer_class: type[MMATE]) -> Iterator[None]:
-    """Build students with this MMATE class inside the `with`."""
-    token = _mixer_class.set(mixer_class)
-    try:
-        yield
-    finally:
-        _mixer_class.reset(token)
-
-
-def current_mixer() -> type[MMATE]:
-    """Return the MMATE class to build with: that of `use_mixer`, else that of the best backend there is.
-
-    Raises:
-        ValueError: if LINMU_BACKEND names no backend.
-        RuntimeError: if LINMU_BACKEND=optimized and it cannot be imported here.
-    """
-    return _mixer_class.get() or backend_mixer(os.environ.get(BACKEND_VARIABLE, ""))
-
-
-@cache
-def backend_mixer(wanted: str) -> type[MMATE]:
-    """Return the MMATE of a backend, "reference" or "optimized"; "" = optimized where it exists. Said
-    once."""
-    known = wanted in ("", "reference", "optimized")
-    require(known, BACKEND_VARIABLE, "must be reference, optimized or unset", wanted)
-    if wanted == "reference":
-        logger.info("LinMU runs on linmu.reference, as %s asks.", BACKEND_VARIABLE)
-        return MMATE
-    try:
-        optimized = importlib.import_module("linmu.optimized").MMATE
-    except (ImportError, AttributeError) as error:
-        if wanted == "optimized":
-            raise RuntimeError(
-                f"{BACKEND_VARIABLE}: linmu.optimized must be importable, got: {error}"
-            ) from error
-        logger.warning("LinMU runs on linmu.reference, which is slow: no linmu.optimized here (%s).", error)
-        return MMATE
-    logger.info("LinMU runs on linmu.optimized.")
-    return optimized
-
-
-def backend_name(mixer_class: type[MMATE]) -> str:
-    """Return the package of an MMATE class, as "linmu.reference"."""
-    return mixer_class.__module__.rpartition(".")[0]
+def empty_adapter(mixer_class: type[MMATE]) -> MMATE:
+    """Return an adapter that unpickling fills."""
+    adapter_class = as_self_attn(mixer_class)
+    return adapter_class.__new__(adapter_class)

@@ -1,11 +1,11 @@
-"""A Hugging Face model whose decoder layers hold M-MATE: its construction, forward and generate().
+"""A Hugging Face model whose decoder layers hold M-MATE: its construction and forward; generate() is beside.
 
 Put before a family's class:  class LinMUQwen2VL...(LinMUModel, Qwen2VLForConditionalGeneration)
 
-Where the vision tokens are travels like this: forward lets the family's `Vision` find them, makes one
-`VisionLayout` of their coordinates and passes it to every layer as the keyword `linmu_layout`. generate()
-lets it find them before Hugging Face encodes the images, which takes the grids away, and hands coordinates
-(B, L, 4) on as `linmu_coords`.
+How each layer learns where the vision tokens are: forward lets the family's `PromptLayout` find them, makes
+one `VisionLayout` of their coordinates, and passes it to every layer as the keyword `linmu_layout`. In
+generate(), where Hugging Face has replaced pixels and grids by embeddings, the coordinates come as
+`linmu_coords`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,23 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig
 from transformers import initialization as init
 
 from ..checks import require
 from ..config import LinMUConfig
 from ..layout import VisionLayout
 from ..m_mate import MMATE
-from ..prompts.grids import cuts_a_block, placement_coords
-from ..prompts.layouts import Vision
+from ..prompts.grids import placement_coords
+from .backend import Backend, backend_of
 from .cache import CACHE_NAME, name_cache
-from .mixer import as_self_attn, backend_name, current_mixer
+from .generation import StudentGeneration
+from .mixer import as_self_attn
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
 
@@ -74,30 +72,29 @@ def with_vision_layout(forward: Callable) -> Callable:
     return forward_with_layout
 
 
-class LinMUModel:
-    """What all families share. The configuration's `linmu` says which layers are converted, and with what
-    options.
+class LinMUModel(StudentGeneration):
+    """What all families share.
 
+    Args:
+        config: of the model; its `linmu` says which layers are converted, and with what options.
+        linmu_backend: who computes the mixers, a `Backend` or its name; None = as LINMU_BACKEND says.
     Attributes:
-        vision: how the family's prompts show images and videos; None = a text decoder.
-        linmu_backend: the package that computes the mixers, as "linmu.reference".
+        linmu_backend: the `Backend`.
     Raises:
         ValueError: if the configuration has no `linmu`, or one of a newer version.
     """
 
     _keep_in_fp32_modules_strict = FLOAT32_PARAMETERS
-    vision: Vision | None = None
-    _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
 
-    def __init__(self, config) -> None:
+    def __init__(self, config, linmu_backend: Backend | str | None = None) -> None:
         check_settings(config.linmu)
         super().__init__(config)
-        mixer_class = current_mixer()
-        self.linmu_backend = backend_name(mixer_class)
+        self.linmu_backend = backend_of(linmu_backend)
+        adapter_class = as_self_attn(self.linmu_backend.MMATE)
         layers = decoder_layers(self)
         for index in config.linmu["layers"]:
             sizes = mixer_config(config, layers[index].self_attn, config.linmu["options"])
-            layers[index].self_attn = as_self_attn(mixer_class)(sizes, index)
+            layers[index].self_attn = adapter_class(sizes, index)
         self.set_attn_implementation(attention_by_part(config))
         self.post_init()
 
@@ -117,7 +114,7 @@ class LinMUModel:
             ValueError: if the folder's tensors are damaged, or not exactly this model's.
         """
         kwargs.setdefault("use_safetensors", True)
-        kwargs["ignore_mismatched_sizes"] = True  # they are told below, as missing ones are
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, with missing keys
         with whole_weights(f"{cls.__name__}.from_pretrained"):
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -145,7 +142,7 @@ class LinMUModel:
         Raises:
             ValueError: if `coords` are missing for `inputs_embeds`, or tokens and grids do not fit.
         """
-        if self.vision is None and coords is None:
+        if self.prompt_layout is None and coords is None:
             return None
         input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = input_ids if embeds is None else embeds
@@ -155,21 +152,16 @@ class LinMUModel:
             require(input_ids is not None, where, must, None, hint)
             if self.is_decoding_step(tokens, kwargs):
                 return None
-            placements = self.vision.placements(self.config, input_ids, kwargs)
+            placements = self.prompt_layout.placements(self.config, input_ids, kwargs)
             if not placements:
                 return None
             coords = placement_coords(placements, tokens.shape[:2], tokens.device)
         coords = coords.to(tokens.device)
-        return self.layout_class(coords) if bool((coords >= 0).any()) else None
-
-    @property
-    def layout_class(self) -> type[VisionLayout]:
-        """The backend's own layout, where it has one: it need not be checked again."""
-        return getattr(sys.modules.get(self.linmu_backend), "VisionLayout", VisionLayout)
+        return self.linmu_backend.VisionLayout(coords) if bool((coords >= 0).any()) else None
 
     def placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""
-        modalities = () if self.vision is None else self.vision.arguments
+        modalities = () if self.prompt_layout is None else self.prompt_layout.arguments
         token_ids = [getattr(self.config, f"{modality}_token_id") for modality in modalities]
         return torch.isin(input_ids, input_ids.new_tensor(token_ids))
 
@@ -177,114 +169,7 @@ class LinMUModel:
         """Say whether this forward is one generated token: text, whatever its id."""
         cache = kwargs.get(CACHE_NAME)
         continues = cache is not None and cache.get_seq_length() > 0
-        return tokens.shape[1] == 1 and continues and not self.vision.given(kwargs)
-
-    def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
-        """Generate as Hugging Face does, with a cache of constant size.
-
-        A later turn continues from an earlier one's `cache` with the whole conversation's `input_ids`, grids
-        and pixels; what the cache has seen is not encoded again.
-
-        Raises:
-            ValueError: for assisted decoding, prompt lookup and caches that are not dynamic, and for prefill
-                in chunks that cut an image or video.
-        """
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        cache = name_cache(kwargs)
-        if input_ids is not None and self.vision is not None and self.vision.given(kwargs):
-            placements = self.vision.placements(self.config, input_ids, kwargs)
-            if kwargs.get("linmu_coords") is None:
-                coords = placement_coords(placements, input_ids.shape, input_ids.device)
-                kwargs["linmu_coords"] = coords
-            if cache is not None and cache.get_seq_length() > 0:
-                self._continue_from(cache.get_seq_length(), input_ids, placements, kwargs)
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
-
-    def _continue_from(self, past: int, input_ids: Tensor, placements, kwargs: dict[str, Any]) -> None:
-        """Prepare a later turn with vision: positions for the whole conversation, pixels for what is new."""
-        mask = kwargs.get("attention_mask")
-        mask = kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
-        must = f"input_ids must be the whole conversation, more than the {past} tokens of the cache"
-        whole = input_ids.shape == mask.shape and input_ids.shape[1] > past
-        require(whole, "generate", must, f"{tuple(input_ids.shape)}, attention_mask {tuple(mask.shape)}")
-        if kwargs.get("position_ids") is None:
-            if hasattr(self.base_model, "rope_deltas"):
-                self.base_model.rope_deltas = None  # of an earlier call, perhaps on another prompt
-            kwargs["position_ids"] = self._prepare_position_ids_for_generation(input_ids, kwargs)
-        self.vision.drop_cached(self.config, placements, past, kwargs)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeat rows for beams and samples; older transformers would deal the pictures out one by one."""
-        pictures = {}
-        if (
-            expand_size > 1
-            and input_ids is not None
-            and self.vision is not None
-            and self.vision.given(kwargs)
-        ):
-            placements = self.vision.placements(self.config, input_ids, kwargs)
-            self.vision.repeat_rows(self.config, placements, expand_size, kwargs)
-            pictures = {name: kwargs.pop(name) for name in self.vision.names if name in kwargs}
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **kwargs
-        )
-        return input_ids, kwargs | pictures
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict[str, Any]:
-        """Prepare one forward of generate(): Hugging Face's arguments, and the coordinates of the tokens in
-        it.
-
-        Raises:
-            ValueError: if the forward would begin or end inside an image or video.
-        """
-        cache = name_cache(kwargs)
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        coords = model_inputs.pop("linmu_coords", None)
-        reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
-        if not reads_prompt and self.vision is not None:  # some transformers keep passing the prompt's grids
-            return {name: value for name, value in model_inputs.items() if name not in self.vision.names}
-        if coords is None:
-            return model_inputs
-        tokens = model_inputs.get("inputs_embeds")
-        length = (model_inputs["input_ids"] if tokens is None else tokens).shape[1]
-        past = 0 if cache is None else cache.get_seq_length()
-        return model_inputs | {"linmu_coords": coords_between(coords, past, past + length)}
-
-    def _validate_generation_mode(self, generation_mode, generation_config: GenerationConfig, kwargs) -> None:
-        super()._validate_generation_mode(generation_mode, generation_config, kwargs)
-        implementation = generation_config.cache_implementation
-        dynamic = implementation in (None, "dynamic", "dynamic_full")
-        require(dynamic, "generate", "cache_implementation must be dynamic", implementation)
-        encodes_first = "mm_encoder_outputs" in inspect.signature(self.forward).parameters
-        encodes_first = encodes_first or self.vision is None
-        require(
-            generation_config.prefill_chunk_size is None or encodes_first,
-            "generate",
-            "prefill_chunk_size needs a transformers that encodes images before the prefill",
-            generation_config.prefill_chunk_size,
-            "upgrade transformers, or prefill through forward",
-        )
+        return tokens.shape[1] == 1 and continues and not self.has_vision(kwargs)
 
 
 def check_settings(settings: dict[str, Any] | None) -> None:
@@ -330,13 +215,3 @@ def mixer_config(config, attention: nn.Module, options: dict[str, Any]) -> LinMU
         norm_eps=text.rms_norm_eps,
         **LinMUConfig.check_options(options),
     )
-
-
-def coords_between(coords: Tensor, start: int, end: int) -> Tensor:
-    """Return coords (B, L, 4) of the positions [start, end): -1 beyond L, where generated text is."""
-    for position in (start, end):
-        must = "prefill must not be split inside an image or video"
-        whole = not cuts_a_block(coords, position)
-        hint = "choose another prefill_chunk_size"
-        require(whole, "generate", must, f"a split before position {position}", hint)
-    return F.pad(coords, (0, 0, 0, max(0, end - coords.shape[1])), value=-1)[:, start:end]

@@ -92,7 +92,7 @@ def write_card(student: Any, folder: str | os.PathLike) -> None:
     teacher = settings.get("teacher")
     path.write_text(
         CARD.format(
-            pipeline="text-generation" if student.vision is None else "image-text-to-text",
+            pipeline="text-generation" if student.prompt_layout is None else "image-text-to-text",
             base=f"\nbase_model: {teacher}" if teacher else "",
             ours=CARD_MARKER,
             of=f" of {teacher}" if teacher else "",

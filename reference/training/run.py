@@ -24,13 +24,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..demo import TEACHER
-from ..prompts.processing import load_processor
+from ..prompts.chat_collator import ChatCollator
+from ..prompts.processors import load_processor
 from .calibration import calibrate_norms
 from .commands.command_line import check
 from .commands.description import about_stage, about_student
 from .data.conversations import InOrder, skipped
 from .data.open_data import in_order, open_data
-from .data.samples import Encoder
 from .evaluation.evaluation import evaluate, table
 from .evaluation.plots import plot_layers, plot_losses
 from .progress import Progress
@@ -81,7 +81,9 @@ class Run:
         set_seed(self.config.seed)
         self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
         self.processor = load_processor(self.teacher, padding_side="right")
-        self.encoder = Encoder(self.processor, self.config.supervise, self.config.max_length)
+        self.encoder = ChatCollator(
+            self.processor, supervise=self.config.supervise, max_length=self.config.max_length
+        )
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
         self.training, self.held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.student = self.convert(self.teacher)
@@ -133,7 +135,7 @@ class Run:
     def batches(self, data: Dataset, samples: int) -> list[tuple[list[str], dict[str, Any]]]:
         """The kinds and tensors of the first `samples` conversations, in batches."""
         loader = DataLoader(InOrder(data, min(samples, len(data))), self.config.batch_size, collate_fn=list)
-        return [([item["kind"] for item in items], self.encoder.padded(items)) for items in loader]
+        return [([item["kind"] for item in items], self.encoder(items)) for items in loader]
 
     def calibrate(self) -> None:
         """Set Flex-MA's norms to the teacher's head outputs."""
@@ -286,7 +288,7 @@ class Run:
             model=self.lesson(stage.routes[0]),
             args=arguments,
             train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
-            data_collator=self.encoder,
+            data_collator=self.encoder.with_names,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Progress(trainer, self.folder / "metrics.jsonl"))

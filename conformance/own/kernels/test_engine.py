@@ -49,7 +49,7 @@ def test_an_unknown_engine_is_refused_by_name(monkeypatch):
 
 
 def test_float16_scans_say_that_they_take_the_float32_kernels(capsys):
-    scan_tiles = pytest.importorskip("linmu.optimized.scan_tiles", reason="triton is for Linux only")
+    scan_tiles = pytest.importorskip("linmu.optimized.scan.kernels.tiles", reason="triton is for Linux only")
     kinds = [scan_tiles.token_dtype(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float16)]
     assert kinds == [torch.bfloat16, torch.float32, torch.float32]
     said = capsys.readouterr().err.splitlines()

@@ -243,32 +243,32 @@ def test_a_block_compiles_into_one_graph():
 
 
 TILES = [
-    ("scan_tiles.CHUNKS", {torch.bfloat16: 32, torch.float32: 32}),
-    ("scan_tiles.CHUNKS", {torch.bfloat16: 16, torch.float32: 64}),
-    ("scan_tiles.GRADIENT_CHUNKS", {torch.bfloat16: 32, torch.float32: 32}),
-    ("scan_tiles.STEPS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
-    ("scan_states.BLOCKS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
-    ("scan_states.RUN", 3),
-    ("scan_states.RUN", 64),
-    ("scan_states.ENOUGH", 1),
-    ("scan_states.ENOUGH", 10**9),
-    ("scan_states.NARROWEST", 64),
-    ("scan_output.LARGEST_HELD", 16),
-    ("conv_kernels.ROWS", 8),
-    ("conv_kernels.COLUMNS", 128),
-    ("loss_kernels.BLOCK", 256),
-    ("window_plan.BLOCK", 64),
+    ("scan.kernels.tiles.CHUNKS", {torch.bfloat16: 32, torch.float32: 32}),
+    ("scan.kernels.tiles.CHUNKS", {torch.bfloat16: 16, torch.float32: 64}),
+    ("scan.kernels.tiles.GRADIENT_CHUNKS", {torch.bfloat16: 32, torch.float32: 32}),
+    ("scan.kernels.tiles.STEPS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
+    ("scan.kernels.states.BLOCKS", dict.fromkeys((torch.bfloat16, torch.float32), 16)),
+    ("scan.kernels.states.RUN", 3),
+    ("scan.kernels.states.RUN", 64),
+    ("scan.kernels.states.ENOUGH", 1),
+    ("scan.kernels.states.ENOUGH", 10**9),
+    ("scan.kernels.states.NARROWEST", 64),
+    ("scan.kernels.output.LARGEST_HELD", 16),
+    ("causal_conv.kernels.ROWS", 8),
+    ("causal_conv.kernels.COLUMNS", 128),
+    ("losses.kernels.BLOCK", 256),
+    ("layout.plan.BLOCK", 64),
     *[
         (table, sizes)
         for table in (
-            "window_kernels.FORWARD",
-            "window_gradients.QUERY_GRADIENT",
-            "window_gradients.KEY_GRADIENT",
+            "window_attention.kernels.FORWARD",
+            "window_attention.kernels_backward.QUERY_GRADIENT",
+            "window_attention.kernels_backward.KEY_GRADIENT",
         )
         for sizes in ((16, 32, 4, 2), (32, 16, 4, 1))
     ],
-    ("window_gradients.QUERY_HELD", (32, 256, 8, 1)),
-    ("window_gradients.KEY_HELD", (64, 32, 4, 2)),
+    ("window_attention.kernels_backward.QUERY_HELD", (32, 256, 8, 1)),
+    ("window_attention.kernels_backward.KEY_HELD", (64, 32, 4, 2)),
 ]
 
 
@@ -276,12 +276,12 @@ TILES = [
 @HALF_AND_FULL
 def test_tiles_do_not_change_the_results(dtype, name, value):
     """P12: chunks, runs and blocks of other sizes, within the bounds of the truth."""
-    operators = {"scan": "bidirectional_scan", "conv": "causal_conv", "loss": "logit_loss"}
-    operator = (operators | {"wind": "window_attention"})[name[:4]]
+    operators = {"scan": "bidirectional_scan", "losses": "logit_loss", "layout": "window_attention"}
+    operator = operators.get(name.split(".")[0], name.split(".")[0])
     given = arguments(operator, dtype, heads=4, groups=2, head_dim=32, length=700)
     truth, own = results(operator, in_float64(given), "torch"), results(operator, given, "torch")
     if operator == "window_attention" and isinstance(value, tuple):
-        from linmu.optimized.window_tiles import Tiles
+        from linmu.optimized.window_attention.tiles import Tiles
 
         kinds = (torch.bfloat16, torch.float16, torch.float32)
         value = dict.fromkeys(kinds[:2] if name.endswith("HELD") else kinds, Tiles(*value))

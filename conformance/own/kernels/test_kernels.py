@@ -49,7 +49,7 @@ def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
 
 SUMS = """
 import torch
-from linmu.optimized.scan_scalars import scan_scalars
+from linmu.optimized.scan.kernels.scalars import scan_scalars
 
 torch.manual_seed(0)
 dt = torch.where(torch.rand(1, 64, 2) < 0.1, 1e4, torch.rand(1, 64, 2))

@@ -7,8 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linmu.optimized import narrow, projections
-from linmu.reference.flex_ma import full_precision_linear
+from linmu.optimized import projections
+from linmu.optimized.elementwise import narrow_product as narrow
+from linmu.reference.numerics import full_precision_linear
 
 from ...harness.compare import assert_same, evaluate
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from linmu import optimized, reference
 from linmu.optimized import VisionLayout
 from linmu.optimized.layout import permute_tokens
-from linmu.optimized.scan_masks import next_segment, openings_of
+from linmu.optimized.layout.segments import next_segment, openings_of
 
 from ...harness.compare import assert_exact
 from ...harness.layouts import layouts

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from linmu import optimized
 from linmu.reference import LinMUConfig, VisionLayout
-from linmu.reference.flex_ma import rms_norm_per_head
+from linmu.reference.numerics import rms_norm_per_head
 
 from .gpu_cases import left_by_the_norm
 

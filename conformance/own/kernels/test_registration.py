@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu import optimized
-from linmu.optimized import registration
-from linmu.optimized.registration import is_plain, is_watched
+from linmu.optimized.engine import operator as registration
+from linmu.optimized.engine.operator import is_plain, is_watched
 from linmu.reference.flex_ma import DonatedState
 
 from ...harness.compare import assert_same

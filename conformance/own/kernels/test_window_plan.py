@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linmu import optimized, reference
-from linmu.optimized import operators, window_plan
+from linmu.optimized.layout import plan as window_plan
+from linmu.optimized.scan import operator as operators
 
 from ...harness.compare import assert_exact
 from ...harness.layouts import Layout, Text, Vision, layouts

@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from linmu.reference.demo import TEACHER
-from linmu.reference.training.data.turns import blocks, read_turns
+from linmu.reference.prompts.chat_collator import content_blocks
+from linmu.reference.training.data.turns import read_turns
 
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
@@ -145,8 +146,9 @@ def run_shell(source: str, folder: Path) -> str:
 def make_pictures(jsonl: str, folder: Path) -> None:
     """A small picture for every path that the example data names."""
     read = [read_turns(json.loads(line)) for line in jsonl.splitlines()]
-    names = {block["image"] for messages in read for block in blocks(messages, "image")}
-    names |= {name for messages in read for block in blocks(messages, "video") for name in block["video"]}
+    names = {block["image"] for messages in read for block in content_blocks(messages, "image")}
+    videos = [block["video"] for messages in read for block in content_blocks(messages, "video")]
+    names |= {name for video in videos for name in video}
     assert names
     for shade, name in enumerate(sorted(names)):
         Image.new("RGB", (32, 24), (40 * shade, 90, 160)).save(folder / name)

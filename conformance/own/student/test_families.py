@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +14,12 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from linmu import reference
-from linmu.optimized import MMATE
-from linmu.reference import convert
+from linmu.reference import convert, load
 from linmu.reference.student.cache import CACHE_NAME, LinMUCacheLayer
-from linmu.reference.student.convert import build_student, load_student
 from linmu.reference.student.model import mixers
 
 from ...harness.compare import assert_same
-from .tiny_checkpoint import shake_mixers
+from .tiny_checkpoint import shake_mixers, student_backend
 from .tiny_families import BUILDERS, Tiny
 
 pytestmark = pytest.mark.needs("MMATE")
@@ -42,7 +38,7 @@ def tiny(request) -> Tiny:
 
 @pytest.fixture(scope="module")
 def student(tiny, backend):
-    return shake_mixers(build_student(tiny.teacher, None, None, backend.MMATE))
+    return shake_mixers(convert(tiny.teacher, backend=student_backend(backend)))
 
 
 def prompts(tiny: Tiny) -> list[str]:
@@ -152,8 +148,7 @@ def test_placeholders_are_where_the_layout_has_vision_or_a_newline(tiny, student
     if layout is None:
         assert not tiny.image and not found.any()
     else:
-        backend = sys.modules.get(student.linmu_backend, reference)
-        assert type(layout) is backend.VisionLayout  # checked once
+        assert type(layout) is student.linmu_backend.VisionLayout  # checked once
         assert (found | ~layout.is_vision).all()
         newlines = (found & ~layout.is_vision).sum()
         assert (newlines > 0) == (tiny.name == "llava_onevision")
@@ -175,7 +170,7 @@ def test_a_prompt_is_read_in_chunks_that_cut_no_block(tiny, student):
 
 def test_a_chunk_that_ends_between_two_frames_is_refused():
     tiny = BUILDERS["qwen3_vl"]()
-    student, inputs = build_student(tiny.teacher, None, None, MMATE), tiny.video(3)
+    student, inputs = convert(tiny.teacher, backend="optimized"), tiny.video(3)
     frames = (inputs["input_ids"][0] == tiny.teacher.config.video_token_id).nonzero().flatten()
     with pytest.raises(ValueError, match="generate: prefill"):
         run(
@@ -184,7 +179,7 @@ def test_a_chunk_that_ends_between_two_frames_is_refused():
 
 
 def test_a_hybrid_keeps_keys_and_values_in_the_layers_that_stay(tiny, backend):
-    student = shake_mixers(build_student(tiny.teacher, None, [1], backend.MMATE))
+    student = shake_mixers(convert(tiny.teacher, layers=[1], backend=student_backend(backend)))
     inputs = tiny.inputs(prompts(tiny)[0])
     output = run(student, inputs)
     wanted = uncached(tiny, student, inputs, output.sequences)
@@ -213,7 +208,7 @@ def test_a_students_folder_opens_as_the_student(tiny, student, backend, tmp_path
         assert torch.equal(got, want)
     inputs = tiny.inputs(prompts(tiny)[0])
     wanted = student(**inputs).logits
-    assert torch.equal(load_student(tmp_path, backend.MMATE)(**inputs).logits, wanted)
+    assert torch.equal(load(tmp_path, linmu_backend=student_backend(backend))(**inputs).logits, wanted)
     monkeypatch.setenv("LINMU_BACKEND", backend.name.partition("@")[0].rpartition(".")[2])
     auto_class = AutoModelForImageTextToText if tiny.image else AutoModelForCausalLM
     opened = auto_class.from_pretrained(tmp_path)

@@ -14,8 +14,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from linmu.reference import MMATE, LinMUConfig, convert, load
 from linmu.reference.demo.build_teacher import build_tokenizer, write_preprocessing
-from linmu.reference.student.convert import load_student
-from linmu.reference.student.mixer import BACKEND_VARIABLE, backend_mixer, current_mixer
+from linmu.reference.student.backend import (
+    BACKEND_VARIABLE,
+    BACKENDS,
+    REFERENCE,
+    Backend,
+    backend_by_environment,
+    backend_of,
+    register_backend,
+)
 from linmu.reference.student.model import FLOAT32_PARAMETERS, mixers
 
 from .tiny_checkpoint import (
@@ -27,6 +34,7 @@ from .tiny_checkpoint import (
     picture,
     prompt,
     shake_mixers,
+    student_backend,
     words,
 )
 
@@ -117,7 +125,7 @@ def test_the_auto_classes_open_a_students_folder(student, folder, reference_only
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert type(config) is type(student.config)
     assert type(model) is type(student)
-    assert model.linmu_backend == "linmu.reference"
+    assert model.linmu_backend.name == "reference"
     inputs = prompt(words(4, 0), picture(IMAGE, (1, 3, 2)), words(3, 1))
     tokens = [m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, student)]
     assert torch.equal(*tokens)
@@ -144,20 +152,40 @@ def test_the_auto_processor_opens_a_students_folder(student, folder, family):
 
 def test_the_backend_is_chosen_by_the_environment_and_said(monkeypatch, caplog):
     monkeypatch.setenv(BACKEND_VARIABLE, "fastest")
-    with pytest.raises(ValueError, match="LINMU_BACKEND: must be reference, optimized or unset, got fastest"):
-        current_mixer()
+    with pytest.raises(
+        ValueError, match="LINMU_BACKEND: must be one of optimized, reference, or left out, got fast"
+    ):
+        backend_of(None)
     monkeypatch.setenv(BACKEND_VARIABLE, "reference")
-    backend_mixer.cache_clear()
+    backend_by_environment.cache_clear()
     with caplog.at_level(logging.INFO, logger="linmu"):
-        assert current_mixer() is MMATE
-        current_mixer()
+        assert backend_of(None) is REFERENCE
+        backend_of(None)
     assert caplog.text.count("LinMU runs on linmu.reference") == 1
+
+
+def test_a_package_of_its_own_computes_students_by_its_name(teacher, folder):
+    class MyMMATE(MMATE):
+        pass
+
+    register_backend(Backend("my_kernels", MyMMATE))
+    try:
+        opened = AutoModelForImageTextToText.from_pretrained(folder, linmu_backend="my_kernels")
+        for student in (
+            convert(teacher, backend="my_kernels"),
+            load(folder, linmu_backend="my_kernels"),
+            opened,
+        ):
+            assert student.linmu_backend.name == "my_kernels"
+            assert all(isinstance(mixer, MyMMATE) for mixer in mixers(student).values())
+    finally:
+        del BACKENDS["my_kernels"]
 
 
 @pytest.mark.needs("MMATE")
 def test_a_folder_never_says_which_backend_wrote_it(backend, student, folder, tmp_path):
-    opened = load_student(folder, backend.MMATE)
-    assert opened.linmu_backend == backend.MMATE.__module__.rpartition(".")[0]
+    opened = load(folder, linmu_backend=student_backend(backend))
+    assert opened.linmu_backend.name == backend.name
     load(folder).save_pretrained(tmp_path / "reference")
     opened.save_pretrained(tmp_path / "other")
     for path in (tmp_path / "reference").iterdir():
@@ -204,6 +232,24 @@ def test_a_folder_with_other_tensors_is_refused(student, tmp_path, old, new, mes
     for opener in (load, AutoModelForImageTextToText.from_pretrained):
         with pytest.raises(ValueError, match=message):
             opener(tmp_path)
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_a_folder_with_an_options_former_name_opens(teacher, tmp_path, reverse):
+    student = shake_mixers(convert(teacher, {"reverse_scan": reverse}, layers=[0]))
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["linmu"]["options"]["backward_scan"] = config["linmu"]["options"].pop("reverse_scan")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load(tmp_path)
+    assert mixers(again)[0].config == mixers(student)[0].config
+    inputs = every_kind()
+    assert torch.equal(logits_of(again, inputs), logits_of(student, inputs))
+
+
+def test_an_option_by_both_of_its_names_is_refused(teacher):
+    with pytest.raises(ValueError, match=r"an option must have one of its two names, got .*backward_scan"):
+        convert(teacher, {"reverse_scan": True, "backward_scan": False})
 
 
 def test_a_folder_of_a_newer_version_is_refused(student, folder, tmp_path):

@@ -9,9 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from linmu.reference.student.convert import build_student
+from linmu.reference import convert
 
-from .tiny_checkpoint import IMAGE, VIDEO, batch, build_teacher, picture, prompt, shake_mixers, words
+from .tiny_checkpoint import (
+    IMAGE,
+    VIDEO,
+    batch,
+    build_teacher,
+    picture,
+    prompt,
+    shake_mixers,
+    student_backend,
+    words,
+)
 
 pytestmark = pytest.mark.needs("MMATE")
 
@@ -48,13 +58,15 @@ PROMPTS = {"image": image_prompt, "video": video_prompt, "album": album_prompt, 
 @pytest.fixture(scope="module", params=STUDENTS.values(), ids=STUDENTS.keys())
 def student(backend, request):
     family, layers = request.param
-    return shake_mixers(build_student(build_teacher(family).double(), None, layers, backend.MMATE))
+    return shake_mixers(
+        convert(build_teacher(family).double(), layers=layers, backend=student_backend(backend))
+    )
 
 
 @pytest.fixture(scope="module")
 def converted(backend):
     """One student with all layers converted, for what does not depend on the family."""
-    return shake_mixers(build_student(build_teacher().double(), None, None, backend.MMATE))
+    return shake_mixers(convert(build_teacher().double(), backend=student_backend(backend)))
 
 
 def assert_logits(got: Tensor, want: Tensor) -> None:

@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from linmu.reference.prompts.grids import cuts_a_block, grid_cells, place, placement_coords, with_newlines
-from linmu.reference.prompts.layouts import Qwen2Vision, Qwen3Vision
+from linmu.reference.prompts.grids import (
+    assign_placeholders,
+    cuts_a_block,
+    grid_coordinates,
+    placement_coords,
+    with_newlines,
+)
+from linmu.reference.prompts.qwen_layout import Qwen2PromptLayout, Qwen3PromptLayout
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 CONFIG = SimpleNamespace(
@@ -19,7 +25,7 @@ CONFIG = SimpleNamespace(
 
 def find(rows: list[list[int]], images: list[list[int]] | None = None, videos: list[list[int]] | None = None):
     inputs = {"image_grid_thw": images, "video_grid_thw": videos}
-    return Qwen2Vision().placements(CONFIG, torch.tensor(rows), inputs)
+    return Qwen2PromptLayout().placements(CONFIG, torch.tensor(rows), inputs)
 
 
 def coords(rows: list[list[int]], *grids) -> Tensor:
@@ -36,7 +42,7 @@ def test_tokens_of_a_grid_are_numbered_row_by_row():
 def test_grids_are_taken_in_the_order_of_the_batch_and_segments_count_per_row():
     rows = [[IMAGE, TEXT, IMAGE, IMAGE, TEXT], [TEXT, VIDEO, TEXT, IMAGE, IMAGE]]
     found = find(rows, [[1, 2, 2], [1, 2, 4], [1, 4, 2]], [[1, 2, 2]])
-    assert [(p.row, p.start, p.modality, p.item, p.cells.tolist()) for p in found] == [
+    assert [(p.row, p.start, p.modality, p.item, p.coordinates.tolist()) for p in found] == [
         (0, 0, "image", 0, [[0, 0, 0]]),
         (0, 2, "image", 1, [[0, 0, 0], [0, 0, 1]]),
         (1, 3, "image", 2, [[0, 0, 0], [0, 1, 0]]),
@@ -77,7 +83,7 @@ def test_text_alone_has_no_placement():
         ),
         ([IMAGE, TEXT], [[1, 1, 2]], "a block must be whole"),
     ],
-    ids=["cut", "too few grids", "no grids", "too many grids", "no cells"],
+    ids=["cut", "too few grids", "no grids", "too many grids", "an empty grid"],
 )
 def test_placeholders_and_grids_that_do_not_fit_are_refused(row, images, message):
     with pytest.raises(ValueError, match=message):
@@ -96,16 +102,16 @@ def test_a_split_cuts_a_block_only_between_its_tokens():
 def test_frames_apart_are_one_video_where_the_family_says_so():
     row = [[TEXT, VIDEO, VIDEO, TEXT, VIDEO, VIDEO, TEXT]]
     inputs = {"video_grid_thw": [[2, 2, 4]]}
-    placements = Qwen3Vision().placements(CONFIG, torch.tensor(row), inputs)
+    placements = Qwen3PromptLayout().placements(CONFIG, torch.tensor(row), inputs)
     found = placement_coords(placements, (1, 7), torch.device("cpu"))[0].tolist()
     frame = [[[0, t, 0, 0], [0, t, 0, 1]] for t in (0, 1)]
     assert found == [[-1] * 4, *frame[0], [-1] * 4, *frame[1], [-1] * 4]
     with pytest.raises(ValueError, match="a block must be whole: video 0 needs 4 video tokens, got 2"):
-        Qwen2Vision().placements(CONFIG, torch.tensor(row), inputs)
+        Qwen2PromptLayout().placements(CONFIG, torch.tensor(row), inputs)
 
 
 def test_newlines_are_placeholders_without_a_cell():
-    line = with_newlines(grid_cells(1, 2, 2), 2)
+    line = with_newlines(grid_coordinates(1, 2, 2), 2)
     assert line.tolist() == [[0, 0, 0], [0, 0, 1], [-1] * 3, [0, 1, 0], [0, 1, 1], [-1] * 3]
-    (placement,) = place(torch.tensor([[TEXT, *[IMAGE] * 6]]), IMAGE, "image", [[line]])
+    (placement,) = assign_placeholders(torch.tensor([[TEXT, *[IMAGE] * 6]]), IMAGE, "image", [[line]])
     assert placement.positions.tolist() == [1, 2, 4, 5]

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from linmu.reference import convert
 from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.prompts.processing import load_processor
+from linmu.reference.prompts.processors import load_processor
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra of its own: [harness]")
 pytestmark = pytest.mark.trial_of_the_reference

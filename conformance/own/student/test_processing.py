@@ -17,19 +17,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import is_torchvision_available
 
 from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.prompts import processing
-from linmu.reference.prompts.processing import (
-    ChatCollator,
-    FrameProcessor,
-    LinMUQwen2_5_VLProcessor,
-    load_processor,
-)
+from linmu.reference.prompts import processors
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
+from linmu.reference.prompts.qwen_processing import FrameProcessor, LinMUQwen2_5_VLProcessor
 
 pytestmark = pytest.mark.trial_of_the_reference
 
 IMAGE_KINDS, VIDEO_KINDS = ("cell", "read", "count"), ("moved", "moment", "changed")
 # with torchvision the stock classes, video part and all, are what `load_processor` opens
-OPENED = processing.STOCK_PROCESSORS if is_torchvision_available() else processing.PROCESSORS
+OPENED = processors.STOCK_PROCESSORS if is_torchvision_available() else processors.PROCESSORS
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +120,7 @@ def mixed_items() -> list[dict]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("supervise", [True, False])
+@pytest.mark.parametrize("supervise", ["answers", "nothing"])
 def test_a_mixed_batch_holds_what_its_rows_hold_alone(side, supervise):
     processor = load_processor(TEACHER, padding_side=side)
     collate = ChatCollator(processor, supervise=supervise)
@@ -132,7 +129,7 @@ def test_a_mixed_batch_holds_what_its_rows_hold_alone(side, supervise):
     for row, single in enumerate(alone):
         real = batch["attention_mask"][row].bool()
         assert bool(real[0 if side == "right" else -1])
-        for key in ("input_ids", "mm_token_type_ids", *(["labels"] if supervise else [])):
+        for key in ("input_ids", "mm_token_type_ids", *(["labels"] if supervise == "answers" else [])):
             assert batch[key][row][real].tolist() == single[key][0].tolist(), (row, key)
     shared = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
     for key in shared:
@@ -156,7 +153,7 @@ def test_labels_are_the_answers_and_their_ends(processor, rows):
 
 def test_prompts_end_where_an_answer_begins(processor):
     items = DigitsQuestions().__getitems__(range(5))
-    prompts = ChatCollator(processor, supervise=False)(items)
+    prompts = ChatCollator(processor, supervise="nothing")(items)
     whole = ChatCollator(processor)(items)
     for row in range(5):
         prompt = prompts["input_ids"][row][prompts["attention_mask"][row] > 0].tolist()
@@ -168,7 +165,7 @@ def test_prompts_end_where_an_answer_begins(processor):
 def test_frames_per_second_become_seconds_per_moment(processor):
     block = {"type": "video", "video": noise(0, 4, 16, 16, 3)}
     messages = [{"role": "user", "content": [block, block | {"fps": 0.5}]}]
-    batch = ChatCollator(processor, supervise=False)([{"messages": messages}])
+    batch = ChatCollator(processor, supervise="nothing")([{"messages": messages}])
     assert batch["second_per_grid_ts"].tolist() == pytest.approx([2 / 24, 4.0])
 
 
@@ -206,8 +203,8 @@ def test_with_torchvision_the_stock_classes_are_asked(monkeypatch):
         def from_pretrained(cls, folder):
             asked.append(Path(folder))
 
-    monkeypatch.setattr(processing, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(processing, "STOCK_PROCESSORS", {"qwen2_5_vl": Stock})
+    monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(processors, "STOCK_PROCESSORS", {"qwen2_5_vl": Stock})
     load_processor(TEACHER)
     assert asked == [TEACHER]
 

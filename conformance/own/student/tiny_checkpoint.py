@@ -19,6 +19,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from linmu.reference import VisionLayout
+from linmu.reference.student.backend import Backend
+
 PAD, END, VISION_START, VISION_END, IMAGE, VIDEO = range(6)
 FIRST_WORD, VOCABULARY = 6, 64
 PATCH, TEMPORAL_PATCH, MERGE = 2, 2, 2
@@ -113,6 +116,12 @@ NEW_PARAMETERS = (
 def shake_mixers(student: nn.Module) -> nn.Module:
     """Move every parameter that attention does not have away from its neutral start."""
     return shake(student, NEW_PARAMETERS)
+
+
+def student_backend(backend: Any) -> Backend:
+    """Return the classes of a backend under test by which a student is computed."""
+    layout = getattr(backend.module, "VisionLayout", VisionLayout)
+    return Backend(backend.name, backend.MMATE, layout)
 
 
 def words(count: int, seed: int) -> list[int]:

@@ -48,13 +48,13 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from linmu.reference.prompts.processing import LinMUQwen2_5_VLProcessor, LinMUQwen2VLProcessor
-from linmu.reference.prompts.processors import (
+from linmu.reference.prompts.other_processors import (
     LinMUIdefics3Processor,
     LinMUInternVLProcessor,
     LinMULlavaOnevisionProcessor,
     LinMUQwen3VLProcessor,
 )
+from linmu.reference.prompts.qwen_processing import LinMUQwen2_5_VLProcessor, LinMUQwen2VLProcessor
 
 from ..training.video_parts import video_part
 from .tiny_checkpoint import shake

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from linmu.reference.demo import TEACHER
-from linmu.reference.prompts.processing import ChatCollator, load_processor
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.data.conversations import Conversations, InOrder, Mixture, skipped
 from linmu.reference.training.data.media import Media
-from linmu.reference.training.data.samples import Encoder
 from linmu.reference.training.data.sources import open_rows
 from linmu.reference.training.data.turns import read_turns
 
@@ -148,8 +148,8 @@ BROKEN = {
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder(load_processor(str(TEACHER), padding_side="right"), max_length=60)
+def encoder() -> ChatCollator:
+    return ChatCollator(load_processor(str(TEACHER), padding_side="right"), max_length=60)
 
 
 @pytest.mark.parametrize(("row", "says"), BROKEN.values(), ids=BROKEN)
@@ -282,8 +282,8 @@ def test_padded_samples_are_the_batch_that_the_processor_makes(folder):
     ]
     data = Conversations(write(folder, *rows))
     items = [data[i] for i in range(3)]
-    encoder = Encoder(processor)
-    got, want = encoder.padded([encoder.encode(item) for item in items]), ChatCollator(processor)(items)
+    encoder = ChatCollator(processor)
+    got, want = encoder([encoder.encode(item) for item in items]), encoder(items)
     assert got.keys() == want.keys()
     for name in want:
         assert torch.equal(got[name], want[name]), name
@@ -292,7 +292,7 @@ def test_padded_samples_are_the_batch_that_the_processor_makes(folder):
 def test_supervising_all_covers_text_and_nothing_else(folder):
     processor = load_processor(str(TEACHER), padding_side="right")
     data = Conversations(write(folder, {"messages": asked(BLOCK, TEXT)}, {"messages": [ASK, SAY]}))
-    batch = Encoder(processor, supervise="all").padded([data[0], data[1]])
+    batch = ChatCollator(processor, supervise="all")([data[0], data[1]])
     supervised = batch["labels"] != -100
     text = batch["attention_mask"].bool() & (batch["mm_token_type_ids"] == 0)
     assert torch.equal(supervised, text) and not supervised.all()

@@ -20,7 +20,8 @@ from linmu.reference.demo.ask import ask
 from linmu.reference.demo.digits import BLANK, CELL, Warp, digit_bank, warp_scans
 from linmu.reference.demo.evaluation import answered, best_guess, heldout_accuracy
 from linmu.reference.demo.packed_vision import pack_vision
-from linmu.reference.prompts.processing import ChatCollator, load_processor
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
 
 pytestmark = pytest.mark.trial_of_the_reference
 
@@ -296,7 +297,7 @@ def test_the_stated_accuracy_is_reached_on_fresh_questions(teacher, processor):
 def test_one_forward_pass_says_what_generation_does(teacher, processor):
     items = DigitsQuestions("heldout", 5).__getitems__(range(24))
     temporary_objective = answered(teacher, processor, items, batch_size=7).tolist()
-    prompts = ChatCollator(processor, supervise=False)(items)
+    prompts = ChatCollator(processor, supervise="nothing")(items)
     tokens = teacher.generate(**prompts)[:, prompts["input_ids"].shape[1] :]
     said = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert temporary_objective == [text == texts(item)[1] for text, item in zip(said, items, strict=True)]

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText
 
 import distill
 from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.prompts.processing import ChatCollator, load_processor
+from linmu.reference.prompts.chat_collator import ChatCollator
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.data.conversations import Conversations, InOrder
 from linmu.reference.training.stages import StageTrainer
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import distill
 from linmu.reference.demo import TEACHER
-from linmu.reference.prompts.processing import load_processor
+from linmu.reference.prompts.processors import load_processor
 
 pytestmark = pytest.mark.trial_of_the_reference
 
@@ -80,7 +80,7 @@ for name in ("i", "ii", "iii"):
     predictions = []
     for route in stage.routes:
         lesson = run.lesson(route)
-        predictions.append(predict(lesson, run.encoder.padded(items)).total)
+        predictions.append(predict(lesson, run.encoder(items)).total)
         lesson.close()
     trainer = run.trainer(stage, run.folder / name)
     needed = weights(trainer.model) + peak_above(trainer.train, run.device)

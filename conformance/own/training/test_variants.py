@@ -61,7 +61,7 @@ def opened(*flags: str) -> distill.Run:
 def test_what_is_tuned_is_the_students_alone(tune):
     """The teacher's logits stay as they are, whatever becomes of adapters or tuned copies."""
     run = opened("--tune", tune)
-    inputs = run.encoder.padded(run.training.__getitems__(range(2)))
+    inputs = run.encoder(run.training.__getitems__(range(2)))
     del inputs["labels"]
     before = {role: run.lesson().run(role, inputs) for role in ("teacher", "student")}
     run.add_adapters()
@@ -173,7 +173,7 @@ def test_the_ablation_leaves_out_one_thing_at_a_time(tmp_path, capsys, pytestcon
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        ("without the backward scan", "backward_scan"),
+        ("without the backward scan", "reverse_scan"),
         ("raster instead of Rotary-Major", "rotary_major"),
     ],
 )

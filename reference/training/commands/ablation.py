@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without stage iii": {"stages": "i,ii"},
     "without Local-Swin": {"branches": "flex"},
     "without Flex-MA": {"branches": "local"},
-    "without the backward scan": {"mixer": {"backward_scan": False}},
+    "without the backward scan": {"mixer": {"reverse_scan": False}},
     "random instead of attention init": {"init": "random"},
     "raster instead of Rotary-Major": {"mixer": {"rotary_major": False}},
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ...prompts.processing import IGNORED
+from ...prompts.chat_collator import IGNORED
 from ..data.conversations import ENDLESS, BrokenSampleError, Conversations, Mixture
 from ..safety.memory import predict
 from ..stages import Stage
@@ -65,7 +65,7 @@ def dry_run(run: Run, stages: list[Stage]) -> None:
     check(not refused, "samples must be readable", f"{broken} that are not", "mend them, or --on_broken skip")
     check(largest, "data must hold samples", "none that can be read")
     data, _, index = largest
-    batch = run.encoder.padded([data[index]] * run.config.batch_size)
+    batch = run.encoder([data[index]] * run.config.batch_size)
     run.say(f"the largest batch, {run.config.batch_size} times the longest sample:")
     for name, tensor in batch.items():
         run.say(f"  {name:20} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
@@ -102,7 +102,7 @@ def survey(run: Run, data: Dataset) -> tuple[list[dict[str, int]], list[str]]:
     """Sizes of all samples that can be read, and what is wrong with the others."""
 
     def measure(item: dict[str, Any]) -> dict[str, int]:
-        batch = run.encoder.padded([item])
+        batch = run.encoder([item])
         return {
             "tokens": int(batch["attention_mask"].sum()),
             "vision": int((batch["mm_token_type_ids"] > 0).sum()),

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText
 
 from ...demo import TEACHER
-from ...prompts.processing import load_processor
+from ...prompts.chat_collator import ChatCollator
+from ...prompts.processors import load_processor
 from ..data.conversations import InOrder, skipped
 from ..data.open_data import open_held_out
-from ..data.samples import Encoder
 from ..evaluation.evaluation import scores
 from ..teacher_student import supervised
 from .command_line import RefusedError, check
@@ -60,7 +60,11 @@ def judge(arguments: list[str], parse: Callable[[list[str]], Config]) -> dict[st
         models = {"teacher": AutoModelForImageTextToText.from_pretrained(name)} | models
     dtype = getattr(torch, config.dtype)
     models = {name: model.to(device, dtype).eval() for name, model in models.items()}
-    encoder = Encoder(load_processor(folder, padding_side="right"), config.supervise, config.max_length)
+    encoder = ChatCollator(
+        load_processor(folder, padding_side="right"),
+        supervise=config.supervise,
+        max_length=config.max_length,
+    )
     report = Path(folder) / "broken.jsonl"
     data = open_held_out(config, config.data, encoder, report)
     data = data[0] if len(data) == 1 else ConcatDataset(data)
@@ -68,7 +72,7 @@ def judge(arguments: list[str], parse: Callable[[list[str]], Config]) -> dict[st
     loader = DataLoader(order, config.batch_size, collate_fn=list, num_workers=config.workers)
     tally = Tally(models, importlib.import_module(f"linmu.{config.backend}").logit_loss)
     for items in tqdm(loader, desc="evaluate", unit="batch"):
-        batch = {name: tensor.to(device) for name, tensor in encoder.padded(items).items()}
+        batch = {name: tensor.to(device) for name, tensor in encoder(items).items()}
         tally.add([item["kind"] for item in items], batch)
     print(table(tally.rows()))
     if reasons := skipped(report):

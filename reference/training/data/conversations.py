@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ...checks import require
+from ...prompts.chat_collator import content_blocks
 from ..commands.command_line import RefusedError
 from .media import Media
 from .sources import JsonLines, Stream, Table, open_rows
-from .turns import blocks, read_turns
+from .turns import read_turns
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,9 @@ class Conversations(Dataset):
         """Parse one row and open its images: {"kind", "messages", "name"}, prepared."""
         row = self.rows.row(line)
         messages = read_turns(row)
-        for block in blocks(messages, "image"):
+        for block in content_blocks(messages, "image"):
             block["image"] = self.media.image(block["image"])
-        for block in blocks(messages, "video"):
+        for block in content_blocks(messages, "video"):
             block |= self.media.video(block["video"], block.get("fps", row.get("fps")))
         item = {"kind": str(row.get("kind") or "all"), "messages": messages, "name": self.rows.name(line)}
         return item if self.prepare is None else self.prepare(item)
@@ -120,9 +121,9 @@ class Conversations(Dataset):
         """About how many tokens a sample has, from its text and the sizes of its pictures; 0 if broken."""
         try:
             messages = read_turns(self.rows.row(self.lines[index]))
-            text = sum(len(block["text"]) for block in blocks(messages, "text")) // 4
-            pictures = [block["image"] for block in blocks(messages, "image")]
-            videos = [block["video"] for block in blocks(messages, "video")]
+            text = sum(len(block["text"]) for block in content_blocks(messages, "text")) // 4
+            pictures = [block["image"] for block in content_blocks(messages, "image")]
+            videos = [block["video"] for block in content_blocks(messages, "video")]
             frames = [v[i] for v in videos if isinstance(v, list) for i in self.media.kept(len(v))]
             return text + sum(map(self._area, pictures + frames)) // PIXELS_PER_TOKEN
         except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import ConcatDataset, Dataset
 
 from ...demo import DigitsQuestions
+from ...prompts.chat_collator import ChatCollator
 from ..commands.command_line import RefusedError
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
-from .samples import Encoder
 from .sources import open_rows
 
 if TYPE_CHECKING:
     from distill import Config
 
-HELD_OUT = 20  # every how manieth sample is held out where no other data are named
+HELD_OUT = 20  # one sample in so many is held out unless --eval_data names others
 
 
-def open_data(config: Config, encoder: Encoder, report: Path, world_size: int) -> tuple[Dataset, Dataset]:
+def open_data(
+    config: Config, encoder: ChatCollator, report: Path, world_size: int
+) -> tuple[Dataset, Dataset]:
     """Training and held-out samples; held-out ones keep their messages.
 
     Args:
@@ -35,13 +37,13 @@ def open_data(config: Config, encoder: Encoder, report: Path, world_size: int) -
         return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
     try:
         sources, weights = zip(*map(parse_weight, config.data.split(",")), strict=True)
-        parts = [opened(config, source, encoder.encode, report, config.streaming) for source in sources]
+        parts = [open_dataset(config, source, encoder.encode, report, config.streaming) for source in sources]
         if config.eval_data:
             held_out = open_held_out(config, config.eval_data, encoder, report)
         else:
             parts, held_out = zip(*(part.split(every=HELD_OUT) for part in parts), strict=True)
             for part in held_out:
-                part.prepare = partial(both, encoder)
+                part.prepare = partial(with_tensors, encoder)
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
     if len(parts) == 1:
@@ -50,13 +52,13 @@ def open_data(config: Config, encoder: Encoder, report: Path, world_size: int) -
     return Mixture(parts, weights, config.seed, group), ConcatDataset(held_out)
 
 
-def open_held_out(config: Config, names: str, encoder: Encoder, report: Path) -> list[Dataset]:
+def open_held_out(config: Config, names: str, encoder: ChatCollator, report: Path) -> list[Dataset]:
     """Data sets to measure on, as they stand; weights do not count."""
     if names == "demo":
         return [DigitsQuestions("heldout", config.seed, ENDLESS)]
     try:
         sources = [parse_weight(name)[0] for name in names.split(",")]
-        return [opened(config, source, partial(both, encoder), report) for source in sources]
+        return [open_dataset(config, source, partial(with_tensors, encoder), report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
@@ -70,14 +72,16 @@ def parse_weight(source: str) -> tuple[str, float]:
         raise RefusedError(f"distill: a weight in --data must be a number, got {weight!r}") from None
 
 
-def opened(config: Config, source: str, prepare: Any, report: Path, streaming: bool = False) -> Conversations:
+def open_dataset(
+    config: Config, source: str, prepare: Any, report: Path, streaming: bool = False
+) -> Conversations:
     """One data set of conversations."""
     rows = open_rows(source, streaming, config.seed)
     options = (config.on_broken, config.max_frames, config.max_pixels)
     return Conversations(rows, *options, prepare=prepare, report=report)
 
 
-def both(encoder: Encoder, item: dict[str, Any]) -> dict[str, Any]:
+def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:
     """A sample with its tensors."""
     return item | encoder.encode(item)
 

@@ -10,8 +10,9 @@ nowhere, it goes before the first question. A block may also hold its own: {"typ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
+
+from ...prompts.chat_collator import content_blocks
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 PLACES = re.compile(r"(<image>|<video>)\n?")
@@ -34,7 +35,7 @@ def read_turns(row: dict[str, Any]) -> Messages:
     messages = [read_turn(turn) for turn in given]
     check_roles([message["role"] for message in messages])
     for kind in KINDS:
-        fill(messages, kind, listed(row, kind))
+        fill_placeholders(messages, kind, media_beside_messages(row, kind))
     return messages
 
 
@@ -74,7 +75,7 @@ def check_roles(roles: list[str]) -> None:
         raise ValueError(f"{must}, got {roles}")
 
 
-def listed(row: dict[str, Any], kind: str) -> list[Any]:
+def media_beside_messages(row: dict[str, Any], kind: str) -> list[Any]:
     """The images or videos that stand beside the messages."""
     several, one = row.get(f"{kind}s"), row.get(kind)
     if several is None:
@@ -82,10 +83,10 @@ def listed(row: dict[str, Any], kind: str) -> list[Any]:
     return several if isinstance(several, list) else [several]
 
 
-def fill(messages: Messages, kind: str, sources: list[Any]) -> None:
+def fill_placeholders(messages: Messages, kind: str, sources: list[Any]) -> None:
     """Give every place for an image (or video) its own from beside the messages, in order."""
-    places = [block for block in blocks(messages, kind) if kind not in block]
-    if sources and not any(True for _ in blocks(messages, kind)):
+    places = [block for block in content_blocks(messages, kind) if kind not in block]
+    if sources and not any(True for _ in content_blocks(messages, kind)):
         asked = next(message for message in messages if message["role"] == "user")
         places = [{"type": kind} for _ in sources]
         asked["content"][:0] = places
@@ -93,8 +94,3 @@ def fill(messages: Messages, kind: str, sources: list[Any]) -> None:
         raise ValueError(f"{kind}s must be as many as their places, got {len(sources)} for {len(places)}")
     for place, source in zip(places, sources, strict=True):
         place[kind] = source
-
-
-def blocks(messages: Messages, kind: str) -> Iterator[dict[str, Any]]:
-    """All blocks of a kind."""
-    return (block for message in messages for block in message["content"] if block["type"] == kind)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...flex_ma import full_precision_linear
+from ...numerics import full_precision_linear
 from ..teacher_student import Lesson
 
 WAYS = ("forward", "backward", "local")

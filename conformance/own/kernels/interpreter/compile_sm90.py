@@ -18,19 +18,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linmu.optimized import (
-    held_gradients,
-    scan_output,
-    scan_states,
-    scan_tiles,
-    text_step_kernels,
-    window_gradients,
-    window_kernels,
-    window_plan,
-)
+from linmu.optimized.decoding.kernels import text_step as text_step_kernels
+from linmu.optimized.layout import plan as window_plan
+from linmu.optimized.scan.kernels import output as scan_output
+from linmu.optimized.scan.kernels import states as scan_states
+from linmu.optimized.scan.kernels import tiles as scan_tiles
 from linmu.optimized.sliding_window_attention import kernels as sliding
 from linmu.optimized.sliding_window_attention import kernels_backward as sliding_backward
 from linmu.optimized.sliding_window_attention import kernels_step as sliding_step
+from linmu.optimized.window_attention import (
+    held_backward as held_gradients,
+)
+from linmu.optimized.window_attention import (
+    kernels as window_kernels,
+)
+from linmu.optimized.window_attention import (
+    kernels_backward as window_gradients,
+)
 
 # fmt: off
 FLOAT32 = {
@@ -86,10 +90,10 @@ WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
 # name -> module, kernel, constants, warps or tiles by dtype, stages, pointers of another type than elsewhere
 KERNELS = {
-    "scalars": ("scan_scalars", "scalars_kernel", SCAN | {"BLOCK": 16}, 4, 3, {}),
-    "sweep": ("scan_states", "sweep_kernel", SCAN | SWEEP, None, 3, {"WEIGHT": "*fp32"}),
+    "scalars": ("scan.kernels.scalars", "scalars_kernel", SCAN | {"BLOCK": 16}, 4, 3, {}),
+    "sweep": ("scan.kernels.states", "sweep_kernel", SCAN | SWEEP, None, 3, {"WEIGHT": "*fp32"}),
     "sweep_runs": (
-        "scan_states",
+        "scan.kernels.states",
         "sweep_kernel",
         SCAN | SWEEP | {"STARTS": False},
         None,
@@ -97,7 +101,7 @@ KERNELS = {
         {"WEIGHT": "*fp32"},
     ),
     "sweep_partner": (
-        "scan_states",
+        "scan.kernels.states",
         "sweep_kernel",
         SCAN | SWEEP | GRADIENT | {"HAS_PARTNER": True, "RATIO": 1},
         None,
@@ -105,23 +109,44 @@ KERNELS = {
         {"WEIGHT": "*fp32"},
     ),
     "link": (
-        "scan_states",
+        "scan.kernels.states",
         "link_kernel",
         {"HEADS": 28, "BLOCK": 512, "BACKWARDS": 1, "HAS_START": True},
         4,
         3,
         {},
     ),
-    "rates": ("scan_gradients", "rates_kernel", SCAN | GRADIENT | {"BLOCK": 16}, 8, 3, {}),
-    "norm_gradient": ("norm_kernels", "norm_gradient_kernel", SCAN | {"ROWS": 32}, 4, 3, {}),
-    "output": ("scan_output", "output_kernel", SCAN, None, 1, {}),
-    "reader": ("scan_readers", "reader_kernel", SCAN | GRADIENT, 8, 1, {}),
-    "writer_x": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": True}, 8, 1, {}),
-    "writer_b": ("scan_writers", "writer_kernel", SCAN | GRADIENT | {"OF_X": False}, 8, 1, {}),
-    "attend": ("window_kernels", "attend_kernel", WINDOW, window_kernels.FORWARD, None, PLAN),
-    "attend_held": ("window_kernels", "attend_held_kernel", WINDOW, window_kernels.HELD, None, PLAN),
+    "rates": ("scan.kernels_backward.scalars", "rates_kernel", SCAN | GRADIENT | {"BLOCK": 16}, 8, 3, {}),
+    "norm_gradient": ("scan.kernels_backward.norm", "norm_gradient_kernel", SCAN | {"ROWS": 32}, 4, 3, {}),
+    "output": ("scan.kernels.output", "output_kernel", SCAN, None, 1, {}),
+    "reader": ("scan.kernels_backward.readers", "reader_kernel", SCAN | GRADIENT, 8, 1, {}),
+    "writer_x": (
+        "scan.kernels_backward.writers",
+        "writer_kernel",
+        SCAN | GRADIENT | {"OF_X": True},
+        8,
+        1,
+        {},
+    ),
+    "writer_b": (
+        "scan.kernels_backward.writers",
+        "writer_kernel",
+        SCAN | GRADIENT | {"OF_X": False},
+        8,
+        1,
+        {},
+    ),
+    "attend": ("window_attention.kernels", "attend_kernel", WINDOW, window_kernels.FORWARD, None, PLAN),
+    "attend_held": (
+        "window_attention.kernels",
+        "attend_held_kernel",
+        WINDOW,
+        window_kernels.HELD,
+        None,
+        PLAN,
+    ),
     "query_gradient": (
-        "window_gradients",
+        "window_attention.kernels_backward",
         "query_gradient_kernel",
         WINDOW,
         window_gradients.QUERY_GRADIENT,
@@ -129,7 +154,7 @@ KERNELS = {
         PLAN,
     ),
     "key_gradient": (
-        "window_gradients",
+        "window_attention.kernels_backward",
         "key_gradient_kernel",
         WINDOW,
         window_gradients.KEY_GRADIENT,
@@ -137,7 +162,7 @@ KERNELS = {
         PLAN,
     ),
     "query_gradient_held": (
-        "held_gradients",
+        "window_attention.held_backward",
         "query_gradient_held_kernel",
         WINDOW,
         held_gradients.QUERY_HELD,
@@ -145,7 +170,7 @@ KERNELS = {
         PLAN,
     ),
     "key_gradient_held": (
-        "held_gradients",
+        "window_attention.held_backward",
         "key_gradient_held_kernel",
         WINDOW | {"KEYS": held_gradients.ANY},
         held_gradients.KEY_HELD,
@@ -177,17 +202,24 @@ KERNELS = {
         2,
         dict.fromkeys(("PRESENT", "NEXT"), "*u8"),
     ),
-    "conv_forward": ("conv_kernels", "forward_kernel", CONV, 4, 3, {}),
-    "conv_backward": ("conv_gradients", "backward_kernel", CONV, 4, 3, {}),
-    "divergence": ("loss_kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
-    "divergence_gradient": ("loss_kernels", "gradient_kernel", LOSS, 8, 3, {}),
-    "step": ("step_kernels", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
-    "mix": ("mixing_kernels", "mix_kernel", MIX, 4, 3, {"LOGIT": "*fp32"}),
-    "mix_gradient": ("mixing_kernels", "mix_gradient_kernel", MIX, 4, 3, MIX_POINTERS),
-    "rope": ("rope_kernels", "rope_kernel", ROPE, 4, 3, {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"}),
-    "text_step": ("text_step_kernels", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
-    "project_one": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
-    "project_four": ("text_step_kernels", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
+    "conv_forward": ("causal_conv.kernels", "forward_kernel", CONV, 4, 3, {}),
+    "conv_backward": ("causal_conv.kernels_backward", "backward_kernel", CONV, 4, 3, {}),
+    "divergence": ("losses.kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
+    "divergence_gradient": ("losses.kernels", "gradient_kernel", LOSS, 8, 3, {}),
+    "step": ("decoding.kernels.scan_step", "step_kernel", SCAN, 4, 3, {"STATE": "*fp32"}),
+    "mix": ("elementwise.kernels", "mix_kernel", MIX, 4, 3, {"LOGIT": "*fp32"}),
+    "mix_gradient": ("elementwise.kernels", "mix_gradient_kernel", MIX, 4, 3, MIX_POINTERS),
+    "rope": (
+        "elementwise.rope_kernels",
+        "rope_kernel",
+        ROPE,
+        4,
+        3,
+        {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"},
+    ),
+    "text_step": ("decoding.kernels.text_step", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
+    "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
+    "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
 }
 
 

@@ -20,16 +20,22 @@ import torch
 from torch import Tensor
 
 from linmu import optimized, reference
-from linmu.optimized import (
-    conv_kernels,
-    held_gradients,
-    loss_kernels,
-    scan_states,
-    scan_tiles,
-    window_gradients,
-    window_kernels,
-    window_plan,
-    window_tiles,
+from linmu.optimized.causal_conv import kernels as conv_kernels
+from linmu.optimized.layout import plan as window_plan
+from linmu.optimized.losses import kernels as loss_kernels
+from linmu.optimized.scan.kernels import states as scan_states
+from linmu.optimized.scan.kernels import tiles as scan_tiles
+from linmu.optimized.window_attention import (
+    held_backward as held_gradients,
+)
+from linmu.optimized.window_attention import (
+    kernels as window_kernels,
+)
+from linmu.optimized.window_attention import (
+    kernels_backward as window_gradients,
+)
+from linmu.optimized.window_attention import (
+    tiles as window_tiles,
 )
 
 from ....harness.cancellation import sizes_of_sums

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linmu import optimized, reference
-from linmu.optimized import text_step_kernels
+from linmu.optimized.decoding.kernels import text_step as text_step_kernels
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 

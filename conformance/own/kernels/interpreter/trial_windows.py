@@ -14,8 +14,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from linmu.optimized import batched_windows, window_gradients, window_kernels, window_plan
-from linmu.optimized.window_tiles import LOG2_E
+from linmu.optimized.layout import plan as window_plan
+from linmu.optimized.window_attention import (
+    kernels as window_kernels,
+)
+from linmu.optimized.window_attention import (
+    kernels_backward as window_gradients,
+)
+from linmu.optimized.window_attention import (
+    torch_engine as batched_windows,
+)
+from linmu.optimized.window_attention.tiles import LOG2_E
 
 from ....harness.compare import assert_exact, assert_same
 from . import mend_bfloat16, mend_scalars, watch_memory

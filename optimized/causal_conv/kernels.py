@@ -1,0 +1,266 @@
+# ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
+"""Triton kernel for the causal convolution over valid tokens.
+
+Letters: B batch, L tokens, K taps. With r the rank of a token among the valid ones of its row and s_r the
+input of that rank times the scale, the state standing at ranks 1-K … -1:
+
+    out_r = Σ_k weight[k] s_{r-K+1+k} + bias                                                               (1)
+
+`reference/scan.py`, eq. (4). A kernel finds a rank's place in the sequence by index, and the place's token of
+u, so nothing is moved; without a mask rank and place are the same, without an order place and token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..engine.launch import ceil_div, launching, power_of_2
+from ..scan.kernels.tiles import rows_of
+from .torch_engine import by_part
+
+ROWS, COLUMNS = 32, 64
+
+
+@triton.jit
+def input_of(
+    U,
+    PLACE,
+    ORDER,
+    START,
+    rank,
+    taken,
+    batch,
+    u_batch,
+    u_token,
+    length,
+    channel,
+    scale,
+    CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_START: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """s of eq. (1) at some ranks, those of the state included, 0 where not taken: (ranks, channels)."""
+    inside = (channel < CHANNELS)[None, :]
+    among = taken & (rank >= 0)
+    where = rank
+    if HAS_MASK:
+        where = tl.load(PLACE + batch * length + where, mask=among, other=0)
+    if HAS_ORDER:
+        where = tl.load(ORDER + batch * length + where, mask=among, other=0)
+    tile = U + batch * u_batch + where[:, None] * u_token + channel[None, :]
+    seen = tl.load(tile, mask=among[:, None] & inside, other=0.0).to(tl.float32)
+    if SCALES:  # rounded as a tensor would be that holds the product
+        seen = (seen * scale).to(U.dtype.element_ty).to(tl.float32)
+    if HAS_START:
+        before = taken & (rank < 0)
+        tile = START + (batch * (TAPS - 1) + rank + TAPS - 1)[:, None] * STATES + channel[None, :]
+        seen += tl.load(tile, mask=before[:, None] & inside, other=0.0)
+    return seen
+
+
+@triton.jit
+def forward_kernel(
+    U,
+    WEIGHT,
+    BIAS,
+    RANK,
+    PLACE,
+    ORDER,
+    COUNT,
+    START,
+    OUT,
+    FINAL,
+    u_batch,
+    u_token,
+    length,
+    scale,
+    CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+    TAPS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Eq. (1): the loop of the reference's `causal_conv`; RANK is -1 on masked tokens.
+
+    Each of the last K-1 valid tokens puts its input into FINAL; what is older comes from START. A token has
+    STATES channels there, these among them.
+    """
+    batch = tl.cast(tl.program_id(2), tl.int64)
+    token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = token < length
+    inside = channel < CHANNELS
+    rank = token
+    taken = real
+    count = tl.cast(length, tl.int64)
+    if HAS_MASK:
+        rank = tl.load(RANK + batch * length + token, mask=real, other=-1)
+        taken = rank >= 0
+        count = tl.load(COUNT + batch)
+    out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tap in tl.static_range(TAPS):
+        seen = input_of(
+            U,
+            PLACE,
+            ORDER,
+            START,
+            rank - (TAPS - 1) + tap,
+            taken,
+            batch,
+            u_batch,
+            u_token,
+            length,
+            channel,
+            scale,
+            CHANNELS,
+            STATES,
+            TAPS,
+            HAS_MASK,
+            HAS_ORDER,
+            HAS_START,
+            SCALES,
+        )
+        weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        out += seen * weight[None, :]
+    if HAS_BIAS:
+        out += tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    out = tl.where(taken[:, None], out, 0.0)
+    tile = OUT + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
+    tl.store(tile, out.to(OUT.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    if TAPS > 1:
+        final = FINAL + batch * (TAPS - 1) * STATES + channel[None, :]
+        kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+        last = (taken & (kept >= 0))[:, None] & inside[None, :]
+        tl.store(final + kept[:, None] * STATES, seen, mask=last)
+        if tl.program_id(0) == 0:
+            place = tl.arange(0, BEFORE)
+            older = (place + count < TAPS - 1)[:, None] & inside[None, :]
+            before = tl.zeros([BEFORE, COLUMNS], tl.float32)
+            if HAS_START:
+                start = START + (batch * (TAPS - 1) + place + count)[:, None] * STATES + channel[None, :]
+                before = tl.load(start, mask=older, other=0.0)
+            tl.store(final + place[:, None] * STATES, before, mask=older)
+
+
+def ranks(mask: Tensor | None) -> dict[str, Tensor | None]:
+    """RANK (B, L), -1 where masked; PLACE (B, L), where each rank stands; COUNT (B,) of valid tokens."""
+    if mask is None:
+        return {"RANK": None, "PLACE": None, "COUNT": None}
+    rank = torch.where(mask, mask.cumsum(1) - 1, -1)
+    length = mask.shape[1]
+    token = torch.arange(length, device=mask.device).expand(mask.shape)
+    place = token.new_zeros(len(mask), length + 1)  # masked tokens meet in the last place
+    place = place.scatter_(1, torch.where(mask, rank, length), token)[:, :length].contiguous()
+    return {"RANK": rank, "PLACE": place, "COUNT": mask.sum(1)}
+
+
+def flags(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    start: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+) -> dict:
+    """The compile-time constants that this kernel and that of the gradient share."""
+    taps = weight.shape[1]
+    return {
+        "CHANNELS": u.shape[2],
+        "TAPS": taps,
+        "ROWS": ROWS,
+        "COLUMNS": COLUMNS,
+        "HAS_MASK": mask is not None,
+        "HAS_ORDER": order is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_START": start is not None and taps > 1,
+        "SCALES": scale != 1,
+        "num_warps": 4,
+    }
+
+
+def grid(u: Tensor) -> tuple[int, int, int]:
+    """Blocks of tokens, blocks of channels, rows of the batch."""
+    return ceil_div(u.shape[1], ROWS), ceil_div(u.shape[2], COLUMNS), u.shape[0]
+
+
+def forward(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`conv.forward` on a Triton kernel: out (B, L, channels) and the last K-1 valid inputs, float32."""
+    (out,), final = forward_parts([u], weight, bias, mask, initial_state, order, (scale,))
+    return out, final
+
+
+@launching
+def forward_parts(
+    parts: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    scales: tuple[float, ...],
+) -> tuple[list[Tensor], Tensor]:
+    """`conv.forward_parts`, a launch for each part, which reads and writes its channels of the states."""
+    sizes, (channels, taps) = [part.shape[2] for part in parts], weight.shape
+    final = parts[0].new_empty(parts[0].shape[0], taps - 1, channels, dtype=torch.float32)
+    start = None if initial_state is None else initial_state.float().contiguous()
+    weights, biases = by_part(weight.contiguous(), sizes, 0), by_part(bias, sizes, 0)
+    states = by_part(start, sizes, 2), by_part(final, sizes, 2)
+    given, index = zip(map(rows_of, parts), weights, biases, *states, scales, strict=True), ranks(mask)
+    return [convolve(*each, channels, mask, index, order) for each in given], final
+
+
+def convolve(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: Tensor | None,
+    final: Tensor,
+    scale: float,
+    states: int,
+    mask: Tensor | None,
+    index: dict[str, Tensor | None],
+    order: Tensor | None,
+) -> Tensor:
+    """`forward_kernel` for one part; tokens of `start` and `final` have so many `states`."""
+    out = u.new_empty(u.shape)
+    forward_kernel[grid(u)](
+        u,
+        weight,
+        bias,
+        index["RANK"],
+        index["PLACE"],
+        order,
+        index["COUNT"],
+        start,
+        out,
+        final,
+        *u.stride()[:2],
+        u.shape[1],
+        scale,
+        STATES=states,
+        BEFORE=power_of_2(max(weight.shape[1] - 1, 1)),
+        **flags(u, weight, bias, mask, start, order, scale),
+    )
+    return out

@@ -1,0 +1,182 @@
+# ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
+"""Triton kernel for the gradients of the causal convolution: ∂u, and partial sums of ∂weight and ∂bias.
+
+Letters and ranks as in `conv_kernels`:
+
+    ∂s_r = Σ_k weight[k] ∂out_{r+K-1-k}        ∂weight[k] = Σ_r ∂out_r s_{r-K+1+k}                         (1)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..engine.launch import launching
+from ..scan.kernels.tiles import rows_of
+from .kernels import flags, grid, input_of, ranks
+
+
+@triton.jit
+def backward_kernel(
+    U,
+    WEIGHT,
+    OUT_GRAD,
+    RANK,
+    PLACE,
+    ORDER,
+    COUNT,
+    START,
+    FINAL_GRAD,
+    U_GRAD,
+    WEIGHT_GRAD,
+    BIAS_GRAD,
+    u_batch,
+    u_token,
+    g_batch,
+    g_token,
+    length,
+    scale,
+    CHANNELS: tl.constexpr,
+    STATES: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Eq. (1), and what a block of tokens adds to the gradients of weight and bias."""
+    batch = tl.cast(tl.program_id(2), tl.int64)
+    token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = token < length
+    inside = channel < CHANNELS
+    rank = token
+    taken = real
+    count = tl.cast(length, tl.int64)
+    if HAS_MASK:
+        rank = tl.load(RANK + batch * length + token, mask=real, other=-1)
+        taken = rank >= 0
+        count = tl.load(COUNT + batch)
+    both = taken[:, None] & inside[None, :]
+    part = batch * tl.num_programs(0) + tl.program_id(0)
+    grad = tl.load(
+        OUT_GRAD + batch * g_batch + token[:, None] * g_token + channel[None, :], mask=both, other=0.0
+    )
+    grad = grad.to(tl.float32)
+    u_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tap in range(TAPS):
+        weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        later = rank + (TAPS - 1) - tap
+        among = taken & (later < count)
+        where = later
+        if HAS_MASK:
+            where = tl.load(PLACE + batch * length + later, mask=among, other=0)
+        tile = OUT_GRAD + batch * g_batch + where[:, None] * g_token + channel[None, :]
+        reached = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        u_grad += reached * weight[None, :]
+        seen = input_of(
+            U,
+            PLACE,
+            ORDER,
+            START,
+            rank - (TAPS - 1) + tap,
+            taken,
+            batch,
+            u_batch,
+            u_token,
+            length,
+            channel,
+            scale,
+            CHANNELS,
+            STATES,
+            TAPS,
+            HAS_MASK,
+            HAS_ORDER,
+            HAS_START,
+            SCALES,
+        )
+        tl.store(WEIGHT_GRAD + (part * TAPS + tap) * CHANNELS + channel, tl.sum(seen * grad, 0), mask=inside)
+    kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+    among = taken & (kept >= 0)
+    tile = FINAL_GRAD + (batch * (TAPS - 1) + kept)[:, None] * CHANNELS + channel[None, :]
+    u_grad += tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0)
+    if HAS_BIAS:
+        tl.store(BIAS_GRAD + part * CHANNELS + channel, tl.sum(grad, 0), mask=inside)
+    u_grad = tl.where(taken[:, None], u_grad, 0.0)
+    if SCALES:
+        u_grad = u_grad * scale
+    if HAS_ORDER:
+        token = tl.load(ORDER + batch * length + token, mask=real, other=0)
+    tile = U_GRAD + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
+    tl.store(tile, u_grad.to(U_GRAD.dtype.element_ty), mask=real[:, None] & inside[None, :])
+
+
+@launching
+def gradient(
+    out_grad: Tensor,
+    final_grad: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    initial_state: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, ...]:
+    """`conv.gradient` on a Triton kernel; partial sums are added in a fixed order."""
+    u, out_grad = rows_of(u), rows_of(out_grad)
+    batch, length, channels = u.shape
+    taps, parts = weight.shape[1], grid(u)[0] * batch
+    start = None if initial_state is None else initial_state.float().contiguous()
+    u_grad = u.new_empty(u.shape)
+    weight_grad = u.new_empty(parts, taps, channels, dtype=torch.float32)
+    bias_grad = None if bias is None else u.new_empty(parts, channels, dtype=torch.float32)
+    index = ranks(mask)
+    backward_kernel[grid(u)](
+        u,
+        weight.contiguous(),
+        out_grad,
+        index["RANK"],
+        index["PLACE"],
+        order,
+        index["COUNT"],
+        start,
+        final_grad.float().contiguous(),
+        u_grad,
+        weight_grad,
+        bias_grad,
+        *u.stride()[:2],
+        *out_grad.stride()[:2],
+        length,
+        scale,
+        STATES=channels,
+        **flags(u, weight, bias, mask, start, order, scale),
+    )
+    start_grad = None if start is None else start_gradient(out_grad, final_grad, weight, index, length)
+    bias_grad = None if bias is None else bias_grad.sum(0)
+    return u_grad, weight_grad.sum(0).T, bias_grad, start_grad
+
+
+def start_gradient(
+    out_grad: Tensor, final_grad: Tensor, weight: Tensor, index: dict[str, Tensor | None], length: int
+) -> Tensor:
+    """What the first K-1 valid tokens, and the final state if there are fewer, owe the initial state."""
+    batch, _, channels = out_grad.shape
+    taps = weight.shape[1]
+    grad = out_grad.new_zeros(batch, taps - 1, channels, dtype=torch.float32)
+    row = torch.arange(batch, device=out_grad.device)
+    count = torch.full_like(row, length) if index["COUNT"] is None else index["COUNT"]
+    for place in range(taps - 1):  # rank place - (K-1)
+        for rank in range(min(place + 1, length)):
+            token = torch.full_like(row, rank) if index["PLACE"] is None else index["PLACE"][:, rank]
+            reached = torch.where((count > rank)[:, None], out_grad[row, token].float(), 0)
+            grad[:, place] += weight[:, place - rank].float() * reached
+        kept = place - count
+        passed = final_grad.float()[row, kept.clamp_min(0)]
+        grad[:, place] += torch.where((kept >= 0)[:, None], passed, 0)
+    return grad

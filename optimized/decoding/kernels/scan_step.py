@@ -1,0 +1,122 @@
+# ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
+"""Triton kernel for one token of decoding: every element of the state is read once and written once.
+
+Letters and equation as in `step`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...engine.launch import ceil_div, launching, power_of_2
+from ...scan.kernels.tiles import rows_of
+
+BLOCK_P = 32
+
+
+@triton.jit
+def step_kernel(
+    STATE,
+    X,
+    DT,
+    A,
+    B,
+    C,
+    D,
+    VALID,
+    NEW_STATE,
+    Y,
+    x_batch,
+    x_head,
+    b_batch,
+    b_head,
+    c_batch,
+    c_head,
+    HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
+    """Eq. (1) for a block of P of one head: `advance` of the reference. NEW_STATE may be STATE."""
+    head = tl.program_id(0) % HEADS
+    batch = tl.cast(tl.program_id(0) // HEADS, tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    at = batch * HEADS + head
+    group = tl.cast(head // RATIO, tl.int64)
+    x = tl.load(X + batch * x_batch + group * x_head + p, mask=p < P, other=0.0).to(tl.float32)
+    b = tl.load(B + batch * b_batch + group * b_head + n, mask=n < N, other=0.0).to(tl.float32)
+    c = tl.load(C + batch * c_batch + tl.cast(head, tl.int64) * c_head + n, mask=n < N, other=0.0).to(
+        tl.float32
+    )
+    dt = tl.load(DT + at).to(tl.float32)
+    if HAS_VALID:  # a row at rest may hold anything
+        taken = tl.load(VALID + batch) != 0
+        x = tl.where(taken, x, 0.0)
+        b = tl.where(taken, b, 0.0)
+        c = tl.where(taken, c, 0.0)
+        dt = tl.where(taken, dt, 0.0)
+    decay = tl.exp(dt * tl.load(A + head).to(tl.float32))
+    tile = at * (N * P) + n[:, None] * P + p[None, :]
+    inside = (n < N)[:, None] & (p < P)[None, :]
+    state = tl.load(STATE + tile, mask=inside, other=0.0)
+    state = decay * state + (dt * b)[:, None] * x[None, :]
+    tl.store(NEW_STATE + tile, state, mask=inside)
+    y = tl.sum(state * c[:, None], 0)
+    if HAS_SKIP:
+        y += tl.load(D + head).to(tl.float32) * x
+    tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=p < P)
+
+
+@launching
+def advance(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    valid: Tensor | None,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`step.advance` on a Triton kernel; `in_place` overwrites `state`, which must be contiguous float32."""
+    batch, heads, size, head_dim = state.shape
+    state = state if in_place else state.float().contiguous()
+    new_state = state if in_place else torch.empty_like(state)
+    x, B, C = rows_of(x), rows_of(B), rows_of(C)
+    y = x.new_empty(batch, heads, head_dim)
+    block = min(power_of_2(head_dim), BLOCK_P)
+    step_kernel[(batch * heads, ceil_div(head_dim, block))](
+        state,
+        x,
+        dt.contiguous(),
+        A.contiguous(),
+        B,
+        C,
+        D,
+        None if valid is None else valid.contiguous().view(torch.uint8),
+        new_state,
+        y,
+        *x.stride()[:2],
+        *B.stride()[:2],
+        *C.stride()[:2],
+        HEADS=heads,
+        RATIO=heads // x.shape[1],
+        N=size,
+        P=head_dim,
+        BLOCK_N=power_of_2(size),
+        BLOCK_P=block,
+        HAS_SKIP=D is not None,
+        HAS_VALID=valid is not None,
+        num_warps=4,
+    )
+    return y, new_state

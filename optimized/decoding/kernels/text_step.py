@@ -1,0 +1,376 @@
+# ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
+"""Triton kernels for one token of text: the products with its hidden states in one launch, all that lies
+between them and the output projection in another.
+
+Letters as in `text_step`. The products read every weight once and share nothing, so each program takes a few
+rows of one matrix and walks along the width. A step's program takes one head: its state is read once and
+written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...engine.launch import ceil_div, launching, power_of_2
+from ...scan.kernels.tiles import rows_of
+
+ELEMENTS = {1: 4096, 2: 4096, 4: 8192}  # rows of the batch -> of a program's sums
+OUTPUTS = {1: 4, 2: 4, 4: 8}  # rows of the batch -> rows of the weight that a program takes
+WARPS = {True: 8, False: 4}  # of a step, for heads beyond 64 and for smaller ones
+SERIES = tl.constexpr(0.1)  # below, log(1 + e) would lose the last bits of a small e
+
+
+@triton.jit
+def rows_product(
+    U,
+    WEIGHT,
+    BIAS,
+    OUT,
+    block,
+    size,
+    batch,
+    u_batch,
+    out_batch,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """OUT = U WEIGHTᵀ + BIAS for one block of WEIGHT's rows, summed in float32."""
+    row = tl.arange(0, ROWS)
+    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    there, inside = row < batch, output < size
+    weights = WEIGHT + tl.cast(output, tl.int64)[None, :, None] * WIDTH
+    tokens = U + tl.cast(row, tl.int64)[:, None, None] * u_batch
+    total = tl.zeros([ROWS, OUTPUTS, STEP], tl.float32)
+    for start in range(0, WIDTH, STEP):
+        column = start + tl.arange(0, STEP)
+        within = (column < WIDTH)[None, None, :]
+        weight = tl.load(
+            weights + column[None, None, :],
+            mask=inside[None, :, None] & within,
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        token = tl.load(tokens + column[None, None, :], mask=there[:, None, None] & within, other=0.0)
+        total += token.to(tl.float32) * weight.to(tl.float32)
+    out = tl.sum(total, 2)
+    if HAS_BIAS:
+        out += tl.load(BIAS + output, mask=inside, other=0.0).to(tl.float32)[None, :]
+    place = tl.cast(row, tl.int64)[:, None] * out_batch + output[None, :]
+    tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def project_kernel(
+    U,
+    V,
+    K,
+    Q,
+    DT,
+    Z,
+    V_BIAS,
+    K_BIAS,
+    Q_BIAS,
+    DT_BIAS,
+    Z_BIAS,
+    TAKEN,
+    RATE,
+    GATED,
+    batch,
+    u_batch,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+):
+    """`text_step.project`: the first programs take V, then K, Q, DT and Z."""
+    channels: tl.constexpr = 2 * GROUPED + INNER
+    grouped: tl.constexpr = (GROUPED + OUTPUTS - 1) // OUTPUTS  # blocks
+    inner: tl.constexpr = (INNER + OUTPUTS - 1) // OUTPUTS
+    heads: tl.constexpr = (HEADS + OUTPUTS - 1) // OUTPUTS
+    block = tl.program_id(0)
+    if block < grouped:
+        rows_product(
+            U, V, V_BIAS, TAKEN, block, GROUPED, batch, u_batch, channels,
+            WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
+        )  # fmt: skip
+    elif block < 2 * grouped:
+        rows_product(
+            U, K, K_BIAS, TAKEN + GROUPED, block - grouped, GROUPED, batch, u_batch, channels,
+            WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
+        )  # fmt: skip
+    elif block < 2 * grouped + inner:
+        rows_product(
+            U, Q, Q_BIAS, TAKEN + 2 * GROUPED, block - 2 * grouped, INNER, batch, u_batch, channels,
+            WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
+        )  # fmt: skip
+    elif block < 2 * grouped + inner + heads:
+        rows_product(
+            U, DT, DT_BIAS, RATE, block - 2 * grouped - inner, HEADS, batch, u_batch, HEADS,
+            WIDTH, ROWS, OUTPUTS, STEP, True,
+        )  # fmt: skip
+    elif HAS_Z:
+        rows_product(
+            U, Z, Z_BIAS, GATED, block - 2 * grouped - inner - heads, INNER, batch, u_batch, INNER,
+            WIDTH, ROWS, OUTPUTS, STEP, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def softplus(rate):
+    """log(1 + e^rate), the rate itself above 20 as torch has it."""
+    e = tl.exp(tl.minimum(rate, 20.0))
+    s = tl.minimum(e, SERIES)
+    series = s * (1.0 - s * (1 / 2 - s * (1 / 3 - s * (1 / 4 - s * (1 / 5 - s / 6)))))
+    return tl.where(rate > 20.0, rate, tl.where(e < SERIES, series, tl.log(1.0 + e)))
+
+
+@triton.jit
+def convolved(
+    TOKENS,
+    START,
+    NEXT,
+    WEIGHT,
+    BIAS,
+    place,
+    shift,
+    factor,
+    end,
+    written,
+    batch,
+    taken,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Eq. (2) at `place`s before `end` of x, B or C, whose first channel is `shift`; the new state at those
+    before `written`.
+    """
+    inside = place < end
+    if TAPS == 0:
+        out = tl.load(TOKENS + place, mask=inside, other=0.0).to(tl.float32) * factor
+    else:  # the window in one tile, the last row the token: loaded once, not by every thread that reads it
+        tap = tl.arange(0, ROWS)[:, None]
+        channel = shift + place[None, :]
+        state = batch * (TAPS - 1) * CHANNELS + channel
+        before = inside[None, :] & (tap < TAPS - 1)
+        now = inside[None, :] & (tap == TAPS - 1)
+        window = tl.load(START + state + tap * CHANNELS, mask=before, other=0.0)
+        window += tl.load(TOKENS + place[None, :] + tap * 0, mask=now, other=0.0).to(tl.float32) * factor
+        weight = tl.load(WEIGHT + channel * TAPS + tap, mask=before | now, other=0.0).to(tl.float32)
+        out = tl.sum(window * weight, 0)
+        row = tap - tl.where(taken, 1, 0)  # where a row of the window stands in the new state
+        kept = (place < written)[None, :] & (row >= 0) & (row < TAPS - 1)
+        tl.store(NEXT + state + row * CHANNELS, window, mask=kept)
+        if HAS_BIAS:
+            out += tl.load(BIAS + shift + place, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(taken, out, 0.0)  # a row at rest may hold anything
+
+
+@triton.jit
+def text_step_kernel(
+    STATE,
+    START,
+    NEXT,
+    X,
+    B,
+    C,
+    RATE,
+    A_LOG,
+    D,
+    WEIGHT,
+    BIAS,
+    NORM,
+    Z,
+    VALID,
+    Y,
+    x_batch,
+    b_batch,
+    c_batch,
+    scale,
+    eps,
+    HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
+    """`text_step.advance` for one head, N = P = P; STATE is overwritten."""
+    head = tl.program_id(0) % HEADS
+    batch = tl.cast(tl.program_id(0) // HEADS, tl.int64)
+    group = head // RATIO
+    grouped: tl.constexpr = HEADS // RATIO * P
+    channels: tl.constexpr = 2 * grouped + HEADS * P
+    n, p = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P)
+    at = batch * HEADS + head
+    tile = STATE + at * (P * P) + n[:, None] * P + p[None, :]
+    taken = batch >= 0
+    if HAS_VALID:
+        taken = tl.load(VALID + batch) != 0
+    own, last = group * P, (group + 1) * P
+    written = tl.where(head % RATIO == 0, last, 0)  # the first head of a group writes its state
+    x = convolved(
+        X + batch * x_batch, START, NEXT, WEIGHT, BIAS, own + p, 0, 1.0, last, written, batch, taken,
+        channels, TAPS, ROWS, HAS_BIAS,
+    )  # fmt: skip
+    b = convolved(
+        B + batch * b_batch, START, NEXT, WEIGHT, BIAS, own + n, grouped, 1.0, last, written, batch,
+        taken, channels, TAPS, ROWS, HAS_BIAS,
+    )  # fmt: skip
+    c = convolved(
+        C + batch * c_batch, START, NEXT, WEIGHT, BIAS, head * P + n, 2 * grouped, scale, (head + 1) * P,
+        (head + 1) * P, batch, taken, channels, TAPS, ROWS, HAS_BIAS,
+    )  # fmt: skip
+    dt = tl.where(taken, softplus(tl.load(RATE + at).to(tl.float32)), 0.0)
+    decay = tl.exp(-dt * tl.exp(tl.load(A_LOG + head).to(tl.float32)))
+    decay = tl.where(taken, decay, 1.0)
+    if P == BLOCK_P:  # without a mask the tile's addresses take one register
+        state = tl.load(tile)
+    else:
+        state = tl.load(tile, mask=(n < P)[:, None] & (p < P)[None, :], other=0.0)
+    state = decay * state + (dt * b)[:, None] * x[None, :]
+    if P == BLOCK_P:
+        tl.store(tile, state)
+    else:
+        tl.store(tile, state, mask=(n < P)[:, None] & (p < P)[None, :])
+    y = tl.sum(state * c[:, None], 0)
+    y += tl.load(D + head).to(tl.float32) * x
+    real = p < P
+    if HAS_NORM:
+        weight = tl.load(NORM + head * P + p, mask=real, other=0.0).to(tl.float32)
+        y = y * (1.0 / tl.sqrt(tl.sum(y * y, 0) / P + eps)) * weight
+    if HAS_Z:
+        z = tl.load(Z + at * P + p, mask=real, other=0.0).to(tl.float32)
+        y = y * z / (1.0 + tl.exp(-z))
+    y = tl.where(taken, y, 0.0)
+    tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=real)
+
+
+@launching
+def project(
+    u: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    z_weight: Tensor | None,
+    z_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`text_step.project` on a Triton kernel; weights are contiguous, and there are four rows at most."""
+    batch, width = u.shape
+    (grouped, _), (inner, _) = weights[0].shape, weights[2].shape
+    heads = len(dt_weight)
+    u = rows_of(u)
+    taken = u.new_empty(batch, 2 * grouped + inner)
+    rate = u.new_empty(batch, heads, dtype=torch.float32)
+    z = u.new_empty(0) if z_weight is None else u.new_empty(batch, inner)
+    rows = power_of_2(batch)
+    outputs = OUTPUTS[rows]
+    sizes = (grouped, grouped, inner, heads, 0 if z_weight is None else inner)
+    project_kernel[(sum(ceil_div(size, outputs) for size in sizes),)](
+        u,
+        *weights,
+        dt_weight,
+        z_weight,
+        *biases,
+        dt_bias,
+        z_bias,
+        taken,
+        rate,
+        z,
+        batch,
+        u.stride(0),
+        WIDTH=width,
+        HEADS=heads,
+        GROUPED=grouped,
+        INNER=inner,
+        ROWS=rows,
+        OUTPUTS=outputs,
+        STEP=min(ELEMENTS[rows] // (rows * outputs), power_of_2(width)),
+        HAS_BIAS=biases[0] is not None,
+        HAS_Z=z_weight is not None,
+        num_warps=4,
+    )
+    return taken, rate, z
+
+
+@launching
+def advance(
+    scan_state: Tensor,
+    conv_state: Tensor | None,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    rate: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    z: Tensor | None,
+    valid: Tensor | None,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`text_step.advance` on a Triton kernel; `scan_state` is overwritten."""
+    batch, heads, size, _ = scan_state.shape
+    groups = x.shape[1]
+    x, B, C = (rows_of(tensor.flatten(1)) for tensor in (x, B, C))
+    taps = 0 if conv_weight is None else conv_weight.shape[1]
+    channels = (2 * groups + heads) * size
+    if conv_weight is None:
+        new_conv_state = x.new_zeros(batch, 0, channels)
+    else:
+        new_conv_state = x.new_empty(batch, taps - 1, channels, dtype=torch.float32)
+        conv_state = conv_state.float().contiguous()
+    y = x.new_empty(batch, heads * size)
+    text_step_kernel[(batch * heads,)](
+        scan_state,
+        conv_state,
+        new_conv_state,
+        x,
+        B,
+        C,
+        rate.contiguous(),
+        A_log,
+        D,
+        None if conv_weight is None else conv_weight.contiguous(),
+        conv_bias,
+        norm_weight,
+        None if z is None else z.contiguous(),
+        None if valid is None else valid.contiguous().view(torch.uint8),
+        y,
+        x.stride(0),
+        B.stride(0),
+        C.stride(0),
+        scale,
+        eps,
+        HEADS=heads,
+        RATIO=heads // groups,
+        P=size,
+        BLOCK_P=power_of_2(size),
+        TAPS=taps,
+        ROWS=power_of_2(max(taps, 1)),
+        HAS_BIAS=conv_bias is not None,
+        HAS_NORM=norm_weight is not None,
+        HAS_Z=z is not None,
+        HAS_VALID=valid is not None,
+        num_warps=WARPS[size > 64],
+    )
+    return y, new_conv_state

@@ -1,0 +1,179 @@
+"""`reference/layout.py` without loops over tokens: sorts and scatters on the device of the coordinates.
+
+Letters: B batch, L tokens, n of them. The device is asked once per layout whether it is well formed, and
+nothing else, unless its numbers are so large that keys must be numbered before they are joined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linmu import reference
+
+from ...reference.layout import SCAN_AXES, inverse_order
+from ..checks import require
+from ..scan import operator as operators
+from .segments import openings
+from .sorts import Facts, Sorted, by_segment, examine, flat_order, scan_rows, window_numbers
+
+__all__ = ["VisionLayout", "check_coords", "inverse_order", "permute_tokens", "scan_order", "window_ids"]
+
+NEARLY_ALL = 0.9  # of the tokens: leaving out the rest would not pay for bringing these together
+
+
+def check_coords(coords: Tensor, where: str = "coords") -> None:
+    """Raise ValueError unless `coords` is (B, L, 4) int64, -1 throughout on text, no segments interleaved."""
+    examine(coords, where)
+
+
+def scan_order(coords: Tensor, layer_index: int) -> Tensor:
+    """`linmu.reference.scan_order`: arguments, result and errors are the same."""
+    facts = examine(coords, "scan_order")
+    require(layer_index >= 0, "scan_order", "layer_index must be >= 0", layer_index)
+    axes = SCAN_AXES[layer_index % 4]
+    return in_rows(scan_rows(by_segment(coords, facts), (axes,)), coords)[0]
+
+
+def in_rows(orders: Tensor, coords: Tensor) -> Tensor:
+    """Tokens (K, n) in the flattened batch, each in its own row -> (K, B, L) in that row."""
+    batch, length, _ = coords.shape
+    return (orders if batch == 1 else orders % max(1, length)).view(len(orders), batch, length)
+
+
+def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
+    """Gather along the token axis: tensor (B, L, ...), order (B, L) -> out[b, i] = tensor[b, order[b, i]]."""
+    return take_rows(tensor, flat_order(order))
+
+
+def take_rows(tensor: Tensor, row: Tensor) -> Tensor:
+    """tensor (B, L, ...), row (B·L,) -> its rows of the flattened batch, in the same shape."""
+    return tensor.flatten(0, 1).index_select(0, row).view(tensor.shape)
+
+
+def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
+    """`linmu.reference.window_ids`: arguments, result, its numbering too, and errors are the same."""
+    facts = examine(coords, "window_ids")
+    sizes_valid = len(window_thw) == 3 and min(window_thw) >= 1
+    require(sizes_valid, "window_ids", "window_thw must be three sizes >= 1 (T, Y, X)", window_thw)
+    return window_numbers(by_segment(coords, facts), coords[..., 0] >= 0, window_thw, shifted)
+
+
+def own_rows(vision: Tensor) -> Tensor:
+    """(B, L) bool -> int64: each token's place in the flattened batch, -1 where False."""
+    return torch.where(vision, torch.arange(vision.numel(), device=vision.device).view_as(vision), -1)
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """The tokens that Local-Swin computes: n of them, or all, in their order, where nearly all are vision."""
+
+    token: Tensor | None  # (n,) int64 in the flattened batch, window by window; None = all
+    row: Tensor  # (B, L) int64: where each token stands among them, -1 on text
+    window_id: Tensor  # (1, n), or (B, L): the same number in a window, -1 in none
+    plan: tuple[Tensor, Tensor]  # of these windows
+
+    @classmethod
+    def of(cls, layout: VisionLayout, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
+        """Without text, unless there is hardly any, or nothing else."""
+        segment, vision = layout.segment, layout.facts.vision
+        if 0 < vision <= NEARLY_ALL * segment.numel():
+            (token, window), blocks = layout.window_plan(window_thw, layer_index, text=False)
+            token, place = token.long(), torch.arange(vision, device=token.device)
+            row = torch.full_like(segment, -1)
+            row.view(-1).scatter_(0, token, place)
+            return cls(token, row, window[None], (torch.stack([place.int(), window]), blocks))
+        plan = layout.window_plan(window_thw, layer_index)
+        token, window = plan[0]
+        window_id = torch.empty_like(window).scatter_(0, token.long(), window)
+        return cls(None, layout.vision_row, window_id.view_as(segment), plan)
+
+    def taken(self, tensor: Tensor) -> Tensor:
+        """(B, L, D) -> (1, n, D), or as it is."""
+        return tensor if self.token is None else tensor.flatten(0, 1).index_select(0, self.token)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class VisionLayout(reference.VisionLayout):
+    """`linmu.reference.VisionLayout`, checked once, sorted on the device."""
+
+    def __post_init__(self) -> None:
+        self._memo["facts"] = examine(self.coords, "VisionLayout")
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the coordinates."""
+        return self._memo["facts"]
+
+    @property
+    def segment(self) -> Tensor:
+        """The reference's, contiguous."""
+        return self._once("segment", lambda: self.coords[..., 0].contiguous())
+
+    @property
+    def is_vision(self) -> Tensor:
+        """The reference's, made once."""
+        return self._once("vision", lambda: self.segment >= 0)
+
+    @property
+    def openings(self) -> Tensor:
+        """`scan_masks.openings` of this layout."""
+        return self._once("openings", lambda: openings(self.segment))
+
+    @property
+    def sorted(self) -> Sorted:
+        """The coordinates in the order of their segments."""
+        return self._once("sorted", lambda: by_segment(self.coords, self.facts))
+
+    @property
+    def scan_rows(self) -> Tensor:
+        """(4, B·L) int64: the tokens of the flattened batch in the four scan orders, made all at once."""
+        return self._once("scan rows", lambda: scan_rows(self.sorted))
+
+    def order(self, layer_index: int) -> Tensor:
+        """`scan_order` of this layer, (B, L) int64."""
+        return self._once("orders", lambda: in_rows(self.scan_rows, self.coords))[layer_index % 4]
+
+    def in_order(self, tensor: Tensor, layer_index: int) -> Tensor:
+        """`permute_tokens` into the order of this layer."""
+        return take_rows(tensor, self.scan_rows[layer_index % 4])
+
+    def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
+        """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
+        shifted = layer_index % 2 == 1
+        return self._once(
+            ("windows", window_thw, shifted),
+            lambda: window_numbers(self.sorted, self.is_vision, window_thw, shifted),
+        )
+
+    def window_plan(
+        self, window_thw: tuple[int, int, int], layer_index: int, text: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The order in which kernels take the tokens of these windows, `window_plan.window_plan`; `text` has
+        a place in it, or none."""
+        shifted = layer_index % 2 == 1
+
+        def make() -> tuple[Tensor, Tensor]:
+            kind = (self.facts.vision, list(window_thw), shifted, text)
+            return operators.layout_plan(*self.sorted, *kind)
+
+        return self._once(("window plan", window_thw, shifted, text), make)
+
+    def vision_tokens(self, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
+        """The tokens of these windows, without text."""
+        key = ("vision tokens", window_thw, layer_index % 2 == 1)
+        return self._once(key, lambda: VisionTokens.of(self, window_thw, layer_index))
+
+    @property
+    def vision_row(self) -> Tensor:
+        """(B, L) int64: where each token stands in the flattened batch, -1 on text."""
+        return self._once("vision row", lambda: own_rows(self.is_vision))
+
+
+def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:
+    """The same layout as our `VisionLayout`, made once per layout: a caller may bring the reference's."""
+    if layout is None or isinstance(layout, VisionLayout):
+        return layout
+    return layout._once("optimized", lambda: VisionLayout(layout.coords))

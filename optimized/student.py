@@ -1,0 +1,36 @@
+"""`reference/student/convert.py` with the fast M-MATE in the decoder layers; folders are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..reference.student import convert as reference
+from ..reference.student.backend import Backend, register_backend
+from ..reference.student.model import LinMUModel
+from .config import LinMUConfig
+from .layout import VisionLayout
+from .m_mate import MMATE
+from .training import Lesson
+
+__all__ = ["convert", "load"]
+
+BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson))
+
+
+def convert(
+    teacher: PreTrainedModel,
+    config: LinMUConfig | dict[str, Any] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    backend: str | Backend | None = None,
+) -> LinMUModel:
+    """`linmu.reference.convert`: arguments, parameters and errors are the same, computed by this package."""
+    return reference.convert(teacher, config, layers=layers, backend=backend or BACKEND)
+
+
+def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:
+    """`linmu.reference.load`: arguments and errors are the same, computed by this package."""
+    return reference.load(folder, **{"linmu_backend": BACKEND} | from_pretrained_kwargs)

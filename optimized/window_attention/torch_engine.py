@@ -1,0 +1,123 @@
+"""The torch engine of window attention: windows of like size in one batch, forward and backward.
+
+Letters: B batch, L tokens, H query heads, G groups, N head dim of q and k, P head dim of v; in a batch of
+windows W windows of at most M tokens each.
+
+    p_ij = exp(scale q_i·k_j - lse_i)        o_i = Σ_j p_ij v_j                                            (1)
+    ḡ_ij = p_ij (ō_i·v_j - ō_i·o_i)        q̄ = scale ḡ k        k̄ = scale ḡᵀ q        v̄ = pᵀ ō          (2)
+
+Each batch holds the windows whose sizes lie between two powers of two, so that a few large windows do not pad
+many small ones. Finding the windows asks the device for their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..precision import accumulation_dtype, without_autocast
+
+SLAB_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of the scores of one batch of windows
+
+
+@dataclass(frozen=True)
+class Windows:
+    """W windows, padded to M tokens.
+
+    Args:
+        token: (W, M) int64, index into the B·L tokens of the flattened batch; padding repeats a member.
+        member: (W, M) bool, True = not padding.
+    """
+
+    token: Tensor
+    member: Tensor
+
+    def gather(self, tensor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        """(B, L, heads or groups, ·) -> (W, heads, M, ·) in `dtype`, groups repeated."""
+        rows = tensor.flatten(0, 1).index_select(0, self.token.flatten())
+        rows = rows.view(*self.token.shape, *tensor.shape[2:]).transpose(1, 2).to(dtype)
+        return rows.repeat_interleave(heads // rows.shape[1], dim=1)
+
+    def scatter(self, rows: Tensor, tensor: Tensor) -> None:
+        """Write (W, heads, M, ·) to the tokens of (B, L, heads, ·); a token is in one window only."""
+        tensor.flatten(0, 1)[self.token[self.member]] = rows.transpose(1, 2)[self.member].to(tensor.dtype)
+
+
+def batches(window_id: Tensor, heads: int) -> Iterator[Windows]:
+    """All windows of (B, L) ids, those of like size together, cut into slabs."""
+    batch, length = window_id.shape
+    row = torch.arange(batch, device=window_id.device)[:, None].expand(batch, length)
+    inside = window_id >= 0
+    pairs = torch.stack([row[inside], window_id[inside]], dim=1)  # (n, 2)
+    if not len(pairs):
+        return
+    _, number, counts = pairs.unique(dim=0, return_inverse=True, return_counts=True)
+    token = inside.flatten().nonzero().squeeze(1)[number.argsort(stable=True)]  # (n,): window by window
+    starts = counts.cumsum(0) - counts
+    magnitude = (
+        (counts - 1).clamp_min(0).float().log2().floor()
+    )  # the scores grow fourfold from one to the next
+    for level in magnitude.unique():
+        chosen = (magnitude == level).nonzero().squeeze(1)
+        longest = int(counts[chosen].max())
+        per_window = heads * longest * longest
+        step = max(1, SLAB_ELEMENTS.get(window_id.device.type, 2**20) // per_window)
+        for some in chosen.split(step):
+            place = torch.arange(longest, device=window_id.device)
+            member = place < counts[some, None]
+            yield Windows(token[starts[some, None] + torch.where(member, place, 0)], member)
+
+
+def probabilities(q: Tensor, k: Tensor, member: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """p of eq. (1), (W, H, M, M), and lse, (W, H, M)."""
+    scores = (q @ k.mT).mul_(scale).masked_fill_(~member[:, None, None, :], -torch.inf)
+    lse = scores.logsumexp(-1)
+    return scores.sub_(lse[..., None]).exp_(), lse
+
+
+@without_autocast
+def forward(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Eq. (1): o (B, L, H, P) in the dtype of `q`, and lse (B, L, H); both 0 where the id is -1."""
+    accumulate, heads = accumulation_dtype(q.dtype), q.shape[2]
+    o = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_zeros(q.shape[:3], dtype=accumulate)
+    for windows in batches(window_id, heads):
+        queries, keys, values = (windows.gather(tensor, heads, accumulate) for tensor in (q, k, v))
+        weights, log_sum = probabilities(queries, keys, windows.member, scale)
+        windows.scatter(weights @ values, o)
+        windows.scatter(log_sum[..., None], lse[..., None])
+    return o, lse
+
+
+@without_autocast
+def backward(
+    o_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_id: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. (2): the gradients of q, k and v, in their dtypes; `o` and `lse` are what `forward` gave."""
+    accumulate, heads, groups = accumulation_dtype(q.dtype), q.shape[2], k.shape[2]
+    q_grad, k_grad, v_grad = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    for windows in batches(window_id, heads):
+        queries, keys, values = (windows.gather(tensor, heads, accumulate) for tensor in (q, k, v))
+        grad = windows.gather(o_grad, heads, accumulate) * windows.member[:, None, :, None]
+        weights, _ = probabilities(queries, keys, windows.member, scale)
+        weights_grad = grad @ values.mT
+        scores_grad = weights * (weights_grad - (weights * weights_grad).sum(-1, keepdim=True)) * scale
+        windows.scatter(scores_grad @ keys, q_grad)
+        windows.scatter(group_sum(scores_grad.mT @ queries, groups), k_grad)
+        windows.scatter(group_sum(weights.mT @ grad, groups), v_grad)
+    return q_grad, k_grad, v_grad
+
+
+def group_sum(grad: Tensor, groups: int) -> Tensor:
+    """(W, H, M, ·) -> (W, G, M, ·): the heads of a group share its keys and values."""
+    return grad.unflatten(1, (groups, -1)).sum(2)
