@@ -21,10 +21,12 @@ from .compare import assert_exact, assert_matches, assert_same, evaluate, in_flo
 
 
 def operator_of(backend: Any, case: Any) -> Callable:
-    """The operator that the case is for; its outputs always as a tuple."""
+    """The operator that the case is for, called with tensors alone; its outputs always as a tuple of them."""
+    operator = getattr(backend, case.operator)
+    operator = case.flat(operator) if hasattr(case, "flat") else operator
 
     def call(**given: Any) -> tuple[Tensor, ...]:
-        outputs = getattr(backend, case.operator)(**given)
+        outputs = operator(**given)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call

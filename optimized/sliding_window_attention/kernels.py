@@ -38,13 +38,13 @@ Table = dict[tuple[torch.dtype, int], Tiles]
 
 
 def table(half: Tiles, half_wide: Tiles, full: Tiles) -> Table:
-    """Tiles by the dtype and the largest head dim: half precision up to 128 and up to 256, and float32."""
+    """Tiles of half precision for head dims up to 128 and up to 256, and of float32."""
     halves = {(dtype, 128): half for dtype in (torch.bfloat16, torch.float16)}
     wide = {(dtype, 256): half_wide for dtype, _ in halves}
     return halves | wide | {(torch.float32, size): full for size in (128, 256)}
 
 
-FORWARD = table(Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 2), Tiles(16, 16, 4, 1))
+FORWARD = table(Tiles(64, 64, 4, 3), Tiles(64, 32, 8, 2), Tiles(16, 16, 4, 1))
 SMALL = Tiles(32, 16, 4, 2)  # for half precision on GPUs with less memory
 
 

@@ -29,8 +29,8 @@ from .kernels import (
     tile_of_program,
 )
 
-QUERY_GRADIENT = table(Tiles(64, 32, 4, 3), Tiles(32, 32, 4, 2), Tiles(16, 16, 8, 1))
-KEY_GRADIENT = table(Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 1), Tiles(16, 16, 8, 1))
+QUERY_GRADIENT = table(Tiles(64, 32, 4, 3), Tiles(64, 32, 8, 2), Tiles(16, 16, 8, 1))
+KEY_GRADIENT = table(Tiles(64, 32, 4, 2), Tiles(64, 16, 8, 1), Tiles(16, 16, 8, 1))
 
 
 @triton.jit

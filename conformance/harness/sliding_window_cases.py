@@ -1,0 +1,146 @@
+"""Cases of `sliding_window_attention`, and the operator on tensors alone: its state is three of them.
+
+Letters: B batch, L tokens, W window, H query heads, G groups, N head dim of q and k, P head dim of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from linmu.reference import WindowState
+
+from .operator_cases import (
+    BATCHES,
+    COMPILED,
+    DTYPES,
+    EXACT,
+    HEADS_GROUPS,
+    LENGTHS,
+    MASKS,
+    SEEDS,
+    SMALL,
+    Numbers,
+    dtypes,
+    row_mask,
+)
+
+STATE = ("initial_k", "initial_v", "present")
+
+
+@dataclass(frozen=True)
+class SlidingWindowCase:
+    """Arguments of `sliding_window_attention`; `asks` and `valid` are kinds of `row_mask`."""
+
+    operator: ClassVar[str] = "sliding_window_attention"
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    state: int
+    head_dim: int
+    window: int
+    asks: str
+    valid: str
+    packed: bool
+    initial_state: bool
+    scale: float | None
+    dtype: str
+    seed: int
+
+    def inputs(self, draw: int = 0) -> dict[str, Any]:
+        """All arguments by name, the state's tensors by `STATE`; another `draw` gives other numbers only."""
+        numbers, dtype = Numbers(self.seed + 7919 * draw), DTYPES[self.dtype][0]
+        tokens, before = (self.batch, self.length), (self.batch, self.window - 1)
+        given = {
+            "q": numbers.normal(*tokens, self.heads, self.state, dtype=dtype),
+            "k": numbers.normal(*tokens, self.groups, self.state, dtype=dtype),
+            "v": numbers.normal(*tokens, self.groups, self.head_dim, dtype=dtype),
+            "window": self.window,
+            "asks": row_mask(self.asks, *tokens, Numbers(self.seed + 1)),
+            "valid": row_mask(self.valid, *tokens, Numbers(self.seed + 2)),
+            "sequence": self.sequence,
+            "scale": self.scale,
+        }
+        if self.initial_state:
+            start = {
+                "initial_k": numbers.normal(*before, self.groups, self.state, dtype=dtype),
+                "initial_v": numbers.normal(*before, self.groups, self.head_dim, dtype=dtype),
+                "present": self.present,
+            }
+            absent = ~start["present"][..., None, None]
+            given |= {k: v if k == "present" else v.masked_fill(absent, 0) for k, v in start.items()}
+        return given
+
+    @property
+    def sequence(self) -> Tensor | None:
+        """Ids, large ones, that rise where a sample of a packed row begins; of padding, any."""
+        if not self.packed:
+            return None
+        tokens, numbers = (self.batch, self.length), Numbers(self.seed + 3)
+        sequence = 3_000_000_019 + 1000 * numbers.some(*tokens, share=0.25).cumsum(1)
+        valid = row_mask(self.valid, *tokens, Numbers(self.seed + 2))
+        return sequence if valid is None else sequence.masked_fill(~valid, -7)
+
+    @property
+    def present(self) -> Tensor:
+        """What there is of a state, (B, W-1): another number of tokens in each row, the last ones."""
+        generator = Numbers(self.seed + 4).generator
+        count = torch.randint(0, self.window, (self.batch, 1), generator=generator)
+        return torch.arange(self.window - 1) >= self.window - 1 - count
+
+    @staticmethod
+    def flat(operator: Callable) -> Callable:
+        """The operator on `inputs()`: (o, the state's k, v and present)."""
+
+        @wraps(operator)
+        def call(**given: Any) -> tuple[Tensor, ...]:
+            start = [given.pop(name, None) for name in STATE]
+            state = None if start[2] is None else WindowState(*start)
+            o, state = operator(**given, initial_state=state)
+            return (o, *state)
+
+        return call
+
+
+@st.composite
+def sliding_window_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> SlidingWindowCase:
+    heads, groups = draw(HEADS_GROUPS)
+    drawn = {
+        "batch": draw(BATCHES),
+        "length": draw(st.sampled_from(LENGTHS)),
+        "heads": heads,
+        "groups": groups,
+        "state": draw(SMALL),
+        "head_dim": draw(SMALL),
+        "window": draw(st.sampled_from((1, 3, 8, 40) if COMPILED else (1, 2, 3, 4, 5, 8, 17, 40))),
+        "asks": draw(MASKS),
+        "valid": draw(MASKS),
+        "packed": draw(st.booleans()),
+        "initial_state": draw(st.booleans()),
+        "scale": draw(st.sampled_from((None, 0.3))),
+        "dtype": draw(dtypes(names)),
+        "seed": draw(SEEDS),
+    }
+    return SlidingWindowCase(**{**drawn, **fixed})
+
+
+def tokens_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
+    """The same arguments for some of the tokens, without a state."""
+    per_token = ("q", "k", "v", "asks", "valid", "sequence")
+    cut = {name: given[name] for name in per_token if given[name] is not None}
+    rest = {name: value for name, value in given.items() if name not in STATE}
+    return rest | {name: tensor[:, part] for name, tensor in cut.items()}
+
+
+def row_of(given: dict[str, Any], row: int) -> dict[str, Any]:
+    """The same arguments for one row."""
+    return {
+        name: value[row : row + 1] if isinstance(value, Tensor) else value for name, value in given.items()
+    }
