@@ -84,7 +84,8 @@ class SlidingWindowCase:
         if not self.packed:
             return None
         tokens, numbers = (self.batch, self.length), Numbers(self.seed + 3)
-        sequence = 3_000_000_019 + 1000 * numbers.some(*tokens, share=0.25).cumsum(1)
+        starts = numbers.some(*tokens, share=min(0.25, 3 / self.length))
+        sequence = 3_000_000_019 + 1000 * starts.cumsum(1)
         valid = row_mask(self.valid, *tokens, Numbers(self.seed + 2))
         return sequence if valid is None else sequence.masked_fill(~valid, -7)
 

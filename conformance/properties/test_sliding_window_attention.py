@@ -324,7 +324,7 @@ LARGE = {"batch": 1, "groups": 1, "heads": 2, "asks": "none", "valid": "none", "
         initial_state=True,
         **LARGE,
     ),
-    share=0.1,
+    share=0.05,
 )
 def test_sizes_of_a_model_match_attention_under_a_mask(backend, case: SlidingWindowCase):
     """What begins at a size: head dims of 128, a window of 256, many tokens; values and gradients."""
