@@ -7,7 +7,11 @@ layout, losses    no loop over tokens, no float32 logits
 flex_ma, local_swin, m_mate, student, training    the reference's modules on these operators
 """
 
-from .calibration import calibrate_norms
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .config import LinMUConfig
 from .engine import get_engine, set_engine
 from .flex_ma import FlexMA, FlexMAState
@@ -17,9 +21,12 @@ from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
 from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
 from .sliding_window_attention import WindowState, sliding_window_attention
-from .student import convert, load
-from .training import Lesson, Objective, attach_teacher, detach_teacher
 from .window_attention import window_attention
+
+if TYPE_CHECKING:
+    from .calibration import calibrate_norms
+    from .student import convert, load
+    from .training import Lesson, Objective, attach_teacher, detach_teacher
 
 __all__ = [
     "MMATE",
@@ -50,3 +57,26 @@ __all__ = [
     "window_attention",
     "window_ids",
 ]
+
+# Imported when first asked for, since they import transformers, which takes seconds.
+WITH_TRANSFORMERS = {
+    "Lesson": ".training",
+    "Objective": ".training",
+    "attach_teacher": ".training",
+    "calibrate_norms": ".calibration",
+    "convert": ".student",
+    "detach_teacher": ".training",
+    "load": ".student",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `WITH_TRANSFORMERS` (PEP 562)."""
+    if name not in WITH_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(WITH_TRANSFORMERS[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,28 +1,13 @@
-"""LinMU in plain PyTorch loops: the code to read, and the oracle that every faster backend must equal.
+"""LinMU in plain PyTorch loops: the code to read, and the oracle of faster backends. Tour: README.md."""
 
-Read in this order:
-    layout            where tokens sit: Rotary-Major Scan order, 3-D windows
-    scan              the recurrence, both ways, one step, the short convolution
-    window_attention  softmax inside each window
-    sliding_window_attention  softmax over the last tokens of a row, for text
-    flex_ma           the global branch
-    local_swin        the local branch
-    m_mate            the block: both branches, mixed per token
-    losses            what the three distillation stages minimise
-    grids             from a prompt's placeholder tokens to coordinates
-    cache             what decoding keeps of a layer
-    attention         softmax attention for the layers that keep it, under the mask that M-MATE reads
-    hosted_mixer      the block as a decoder layer calls it, and which backend computes it
-    hosting           a Hugging Face model whose decoder holds M-MATE: forward and generate()
-    visions           where each family's prompts have vision
-    families          the families of teachers, known to the Auto classes
-    folder            what a student's folder says about itself
-    describe          what converting would change
-    convert           a teacher in, a student out; a student's folder opened again
-    lesson            teacher and student in one model, and what each stage minimises
-"""
+from __future__ import annotations
 
+import sys
 import warnings
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from .causal_conv import causal_conv
 from .config import LinMUConfig
@@ -33,13 +18,12 @@ from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE
 from .scan import bidirectional_scan, scan_step, selective_scan
 from .sliding_window_attention import WindowState, sliding_window_attention
-from .student.convert import convert, load
-from .training.calibration import calibrate_norms
-from .training.teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .window_attention import window_attention
 
-# `python -m linmu.reference.student.convert` runs a module that was imported already.
-warnings.filterwarnings("ignore", "'linmu.reference.student.convert' found in sys.modules", RuntimeWarning)
+if TYPE_CHECKING:
+    from .student.convert import convert, load
+    from .training.calibration import calibrate_norms
+    from .training.teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 
 __all__ = [
     "MMATE",
@@ -68,3 +52,69 @@ __all__ = [
     "window_attention",
     "window_ids",
 ]
+
+# Imported when first asked for, since they import transformers, which takes seconds.
+WITH_TRANSFORMERS = {
+    "Lesson": ".training.teacher_student",
+    "Objective": ".training.teacher_student",
+    "attach_teacher": ".training.teacher_student",
+    "calibrate_norms": ".training.calibration",
+    "convert": ".student.convert",
+    "detach_teacher": ".training.teacher_student",
+    "load": ".student.convert",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `WITH_TRANSFORMERS` (PEP 562)."""
+    if name not in WITH_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(WITH_TRANSFORMERS[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def register_students() -> None:
+    """Make the Auto classes of transformers open students' folders; warn if this transformers cannot."""
+    try:
+        import_module(".student.families", __name__)
+    except ImportError as error:
+        message = f"linmu: the Auto classes do not open students' folders: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=1)
+
+
+class RegisterOnImport(MetaPathFinder):
+    """Calls `register_students` at the end of `import transformers`, wherever that is.
+
+    It finds transformers with the other finders of `sys.meta_path` and adds the call to the loader's work.
+    """
+
+    asking_others = False
+
+    def find_spec(self, name: str, path=None, target=None):
+        """Return the spec of transformers; None for any other module."""
+        if name != "transformers" or self.asking_others:
+            return None
+        self.asking_others = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking_others = False
+        if spec is not None and spec.loader is not None:
+            load_module = spec.loader.exec_module
+
+            def load_and_register(module) -> None:
+                load_module(module)
+                register_students()
+
+            spec.loader.exec_module = load_and_register
+        return spec
+
+
+if sys.modules.get("transformers"):
+    register_students()
+else:
+    sys.meta_path.insert(0, RegisterOnImport())

@@ -1,9 +1,12 @@
-"""The short causal convolution in front of the scan (Mamba2, arXiv 2405.21060, without its activation).
+"""The short causal convolution in front of the scan (Mamba2, arXiv 2405.21060).
 
 Letters: B batch, L tokens, K taps.
 
-    out_t = Σ_k weight[k] · u_{t-K+1+k} + bias        k = 0 … K-1, over valid tokens only        (1)
+    out_t = Σ_k weight[k] · u_{t-K+1+k} + bias        k = 0 ... K-1, over valid tokens only               (1)
 
+Choice: padding is skipped as if absent; the alternative, zeros in its place, would make a padded row differ
+from the same row alone. Choice: no activation afterwards; Mamba2's SiLU would change what attention's weights
+compute.
 Cost: a loop over tokens.
 """
 
@@ -25,13 +28,13 @@ def causal_conv(
     mask: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution over valid tokens; eq. (1) (Mamba2's, without its activation).
+    """Depthwise causal convolution over valid tokens; eq. (1) (Mamba2, arXiv 2405.21060).
 
     Args:
         u: (B, L, channels) input, any float dtype.
         weight: (channels, K); the last tap meets the current token.
         bias: (channels,) or None.
-        mask: (B, L) bool, True = takes part; other tokens are skipped as if absent, and give 0.
+        mask: (B, L) bool, None = all True; False = skipped as if absent: out = 0, no gradient.
         initial_state: (B, K-1, channels), the K-1 inputs before the first, oldest first; zeros if None.
     Returns:
         out: (B, L, channels) in the dtype of `u`.

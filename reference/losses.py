@@ -1,11 +1,13 @@
-"""The two losses of the three distillation stages (LinMU, arXiv 2601.01322; normalisation: Choice).
+"""The two losses of the three distillation stages (LinMU, arXiv 2601.01322).
 
-Letters: B batch, L tokens, D model width, V vocabulary.
+Letters: B batch, L tokens, D model width, V vocabulary; s student, t teacher, τ temperature.
 
-    hidden = mean_valid ‖s - t‖² / mean_valid ‖t‖²                    (1)   relative error, 1 = as bad as zero
-    logit  = τ² · mean_supervised Σ_v p_t(v) (log p_t(v) - log p_s(v))     (2)   KL(teacher ‖ student) in nats
+    hidden = mean_valid ‖s - t‖² / mean_valid ‖t‖²                                                        (1)
+    logit  = τ² · mean_supervised Σ_v p_t(v) (log p_t(v) - log p_s(v))       KL(t ‖ s) in nats            (2)
 
-Both are means over tokens that count, so neither grows with the sequence nor sees padding.
+Choice: both are means over the tokens that count, and (1) is relative to the teacher, so that layers weigh
+alike. The alternatives, a plain squared error and `KLDivLoss("batchmean")`, grow with the layer and with the
+sequence, and see padding.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import torch
 from torch import Tensor
 
 from .checks import require, require_float, require_mask, require_one_device, require_shape
-from .numerics import accumulation_dtype, without_autocast
+from .numerics import accumulation_dtype, without_autocast, zero_where_masked
 
 
 @without_autocast
 def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Relative mean squared error over valid tokens; eq. (1).
+    """Relative mean squared error over valid tokens; eq. (1) (LinMU, arXiv 2601.01322).
 
     Args:
         student: (B, L, D), any float dtype.
@@ -35,9 +37,9 @@ def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -
     require_mask(where, "valid", valid, student.shape[:2], "B, L")
     require_one_device(where, student=student, valid=valid)
     student, teacher = as_accumulated(student, teacher)
+    if valid is not None:  # before the square, whose gradient at NaN would be NaN however it is masked
+        student, teacher = (zero_where_masked(tensor, valid[..., None]) for tensor in (student, teacher))
     error, size = (student - teacher).square().sum(-1), teacher.square().sum(-1)  # (B, L)
-    if valid is not None:
-        error, size = (torch.where(valid, tensor, tensor.new_zeros(())) for tensor in (error, size))
     return error.sum() / size.sum().clamp_min(torch.finfo(size.dtype).tiny)  # eq. (1): the two counts cancel
 
 
@@ -45,7 +47,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -
 def logit_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """KL(teacher ‖ student) in nats times temperature², mean over supervised tokens; eq. (2).
+    """KL(teacher ‖ student) in nats times τ², mean over supervised tokens; eq. (2) (LinMU, arXiv 2601.01322).
 
     Args:
         student: (B, L, V) logits, any float dtype.
@@ -71,7 +73,7 @@ def logit_loss(
 
 
 def as_accumulated(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the accumulation dtype of the student, the teacher cut off from autograd."""
+    """Both in the accumulation dtype of the student, the teacher detached."""
     dtype = accumulation_dtype(student.dtype)
     return student.to(dtype), teacher.detach().to(dtype)
 

@@ -1,11 +1,13 @@
-"""M-MATE: the block that takes the place of a decoder layer's `self_attn`.
+"""M-MATE, a Mamba2 branch and a windowed-attention branch: the block in the place of `self_attn`.
 
 Letters: B batch, L tokens, D width. Input u (B, L, D): the layer's normed hidden states.
 
-    m = sigmoid(W_m u + b_m)                                                   (1)   (B, L, 1), ½ at the start
-    y = m · FlexMA(u) + (1 - m) · LocalSwin(u)   on vision,      y = FlexMA(u)   on text   (2)
+    m = sigmoid(W_m u + b_m)                                     (B, L, 1), ½ at first                    (1)
+    y = m · FlexMA(u) + (1 - m) · LocalSwin(u)   on vision,      y = FlexMA(u)   on text                  (2)
 
-LinMU, arXiv 2601.01322: two branches, interpolated per token. Choice: text is pinned to Flex-MA.
+LinMU, arXiv 2601.01322: two branches, interpolated per token. The name is LinGen's MATE (arXiv 2412.09856), a
+MAmba and a TEmporal-attention branch, made Multimodal.
+Choice: text takes Flex-MA alone; m · FlexMA(u) + (1 - m) · 0 there would only scale it down.
 Cost: linear in L. Decoding: a `FlexMAState` per layer, the same size at every length.
 """
 
@@ -15,17 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from .config import LinMUConfig
-from .flex_ma import FlexMA, FlexMAState, full_precision_linear
+from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout
 from .local_swin import LocalSwin
+from .numerics import full_precision_linear
+from .projections import InitialValues
 
 
-class MMATE(nn.Module):
-    """Masked-bidirectional-Mamba2 and windowed attention, mixed per token; eqs. (1) and (2).
+class MMATE(InitialValues):
+    """The block: Flex-MA and Local-Swin, mixed per token; eqs. (1) and (2) (LinMU, arXiv 2601.01322).
 
     Args:
         config: sizes and options.
-        layer_index: index of the decoder layer: scan order, window shift and cache slot follow from it.
+        layer_index: index of the decoder layer, >= 0: scan order, window shift and cache slot follow from it.
+    Raises:
+        ValueError: for a negative index.
     """
 
     flex_ma_class: type[FlexMA] = FlexMA
@@ -40,18 +46,18 @@ class MMATE(nn.Module):
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Start of every parameter that the teacher does not have, by name, float32."""
+        """As `InitialValues`. Choice: m = ½, the mean of both branches, rather than one of them alone."""
         own = {"mix_proj.weight": torch.zeros(1, self.config.width), "mix_proj.bias": torch.zeros(1)}
         return own | {f"flex_ma.{name}": value for name, value in self.flex_ma.initial_values().items()}
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set every parameter that the teacher does not have to its start."""
-        for name, value in self.initial_values().items():
-            self.get_parameter(name).copy_(value)
-
     def copy_attention(self, attention: nn.Module) -> None:
-        """Start both branches from an attention layer's weights and biases (LinMU, arXiv 2601.01322)."""
+        """Start both branches from an attention layer's weights and biases (LinMU, arXiv 2601.01322).
+
+        Args:
+            attention: as for `HeadProjections.copy_attention`.
+        Raises:
+            ValueError: if a tensor is missing on either side, or has another shape.
+        """
         self.flex_ma.copy_attention(attention)
         self.local_swin.copy_attention(attention)
 
@@ -67,11 +73,11 @@ class MMATE(nn.Module):
         """Mix the sequence; eq. (2).
 
         Args:
-            hidden_states: u, (B, L, D).
+            hidden_states: u, (B, L, D), any float dtype.
             layout: where the vision tokens of these L positions are; None = all text.
             valid: (B, L) bool, True = not padding; None = all valid.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N); needed where there is vision.
-            state: what the tokens before left; None = there were none.
+            state: the state after the tokens before; None = there were none.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and the state after the last token.
         Raises:

@@ -1,4 +1,7 @@
-"""What the operators compute in: at least float32, whatever the inputs' dtype and whatever autocast says."""
+"""What the operators compute in: at least float32, whatever the inputs' dtype and whatever autocast says.
+
+Letters: B batch, L tokens, D width, H heads, G groups, P head dim.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from torch import Tensor, nn
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 inputs, float32 for everything else: what sums and states are kept in."""
+    """The dtype of sums and states: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(operator: Callable) -> Callable:
-    """Run `operator` with autocast off on the device of its tensors: it chooses its own dtypes."""
+    """Decorator: run `operator` with autocast off on its tensors' device; it chooses its own dtypes."""
 
     @wraps(operator)
     def wrapped(*args, **kwargs):
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         device = next((tensor.device.type for tensor in tensors), "cpu")
-        # It does not know tensors of shapes alone, and to turn it off where it is off costs 5 µs a call.
+        # Autocast does not exist on the meta device, and switching it off where it is off costs 5 µs a call.
         if device == "meta" or not torch.is_autocast_enabled(device):
             return operator(*args, **kwargs)
         with torch.autocast(device_type=device, enabled=False):
@@ -44,22 +47,25 @@ def zero_where_masked(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def repeat_groups(tensor: Tensor, heads: int) -> Tensor:
-    """(B, L, G, ·) -> (B, L, H, ·): head h is given group h // (H/G)."""
+    """(B, L, G, ·) -> (B, L, H, ·): head h reads group h // (H/G)."""
     return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)
 
 
 @without_autocast
 def full_precision_linear(u: Tensor, linear: nn.Linear) -> Tensor:
-    """W u + b, (B, L, D) -> (B, L, H), in at least float32: a dt rounded to bf16 would blur long memories."""
+    """W u + b in the accumulation dtype of `u`: (B, L, D) -> (B, L, H).
+
+    bf16 keeps 8 bits of dt; over thousands of tokens that error accumulates in the decay.
+    """
     dtype = accumulation_dtype(u.dtype)
     if linear.weight.dtype == dtype:
-        return linear(u.to(dtype))  # the module's own call, which brings weights that are kept elsewhere
+        return linear(u.to(dtype))  # call the module, so that hooks run (FSDP, offloading, PEFT)
     return F.linear(u.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
 
 
 @without_autocast
 def rms_norm_per_head(y: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """w · y / sqrt(mean(y²) + eps), the mean over P: y (B, L, H, P), weight (H·P,) -> (B, L, H, P)."""
+    """w · y / sqrt(mean(y²) + eps), the mean over P: y (B, L, H, P), w (H·P,) -> the shape and dtype of y."""
     wide = y.to(accumulation_dtype(y.dtype))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.to(wide.dtype).view(y.shape[2:])).to(y.dtype)

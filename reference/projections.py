@@ -1,4 +1,4 @@
-"""What both branches take over from attention: the q, k, v and output projections, q/k norms and RoPE.
+"""What both branches take from attention: the q, k, v and output projections, q/k norms and RoPE.
 
 Letters: B batch, L tokens, D width, H heads, G groups, N = P head dim. Parameter names are Hugging Face's, so
 an attention layer's tensors fit by name.
@@ -18,12 +18,28 @@ from .numerics import accumulation_dtype
 COPIED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
-class HeadProjections(nn.Module):
+class InitialValues(nn.Module):
+    """A module some of whose parameters the teacher does not have, and which says how those start."""
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """The first value of every parameter that the teacher does not have: float32, on the CPU, by name."""
+        return {}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set those parameters to their initial values, in their own dtype and on their device."""
+        for name, value in self.initial_values().items():
+            self.get_parameter(name).copy_(value)
+
+
+class HeadProjections(InitialValues):
     """q, k, v and output projections of grouped-query attention, with its optional biases and q/k norms.
 
     Args:
         config: sizes and options.
-        layer_index: index of the decoder layer.
+        layer_index: index of the decoder layer, >= 0.
+    Raises:
+        ValueError: for a negative index.
     """
 
     def __init__(self, config: LinMUConfig, layer_index: int) -> None:
@@ -39,19 +55,9 @@ class HeadProjections(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def initial_values(self) -> dict[str, Tensor]:
-        """Start of the parameters that attention does not have, by name, float32; none here."""
-        return {}
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set every parameter that the teacher does not have to its start."""
-        for name, value in self.initial_values().items():
-            self.get_parameter(name).copy_(value)
-
     @torch.no_grad()
     def copy_attention(self, attention: nn.Module) -> None:
-        """Take over an attention layer's weights and biases (LinMU, arXiv 2601.01322).
+        """Copy an attention layer's weights and biases, as both branches start (LinMU, arXiv 2601.01322).
 
         Args:
             attention: a module with q_proj, k_proj, v_proj, o_proj and, where configured, q_norm, k_norm.
@@ -88,10 +94,12 @@ def split_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rotate heads by the teacher's own angles; eq. (1). M-RoPE arrives already recomposed.
+    """Rotate heads by the teacher's angles; eq. (1) (RoPE, arXiv 2104.09864).
+
+    M-RoPE needs no code here: its angles, one section an axis, arrive put together.
 
     Args:
-        tensor: (B, L, heads, N).
+        tensor: (B, L, heads, N), any float dtype.
         position_embeddings: (cos, sin), each (B or 1, L, N).
     Returns:
         (B, L, heads, N) in the dtype of `tensor`.
@@ -108,7 +116,7 @@ def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
 def checked_angles(
     tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, if they are there and fit `tensor`."""
+    """Check that cos and sin are there and fit `tensor` (B, L, heads, N); return them."""
     require(position_embeddings is not None, "apply_rope", "position_embeddings must be (cos, sin)", None)
     for name, angle in zip(("cos", "sin"), position_embeddings, strict=True):
         require_shape("apply_rope", name, angle, (None, tensor.shape[1], tensor.shape[3]), "B or 1, L, N")

@@ -1,20 +1,23 @@
-"""The selective scan, both ways, and one token at a time.
+"""The selective scan: one direction, both directions, and one token of decoding.
 
 Letters: B batch, L tokens, H query heads, G groups, N state size, P head dim. Head h reads group h // (H/G)
 of x and B, as attention's query heads read key/value heads.
 
-    S_t = exp(dt_t A) S_{t-1} + dt_t B_t ⊗ x_t                                    (1)   state, (N, P) per head
-    y_t = S_tᵀ C_t                                                                  (2)
-    y   = gate · y_f + (1 - gate) · y_b + D x   on vision,   y = y_f + D x  on text  (3)
+    S_t = exp(dt_t A) S_{t-1} + dt_t B_t ⊗ x_t                     the state, (N, P) per head           (1)
+    y_t = S_tᵀ C_t                                                                                      (2)
+    y_f = (1), (2) over all tokens, left to right
+    y_r = (1), (2) over the tokens of one segment, right to left, with S_{t+1} for S_{t-1}              (3)
+    y   = gate · y_f + (1 - gate) · y_r + D x   on vision,         y = y_f + D x   on text              (4)
 
-(1) and (2) are Mamba2's recurrence (arXiv 2405.21060) with the names x, dt, A, B, C, D; (3) is Flex-MA
-(LinMU, arXiv 2601.01322). Cost: L steps of a few small torch calls each, and autograd keeps every state:
-O(L·H·N·P) memory.
+(1) and (2) are Mamba2's recurrence (arXiv 2405.21060) with its names x, dt, A, B, C, D; (3) and (4) are
+Flex-MA's (LinMU, arXiv 2601.01322). Cost: L steps of a few small torch calls each, and autograd keeps every
+state: O(L·H·N·P) memory.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import (
@@ -49,9 +52,9 @@ def selective_scan(
         A: (H,) decay rate per unit of dt, < 0.
         B: (B, L, G, N) write direction.
         C: (B, L, H, N) read direction.
-        mask: (B, L) bool, True = takes part; elsewhere the state passes unchanged, y is 0, no gradient flows.
-        initial_state: (B, H, N, P); zeros if None.
-        reverse: run from the last token to the first.
+        mask: (B, L) bool, None = all True; False = skipped: state unchanged, y = 0, no gradient.
+        initial_state: (B, H, N, P), S before the first token; zeros if None.
+        reverse: run right to left.
     Returns:
         y: (B, L, H, P) in the dtype of `x`.
         final_state: (B, H, N, P) in float32, or float64 if `x` is.
@@ -99,21 +102,22 @@ def bidirectional_scan(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scan forward over all tokens and backward inside each segment; eq. (3) (LinMU, arXiv 2601.01322).
+    """Scan all tokens left to right, each segment right to left too; eq. (4) (LinMU, arXiv 2601.01322).
 
-    Choice: the backward scan starts from zero in every segment. One state across segments would let text
-    between two images see the second, and prefill in chunks would differ from prefill in one piece.
+    Choice: the reverse scan starts from zero in every segment. The alternative, one state across segments,
+    would let text between two images see the second, and prefill in chunks would differ from prefill in one
+    piece.
 
     Args:
         x, dt, A, B, C: as for `selective_scan`, already in scan order.
-        gate: (B, L, H) in [0, 1], share of the forward direction on vision tokens; unused on text.
+        gate: (B, L, H) in [0, 1], share of y_f on vision tokens; unused on text.
         segment: (B, L) int64, segment id of each position, -1 on text; None = all text.
         valid: (B, L) bool, True = not padding; None = all valid.
         D: (H,) skip weight of x; None = no skip.
-        initial_state: (B, H, N, P) of the forward direction; zeros if None.
+        initial_state: (B, H, N, P) of the left-to-right direction; zeros if None.
     Returns:
         y: (B, L, H, P) in the dtype of `x`, 0 on padding.
-        final_state: (B, H, N, P) of the forward direction, float32, or float64 if `x` is.
+        final_state: (B, H, N, P) of the left-to-right direction, float32, or float64 if `x` is.
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or L = 0.
     """
@@ -124,37 +128,37 @@ def bidirectional_scan(
     x, gate = x.to(accumulation_dtype(dtype)), gate.to(accumulation_dtype(dtype))
     if valid is not None:
         x, gate = zero_where_masked(x, valid[..., None, None]), zero_where_masked(gate, valid[..., None])
-    y, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)  # y_f
+    y_f, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)
+    y = y_f  # (B, L, H, P)
     if segment is not None:
         is_vision = segment >= 0 if valid is None else (segment >= 0) & valid
-        y_b = reverse_scan(x, dt, A, B, C, segment, is_vision)
-        g = gate[..., None]  # (B, L, H, 1)
-        y = torch.where(is_vision[..., None, None], g * y + (1 - g) * y_b, y)  # eq. (3)
+        y_r = reverse_scan(x, dt, A, B, C, segment, is_vision)
+        gate = gate[..., None]  # (B, L, H, 1)
+        y = torch.where(is_vision[..., None, None], gate * y_f + (1 - gate) * y_r, y_f)  # eq. (4)
     return add_skip(y, x, D).to(dtype), final_state
 
 
 def reverse_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment: Tensor, is_vision: Tensor
 ) -> Tensor:
-    """y_b of eq. (3), (B, L, H, P): each segment alone, right to left, from a zero state; 0 on text."""
+    """y_r of eq. (3), (B, L, H, P): each segment alone, right to left, from a zero state; 0 on text."""
     batch, length, heads, _ = C.shape
     total = x.new_zeros(batch, length, heads, x.shape[3])
     for segment_id in segment[is_vision].unique().tolist():
         mask = (segment == segment_id) & is_vision
         columns = mask.any(0).nonzero().squeeze(-1)
-        span = slice(int(columns[0]), int(columns[-1]) + 1)  # the block; text in it is masked
-        y, _ = selective_scan(
-            x[:, span], dt[:, span], A, B[:, span], C[:, span], mask=mask[:, span], reverse=True
-        )
-        total = total + torch.nn.functional.pad(y, (0, 0, 0, 0, span.start, length - span.stop))
+        span = slice(int(columns[0]), int(columns[-1]) + 1)  # text in it is masked
+        inside = (x[:, span], dt[:, span], A, B[:, span], C[:, span])
+        y_r, _ = selective_scan(*inside, mask=mask[:, span], reverse=True)  # eq. (3)
+        total = total + F.pad(y_r, (0, 0, 0, 0, span.start, length - span.stop))
     return total
 
 
 def add_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
-    """y + D x of eq. (3): y (B, L, H, P), x (B, L, G, P), D (H,) -> (B, L, H, P); None = no skip."""
+    """y + D x: y (B, L, H, P), x (B, L, G, P), D (H,) or None = no skip -> (B, L, H, P)."""
     if D is None:
         return y
-    return y + D.to(y.dtype)[:, None] * repeat_groups(x, y.shape[2])
+    return y + D.to(y.dtype)[:, None] * repeat_groups(x, y.shape[2])  # eq. (4)
 
 
 @without_autocast
@@ -169,7 +173,7 @@ def scan_step(
     D: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One text token of decoding: eqs. (1) and (2), and the skip of eq. (3).
+    """One text token of decoding: eqs. (1) and (2), and the skip of eq. (4) (Mamba2, arXiv 2405.21060).
 
     Args:
         state: (B, H, N, P), float32, or float64 if `x` is.

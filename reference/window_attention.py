@@ -3,11 +3,11 @@
 Letters: B batch, L tokens, H query heads, G groups, N head dim of q and k, P head dim of v. Head h reads
 group h // (H/G).
 
-    o_i = Σ_j softmax_j(scale · q_i·k_j) v_j     over all j of the row with the id of i, later ones too    (1)
+    o_i = Σ_j softmax_j(scale · q_i·k_j) v_j                                                              (1)
+          over all tokens j of the row in the same window as i (no causal mask)
 
-Local-Swin's attention (LinMU, arXiv 2601.01322), after Swin (arXiv 2103.14030) in three axes and without a
-mask for cyclic shifts: windows are sets of tokens with one id, so a border window is simply smaller. Cost: a
-loop over ids.
+Local-Swin's attention (LinMU, arXiv 2601.01322), after Swin (arXiv 2103.14030) in three axes. A window is the
+set of tokens with one id, whatever their number. Cost: a loop over ids.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ import torch
 from torch import Tensor
 
 from .checks import require_float, require_groups, require_int64, require_one_device, require_shape
-from .numerics import accumulation_dtype, repeat_groups, without_autocast
+from .numerics import accumulation_dtype, repeat_groups, without_autocast, zero_where_masked
 
 
 @without_autocast
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attend, without causal mask, to the tokens of the same row with the same window id; eq. (1).
+    """Attend to the tokens of the same row in the same window; eq. (1) (LinMU, arXiv 2601.01322).
 
     Args:
         q: (B, L, H, N), any float dtype.
         k: (B, L, G, N).
         v: (B, L, G, P).
         window_id: (B, L) int64; -1 = in no window.
-        scale: factor on q·k; None = N**-0.5.
+        scale: factor on q·k; None = N**-0.5, as attention has.
     Returns:
-        (B, L, H, P) in the dtype of `q`; 0 where the id is -1. Softmax and sums run in float32, or float64 if
-    `q` is. Raises:
+        (B, L, H, P) in the dtype of `q`; 0 where the id is -1. Softmax and sums run in float32, or in
+            float64 for float64 input.
+    Raises:
         ValueError: for shapes, dtypes or devices that do not fit.
     """
     check_window_attention("window_attention", q, k, v, window_id)
@@ -51,14 +52,16 @@ def window_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, member: Tensor, scale: float) -> Tensor:
-    """Eq. (1) for one window: q, k (B, n, H, N), v (B, n, H, P), member (B, n) bool -> (B, n, H, P), 0
-    outside."""
-    q, k, v = (torch.where(member[..., None, None], tensor, tensor.new_zeros(())) for tensor in (q, k, v))
+    """Eq. (1) for one window: q, k (B, n, H, N), v (B, n, H, P) -> (B, n, H, P).
+
+    `member` (B, n) bool says which of the n tokens are in it, row by row; elsewhere the result is 0.
+    """
+    q, k, v = (zero_where_masked(tensor, member[..., None, None]) for tensor in (q, k, v))
     scores = scale * torch.einsum("bihn,bjhn->bhij", q, k)
     lowest = torch.finfo(scores.dtype).min  # finite, so that rows without members give no NaN
     scores = torch.where(member[:, None, None, :], scores, scores.new_full((), lowest))
     output = torch.einsum("bhij,bjhp->bihp", scores.softmax(-1), v)  # eq. (1)
-    return torch.where(member[..., None, None], output, output.new_zeros(()))
+    return zero_where_masked(output, member[..., None, None])
 
 
 def check_window_attention(where: str, q, k, v, window_id) -> None:

@@ -1,7 +1,8 @@
-"""How large the terms are that a gradient sums over tokens: what its error is measured by where they cancel.
+"""How large the terms are that a gradient is a sum of: what its error is measured by where they cancel.
 
 The gradient of a parameter is a sum over all tokens. Its terms may cancel, and then the sum resolves less
-than its terms do, however it is computed: each term's rounding stays.
+than its terms do, however it is computed: each term's rounding stays. The gradient of attention's scores is a
+difference, dS = P (dP - δ) with δ = Σ P dP, exactly 0 for a token that is alone in its window.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from .compare import PER_TOKEN, Results
+from .compare import PER_TOKEN, Results, cotangent
 
 DRAWS = 8
 
@@ -33,5 +35,32 @@ def sizes_of_sums(run: Callable[[int], Results]) -> Results:
 
 def is_summed(name: str) -> bool:
     """Whether a result is the gradient of something that all tokens share."""
-    kind, _, of = name.rpartition(" of ")
-    return kind == "gradient" and of not in PER_TOKEN and not of.endswith("state")
+    kind, _, of = name.partition(" ")
+    return kind == "grad" and of not in PER_TOKEN and not of.endswith("state")
+
+
+def sizes_in_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float | None = None
+) -> Results:
+    """The sums of the absolute terms of the gradients of q and k, P (|dP| + |δ|) · scale · |k| or |q|.
+
+    Args:
+        q, k, v, window_id, scale: as for `window_attention`, in float64; the cotangent is `evaluate`'s.
+    """
+    ratio = q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    k, v = k.repeat_interleave(ratio, dim=2), v.repeat_interleave(ratio, dim=2)
+    inside = window_id >= 0
+    q, k, v = (torch.where(inside[..., None, None], tensor, 0.0) for tensor in (q, k, v))
+    mates = (window_id[:, :, None] == window_id[:, None, :]) & inside[:, :, None]  # (B, L, L)
+    scores = scale * torch.einsum("bihn,bjhn->bhij", q, k)
+    weights = torch.nan_to_num(scores.masked_fill(~mates[:, None], -torch.inf).softmax(-1))
+    asked = cotangent(v.new_empty(*q.shape[:3], v.shape[3]), 0)
+    sent = torch.einsum("bihp,bjhp->bhij", asked, v)
+    delta = (weights * sent).sum(-1, keepdim=True)
+    terms = scale * weights * (sent.abs() + delta.abs())
+    of_keys = torch.einsum("bhij,bihn->bjhn", terms, q.abs())
+    return {
+        "grad q": torch.einsum("bhij,bjhn->bihn", terms, k.abs()),
+        "grad k": of_keys.unflatten(2, (-1, ratio)).sum(3),
+    }

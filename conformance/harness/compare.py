@@ -1,9 +1,11 @@
 """One comparison for all tests: how far a result may be from the truth, and what to say when it is further.
 
-    error(got, truth) <= max(2 · error(the reference in the same dtype, truth), floor · size of the truth)
+    error(got, truth) <= max(2 · error(reference, truth), floor · size of the truth, floor / 1000)
 
-The truth is the reference in float64 on the same rounded inputs. Its size is that of what is summed where a
-test says so: a sum over tokens that cancels resolves less than its terms do. Both the root mean square of the
+Three words: `got` is what the backend under test gives; `reference` is what linmu.reference gives for the
+same inputs in the same dtypes; `truth` is what it gives for them in float64. The size of the truth is that
+of what is summed where a test says so: a sum over tokens that cancels resolves less than its terms do. The
+last part is absolute, for truths of exactly 0: tests draw numbers of size 1. Both the root mean square of the
 error and its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide. The
 mean of few numbers scatters: of n of them, the floor of the first is 1 + 3/√n times as high, for a single one
 that of the maximum.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,31 +26,32 @@ from torch import Tensor
 # Root mean square of the error over that of the truth; maximum over maximum may be four times as much.
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 MAXIMUM_OVER_RMS = 4.0
-TINY = 1e-30
+ABSOLUTE = 1e-3  # of the floor, whatever the size of the truth
 PER_TOKEN = {"x", "dt", "B", "C", "gate", "u", "q", "k", "v", "student", "teacher", "hidden_states"}
 
 Results = Mapping[str, Tensor]
 
 
 def assert_matches(
-    got: Results, truth: Results, own: Results, case: Any, sizes: Callable[[], Results] | None = None
+    got: Results, truth: Results, reference: Results, case: Any, sizes: Callable[[], Results] | None = None
 ) -> None:
-    """Each tensor of `got` equals `truth` about as well as `own`, the reference in the same dtypes, does.
+    """Each tensor of `got` equals `truth` about as well as that of `reference` does.
 
     Args:
         got: results of the backend under test by name, as `evaluate` returns them.
         truth: results of the reference on the same inputs in float64.
-        own: results of the reference on the same inputs in their own dtypes.
+        reference: results of the reference on the same inputs in their own dtypes.
         case: what was run; its repr goes into the message.
-        sizes: what `sums.sizes_of_sums` says of this case; asked if an error is large.
+        sizes: what `cancellation.sizes_of_sums` says of this case; asked if an error is large.
     Raises:
         AssertionError: naming shape, dtype, or the worst element, the case and a command that reproduces it.
     """
     assert set(got) == set(truth), report(f"results must be {sorted(truth)}, got {sorted(got)}", case)
-    precision = coarsest(own, case)
+    precision = coarsest(reference, case)
     for name, tensor in got.items():
-        check_form(name, tensor, own[name], case)
-        check = partial(check_errors, name, tensor, truth[name], case, floor=FLOORS[precision], own=own[name])
+        check_form(name, tensor, reference[name], case)
+        bounds = {"floor": FLOORS[precision], "reference": reference[name]}
+        check = partial(check_errors, name, tensor, truth[name], case, **bounds)
         check_sized(check, name, sizes)
 
 
@@ -120,7 +123,7 @@ def check_errors(
     case: Any,
     *,
     floor: float,
-    own: Tensor | None = None,
+    reference: Tensor | None = None,
     size: Tensor | None = None,
     maximum_over_rms: float = MAXIMUM_OVER_RMS,
 ) -> None:
@@ -128,14 +131,12 @@ def check_errors(
     if got.numel() == 0:
         return
     got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
-    error, rounding = (
-        got - truth,
-        torch.zeros_like(truth) if own is None else own.detach().double().cpu() - truth,
-    )
+    error = got - truth
+    rounding = torch.zeros_like(truth) if reference is None else reference.detach().double().cpu() - truth
     size = truth if size is None else torch.maximum(truth.abs(), size.double().cpu())
     of_few = min(1 + 3 / got.numel() ** 0.5, maximum_over_rms)
     for kind, measure, share in (("RMS", rms, of_few), ("maximum", maximum, maximum_over_rms)):
-        bound = max(2 * measure(rounding), share * floor * measure(size), TINY)
+        bound = max(2 * measure(rounding), share * floor * measure(size), ABSOLUTE * floor)
         found = measure(error)
         if not found <= bound:
             index = tuple(int(i) for i in torch.unravel_index(error.abs().argmax(), error.shape))
@@ -167,22 +168,27 @@ def evaluate(
     gradients: bool = False,
     seed: int = 0,
     draw: int | None = None,
+    names: Sequence[str] = ("y", "final_state"),
+    of: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Call `function(**inputs)`; its outputs by name and, if asked, the gradient of every float input.
+    """Call `function(**inputs)`; its results by name and, if asked, "grad NAME" of every float input.
 
     The cotangents are random quarters, exact in every dtype, so that all dtypes answer the same question. An
     input that takes no part has gradient zero, whether autograd says None or zeros. With `draw`, which
-    numbers random signs, each token of the outputs has one.
+    numbers random signs, each token of the results has one. Gradients are those of the results `of`, of all
+    if None. The inputs are handed over as they are, strides and memory included.
     """
     floats = {name: value for name, value in inputs.items() if is_float(value)}
-    leaves = {name: value.detach().clone().requires_grad_(gradients) for name, value in floats.items()}
+    leaves = {name: value.detach().requires_grad_(gradients) for name, value in floats.items()}
     outputs = function(**{**inputs, **leaves})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    results = {f"output {i}": output for i, output in enumerate(outputs)}
+    results = dict(zip(names[: len(outputs)], outputs, strict=True))
     if not gradients:
         return results
     asked = {
-        output: cotangent(output, seed + i, draw) for i, output in enumerate(outputs) if output.requires_grad
+        output: cotangent(output, seed + i, draw)
+        for i, (name, output) in enumerate(results.items())
+        if output.requires_grad and (of is None or name in of)
     }
     found = [None] * len(leaves)
     if asked:
@@ -190,7 +196,7 @@ def evaluate(
             list(asked), list(leaves.values()), list(asked.values()), allow_unused=True
         )
     for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
-        results[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+        results[f"grad {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
@@ -220,16 +226,6 @@ def is_float(value: Any) -> bool:
 def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The same inputs, float tensors widened to float64."""
     return {name: value.double() if is_float(value) else value for name, value in inputs.items()}
-
-
-def edited(inputs: Mapping[str, Any], others: Mapping[str, Any], where: Tensor) -> dict[str, Any]:
-    """`inputs`, but at the tokens `where`, (B, L) bool, everything per token comes from `others`."""
-
-    def pick(value: Tensor, other: Tensor) -> Tensor:
-        return torch.where(where.view(*where.shape, *[1] * (value.ndim - 2)), other, value)
-
-    present = PER_TOKEN & inputs.keys()
-    return {**inputs, **{name: pick(inputs[name], others[name]) for name in present}}
 
 
 def report(line: str, case: Any) -> str:

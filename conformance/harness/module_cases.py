@@ -72,8 +72,8 @@ def initial(backend: Any, name: str, case: ModuleCase) -> nn.Module:
     torch.manual_seed(case.seed)
     module = getattr(backend, name)(case.config, case.layer_index)
     for key, parameter in module.named_parameters():
-        own = not set(key.split(".")) & set(IN_MODEL_DTYPE)
-        parameter.data = parameter.data.to(DTYPES[case.dtype][own])
+        of_mamba = not set(key.split(".")) & set(IN_MODEL_DTYPE)
+        parameter.data = parameter.data.to(DTYPES[case.dtype][of_mamba])
     return module
 
 
@@ -111,7 +111,7 @@ def run_with_gradients(
     cotangents = [cotangent(result, i, draw) for i, result in enumerate(asked.values())]
     found = torch.autograd.grad(list(asked.values()), list(leaves.values()), cotangents, allow_unused=True)
     gradients = {
-        f"gradient of {key}": torch.zeros_like(leaf) if gradient is None else gradient
+        f"grad {key}": torch.zeros_like(leaf) if gradient is None else gradient
         for (key, leaf), gradient in zip(leaves.items(), found, strict=True)
     }
     return {key: result.detach() for key, result in {**results, **gradients}.items()}
@@ -120,22 +120,22 @@ def run_with_gradients(
 def check_module(module: nn.Module, reference: Any, name: str, case: ModuleCase) -> None:
     """Outputs, states and every gradient against the reference with the same parameters."""
     state = module.state_dict()
-    truth, own = truth_and_own(reference, name, case, state)
+    truth, in_own_dtypes = truth_and_reference(reference, name, case, state)
     of_sums = partial(sizes, reference, name, case, state)
-    assert_matches(run_with_gradients(module, name, case), truth, own, case, of_sums)
+    assert_matches(run_with_gradients(module, name, case), truth, in_own_dtypes, case, of_sums)
 
 
-def truth_and_own(
+def truth_and_reference(
     reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]
 ) -> tuple[Results, Results]:
     """Results of the reference with these parameters: in float64, and in the dtype of the case."""
-    own_module, wide_module = (initial(reference, name, case) for _ in range(2))
-    own_module.load_state_dict(state)
+    module, wide_module = (initial(reference, name, case) for _ in range(2))
+    module.load_state_dict(state)
     wide_module.load_state_dict(state)
-    own = run_with_gradients(own_module, name, case)
+    in_own_dtypes = run_with_gradients(module, name, case)
     wide_module.double()
     wide = RoundedCase(case)
-    return run_with_gradients(wide_module, name, wide), own
+    return run_with_gradients(wide_module, name, wide), in_own_dtypes
 
 
 def sizes(reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]) -> Results:
@@ -224,7 +224,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> LinMUConfig:
 @st.composite
 def module_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> ModuleCase:
     """`fixed` holds fields of the case, or options of its configuration."""
-    own = {key: fixed.pop(key) for key in ("layout", "layer_index") if key in fixed}
+    of_case = {key: fixed.pop(key) for key in ("layout", "layer_index") if key in fixed}
     drawn = {
         "layout": draw(layouts()),
         "config": draw(configs(**fixed)),
@@ -232,4 +232,4 @@ def module_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) ->
         "dtype": draw(dtypes(names)),
         "seed": draw(SEEDS),
     }
-    return ModuleCase(**{**drawn, **own})
+    return ModuleCase(**{**drawn, **of_case})

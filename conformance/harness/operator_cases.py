@@ -5,7 +5,7 @@ Letters: B batch, L tokens, H query heads, G groups, N state size, P head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from .compare import Results, evaluate
 from .layouts import Layout, layouts
 
 DTYPES = {  # name -> (dtype of x, B, C, u, q, k, v; dtype of dt, A, gate, D)
@@ -28,18 +29,18 @@ EXACT = ("float64", "float32")  # where a broken invariant cannot hide behind ro
 LENGTHS = (1, 2, 3, 5, 7, 8, 11, 13, 16, 17, 19, 23, 24)
 
 
-def holds(*needs: str, case: st.SearchStrategy, share: float = 1.0) -> Callable:
-    """Turn `property(backend, case)` into a test; `needs` names what it uses of the backend.
+def property_of(*names: str, cases: st.SearchStrategy, share: float = 1.0) -> Callable:
+    """Turn `check(backend, case)` into a test of these names of a backend, on cases that hypothesis draws.
 
-    `share` scales the number of examples of the loaded profile. The bare property stays reachable as
-    `.check`, for the snippet that reproduces a failure and for the planted bugs, its cases as `.cases`.
+    `share` scales the number of cases of the loaded profile. The bare check stays reachable as `.check`, for
+    the snippet that reproduces a failure and for the planted bugs, its cases as `.cases`.
     """
 
     def make_test(check: Callable) -> Callable:
-        examples, cases = max(1, round(share * settings().max_examples)), all_new(case)
-        test = settings(max_examples=examples)(given(case=cases)(check))
-        test.check, test.cases, test.examples = check, cases, examples
-        return pytest.mark.needs(*needs)(test)
+        examples, drawn = max(1, round(share * settings().max_examples)), all_new(cases)
+        test = settings(max_examples=examples)(given(case=drawn)(check))
+        test.check, test.cases, test.examples = check, drawn, examples
+        return pytest.mark.needs(*names)(test)
 
     return make_test
 
@@ -83,11 +84,147 @@ def row_mask(kind: str, batch: int, length: int, numbers: Numbers) -> Tensor | N
     return position >= length - counts if kind == "left" else position < counts
 
 
+class Case:
+    """Arguments of one operator, and ways to change them. Every change is a case again."""
+
+    operator: ClassVar[str]
+    results: ClassVar[tuple[str, ...]]  # names of what the operator returns
+    tokens: ClassVar[tuple[str, ...]]  # names of the float arguments (B, L, ...)
+    masks: ClassVar[tuple[str, ...]] = ()  # names of the bool and int64 arguments (B, L)
+    rows: ClassVar[tuple[str, ...]] = ()  # names of the arguments (B, ...) without tokens
+
+    def inputs(self, draw: int = 0) -> dict[str, Any]:
+        """All arguments by name; another `draw` gives other numbers and the same masks."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flat(operator: Callable) -> Callable:
+        """The operator with tensors for whatever it takes and gives as a state of several."""
+        return operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return tuple(self.inputs()[self.tokens[0]].shape[:2])
+
+    @property
+    def ratio(self) -> int:
+        """How many heads share a group."""
+        return self.heads // self.groups
+
+    def cuts(self) -> list[int]:
+        """A few places to split the sequence: near both ends and in the middle."""
+        length = self.shape[1]
+        return sorted({1, length // 2, length - 1} & set(range(1, length)))
+
+    def changed(self, **changes: Any) -> ChangedCase:
+        """The same case with these arguments instead."""
+        return ChangedCase(self, changes)
+
+    def with_other_tokens(self, where: Tensor) -> ChangedCase:
+        """Other numbers at the tokens `where`, (B, L) bool."""
+        return self._with_tokens(where, self.inputs(draw=1))
+
+    def with_other_tokens_from(self, cut: int) -> ChangedCase:
+        """Other numbers at token `cut` and after it."""
+        return self.with_other_tokens((torch.arange(self.shape[1]) >= cut).expand(self.shape))
+
+    def with_other_tokens_before(self, cut: int) -> ChangedCase:
+        """Other numbers before token `cut`."""
+        return self.with_other_tokens((torch.arange(self.shape[1]) < cut).expand(self.shape))
+
+    def with_nan_at(self, where: Tensor) -> ChangedCase:
+        """NaN at the tokens `where`, (B, L) bool."""
+        given = self.inputs()
+        return self._with_tokens(where, {n: torch.full_like(given[n], float("nan")) for n in self.tokens})
+
+    def _with_tokens(self, where: Tensor, others: Mapping[str, Tensor]) -> ChangedCase:
+        given = self.inputs()
+
+        def pick(name: str) -> Tensor:
+            return torch.where(
+                where.view(*where.shape, *[1] * (given[name].ndim - 2)), others[name], given[name]
+            )
+
+        return self.changed(**{name: pick(name) for name in self.tokens})
+
+    def part(self, span: slice) -> ChangedCase:
+        """A part of the sequence, with the same initial state."""
+        given = self.inputs()
+        names = (*self.tokens, *self.masks)
+        return self.changed(**{name: given[name][:, span] for name in names if given[name] is not None})
+
+    def row(self, row: int) -> ChangedCase:
+        """One row of the batch alone."""
+        given = self.inputs()
+        names = (*self.tokens, *self.masks, *self.rows)
+        alone = {name: given[name][row : row + 1] for name in names if given[name] is not None}
+        return self.changed(**alone)
+
+
+class ChangedCase(Case):
+    """A case with some arguments replaced; all else is as in the case it was made from."""
+
+    def __init__(self, case: Case, changes: Mapping[str, Any]) -> None:
+        self.case, self.changes = case, dict(changes)
+        self.operator, self.results = case.operator, case.results
+        self.tokens, self.masks, self.rows, self.flat = case.tokens, case.masks, case.rows, case.flat
+
+    def inputs(self, draw: int = 0) -> dict[str, Any]:
+        """The arguments of the case, then the changes."""
+        return {**self.case.inputs(draw), **self.changes}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.case, name)
+
+    def __repr__(self) -> str:
+        return f"{self.case!r} with other {', '.join(self.changes)}"
+
+
+def operator_of(backend: Any, case: Case) -> Callable:
+    """The operator that the case is for, on the case's arguments and with its results."""
+    return case.flat(getattr(backend, case.operator))
+
+
+def run(
+    backend: Any,
+    case: Case,
+    gradients: bool = False,
+    of: Sequence[str] | None = None,
+    draw: int | None = None,
+) -> Results:
+    """Call the case's operator: its results by name and, with `gradients`, "grad NAME" of every float
+    argument, taken of the results `of`, of all if None; `draw` as in `evaluate`."""
+    return evaluate(
+        operator_of(backend, case), case.inputs(), gradients, draw=draw, names=case.results, of=of
+    )
+
+
+def gradients_of(backend: Any, case: Case, pick: Callable[[Tensor], Tensor]) -> Results:
+    """ "grad NAME" of every float argument, taken of a part of the first result that `pick` cuts out."""
+
+    def part(**given: Any) -> Tensor:
+        outputs = operator_of(backend, case)(**given)
+        return pick(outputs[0] if isinstance(outputs, tuple) else outputs)
+
+    found = evaluate(part, case.inputs(), gradients=True)
+    return {name: gradient for name, gradient in found.items() if name.startswith("grad ")}
+
+
+def fed(operator: Callable, case: Case, gradients: bool = False) -> Results:
+    """`run` of any function that takes the case's arguments and gives the same results."""
+    return evaluate(operator, case.inputs(), gradients, names=case.results)
+
+
 @dataclass(frozen=True)
-class ScanCase:
+class ScanCase(Case):
     """Arguments of `selective_scan`."""
 
     operator: ClassVar[str] = "selective_scan"
+    results: ClassVar[tuple[str, ...]] = ("y", "final_state")
+    tokens: ClassVar[tuple[str, ...]] = ("x", "dt", "B", "C")
+    masks: ClassVar[tuple[str, ...]] = ("mask",)
+    rows: ClassVar[tuple[str, ...]] = ("initial_state",)
     batch: int
     length: int
     heads: int
@@ -108,10 +245,14 @@ class ScanCase:
 
 
 @dataclass(frozen=True)
-class BidirectionalCase:
+class BidirectionalCase(Case):
     """Arguments of `bidirectional_scan`."""
 
     operator: ClassVar[str] = "bidirectional_scan"
+    results: ClassVar[tuple[str, ...]] = ("y", "final_state")
+    tokens: ClassVar[tuple[str, ...]] = ("x", "dt", "B", "C", "gate")
+    masks: ClassVar[tuple[str, ...]] = ("segment", "valid")
+    rows: ClassVar[tuple[str, ...]] = ("initial_state",)
     layout: Layout
     heads: int
     groups: int
@@ -132,8 +273,14 @@ class BidirectionalCase:
         skip = numbers.normal(self.heads, dtype=step_dtype) if self.skip else None
         return {**scan, "gate": gate, "D": skip, "segment": self.layout.segment, "valid": self.layout.valid}
 
+    def cuts(self) -> list[int]:
+        """Places to split the sequence where no block is cut."""
+        return self.layout.cuts()
 
-def scan_tensors(sizes: Any, batch: int, length: int, numbers: Numbers) -> dict[str, Any]:
+
+def scan_tensors(
+    sizes: Any, batch: int, length: int, numbers: Numbers, initial_state: bool | None = None
+) -> dict[str, Any]:
     """x, dt, A, B, C and initial_state with decays from almost none to almost all of the state per token."""
     dtype, step_dtype = DTYPES[sizes.dtype]
     tensors = {
@@ -145,14 +292,55 @@ def scan_tensors(sizes: Any, batch: int, length: int, numbers: Numbers) -> dict[
     }
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     state = numbers.normal(batch, sizes.heads, sizes.state, sizes.head_dim, dtype=state_dtype)
-    return {**tensors, "initial_state": state if sizes.initial_state else None}
+    wanted = sizes.initial_state if initial_state is None else initial_state
+    return {**tensors, "initial_state": state if wanted else None}
 
 
 @dataclass(frozen=True)
-class ConvCase:
+class StepCase(Case):
+    """Arguments of `scan_step`: one token, so what other operators have per token is per row here."""
+
+    operator: ClassVar[str] = "scan_step"
+    results: ClassVar[tuple[str, ...]] = ("y", "state")
+    tokens: ClassVar[tuple[str, ...]] = ()
+    rows: ClassVar[tuple[str, ...]] = ("state", "x", "dt", "B", "C", "valid")
+    batch: int
+    heads: int
+    groups: int
+    state: int
+    head_dim: int
+    skip: bool
+    valid: bool
+    dtype: str
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, 1)."""
+        return self.batch, 1
+
+    def inputs(self, draw: int = 0) -> dict[str, Any]:
+        """All arguments by name; another `draw` gives other numbers and the same rows that take part."""
+        scan = scan_tensors(self, self.batch, 1, Numbers(self.seed + 7919 * draw), initial_state=True)
+        numbers = Numbers(self.seed + 7919 * draw + 3)
+        return {
+            "state": scan["initial_state"],
+            **{name: scan[name][:, 0] for name in ("x", "dt", "B", "C")},
+            "A": scan["A"],
+            "D": numbers.normal(self.heads, dtype=DTYPES[self.dtype][1]) if self.skip else None,
+            "valid": Numbers(self.seed + 1).some(self.batch) if self.valid else None,
+        }
+
+
+@dataclass(frozen=True)
+class ConvCase(Case):
     """Arguments of `causal_conv`."""
 
     operator: ClassVar[str] = "causal_conv"
+    results: ClassVar[tuple[str, ...]] = ("out", "final_state")
+    tokens: ClassVar[tuple[str, ...]] = ("u",)
+    masks: ClassVar[tuple[str, ...]] = ("mask",)
+    rows: ClassVar[tuple[str, ...]] = ("initial_state",)
     batch: int
     length: int
     channels: int
@@ -181,10 +369,13 @@ class ConvCase:
 
 
 @dataclass(frozen=True)
-class WindowCase:
+class WindowCase(Case):
     """Arguments of `window_attention`: each token belongs to one of `windows` windows or to none."""
 
     operator: ClassVar[str] = "window_attention"
+    results: ClassVar[tuple[str, ...]] = ("o",)
+    tokens: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    masks: ClassVar[tuple[str, ...]] = ("window_id",)
     batch: int
     length: int
     heads: int
@@ -211,9 +402,12 @@ class WindowCase:
 
 
 @dataclass(frozen=True)
-class LossCase:
-    """Arguments of `hidden_loss` (width = D) and `logit_loss` (width = V)."""
+class LossCase(Case):
+    """What `hidden_loss` (width = D) and `logit_loss` (width = V) share."""
 
+    results: ClassVar[tuple[str, ...]] = ("loss",)
+    tokens: ClassVar[tuple[str, ...]] = ("student", "teacher")
+    masks: ClassVar[tuple[str, ...]] = ("mask",)
     batch: int
     length: int
     width: int
@@ -231,6 +425,30 @@ class LossCase:
         if mask is not None:
             mask[0, 0] = True  # at least one token counts; the empty mask has a test of its own
         return {"student": student, "teacher": teacher, "mask": mask}
+
+
+@dataclass(frozen=True)
+class HiddenLossCase(LossCase):
+    """Arguments of `hidden_loss`, whose mask is called `valid`."""
+
+    operator: ClassVar[str] = "hidden_loss"
+    masks: ClassVar[tuple[str, ...]] = ("valid",)
+
+    def inputs(self, draw: int = 0) -> dict[str, Any]:
+        """student, teacher and valid; another `draw` gives other numbers and the same mask."""
+        given = super().inputs(draw)
+        return {"student": given["student"], "teacher": given["teacher"], "valid": given["mask"]}
+
+
+@dataclass(frozen=True)
+class LogitLossCase(LossCase):
+    """Arguments of `logit_loss`."""
+
+    operator: ClassVar[str] = "logit_loss"
+
+    def inputs(self, draw: int = 0) -> dict[str, Any]:
+        """student, teacher, mask and temperature; another `draw` gives other numbers and the same mask."""
+        return {**super().inputs(draw), "temperature": self.temperature}
 
 
 SEEDS = st.integers(0, 2**16)
@@ -319,7 +537,24 @@ def window_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) ->
 
 
 @st.composite
-def loss_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> LossCase:
+def step_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> StepCase:
+    heads, groups = draw(HEADS_GROUPS)
+    drawn = {
+        "batch": draw(BATCHES),
+        "heads": heads,
+        "groups": groups,
+        "state": draw(SMALL),
+        "head_dim": draw(SMALL),
+        "skip": draw(st.booleans()),
+        "valid": draw(st.booleans()),
+        "dtype": draw(dtypes(names)),
+        "seed": draw(SEEDS),
+    }
+    return StepCase(**{**drawn, **fixed})
+
+
+@st.composite
+def loss_cases(draw: st.DrawFn, kind: type[LossCase], names: Iterable[str] = EXACT, **fixed: Any) -> LossCase:
     drawn = {
         "batch": draw(BATCHES),
         "length": draw(st.sampled_from(LENGTHS)),
@@ -329,4 +564,12 @@ def loss_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> L
         "dtype": draw(dtypes(names)),
         "seed": draw(SEEDS),
     }
-    return LossCase(**{**drawn, **fixed})
+    return kind(**{**drawn, **fixed})
+
+
+def hidden_loss_cases(names: Iterable[str] = EXACT, **fixed: Any) -> st.SearchStrategy[HiddenLossCase]:
+    return loss_cases(HiddenLossCase, names, **fixed)
+
+
+def logit_loss_cases(names: Iterable[str] = EXACT, **fixed: Any) -> st.SearchStrategy[LogitLossCase]:
+    return loss_cases(LogitLossCase, names, **fixed)

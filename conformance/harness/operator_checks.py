@@ -1,6 +1,6 @@
-"""Properties that hold however an operator is called: strides, autocast, in-place writes, which gradients.
+"""What every operator must do: agree with the reference, and not depend on how it is called.
 
-Each takes a backend and a case of any operator; the files of the operators turn them into tests.
+`call_properties` turns the checks into the tests of one operator. Each check takes a backend and a case.
 """
 
 from __future__ import annotations
@@ -16,132 +16,199 @@ from torch import Tensor
 
 from linmu import reference
 
-from .cancellation import sizes_of_sums
-from .compare import assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float, quarters
+from .cancellation import sizes_in_attention, sizes_of_sums
+from .compare import Results, assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float
+from .operator_cases import DTYPES, EXACT, Case, ChangedCase, fed, operator_of, property_of, run
+from .second_sliding_window import sizes_in_window
+
+SIZES = {"window_attention": sizes_in_attention, "sliding_window_attention": sizes_in_window}  # of gradients
+HALF_AND_SINGLE = ("bfloat16", "float32")
 
 
-def operator_of(backend: Any, case: Any) -> Callable:
-    """The operator that the case is for, called with tensors alone; its outputs always as a tuple of them."""
-    operator = getattr(backend, case.operator)
-    operator = case.flat(operator) if hasattr(case, "flat") else operator
+def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
+    """The tests of this file for one operator, by name; `cases(dtypes)` draws its arguments.
 
-    def call(**given: Any) -> tuple[Tensor, ...]:
-        outputs = operator(**given)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    return call
-
-
-def check_matches_the_reference(backend: Any, case: Any, gradients: bool = True) -> None:
-    """Values, states and, if asked, the gradient of every input, within the bounds of `assert_matches`."""
-    inputs, sound = case.inputs(), operator_of(reference, case)
-    truth = evaluate(sound, in_float64(inputs), gradients)
-    own = evaluate(sound, inputs, gradients)
-    sizes = partial(sizes_of_gradients, case, inputs) if gradients else None
-    assert_matches(evaluate(operator_of(backend, case), inputs, gradients), truth, own, case, sizes)
-
-
-def sizes_of_gradients(case: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """`sizes_of_sums` of the reference's operator."""
-    wide, sound = in_float64(inputs), operator_of(reference, case)
-    return sizes_of_sums(lambda draw: evaluate(sound, wide, gradients=True, draw=draw))
+    A file of properties adds them to its own: `globals().update(call_properties(...))`.
+    """
+    test = partial(property_of, operator)
+    in_every_dtype, exact = cases(DTYPES), cases(EXACT)
+    return {
+        "test_values_match_the_reference": test(cases=in_every_dtype)(check_values_match),
+        "test_gradients_match_the_reference": test(cases=in_every_dtype)(check_gradients_match),
+        "test_the_gradient_of_each_result_alone_matches_the_reference": test(cases=exact, share=0.5)(
+            check_gradients_of_each_result_match
+        ),
+        "test_one_gradient_alone_equals_its_share_of_all": test(cases=exact)(check_one_gradient_alone),
+        "test_results_do_not_depend_on_grad_mode": test(cases=exact, share=0.5)(check_grad_mode),
+        "test_strides_do_not_matter": test(cases=in_every_dtype)(check_strides),
+        "test_arguments_are_left_as_they_were": test(cases=exact)(check_arguments_are_left),
+        "test_autocast_changes_nothing": test(cases=cases(HALF_AND_SINGLE))(check_autocast),
+        "test_uninitialised_memory_is_never_read": test(cases=exact, share=0.5)(check_uninitialised_memory),
+        "test_nothing_is_remembered_between_calls": test(cases=exact, share=0.5)(check_nothing_is_remembered),
+    }
 
 
-def check_strides_do_not_matter(backend: Any, case: Any) -> None:
-    """P8: inputs with their last axis first in memory, in a larger buffer; the expanded gradient of a sum."""
-    operator, inputs = operator_of(backend, case), case.inputs()
+def check_values_match(backend: Any, case: Case) -> None:
+    """Values, states and their dtypes, in every dtype, float32 steps with bfloat16 tokens included."""
+    check_matches_the_reference(backend, case, gradients=False)
+
+
+def check_gradients_match(backend: Any, case: Case) -> None:
+    """The gradient of every argument, all results having one, in every dtype."""
+    check_matches_the_reference(backend, case)
+
+
+def check_matches_the_reference(
+    backend: Any, case: Case, gradients: bool = True, of: tuple[str, ...] | None = None
+) -> None:
+    """Within the bounds of `assert_matches`; gradients are those of the results `of`, of all if None."""
+    truth = run(reference, widened(case), gradients, of)
+    in_own_dtypes = run(reference, case, gradients, of)
+    sizes = partial(sizes_of_gradients, case, of) if gradients else None
+    assert_matches(run(backend, case, gradients, of), truth, in_own_dtypes, case, sizes)
+
+
+def widened(case: Case) -> ChangedCase:
+    """The same numbers, as they were rounded, in float64."""
+    return case.changed(**in_float64(case.inputs()))
+
+
+def sizes_of_gradients(case: Case, of: tuple[str, ...] | None = None) -> Results:
+    """The sizes of the terms that gradients sum over, where these may cancel."""
+    wide = widened(case)
+    sizes = sizes_of_sums(lambda draw: run(reference, wide, True, of, draw))
+    return sizes | SIZES.get(case.operator, dict)(**wide.inputs())
+
+
+def check_gradients_of_each_result_match(backend: Any, case: Case) -> None:
+    """Training asks for the gradient of y alone, a chunk of prefill for that of the state too."""
+    for name in case.results:
+        check_matches_the_reference(backend, case, of=(name,))
+
+
+def check_one_gradient_alone(backend: Any, case: Case) -> None:
+    """One argument's gradient, of one result, is what asking for all arguments gives."""
+    given = case.inputs()
+    floats = [name for name, value in given.items() if is_float(value)]
+    for index, result in enumerate(case.results):
+        name = floats[(case.seed + index) % len(floats)]
+        together = run(backend, case, gradients=True, of=(result,))
+
+        def call(**one: Tensor) -> Any:
+            return operator_of(backend, case)(**{**given, **one})
+
+        alone = evaluate(call, {name: given[name]}, gradients=True, names=case.results, of=(result,))
+        key = f"grad {name}"
+        assert_same({key: alone[key]}, {key: together[key]}, case)
+
+
+def check_grad_mode(backend: Any, case: Case) -> None:
+    """Under `no_grad` and `inference_mode`, and where nothing needs a gradient, the values are the same."""
+    wanted = {
+        name: value for name, value in run(backend, case, gradients=True).items() if name in case.results
+    }
+    assert_same(run(backend, case), wanted, case)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert_same(run(backend, case), wanted, case)
+
+
+def check_strides(backend: Any, case: Case) -> None:
+    """Arguments with their last axis first in memory and with gaps, masks and ids too; expanded gradients."""
+    strided = case.changed(**{name: oddly_strided(value) for name, value in case.inputs().items()})
+    assert_same(run(backend, strided), run(backend, case), case)
+    assert_same(gradients_of_the_sum(backend, strided), gradients_of_the_sum(backend, case), case)
+
+
+def gradients_of_the_sum(backend: Any, case: Case) -> Results:
+    """Gradients of the sum of all results, which autograd hands to the operator as expanded tensors."""
 
     def total(**given: Any) -> Tensor:
-        return sum(
-            output.to(torch.promote_types(output.dtype, torch.float32)).sum() for output in operator(**given)
-        )
+        outputs = operator_of(backend, case)(**given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(output.to(torch.promote_types(output.dtype, torch.float32)).sum() for output in outputs)
 
-    def found(given: dict[str, Any]) -> dict[str, Tensor]:
-        leaves = {name: value.detach().requires_grad_() for name, value in given.items() if is_float(value)}
-        result = total(**{**given, **leaves})
-        if not result.requires_grad:  # nothing depends on the inputs: no token takes part
-            return {}
-        gradients = torch.autograd.grad(result, list(leaves.values()))
-        return dict(zip(leaves, gradients, strict=True))
-
-    strided = {name: with_odd_strides(value) if is_float(value) else value for name, value in inputs.items()}
-    assert_same(found(strided), found(inputs), case)
-    values = evaluate(operator, strided), evaluate(operator, inputs)
-    assert_same(*values, case)
+    return evaluate(total, case.inputs(), gradients=True, names=("sum",))
 
 
-def with_odd_strides(tensor: Tensor) -> Tensor:
+def oddly_strided(value: Any) -> Any:
     """The same values, last axis first in memory, every second element of a larger buffer."""
-    buffer = tensor.new_zeros(*tensor.shape[::-1], 2)
-    view = buffer[..., 0].permute(*range(tensor.ndim)[::-1])
-    view.copy_(tensor)
+    if not isinstance(value, Tensor):
+        return value
+    buffer = value.new_zeros(*value.shape[::-1], 2)
+    view = buffer[..., 0].permute(*range(value.ndim)[::-1])
+    view.copy_(value)
     return view
 
 
-def check_inputs_are_left_as_they_were(backend: Any, case: Any) -> None:
-    """Nothing is modified in place, forward or backward."""
-    inputs = case.inputs()
-    leaves = {name: value.requires_grad_() for name, value in inputs.items() if is_float(value)}
-    copies = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-    total = sum(output.sum() for output in operator_of(backend, case)(**inputs))
-    if total.requires_grad:
-        total.backward()
-    for name, leaf in leaves.items():
-        assert_exact(leaf.detach(), copies[name], case, name)
+def check_arguments_are_left(backend: Any, case: Case) -> None:
+    """No argument is written to, forward or backward, with a gradient or without, states and masks too."""
+    given = case.inputs()
+    copies = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
+    with torch.no_grad():
+        operator_of(backend, case)(**given)
+    fixed = case.changed(**given)
+    run(backend, fixed, gradients=True)
+    for name, copy in copies.items():
+        assert_exact(given[name], copy, case, f"{name} after the call")
 
 
-def check_autocast_changes_nothing(backend: Any, case: Any) -> None:
-    """P17: the operator chooses its own dtypes, whatever the training loop asks for."""
-    operator, inputs = operator_of(backend, case), case.inputs()
-    plain = evaluate(operator, inputs)
+def check_autocast(backend: Any, case: Case) -> None:
+    """The operator chooses its own dtypes, whatever the training loop asks for: values and gradients."""
     gpu = torch.cuda.is_available()
-    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-        cast = evaluate(operator, inputs)
-    assert_same(cast, plain, case)
+
+    def under_autocast(**given: Any) -> Any:  # the forward pass alone, as torch wants it
+        with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+            return operator_of(backend, case)(**given)
+
+    assert_same(fed(under_autocast, case, gradients=True), run(backend, case, gradients=True), case)
 
 
-def check_one_gradient_alone_equals_its_share_of_all(backend: Any, case: Any) -> None:
-    """P18: one input's gradient, from one output, is what asking for all of them gives."""
-    operator, inputs = operator_of(backend, case), case.inputs()
-    floats = [name for name, value in inputs.items() if is_float(value)]
-    for index, output in enumerate(operator(**inputs)):
-        together = evaluate(lambda index=index, **given: operator(**given)[index], inputs, gradients=True)
-        name = floats[(case.seed + index) % len(floats)]
-        one = inputs[name].clone().requires_grad_()
-        result = operator(**{**inputs, name: one})[index]
-        alone = torch.zeros_like(one)
-        if result.requires_grad:
-            (given,) = torch.autograd.grad(result, one, quarters(output, 0), allow_unused=True)
-            alone = alone if given is None else given
-        key = f"gradient of {name}"
-        assert_same({key: alone}, {key: together[key]}, case)
+def check_nothing_is_remembered(backend: Any, case: Case) -> None:
+    """Other arguments in between, and then other numbers and masks in the same memory."""
+    first, others = case.inputs(), case.changed(**case.inputs(draw=1))
+    fixed = case.changed(**first)
+    wanted, wanted_of_others = run(backend, fixed, gradients=True), run(backend, others, gradients=True)
+    assert_same(run(backend, fixed, gradients=True), wanted, case)
+    for name, value in first.items():
+        if is_float(value):
+            value.copy_(others.inputs()[name])
+    assert_same(run(backend, fixed, gradients=True), wanted_of_others, case)
+    for name in case.masks:
+        if first[name] is not None:
+            rolled = first[name].roll(1, 1)
+            wanted = run(backend, fixed.changed(**{name: rolled}))
+            first[name].copy_(rolled)
+            assert_same(run(backend, fixed), wanted, case)
 
 
-def check_uninitialised_memory_is_never_read(backend: Any, case: Any) -> None:
-    """P19, P23: the same results whatever `torch.empty` finds in memory: NaN, or a large number."""
-    operator, inputs = operator_of(backend, case), case.inputs()
-    wanted = evaluate(operator, inputs, gradients=True)
+def check_uninitialised_memory(backend: Any, case: Case) -> None:
+    """The same results whatever `torch.empty` finds in memory: NaN, or a large number."""
+    wanted = run(backend, case, gradients=True)
     for garbage in (float("nan"), 1e30):
         with poisoned_memory(garbage):
-            found = evaluate(operator, inputs, gradients=True)
+            found = run(backend, case, gradients=True)
         assert_same(found, wanted, case)
 
 
 @contextmanager
 def poisoned_memory(garbage: float) -> Iterator[None]:
-    """Fill every tensor that is born without values with `garbage`."""
+    """Fill every tensor that is born without values with `garbage`, integers with their largest number."""
 
     def filling(create: Callable) -> Callable:
         def create_filled(*args: Any, **kwargs: Any) -> Tensor:
             tensor = create(*args, **kwargs)
-            if tensor.is_floating_point():
-                with torch.no_grad():
+            with torch.no_grad():
+                if tensor.is_floating_point():
                     tensor.fill_(garbage)
+                elif not tensor.is_complex():
+                    tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
             return tensor
 
         return create_filled
 
-    makers = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"))
+    makers = [(torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")]
+    makers += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
     with ExitStack() as stack:
         for owner, name in makers:
             stack.enter_context(mock.patch.object(owner, name, filling(getattr(owner, name))))

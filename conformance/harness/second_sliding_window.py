@@ -5,8 +5,7 @@ Letters: B batch, L tokens, W window, S keys of the state, H heads, G groups, N 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from linmu.reference import WindowState
 
-from .compare import cotangent, in_float64
+from .compare import Results, cotangent
 from .second_formulation import heads_of
 
 
@@ -75,20 +74,16 @@ def rest(k: Tensor, v: Tensor, left: Iterable[list[int]], size: int) -> WindowSt
     return WindowState(torch.stack(keys), torch.stack(values), torch.stack(present))
 
 
-def sizes_of_gradients(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """How large the terms are that sum up to the gradients of queries and keys, in the place of the sums.
-
-    ḡ = p (ō·v - ō·o) cancels, and is 0 where one key is read: its terms are p (|ō·v| + |ō·o|).
+def sizes_in_window(q, k, v, window, *, scale=None, initial_k=None, initial_v=None, **masks) -> Results:
+    """The sums of the absolute terms of the gradients of queries and keys, which are differences:
+    p (|ō·v| + |ō·o|) · scale · |k| or |q|. The arguments are a case's, in float64.
     """
-    given = in_float64(inputs)
-    q, k, v, window = (given[name] for name in ("q", "k", "v", "window"))
     (batch, length, heads, size), groups = q.shape, k.shape[2]
-    masks = [given.get(name) for name in ("asks", "valid", "sequence", "present")]
-    seen, _ = pairs_and_rest(window, length, batch, *masks)
+    seen, _ = pairs_and_rest(window, length, batch, **masks)
     before = seen.shape[2] - length
     if before:
-        k, v = torch.cat([given["initial_k"], k], dim=1), torch.cat([given["initial_v"], v], dim=1)
-    scale = size**-0.5 if given["scale"] is None else given["scale"]
+        k, v = torch.cat([initial_k, k], dim=1), torch.cat([initial_v, v], dim=1)
+    scale = size**-0.5 if scale is None else scale
     keys, values = heads_of(k, heads), heads_of(v, heads)
     scores = scale * torch.einsum("bthn,bjhn->bhtj", q, keys)
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
@@ -98,6 +93,6 @@ def sizes_of_gradients(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     terms = scale * weights * (through + (o_grad * o).sum(-1).abs().transpose(1, 2)[..., None])
     of_keys = torch.einsum("bhtj,bthn->bjhn", terms, q.abs())
     of_keys = of_keys.unflatten(2, (groups, -1)).sum(3)  # (B, S + L, G, N)
-    sizes = {"gradient of q": torch.einsum("bhtj,bjhn->bthn", terms, keys.abs())}
-    sizes |= {"gradient of k": of_keys[:, before:], "gradient of initial_k": of_keys[:, :before]}
+    sizes = {"grad q": torch.einsum("bhtj,bjhn->bthn", terms, keys.abs())}
+    sizes |= {"grad k": of_keys[:, before:], "grad initial_k": of_keys[:, :before]}
     return sizes

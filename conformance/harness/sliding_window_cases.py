@@ -26,6 +26,7 @@ from .operator_cases import (
     MASKS,
     SEEDS,
     SMALL,
+    Case,
     Numbers,
     dtypes,
     row_mask,
@@ -35,10 +36,14 @@ STATE = ("initial_k", "initial_v", "present")
 
 
 @dataclass(frozen=True)
-class SlidingWindowCase:
+class SlidingWindowCase(Case):
     """Arguments of `sliding_window_attention`; `asks` and `valid` are kinds of `row_mask`."""
 
     operator: ClassVar[str] = "sliding_window_attention"
+    results: ClassVar[tuple[str, ...]] = ("o", "state k", "state v", "state present")
+    tokens: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    masks: ClassVar[tuple[str, ...]] = ("asks", "valid", "sequence")
+    rows: ClassVar[tuple[str, ...]] = STATE
     batch: int
     length: int
     heads: int
@@ -76,6 +81,8 @@ class SlidingWindowCase:
             }
             absent = ~start["present"][..., None, None]
             given |= {k: v if k == "present" else v.masked_fill(absent, 0) for k, v in start.items()}
+        else:
+            given |= dict.fromkeys(STATE)
         return given
 
     @property
@@ -132,16 +139,8 @@ def sliding_window_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed:
     return SlidingWindowCase(**{**drawn, **fixed})
 
 
-def tokens_of(given: dict[str, Any], part: slice | Tensor) -> dict[str, Any]:
-    """The same arguments for some of the tokens, without a state."""
-    per_token = ("q", "k", "v", "asks", "valid", "sequence")
-    cut = {name: given[name] for name in per_token if given[name] is not None}
-    rest = {name: value for name, value in given.items() if name not in STATE}
-    return rest | {name: tensor[:, part] for name, tensor in cut.items()}
-
-
-def row_of(given: dict[str, Any], row: int) -> dict[str, Any]:
-    """The same arguments for one row."""
-    return {
-        name: value[row : row + 1] if isinstance(value, Tensor) else value for name, value in given.items()
-    }
+def selected(case: Case, tokens: Tensor | slice) -> Case:
+    """Some of the tokens of all rows, behind the same state."""
+    given = case.inputs()
+    names = (*case.tokens, *case.masks)
+    return case.changed(**{name: given[name][:, tokens] for name in names if given[name] is not None})

@@ -1,4 +1,7 @@
-"""Broken modules, and the properties that must notice. A bug turns the sound class into a broken one."""
+"""Broken modules, and the properties that must notice.
+
+A bug turns the reference's class into a broken one.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from .planting import planted
 
 
 @planted("FlexMA", flex.test_padding_changes_nothing)
-def the_branch_takes_padding_for_text(sound):
-    class Broken(sound):
+def the_branch_takes_padding_for_text(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout=None, *, valid=None, **rest):
             return super().forward(hidden_states, layout, **rest)
 
@@ -23,8 +26,8 @@ def the_branch_takes_padding_for_text(sound):
 
 
 @planted("FlexMA", flex.test_splitting_outside_blocks_changes_nothing, flex.test_steps_equal_prefill)
-def the_branch_forgets_its_convolution_state(sound):
-    class Broken(sound):
+def the_branch_forgets_its_convolution_state(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout=None, *, state=None, **rest):
             state = state if state is None else state._replace(conv=torch.zeros_like(state.conv))
             return super().forward(hidden_states, layout, state=state, **rest)
@@ -33,8 +36,8 @@ def the_branch_forgets_its_convolution_state(sound):
 
 
 @planted("FlexMA", flex.test_flex_ma_equals_its_second_formulation)
-def the_branch_scans_in_the_order_of_the_next_layer(sound):
-    class Broken(sound):
+def the_branch_scans_in_the_order_of_the_next_layer(reference):
+    class Broken(reference):
         def __init__(self, config, layer_index):
             super().__init__(config, layer_index + 1)
 
@@ -42,8 +45,8 @@ def the_branch_scans_in_the_order_of_the_next_layer(sound):
 
 
 @planted("FlexMA", flex.test_flex_ma_equals_its_second_formulation)
-def the_scan_order_is_not_undone(sound):
-    class Broken(sound):
+def the_scan_order_is_not_undone(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout=None, **rest):
             output, state = super().forward(hidden_states, layout, **rest)
             order = layout.order(self.layer_index if self.config.rotary_major else 0)
@@ -53,8 +56,8 @@ def the_scan_order_is_not_undone(sound):
 
 
 @planted("FlexMA", flex.test_no_output_depends_on_what_its_block_does_not_see)
-def the_branch_takes_all_images_for_one(sound):
-    class Broken(sound):
+def the_branch_takes_all_images_for_one(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout=None, **rest):
             merged = layout.coords.clone()
             merged[..., 0].clamp_(max=0)
@@ -64,8 +67,8 @@ def the_branch_takes_all_images_for_one(sound):
 
 
 @planted("FlexMA", flex.test_attention_is_copied_with_its_biases, flex.test_flex_ma_starts_from_attention)
-def the_biases_of_attention_are_lost(sound):
-    class Broken(sound):
+def the_biases_of_attention_are_lost(reference):
+    class Broken(reference):
         def copy_attention(self, attention):
             super().copy_attention(attention)
             for projection in (self.q_proj, self.k_proj, self.v_proj):
@@ -75,9 +78,9 @@ def the_biases_of_attention_are_lost(sound):
     return Broken
 
 
-@planted("FlexMA", flex.test_flex_ma_starts_as_the_specification_says)
-def the_fast_heads_come_last(sound):
-    class Broken(sound):
+@planted("FlexMA", flex.test_flex_ma_starts_at_its_initial_values)
+def the_fast_heads_come_last(reference):
+    class Broken(reference):
         def __init__(self, config, layer_index):
             super().__init__(config, layer_index)
             self.A_log.data = self.A_log.data.flip(0)
@@ -86,8 +89,8 @@ def the_fast_heads_come_last(sound):
 
 
 @planted("LocalSwin", swin.test_local_swin_equals_its_second_formulation)
-def the_branch_never_shifts_its_windows(sound):
-    class Broken(sound):
+def the_branch_never_shifts_its_windows(reference):
+    class Broken(reference):
         def __init__(self, config, layer_index):
             super().__init__(config, 0)
 
@@ -95,8 +98,8 @@ def the_branch_never_shifts_its_windows(sound):
 
 
 @planted("LocalSwin", swin.test_text_gets_zero_and_gives_nothing)
-def the_output_bias_reaches_text(sound):
-    class Broken(sound):
+def the_output_bias_reaches_text(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout, **rest):
             output = super().forward(hidden_states, layout, **rest)
             bias = 0 if self.o_proj.bias is None else self.o_proj.bias
@@ -106,8 +109,8 @@ def the_output_bias_reaches_text(sound):
 
 
 @planted("LocalSwin", swin.test_one_window_over_an_image_is_the_teachers_attention)
-def the_branch_attends_without_positions(sound):
-    class Broken(sound):
+def the_branch_attends_without_positions(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout, *, position_embeddings=None):
             cos, sin = position_embeddings
             still = (torch.ones_like(cos), torch.zeros_like(sin))
@@ -117,8 +120,8 @@ def the_branch_attends_without_positions(sound):
 
 
 @planted("MMATE", mate.test_text_is_pinned_to_flex_ma)
-def text_is_mixed_too(sound):
-    class Broken(sound):
+def text_is_mixed_too(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout=None, **rest):
             output, state = super().forward(hidden_states, layout, **rest)
             mix = self.mix_proj(hidden_states).sigmoid()
@@ -132,8 +135,8 @@ def text_is_mixed_too(sound):
     mate.test_the_mix_reaches_from_one_branch_to_the_other,
     mate.test_m_mate_equals_its_second_formulation,
 )
-def the_mix_is_swapped(sound):
-    class Broken(sound):
+def the_mix_is_swapped(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout=None, **rest):
             for parameter in self.mix_proj.parameters():
                 parameter.data.neg_()
@@ -146,8 +149,8 @@ def the_mix_is_swapped(sound):
 
 
 @planted("MMATE", mate.test_both_branches_start_from_attention)
-def the_branches_share_their_weights(sound):
-    class Broken(sound):
+def the_branches_share_their_weights(reference):
+    class Broken(reference):
         def copy_attention(self, attention):
             super().copy_attention(attention)
             self.local_swin.q_proj = self.flex_ma.q_proj
@@ -159,8 +162,8 @@ def the_branches_share_their_weights(sound):
 
 
 @planted("MMATE", mate.test_state_dicts_are_interchangeable)
-def an_option_has_another_name(sound):
-    class Broken(sound):
+def an_option_has_another_name(reference):
+    class Broken(reference):
         def __init__(self, config, layer_index):
             super().__init__(config, layer_index)
             self.mixture = self.mix_proj
@@ -170,8 +173,8 @@ def an_option_has_another_name(sound):
 
 
 @planted("MMATE", mate.test_every_parameter_gets_a_gradient)
-def the_mix_is_not_trained(sound):
-    class Broken(sound):
+def the_mix_is_not_trained(reference):
+    class Broken(reference):
         def forward(self, hidden_states, layout=None, **rest):
             self.mix_proj.requires_grad_(False)
             result = super().forward(hidden_states, layout, **rest)

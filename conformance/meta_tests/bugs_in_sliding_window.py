@@ -17,7 +17,7 @@ TARGET = "sliding_window_attention"
 @planted(
     TARGET,
     sliding.test_a_token_reads_the_last_tokens_of_its_row_and_nothing_else,
-    sliding.test_attention_states_and_gradients_match_the_reference,
+    sliding.test_gradients_match_the_reference,
 )
 def the_window_is_one_token_too_long(sound, q, k, v, window, *, initial_state=None, **rest):
     o, _ = sound(q, k, v, window + 1, initial_state=longer(initial_state), **rest)
@@ -35,7 +35,7 @@ def longer(state):
 @planted(
     TARGET,
     sliding.test_a_token_reads_the_last_tokens_of_its_row_and_nothing_else,
-    sliding.test_attention_states_and_gradients_match_the_reference,
+    sliding.test_gradients_match_the_reference,
 )
 def the_window_leaves_out_its_last_token(sound, q, k, v, window, **rest):
     o, state = sound(q, k, v, window, **rest)
@@ -88,7 +88,7 @@ def all_rows_have_the_padding_of_the_first(sound, *tensors, valid=None, **rest):
 @planted(
     TARGET,
     sliding.test_permuting_the_rows_permutes_the_result,
-    sliding.test_attention_states_and_gradients_match_the_reference,
+    sliding.test_gradients_match_the_reference,
 )
 def a_row_reads_the_state_of_another(sound, *tensors, initial_state=None, **rest):
     if initial_state is not None:
@@ -156,8 +156,8 @@ def a_step_writes_its_state_in_place(sound, q, k, v, window, *, initial_state=No
 
 @planted(
     TARGET,
-    sliding.test_attention_states_and_gradients_match_the_reference,
-    sliding.test_each_output_alone_has_the_gradients_of_the_reference,
+    sliding.test_gradients_match_the_reference,
+    sliding.test_the_gradient_of_each_result_alone_matches_the_reference,
 )
 def the_initial_keys_get_no_gradient(sound, *tensors, initial_state=None, **rest):
     if initial_state is not None:
@@ -165,7 +165,7 @@ def the_initial_keys_get_no_gradient(sound, *tensors, initial_state=None, **rest
     return sound(*tensors, initial_state=initial_state, **rest)
 
 
-@planted(TARGET, sliding.test_each_output_alone_has_the_gradients_of_the_reference)
+@planted(TARGET, sliding.test_the_gradient_of_each_result_alone_matches_the_reference)
 def no_gradient_flows_through_the_state(sound, *tensors, **rest):
     o, state = sound(*tensors, **rest)
     return o, type(state)(*(tensor.detach() for tensor in state))
@@ -173,8 +173,8 @@ def no_gradient_flows_through_the_state(sound, *tensors, **rest):
 
 @planted(
     TARGET,
-    sliding.test_attention_states_and_gradients_match_the_reference,
-    sliding.test_each_output_alone_has_the_gradients_of_the_reference,
+    sliding.test_gradients_match_the_reference,
+    sliding.test_the_gradient_of_each_result_alone_matches_the_reference,
 )
 def the_gradient_of_the_queries_lacks_the_scale(sound, q, *tensors, scale=None, **rest):
     return sound(grow(q, q.shape[3] ** 0.5), *tensors, scale=scale, **rest)

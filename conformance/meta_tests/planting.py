@@ -1,4 +1,4 @@
-"""How a bug is planted: a small change around something sound, and the properties that must notice it."""
+"""How a bug is planted: a small change around the reference, and the properties that must notice it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Bug:
     Args:
         name: what is wrong, as a sentence.
         target: the name it replaces.
-        change: (sound, *arguments) -> result for an operator; (sound class) -> class for a module.
+        change: (reference, *arguments) -> result for an operator; (reference) -> class for a module.
         caught_by: tests, each of which must fail with it.
     """
 
@@ -30,8 +30,8 @@ class Bug:
 
     def plant(self, backend: Backend) -> Backend:
         """The backend with this bug in it."""
-        sound = getattr(backend, self.target)
-        broken = self.change(sound) if isinstance(sound, type) else partial(self.change, sound)
+        reference = getattr(backend, self.target)
+        broken = self.change(reference) if isinstance(reference, type) else partial(self.change, reference)
         return Backend(f"{backend.name} where {self.name}", backend.module, **{self.target: broken})
 
 

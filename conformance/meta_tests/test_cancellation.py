@@ -17,8 +17,8 @@ def test_sizes_are_those_of_the_terms_and_not_of_their_sum():
     x[:, 125:] = -(x[:, :125] * asked[:, :125]) / asked[:, 125:]
     weight = torch.ones(3, dtype=torch.float64)
     run = partial(evaluate, lambda x, weight: x * weight, {"x": x, "weight": weight}, True)
-    assert run()["gradient of weight"].abs().max() < 1e-9
+    assert run()["grad weight"].abs().max() < 1e-9
     sizes = sizes_of_sums(lambda draw: run(draw=draw))
-    assert set(sizes) == {"gradient of weight"}  # that of x has tokens of its own
+    assert set(sizes) == {"grad weight"}  # that of x has tokens of its own
     terms = (x * asked).square().sum((0, 1)).sqrt()
-    assert ((sizes["gradient of weight"] / (2 * terms) - 1).abs() < 0.7).all()
+    assert ((sizes["grad weight"] / (2 * terms) - 1).abs() < 0.7).all()

@@ -8,7 +8,7 @@ from linmu import optimized, reference
 
 from ..harness.backends import Backend
 from ..harness.devices import moved
-from ..harness.operator_checks import with_odd_strides
+from ..harness.operator_checks import oddly_strided
 
 CONFIG = reference.LinMUConfig(width=6, heads=2, groups=1, head_dim=2)
 ELSEWHERE = Backend("linmu.optimized@meta", optimized, "meta")
@@ -16,7 +16,7 @@ ELSEWHERE = Backend("linmu.optimized@meta", optimized, "meta")
 
 def test_strides_survive_the_trip():
     plain = torch.randn(2, 3, 4)
-    for tensor in (plain, with_odd_strides(plain), plain.transpose(0, 2), plain[:, :1].expand(2, 5, 4)):
+    for tensor in (plain, oddly_strided(plain), plain.transpose(0, 2), plain[:, :1].expand(2, 5, 4)):
         assert moved(tensor, "meta").stride() == tensor.stride()
         assert moved(tensor, "meta").shape == tensor.shape
 

@@ -21,8 +21,10 @@ from ..harness.operator_cases import (
     WindowCase,
     bidirectional_cases,
     conv_cases,
-    holds,
-    loss_cases,
+    fed,
+    logit_loss_cases,
+    property_of,
+    run,
     scan_cases,
     window_cases,
 )
@@ -66,38 +68,38 @@ def check_gradients_against_differences(operator, inputs) -> None:
     )
 
 
-@holds("selective_scan", case=scan_cases(["float64"]))
+@property_of("selective_scan", cases=scan_cases(["float64"]))
 def test_scan_equals_its_matrix(backend, case: ScanCase):
     """y = M x with the L × L matrix M of decays, reads and writes; final state and gradients too."""
     check_second_formulation(backend.selective_scan, second_formulation.selective_scan, case)
 
 
-@holds("bidirectional_scan", case=bidirectional_cases(["float64"]))
+@property_of("bidirectional_scan", cases=bidirectional_cases(["float64"]))
 def test_bidirectional_scan_equals_its_matrices(backend, case: BidirectionalCase):
     """A lower triangle over valid tokens, an upper one over pairs of one segment."""
     check_second_formulation(backend.bidirectional_scan, second_formulation.bidirectional_scan, case)
 
 
-@holds("window_attention", case=window_cases(["float64"]))
+@property_of("window_attention", cases=window_cases(["float64"]))
 def test_window_attention_equals_masked_attention(backend, case: WindowCase):
     """`scaled_dot_product_attention` over the whole row, under a mask of equal ids."""
     check_second_formulation(backend.window_attention, second_formulation.window_attention, case)
 
 
-@holds("sliding_window_attention", case=sliding_window_cases(["float64"]))
+@property_of("sliding_window_attention", cases=sliding_window_cases(["float64"]))
 def test_sliding_windows_equal_masked_attention(backend, case: SlidingWindowCase):
     """`scaled_dot_product_attention` over state and row, under a mask from lists of what a row has seen."""
-    operator, second = (case.flat(each) for each in (backend.sliding_window_attention, by_mask))
-    check_second_formulation(operator, second, case)
+    wanted = fed(case.flat(by_mask), case, gradients=True)
+    assert_close(run(backend, case, gradients=True), wanted, case, 1e-10)
 
 
-@holds("causal_conv", case=conv_cases(["float64"]))
+@property_of("causal_conv", cases=conv_cases(["float64"]))
 def test_causal_conv_equals_conv1d_on_the_tokens_that_are_there(backend, case: ConvCase):
     """`F.conv1d` over each row's valid tokens, pushed together."""
     check_second_formulation(backend.causal_conv, second_formulation.causal_conv, case)
 
 
-@holds("hidden_loss", "logit_loss", case=loss_cases(["float64"]))
+@property_of("hidden_loss", "logit_loss", cases=logit_loss_cases(["float64"]))
 def test_losses_equal_their_definitions(backend, case: LossCase):
     """Token by token, the divergence by `torch.distributions`."""
     student = case.inputs()["student"]
@@ -116,7 +118,7 @@ def test_losses_equal_their_definitions(backend, case: LossCase):
         assert_close(evaluate(partial(call, ours), {"student": student}, gradients=True), wanted, case, 1e-9)
 
 
-@holds("selective_scan", case=scan_cases(["float64"], length=5), share=0.3)
+@property_of("selective_scan", cases=scan_cases(["float64"], length=5), share=0.3)
 def test_gradients_of_the_scan_are_slopes(backend, case: ScanCase):
     """gradcheck: x, dt, A, B, C and the initial state, through outputs and final state."""
     check_gradients_against_differences(backend.selective_scan, case.inputs())
@@ -125,19 +127,19 @@ def test_gradients_of_the_scan_are_slopes(backend, case: ScanCase):
 SMALL = Layout(((Text(1), Vision(1, (2, 1, 2), "frame"), Text(1), Vision(0, (1, 1, 2))),))
 
 
-@holds("bidirectional_scan", case=bidirectional_cases(["float64"], layout=SMALL), share=0.3)
+@property_of("bidirectional_scan", cases=bidirectional_cases(["float64"], layout=SMALL), share=0.3)
 def test_gradients_of_both_directions_are_slopes(backend, case: BidirectionalCase):
     """gradcheck: the gate and the skip too."""
     check_gradients_against_differences(backend.bidirectional_scan, case.inputs())
 
 
-@holds("window_attention", case=window_cases(["float64"], length=7), share=0.3)
+@property_of("window_attention", cases=window_cases(["float64"], length=7), share=0.3)
 def test_gradients_of_window_attention_are_slopes(backend, case: WindowCase):
     """gradcheck: q, k and v."""
     check_gradients_against_differences(backend.window_attention, case.inputs())
 
 
-@holds("sliding_window_attention", case=sliding_window_cases(["float64"], length=7), share=0.3)
+@property_of("sliding_window_attention", cases=sliding_window_cases(["float64"], length=7), share=0.3)
 def test_gradients_of_sliding_windows_are_slopes(backend, case: SlidingWindowCase):
     """gradcheck: q, k, v and the initial state, through outputs and final state."""
     operator = case.flat(backend.sliding_window_attention)
@@ -148,31 +150,31 @@ def test_gradients_of_sliding_windows_are_slopes(backend, case: SlidingWindowCas
     check_gradients_against_differences(floats, case.inputs())
 
 
-@holds("causal_conv", case=conv_cases(["float64"], length=7), share=0.3)
+@property_of("causal_conv", cases=conv_cases(["float64"], length=7), share=0.3)
 def test_gradients_of_causal_conv_are_slopes(backend, case: ConvCase):
     """gradcheck: input, weight, bias and initial state."""
     check_gradients_against_differences(backend.causal_conv, case.inputs())
 
 
-@holds("selective_scan", case=scan_cases(HALF))
+@property_of("selective_scan", cases=scan_cases(HALF))
 def test_scan_in_half_precision_rounds_once(backend, case: ScanCase):
     """Sums and states are float32 inside; only the output is rounded."""
     check_one_rounding(backend.selective_scan, case)
 
 
-@holds("bidirectional_scan", case=bidirectional_cases(HALF))
+@property_of("bidirectional_scan", cases=bidirectional_cases(HALF))
 def test_bidirectional_scan_in_half_precision_rounds_once(backend, case: BidirectionalCase):
     """The directions are mixed before rounding, not after."""
     check_one_rounding(backend.bidirectional_scan, case)
 
 
-@holds("window_attention", case=window_cases(HALF[:2]))
+@property_of("window_attention", cases=window_cases(HALF[:2]))
 def test_window_attention_in_half_precision_rounds_once(backend, case: WindowCase):
     """Softmax in float32."""
     check_one_rounding(backend.window_attention, case)
 
 
-@holds("sliding_window_attention", case=sliding_window_cases(HALF[:2]))
+@property_of("sliding_window_attention", cases=sliding_window_cases(HALF[:2]))
 def test_sliding_windows_in_half_precision_round_once(backend, case: SlidingWindowCase):
     """Softmax in float32."""
 
@@ -182,7 +184,7 @@ def test_sliding_windows_in_half_precision_round_once(backend, case: SlidingWind
     check_one_rounding(o, case)
 
 
-@holds("causal_conv", case=conv_cases(HALF[:2]))
+@property_of("causal_conv", cases=conv_cases(HALF[:2]))
 def test_causal_conv_in_half_precision_rounds_once(backend, case: ConvCase):
     """Taps are summed in float32."""
     check_one_rounding(backend.causal_conv, case)

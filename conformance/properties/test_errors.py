@@ -216,27 +216,3 @@ def test_a_wrong_input_of_a_module_is_named(backend, name, changes, words):
     case = ModuleCase(LAYOUT, CONFIG, 0, "float32", 0)
     given = {"hidden_states": case.hidden_states(), **case.arguments(name), **changes}
     assert_says(lambda: initial(backend, name, case)(**given), name, words)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    (
-        ({"heads": 3, "groups": 2}, ("multiple of groups", "H=3", "G=2")),
-        ({"heads": 0}, ("heads", "0")),
-        ({"head_dim": 3}, ("head_dim", "even", "3")),
-        ({"conv_kernel": -1}, ("conv_kernel", "-1")),
-        ({"window_thw": (4, 8)}, ("window_thw", "(4, 8)")),
-        ({"window_thw": (4, 0, 8)}, ("window_thw", "(4, 0, 8)")),
-        ({"half_life": (0.0, 8.0)}, ("half_life", "0.0")),
-    ),
-)
-def test_an_impossible_configuration_is_refused(changes, words):
-    """Sizes that no module could be built with."""
-    sizes = {"width": 6, "heads": 2, "groups": 1, "head_dim": 2}
-    assert_says(lambda: LinMUConfig(**{**sizes, **changes}), "LinMUConfig", words)
-
-
-def test_an_impossible_layout_is_refused():
-    """A layout is checked once, when it is made."""
-    assert_says(lambda: VisionLayout(interleaved()), "VisionLayout", ("interleave",))
-    assert_says(lambda: VisionLayout(half_text()), "VisionLayout", ("-1",))

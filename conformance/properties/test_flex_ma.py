@@ -29,22 +29,22 @@ from ..harness.module_checks import (
     check_splitting_changes_nothing,
     check_steps_equal_prefill,
 )
-from ..harness.operator_cases import DTYPES, holds
+from ..harness.operator_cases import DTYPES, property_of
 
-flex = partial(holds, "FlexMA", share=0.4)
+flex = partial(property_of, "FlexMA", share=0.4)
 NAME = "FlexMA"
 TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
 PROMPT = Layout(((Text(2), Vision(0, (2, 2, 3), "frame"), Text(2)),))
 
 
-@flex(case=module_cases(DTYPES))
+@flex(cases=module_cases(DTYPES))
 def test_flex_ma_and_gradients_match_the_reference(backend, case: ModuleCase):
-    """P17: output, state, and the gradients of the input and of every parameter, in every dtype."""
+    """Output, state, and the gradients of the input and of every parameter, in every dtype."""
     module = random_module(backend, NAME, case)
     check_module(module, reference, NAME, case)
 
 
-@flex(case=module_cases(["float64"]))
+@flex(cases=module_cases(["float64"]), share=1.0)
 def test_flex_ma_equals_its_second_formulation(backend, case: ModuleCase):
     """With every option on and off: matrices instead of loops, to 1e-10."""
     module = random_module(backend, NAME, case)
@@ -63,37 +63,37 @@ def test_flex_ma_equals_its_second_formulation(backend, case: ModuleCase):
     assert_close({"output": output * kept}, {"output": wanted * kept}, case, 1e-10)
 
 
-@flex(case=module_cases(["float64"]), share=0.2)
+@flex(cases=module_cases(["float64"]), share=0.2)
 def test_no_output_depends_on_what_its_block_does_not_see(backend, case: ModuleCase):
     """Causality: exactly zero gradient from every token to what comes after it and after its block."""
     check_causality(random_module(backend, NAME, case), NAME, case)
 
 
-@flex(case=module_cases())
+@flex(cases=module_cases())
 def test_padding_changes_nothing(backend, case: ModuleCase):
-    """P7: more of it on both sides, with anything in it."""
+    """More of it on both sides, with anything in it."""
     check_padding_changes_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@flex(case=module_cases())
+@flex(cases=module_cases())
 def test_batch_mates_change_nothing(backend, case: ModuleCase):
-    """P16: every row alone gives what it gives among others."""
+    """Every row alone gives what it gives among others."""
     check_batch_mates_change_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@flex(case=module_cases(conv_kernel=4), share=0.3)
+@flex(cases=module_cases(conv_kernel=4), share=0.3)
 def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
-    """P9: prefill in pieces, the state handed over, gives outputs and state of prefill in one piece."""
+    """Prefill in pieces, the state handed over, gives outputs and state of prefill in one piece."""
     check_splitting_changes_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@flex(case=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
+@flex(cases=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
 def test_steps_equal_prefill(backend, case: ModuleCase):
-    """P10: decoding token by token, with a state whose size never changes."""
+    """Decoding token by token, with a state whose size never changes."""
     check_steps_equal_prefill(random_module(backend, NAME, case), NAME, case)
 
 
-@flex(case=module_cases(("bfloat16", "mixed", "float32"), conv_kernel=4))
+@flex(cases=module_cases(("bfloat16", "mixed", "float32"), conv_kernel=4))
 def test_the_state_is_float32_and_constant_in_size(backend, case: ModuleCase):
     """(B, K-1, channels) and (B, H, N, P), whatever the length."""
     results = run(random_module(backend, NAME, case), NAME, case)
@@ -104,8 +104,8 @@ def test_the_state_is_float32_and_constant_in_size(backend, case: ModuleCase):
     assert {results[name].dtype for name in ("conv state", "scan state")} == {torch.float32}
 
 
-@flex(case=module_cases(head_norm=True, conv_kernel=4))
-def test_flex_ma_starts_as_the_specification_says(backend, case: ModuleCase):
+@flex(cases=module_cases(head_norm=True, conv_kernel=4))
+def test_flex_ma_starts_at_its_initial_values(backend, case: ModuleCase):
     """dt = 1, gate ½, D = 0, norm weight 1, half-lives log-spaced from 64 to 8192, identity convolution."""
     p = dict(initial(backend, NAME, case).named_parameters())
     heads = case.config.heads
@@ -120,7 +120,7 @@ def test_flex_ma_starts_as_the_specification_says(backend, case: ModuleCase):
     assert_exact(p["conv_weight"].detach(), taps, case, "convolution")
 
 
-@flex(case=module_cases(conv_kernel=4))
+@flex(cases=module_cases(conv_kernel=4))
 def test_the_convolution_starts_as_the_identity(backend, case: ModuleCase):
     """Bit for bit what no convolution gives."""
     with_taps = initial(backend, NAME, case)
@@ -130,7 +130,7 @@ def test_the_convolution_starts_as_the_identity(backend, case: ModuleCase):
     assert_exact(run(with_taps, NAME, case)["output"].detach(), plain.detach(), case, "output")
 
 
-@flex(case=module_cases(["float32"], output_gate=True))
+@flex(cases=module_cases(["float32"], output_gate=True))
 def test_the_output_gate_starts_open(backend, case: ModuleCase):
     """silu(z) = 1: what no output gate gives."""
     gated = initial(backend, NAME, case)
@@ -141,7 +141,7 @@ def test_the_output_gate_starts_open(backend, case: ModuleCase):
     )
 
 
-@flex(case=module_cases(["float64"], conv_kernel=4, head_norm=False, output_gate=False, scan_rope=False))
+@flex(cases=module_cases(["float64"], conv_kernel=4, head_norm=False, output_gate=False, scan_rope=False))
 def test_flex_ma_starts_from_attention(backend, case: ModuleCase):
     """C from q, B from k, x from v, out from o, with biases and norms: attention with decay for softmax."""
     module, teacher = initial(backend, NAME, case), random_attention(case)
@@ -165,7 +165,7 @@ def test_flex_ma_starts_from_attention(backend, case: ModuleCase):
     )  # the half-lives are stored in float32 first
 
 
-@flex(case=module_cases(("float32", "bfloat16")))
+@flex(cases=module_cases(("float32", "bfloat16")))
 def test_attention_is_copied_with_its_biases(backend, case: ModuleCase):
     """Bit for bit, every tensor the teacher has."""
     module, teacher = initial(backend, NAME, case), random_attention(case)
@@ -175,7 +175,7 @@ def test_attention_is_copied_with_its_biases(backend, case: ModuleCase):
         assert_exact(own[name].detach(), tensor.detach(), case, name)
 
 
-@flex(case=module_cases(qkv_bias=True, output_bias=True), share=0.2)
+@flex(cases=module_cases(qkv_bias=True, output_bias=True), share=0.2)
 def test_a_teacher_with_other_tensors_is_refused(backend, case: ModuleCase):
     """A lost bias or a lost norm is an error on either side, not a silent default."""
     for changes in (
@@ -188,7 +188,7 @@ def test_a_teacher_with_other_tensors_is_refused(backend, case: ModuleCase):
             initial(backend, NAME, case).copy_attention(random_attention(case, **changes))
 
 
-@flex(case=module_cases(head_norm=True, conv_kernel=4, norm_eps=1e-30, layout=PROMPT))
+@flex(cases=module_cases(head_norm=True, conv_kernel=4, norm_eps=1e-30, layout=PROMPT))
 def test_the_norm_takes_the_place_of_softmaxs_denominator(backend, case: ModuleCase):
     """Values eight times as large leave the output as it was."""
     module = random_module(backend, NAME, case)
@@ -201,7 +201,7 @@ def test_the_norm_takes_the_place_of_softmaxs_denominator(backend, case: ModuleC
     assert_same({"output": after}, {"output": before}, case, factor=20)
 
 
-@flex(case=module_cases(["float64"], reverse_scan=False, rotary_major=False))
+@flex(cases=module_cases(["float64"], reverse_scan=False, rotary_major=False))
 def test_without_reverse_scan_in_raster_order_all_is_causal(backend, case: ModuleCase):
     """The ablation leaves no way to the right, in any layer: every token sees the past only."""
     module = random_module(backend, NAME, case)
@@ -212,7 +212,7 @@ def test_without_reverse_scan_in_raster_order_all_is_causal(backend, case: Modul
         assert_zero(found[:, t + 1 :], case, f"gradient from token {t} to later ones")
 
 
-@flex(case=module_cases(["float64"], reverse_scan=True, conv_kernel=0, layout=PROMPT))
+@flex(cases=module_cases(["float64"], reverse_scan=True, conv_kernel=0, layout=PROMPT))
 def test_vision_sees_its_whole_segment_both_ways(backend, case: ModuleCase):
     """The first vision token reads the last and the other way round; text before the image reads neither."""
     module = random_module(backend, NAME, case)
@@ -225,7 +225,7 @@ def test_vision_sees_its_whole_segment_both_ways(backend, case: ModuleCase):
         assert seen[vision].all(), f"token {t} must read all of its segment: {case!r}"
 
 
-@flex(case=module_cases(layout=PROMPT, reverse_scan=False))
+@flex(cases=module_cases(layout=PROMPT, reverse_scan=False))
 def test_layers_scan_in_rotating_orders_unless_told_otherwise(backend, case: ModuleCase):
     """Four layers, four orders; `rotary_major` off gives every layer the first."""
     base = random_module(backend, NAME, case).state_dict()
@@ -246,14 +246,14 @@ def test_layers_scan_in_rotating_orders_unless_told_otherwise(backend, case: Mod
     assert_exact(rotating[0], raster[0], case, "layer 0")
 
 
-@flex(case=module_cases(layout=TEXT_ONLY))
+@flex(cases=module_cases(layout=TEXT_ONLY))
 def test_no_layout_means_all_text(backend, case: ModuleCase):
     """A text-only batch needs no coordinates."""
     module = random_module(backend, NAME, case)
     assert_same(run(module, NAME, case, layout=None), run(module, NAME, case), case)
 
 
-@flex(case=module_cases(scan_rope=True), share=0.2)
+@flex(cases=module_cases(scan_rope=True), share=0.2)
 def test_rope_on_the_scan_needs_angles(backend, case: ModuleCase):
     """An option that cannot work says so."""
     with pytest.raises(ValueError, match="position_embeddings"):

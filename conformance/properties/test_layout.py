@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ..harness import second_formulation
 from ..harness.compare import assert_exact
 from ..harness.layouts import Layout, Text, Vision, layouts
-from ..harness.operator_cases import holds
+from ..harness.operator_cases import property_of
 
 AXES = {0: (1, 2, 3), 1: (1, 3, 2), 2: (2, 3, 1), 3: (3, 2, 1)}  # columns of coords, most significant first
 
@@ -36,8 +36,8 @@ CASES = st.builds(
     st.booleans(),
     st.integers(0, 2**16),
 )
-orders = partial(holds, "scan_order", case=CASES)
-partitions = partial(holds, "window_ids", case=CASES)
+orders = partial(property_of, "scan_order", cases=CASES)
+partitions = partial(property_of, "window_ids", cases=CASES)
 
 
 def partition(ids: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_scan_order_does_not_depend_on_how_a_segment_is_stored(backend, case: La
         assert_exact(mixed, stored, case, f"cells in the scan order of layer {layer}")
 
 
-@holds("scan_order", "inverse_order", case=CASES)
+@property_of("scan_order", "inverse_order", cases=CASES)
 def test_order_then_inverse_is_identity(backend, case: LayoutCase):
     """Both ways round."""
     order = backend.scan_order(case.layout.coords, case.layer_index)
@@ -115,7 +115,7 @@ def test_order_then_inverse_is_identity(backend, case: LayoutCase):
     assert_exact(inverse.gather(1, order), position, case, "inverse after order")
 
 
-@holds("scan_order", "window_ids", case=CASES)
+@property_of("scan_order", "window_ids", cases=CASES)
 def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: LayoutCase):
     """Segment ids are names; rows do not know each other; padding on the left moves everything along."""
     layout, windows = case.layout, (case.window_thw, case.shifted)

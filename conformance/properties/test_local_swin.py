@@ -25,21 +25,21 @@ from ..harness.module_cases import (
     run_with_gradients,
 )
 from ..harness.module_checks import check_batch_mates_change_nothing
-from ..harness.operator_cases import DTYPES, holds
+from ..harness.operator_cases import DTYPES, property_of
 
-swin = partial(holds, "LocalSwin", share=0.4)
+swin = partial(property_of, "LocalSwin", share=0.4)
 NAME = "LocalSwin"
 PROMPT = Layout(((Text(2), Vision(0, (1, 3, 3), "row"), Text(2)),))
 
 
-@swin(case=module_cases(DTYPES))
+@swin(cases=module_cases(DTYPES))
 def test_local_swin_and_gradients_match_the_reference(backend, case: ModuleCase):
-    """P17: output, and the gradients of the input and of every parameter, in every dtype."""
+    """Output, and the gradients of the input and of every parameter, in every dtype."""
     module = random_module(backend, NAME, case)
     check_module(module, reference, NAME, case)
 
 
-@swin(case=module_cases(["float64"]))
+@swin(cases=module_cases(["float64"]), share=1.0)
 def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
     """Attention over the whole row under a mask of window mates, to 1e-10."""
     module = random_module(backend, NAME, case)
@@ -54,16 +54,16 @@ def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
     assert_close(run(module, NAME, case), {"output": wanted}, case, 1e-10)
 
 
-@swin(case=module_cases(output_bias=True))
+@swin(cases=module_cases(output_bias=True))
 def test_text_gets_zero_and_gives_nothing(backend, case: ModuleCase):
     """Exactly, an output bias notwithstanding; no gradient reaches text or padding."""
     results = run_with_gradients(random_module(backend, NAME, case), NAME, case)
     text = case.layout.segment < 0
-    for key in ("output", "gradient of hidden_states"):
+    for key in ("output", "grad hidden_states"):
         assert_zero(results[key][text], case, f"{key} on text")
 
 
-@swin(case=module_cases(["float64"], layout=PROMPT))
+@swin(cases=module_cases(["float64"], layout=PROMPT))
 def test_a_token_sees_its_window_and_nothing_else(backend, case: ModuleCase):
     """Every window mate, later ones too, and exactly zero elsewhere; odd layers are shifted."""
     module = random_module(backend, NAME, case)
@@ -76,7 +76,7 @@ def test_a_token_sees_its_window_and_nothing_else(backend, case: ModuleCase):
         assert_exact(found.abs().amax(-1) > 0, mates[:, t], case, f"tokens that token {t} reads")
 
 
-@swin(case=module_cases(["float64"], window_thw=(4, 8, 8), layout=PROMPT))
+@swin(cases=module_cases(["float64"], window_thw=(4, 8, 8), layout=PROMPT))
 def test_one_window_over_an_image_is_the_teachers_attention(backend, case: ModuleCase):
     """Weights, biases, norms and RoPE of the teacher; without a causal mask, over the image alone."""
     module, teacher = initial(backend, NAME, case), random_attention(case)
@@ -98,7 +98,7 @@ def test_one_window_over_an_image_is_the_teachers_attention(backend, case: Modul
     assert_close({"output": found}, {"output": teacher.o_proj(attended)}, case, 1e-10)
 
 
-@swin(case=module_cases(["float64"]))
+@swin(cases=module_cases(["float64"]))
 def test_only_differences_of_angles_matter(backend, case: ModuleCase):
     """RoPE is relative: turning all tokens by one angle changes nothing."""
     module = random_module(backend, NAME, case)
@@ -108,13 +108,13 @@ def test_only_differences_of_angles_matter(backend, case: ModuleCase):
     assert_same(run(module, NAME, case, position_embeddings=turned), run(module, NAME, case), case, factor=10)
 
 
-@swin(case=module_cases())
+@swin(cases=module_cases())
 def test_batch_mates_change_nothing(backend, case: ModuleCase):
-    """P16: every row alone gives what it gives among others."""
+    """Every row alone gives what it gives among others."""
     check_batch_mates_change_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@swin(case=module_cases(layout=Layout(((Vision(0, (1, 3, 3)),), (Vision(0, (1, 3, 3)),)))))
+@swin(cases=module_cases(layout=Layout(((Vision(0, (1, 3, 3)),), (Vision(0, (1, 3, 3)),)))))
 def test_angles_of_one_row_serve_all_rows(backend, case: ModuleCase):
     """Hugging Face may pass cos and sin with batch 1."""
     module = random_module(backend, NAME, case)
@@ -124,7 +124,7 @@ def test_angles_of_one_row_serve_all_rows(backend, case: ModuleCase):
     assert_same(narrow, run(module, NAME, case, position_embeddings=for_all), case)
 
 
-@swin(case=module_cases(("float32", "bfloat16")))
+@swin(cases=module_cases(("float32", "bfloat16")))
 def test_attention_is_copied_with_its_biases(backend, case: ModuleCase):
     """Bit for bit, and a teacher with other tensors is refused."""
     module, teacher = initial(backend, NAME, case), random_attention(case)
@@ -137,7 +137,7 @@ def test_attention_is_copied_with_its_biases(backend, case: ModuleCase):
         module.copy_attention(random_attention(case, qkv_bias=not case.config.qkv_bias))
 
 
-@swin(case=module_cases(), share=0.2)
+@swin(cases=module_cases(), share=0.2)
 def test_missing_angles_are_an_error(backend, case: ModuleCase):
     """Attention without its positions would be a different function."""
     module = random_module(backend, NAME, replace(case, dtype="float32"))

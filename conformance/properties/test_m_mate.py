@@ -30,9 +30,9 @@ from ..harness.module_checks import (
     check_splitting_changes_nothing,
     check_steps_equal_prefill,
 )
-from ..harness.operator_cases import DTYPES, holds
+from ..harness.operator_cases import DTYPES, property_of
 
-mate = partial(holds, "MMATE", share=0.4)
+mate = partial(property_of, "MMATE", share=0.4)
 NAME = "MMATE"
 TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
 PROMPT = Layout(((Text(2), Vision(1, (1, 2, 3), "row"), Text(1), Vision(0, (2, 1, 2)), Text(2)),))
@@ -44,14 +44,14 @@ def branches(module, case: ModuleCase) -> tuple[torch.Tensor, torch.Tensor]:
     return flex, run(module.local_swin, "LocalSwin", case)["output"]
 
 
-@mate(case=module_cases(DTYPES))
+@mate(cases=module_cases(DTYPES))
 def test_m_mate_and_gradients_match_the_reference(backend, case: ModuleCase):
-    """P17: output, state, and the gradients of the input and of every parameter, in every dtype."""
+    """Output, state, and the gradients of the input and of every parameter, in every dtype."""
     module = random_module(backend, NAME, case)
     check_module(module, reference, NAME, case)
 
 
-@mate(case=module_cases(["float64"]))
+@mate(cases=module_cases(["float64"]), share=1.0)
 def test_m_mate_equals_its_second_formulation(backend, case: ModuleCase):
     """With every option on and off, to 1e-10."""
     module = random_module(backend, NAME, case)
@@ -69,7 +69,7 @@ def test_m_mate_equals_its_second_formulation(backend, case: ModuleCase):
     assert_close({"output": output * kept}, {"output": wanted * kept}, case, 1e-10)
 
 
-@mate("FlexMA", "LocalSwin", "MMATE", case=module_cases())
+@mate("FlexMA", "LocalSwin", "MMATE", cases=module_cases())
 def test_text_is_pinned_to_flex_ma(backend, case: ModuleCase):
     """Bit for bit; the mix gets no gradient from text."""
     module = random_module(backend, NAME, case)
@@ -82,7 +82,7 @@ def test_text_is_pinned_to_flex_ma(backend, case: ModuleCase):
         assert_zero(torch.zeros(1) if found is None else found, case, "gradient of the mix on text")
 
 
-@mate(case=module_cases())
+@mate(cases=module_cases())
 def test_m_mate_starts_half_and_half(backend, case: ModuleCase):
     """m = ½ on every vision token, in every layer."""
     module = initial(backend, NAME, case)
@@ -92,7 +92,7 @@ def test_m_mate_starts_half_and_half(backend, case: ModuleCase):
     assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
 
 
-@mate(case=module_cases())
+@mate(cases=module_cases())
 def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase):
     """m = 1 is Flex-MA, m = 0 is Local-Swin, on vision."""
     module = random_module(backend, NAME, case)
@@ -104,37 +104,37 @@ def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase)
         assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
 
 
-@mate(case=module_cases(["float64"]), share=0.2)
+@mate(cases=module_cases(["float64"]), share=0.2)
 def test_no_output_depends_on_what_its_block_does_not_see(backend, case: ModuleCase):
     """Causality: exactly zero gradient from every token to what comes after it and after its block."""
     check_causality(random_module(backend, NAME, case), NAME, case)
 
 
-@mate(case=module_cases())
+@mate(cases=module_cases())
 def test_padding_changes_nothing(backend, case: ModuleCase):
-    """P7: more of it on both sides, with anything in it."""
+    """More of it on both sides, with anything in it."""
     check_padding_changes_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@mate(case=module_cases())
+@mate(cases=module_cases())
 def test_batch_mates_change_nothing(backend, case: ModuleCase):
-    """P16: every row alone gives what it gives among others."""
+    """Every row alone gives what it gives among others."""
     check_batch_mates_change_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@mate(case=module_cases(conv_kernel=4), share=0.3)
+@mate(cases=module_cases(conv_kernel=4), share=0.3)
 def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
-    """P9: prefill in pieces, the state handed over, gives outputs and state of prefill in one piece."""
+    """Prefill in pieces, the state handed over, gives outputs and state of prefill in one piece."""
     check_splitting_changes_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@mate(case=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
+@mate(cases=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
 def test_steps_equal_prefill(backend, case: ModuleCase):
-    """P10: decoding token by token, with a state whose size never changes."""
+    """Decoding token by token, with a state whose size never changes."""
     check_steps_equal_prefill(random_module(backend, NAME, case), NAME, case)
 
 
-@mate(case=module_cases(layout=PROMPT))
+@mate(cases=module_cases(layout=PROMPT))
 def test_segment_numbers_change_nothing(backend, case: ModuleCase):
     """Ids only say what belongs together."""
     module = random_module(backend, NAME, case)
@@ -142,7 +142,7 @@ def test_segment_numbers_change_nothing(backend, case: ModuleCase):
     assert_same(run(module, NAME, case, layout=renamed), run(module, NAME, case), case)
 
 
-@mate(case=module_cases(layout=TEXT_ONLY))
+@mate(cases=module_cases(layout=TEXT_ONLY))
 def test_no_layout_means_all_text(backend, case: ModuleCase):
     """A text-only batch needs no coordinates and no angles, unless the scan is rotated."""
     module = random_module(backend, NAME, case)
@@ -150,7 +150,7 @@ def test_no_layout_means_all_text(backend, case: ModuleCase):
     assert_same(run(module, NAME, case, layout=None, **bare), run(module, NAME, case), case)
 
 
-@mate(case=module_cases(("float32", "bfloat16")))
+@mate(cases=module_cases(("float32", "bfloat16")))
 def test_both_branches_start_from_attention(backend, case: ModuleCase):
     """Two copies, with biases, which then train apart."""
     module, teacher = initial(backend, NAME, case), random_attention(case)
@@ -163,7 +163,7 @@ def test_both_branches_start_from_attention(backend, case: ModuleCase):
     assert len(set(pointers)) == len(pointers), f"the branches must not share memory: {case!r}"
 
 
-@mate("FlexMA", "LocalSwin", "MMATE", case=module_cases())
+@mate("FlexMA", "LocalSwin", "MMATE", cases=module_cases())
 def test_state_dicts_are_interchangeable(backend, case: ModuleCase):
     """Same names, shapes and order in both directions, for every option."""
     for name in ("FlexMA", "LocalSwin", "MMATE"):
@@ -174,24 +174,24 @@ def test_state_dicts_are_interchangeable(backend, case: ModuleCase):
         theirs.load_state_dict(ours.state_dict())
 
 
-@mate(case=module_cases(["float32"]), share=0.2)
+@mate(cases=module_cases(["float32"]), share=0.2)
 def test_every_parameter_gets_a_gradient(backend, case: ModuleCase):
-    """P18: nothing that an option brings is left untrained, on a prompt with images and text."""
+    """Nothing that an option brings is left untrained, on a prompt with images and text."""
     case = ModuleCase(PROMPT, case.config, case.layer_index, "float32", case.seed)
     results = run_with_gradients(random_module(backend, NAME, case), NAME, case)
     unused = {"flex_ma.scan_gate_proj"} if not case.config.reverse_scan else set()
     for key, gradient in results.items():
-        name = key.removeprefix("gradient of ")
-        if key.startswith("gradient of ") and name.rpartition(".")[0] not in unused:
+        name = key.removeprefix("grad ")
+        if key.startswith("grad ") and name.rpartition(".")[0] not in unused:
             silent = name == "local_swin.k_proj.bias" and not case.config.qk_norm
             assert silent or gradient.abs().max() > 0, f"{name} must get a gradient: {case!r}"
 
 
-@mate(case=module_cases(["float32"], layout=PROMPT))
+@mate(cases=module_cases(["float32"], layout=PROMPT))
 def test_strides_and_gradient_checkpointing_do_not_matter(backend, case: ModuleCase):
-    """P8: token axis first in memory, and a forward that runs again in the backward."""
+    """Token axis first in memory, and a forward that runs again in the backward."""
     module = random_module(backend, NAME, case)
-    wanted = run_with_gradients(module, NAME, case)["gradient of hidden_states"]
+    wanted = run_with_gradients(module, NAME, case)["grad hidden_states"]
     strided = case.hidden_states().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
 
     def forward(hidden_states):

@@ -6,90 +6,89 @@ from functools import partial
 
 import torch
 
-from linmu import reference
-
-from ..harness.compare import (
-    assert_exact,
-    assert_matches,
-    assert_same,
-    assert_zero,
-    evaluate,
-    in_float64,
-    quarters,
-)
+from ..harness import operator_checks
+from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
 from ..harness.layouts import Layout, Text
 from ..harness.operator_cases import (
     DTYPES,
     BidirectionalCase,
     ScanCase,
+    StepCase,
     bidirectional_cases,
-    holds,
+    fed,
+    property_of,
+    run,
     scan_cases,
+    step_cases,
 )
 
-PER_TOKEN = ("x", "dt", "B", "C")
-step = partial(holds, "scan_step")
+TOKENS = ScanCase.tokens
+step = partial(property_of, "scan_step")
+
+globals().update(operator_checks.call_properties("scan_step", step_cases))
 
 
-@step("selective_scan", case=scan_cases(DTYPES, reverse=False, initial_state=True))
+@step("selective_scan", cases=scan_cases(DTYPES, reverse=False, initial_state=True))
 def test_steps_equal_the_scan(backend, case: ScanCase):
-    """P10: token by token, rows that take no part keep their state and give zero."""
-    inputs = case.inputs()
-    if inputs["mask"] is None:
-        inputs["mask"] = torch.ones(case.batch, case.length, dtype=torch.bool)
-    state, outputs = inputs["initial_state"], []
+    """Token by token, rows that take no part keep their state and give zero."""
+    given = case.inputs()
+    mask = torch.ones(case.shape, dtype=torch.bool) if given["mask"] is None else given["mask"]
+    state, outputs = given["initial_state"], []
     for t in range(case.length):
-        x, dt, B, C = (inputs[name][:, t] for name in PER_TOKEN)
-        y, state = backend.scan_step(state.clone(), x, dt, inputs["A"], B, C, valid=inputs["mask"][:, t])
+        x, dt, B, C = (given[name][:, t] for name in TOKENS)
+        y, state = backend.scan_step(state, x, dt, given["A"], B, C, valid=mask[:, t])
         outputs.append(y)
-    stepped = {"output 0": torch.stack(outputs, dim=1), "output 1": state}
-    assert_same(stepped, evaluate(backend.selective_scan, inputs), case, factor=2)
+    stepped = {"y": torch.stack(outputs, dim=1), "final_state": state}
+    assert_same(stepped, run(backend, case), case, factor=2)
 
 
-@step(case=scan_cases(DTYPES, length=1, initial_state=True))
-def test_step_matches_its_formula(backend, case: ScanCase):
+@step(cases=step_cases(DTYPES, skip=True, valid=False))
+def test_step_matches_its_formula(backend, case: StepCase):
     """y = Cᵀ(exp(dt A) S + dt B x) + D x, for one token, written out head by head."""
-    inputs = case.inputs()
-    x, dt, B, C = (inputs[name][:, 0] for name in PER_TOKEN)
-    skip = quarters(inputs["A"], case.seed)
-    given = {"state": inputs["initial_state"], "x": x, "dt": dt, "A": inputs["A"], "B": B, "C": C, "D": skip}
 
-    def formula(state, x, dt, A, B, C, D):
-        ratio, states = C.shape[1] // x.shape[1], []
-        for h in range(C.shape[1]):
-            write = dt[:, h, None, None] * B[:, h // ratio, :, None] * x[:, h // ratio, None, :]
+    def formula(state, x, dt, A, B, C, D, valid):
+        states = []
+        for h in range(case.heads):
+            write = dt[:, h, None, None] * B[:, h // case.ratio, :, None] * x[:, h // case.ratio, None, :]
             states.append((dt[:, h] * A[h]).exp()[:, None, None] * state[:, h] + write)
-        read = [(C[:, h, :, None] * s).sum(1) + D[h] * x[:, h // ratio] for h, s in enumerate(states)]
+        read = [(C[:, h, :, None] * s).sum(1) + D[h] * x[:, h // case.ratio] for h, s in enumerate(states)]
         return torch.stack(read, dim=1), torch.stack(states, dim=1)
 
-    got = evaluate(lambda state, **rest: backend.scan_step(state.clone(), **rest), given)
-    assert_matches(got, evaluate(formula, in_float64(given)), evaluate(reference.scan_step, given), case)
+    truth = fed(formula, case.changed(**in_float64(case.inputs())))
+    in_own_dtypes = run(operator_checks.reference, case)
+    assert_matches(run(backend, case), truth, in_own_dtypes, case)
 
 
-@step(case=scan_cases(length=1, initial_state=True, batch=3))
-def test_step_of_a_finished_row_keeps_its_state(backend, case: ScanCase):
+@step(cases=step_cases(batch=3, skip=True))
+def test_step_of_a_finished_row_keeps_its_state(backend, case: StepCase):
     """Rows with `valid` False keep their state bit by bit and give 0, the skip included."""
-    inputs = case.inputs()
-    x, dt, B, C = (inputs[name][:, 0] for name in PER_TOKEN)
-    valid = torch.tensor([True, False, True])
-    before = inputs["initial_state"]
-    y, state = backend.scan_step(
-        before.clone(), x, dt, inputs["A"], B, C, D=torch.ones_like(inputs["A"]), valid=valid
-    )
-    assert_exact(state[1], before[1], case, "state of the finished row")
-    assert_zero(y[1], case, "output of the finished row")
+    found = run(backend, case.changed(valid=torch.tensor([True, False, True])))
+    assert_exact(found["state"][1], case.inputs()["state"][1], case, "state of the finished row")
+    assert_zero(found["y"][1], case, "y of the finished row")
 
 
-@step("bidirectional_scan", case=bidirectional_cases(DTYPES, layout=Layout(((Text(7),), (Text(7),)))))
+@step(cases=step_cases(batch=3, skip=True))
+def test_a_finished_row_may_hold_anything_and_gets_no_gradient(backend, case: StepCase):
+    """Not even NaN gets from it into values, states or gradients; its own state gets the state's."""
+    finished = case.changed(valid=torch.tensor([True, False, True]))
+    given, spoilt = case.inputs(), {}
+    for name in ("x", "dt", "B", "C"):
+        spoilt[name] = given[name].clone()
+        spoilt[name][1] = float("nan")
+    clean = run(backend, finished, gradients=True)
+    assert_same(run(backend, finished.changed(**spoilt), gradients=True), clean, case)
+    for name in ("x", "dt", "B", "C"):
+        assert_zero(clean[f"grad {name}"][1], case, f"grad {name} of the finished row")
+
+
+@step("bidirectional_scan", cases=bidirectional_cases(DTYPES, layout=Layout(((Text(7),), (Text(7),)))))
 def test_steps_equal_the_prefill_of_text(backend, case: BidirectionalCase):
-    """P10: decoding token by token gives what prefilling the same text gives, the skip included."""
-    inputs = case.inputs()
-    whole = evaluate(backend.bidirectional_scan, inputs)
-    state = inputs["initial_state"]
-    state = torch.zeros_like(whole["output 1"]) if state is None else state
-    outputs = []
+    """Decoding token by token gives what prefilling the same text gives, the skip included."""
+    given, whole, outputs = case.inputs(), run(backend, case), []
+    state = given["initial_state"]
+    state = torch.zeros_like(whole["final_state"]) if state is None else state
     for t in range(7):
-        x, dt, B, C = (inputs[name][:, t] for name in PER_TOKEN)
-        y, state = backend.scan_step(state.clone(), x, dt, inputs["A"], B, C, D=inputs["D"])
+        x, dt, B, C = (given[name][:, t] for name in TOKENS)
+        y, state = backend.scan_step(state, x, dt, given["A"], B, C, D=given["D"])
         outputs.append(y)
-    assert_same({"output 0": torch.stack(outputs, dim=1), "output 1": state}, whole, case, factor=2)
+    assert_same({"y": torch.stack(outputs, dim=1), "final_state": state}, whole, case, factor=2)

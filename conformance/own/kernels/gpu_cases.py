@@ -165,9 +165,9 @@ def results_of_views(operator: str, given: Arguments) -> Results:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     asked = [quarters(output, place) for place, output in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), asked, allow_unused=True)
-    found = {f"output {place}": output.detach() for place, output in enumerate(outputs)}
+    found = dict(zip(("y", "final_state"), (output.detach() for output in outputs), strict=False))
     for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-        found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+        found[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return found
 
 

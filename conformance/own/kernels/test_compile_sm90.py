@@ -100,7 +100,7 @@ def sizes_of(kernel: str, thorough: bool) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("kernel", PRODUCTS)
 def test_kernels_fit_a_hopper_multiprocessor(kernel, record_property, request):
-    """P13, P14: no spills but those known, wgmma for every product, at most 227 KB of shared memory."""
+    """No spills but those known, wgmma for every product, at most 227 KB of shared memory."""
     sizes = sizes_of(kernel, request.config.getoption("thorough"))
     for dtype, by_size in compiled(kernel, sizes).items():
         for size, found in by_size.items():

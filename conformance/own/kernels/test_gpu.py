@@ -56,14 +56,14 @@ def whole_gpu() -> Iterator[None]:
 @EVERY
 @pytest.mark.parametrize("head_dim", [128, 80, 16])
 def test_kernels_equal_the_torch_engine_at_real_sizes(operator, head_dim, dtype):
-    """P13, P14: values, states, every gradient, of tiles that tensor cores multiply."""
+    """Values, states, every gradient, of tiles that tensor cores multiply."""
     given = arguments(operator, dtype, heads=6, groups=2, head_dim=head_dim, length=517)
     assert_kernels_match(operator, given, f"{operator}, {dtype}, N = P = {head_dim}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(dtype):
-    """P17: as in test_precision.py."""
+    """As in test_precision.py."""
     assert left_by_the_norm(dtype, "cuda") < 1e-5
 
 
@@ -71,7 +71,7 @@ def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(dtype):
 @HALF_AND_FULL
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in ("scan_step", "logit_loss")])
 def test_no_token_is_lost_beyond_65536(operator, dtype, length, whole_gpu):
-    """P2: more tokens than a grid's second axis has programs; the last ones, and gradients through them."""
+    """More tokens than a grid's second axis has programs; the last ones, and gradients through them."""
     given = arguments(operator, dtype, heads=2, groups=1, head_dim=16, length=length)
     assert_kernels_match(operator, given, f"{operator}, {dtype}, L = {length}")
 
@@ -79,14 +79,14 @@ def test_no_token_is_lost_beyond_65536(operator, dtype, length, whole_gpu):
 @HALF_AND_FULL
 @EVERY
 def test_offsets_may_exceed_two_to_the_31(operator, dtype, whole_gpu):
-    """P1: slices of a tensor so large that their last tokens lie beyond 2^31 elements."""
+    """Slices of a tensor so large that their last tokens lie beyond 2^31 elements."""
     given = arguments(operator, dtype, heads=4, groups=2, head_dim=16, length=300)
     far = far_apart(operator, given, fill=True)
     assert_same(results_of_views(operator, far), results(operator, given), f"{operator}, {dtype}")
 
 
 def test_results_may_exceed_two_to_the_31(whole_gpu):
-    """P1: outputs and gradients of more elements than an int32 counts; the tail is that of its own scan."""
+    """Outputs and gradients of more elements than an int32 counts; the tail is that of its own scan."""
     heads, groups, dim, length, tail = 28, 4, 16, 4_800_000, 6_400
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -108,10 +108,10 @@ def test_results_may_exceed_two_to_the_31(whole_gpu):
     leaves = {name: given[name].requires_grad_() for name in per_token}
     y, final = kernels("bidirectional_scan")(**given)
     asked = torch.zeros_like(y)
-    asked[:, length - tail :] = quarters(wanted["output 0"], 0)
+    asked[:, length - tail :] = quarters(wanted["y"], 0)
     grads = torch.autograd.grad([y, final], list(leaves.values()), [asked, quarters(final, 1)])
-    found = {"output 0": y[:, length - tail :], "output 1": final}
-    found |= {f"gradient of {k}": g[:, length - tail :] for k, g in zip(leaves, grads, strict=True)}
+    found = {"y": y[:, length - tail :], "final_state": final}
+    found |= {f"grad {k}": g[:, length - tail :] for k, g in zip(leaves, grads, strict=True)}
     wanted = {name: wanted[name] for name in found}
     assert_same({k: v.detach() for k, v in found.items()}, wanted, "the last tokens of 4.8 million")
 
@@ -275,7 +275,7 @@ TILES = [
 @pytest.mark.parametrize(("name", "value"), TILES, ids=[f"{name}={value}" for name, value in TILES])
 @HALF_AND_FULL
 def test_tiles_do_not_change_the_results(dtype, name, value):
-    """P12: chunks, runs and blocks of other sizes, within the bounds of the truth."""
+    """Chunks, runs and blocks of other sizes, within the bounds of the truth."""
     operators = {"scan": "bidirectional_scan", "losses": "logit_loss", "layout": "window_attention"}
     operator = operators.get(name.split(".")[0], name.split(".")[0])
     given = arguments(operator, dtype, heads=4, groups=2, head_dim=32, length=700)
@@ -292,7 +292,7 @@ def test_tiles_do_not_change_the_results(dtype, name, value):
 
 @EVERY
 def test_expanded_gradients_are_read_by_their_strides(operator):
-    """P8: what .sum() and a permuted loss send back has strides 0, or the last axis not last in memory."""
+    """What .sum() and a permuted loss send back has strides 0, or the last axis not last in memory."""
     given = arguments(operator, "float32", heads=4, groups=2, head_dim=16, length=233)
     floats = {name: value.requires_grad_() for name, value in floats_of(given).items() if name != "teacher"}
     outputs = kernels(operator)(**given)

@@ -65,7 +65,7 @@ torch.testing.assert_close(found.write[0, 0, 0], left, rtol=1e-6, atol=1e-30)
 
 
 def test_sums_of_steps_are_rounded_once(tmp_path):
-    """P5, P15: the exponents' sums are those in float64, whatever order a GPU would add them up in."""
+    """The exponents' sums are those in float64, whatever order a GPU would add them up in."""
     script = tmp_path / "sums.py"
     script.write_text(SUMS)
     done = interpreted(script)
@@ -87,7 +87,7 @@ assert left < 1e-5, left
 
 
 def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(tmp_path):
-    """P17: as in test_precision.py."""
+    """As in test_precision.py."""
     script = tmp_path / "norms.py"
     script.write_text(NORMS)
     done = interpreted(script)
@@ -119,7 +119,7 @@ def test_kernels_of_sliding_windows_equal_the_reference_in_the_interpreter(dtype
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_offsets_may_exceed_two_to_the_31(operator):
-    """P1: 64-bit addresses: an offset that wraps leaves its tensor, which the watch sees."""
+    """64-bit addresses: an offset that wraps leaves its tensor, which the watch sees."""
     done = interpreted("trial_far", operator)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -58,7 +58,7 @@ def test_a_bfloat16_softmax_is_taken_in_float32(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_norm_of_a_head_takes_off_all_that_a_gradient_has_along_it(dtype):
-    """P17: next to it what is left may be small: a norm of y and a y that was rounded do not fit together."""
+    """Next to it what is left may be small: a norm of y and a y that was rounded do not fit together."""
     assert left_by_the_norm(dtype, "cpu") < 1e-5
 
 

@@ -20,11 +20,11 @@ from linmu.reference.student.cache import CACHE_NAME
 from ...harness.compare import assert_exact, assert_matches, assert_same
 from ...harness.layouts import Layout, Text
 from ...harness.module_cases import ModuleCase, RoundedCase, initial, module_cases, random_module
-from ...harness.operator_cases import DTYPES, holds
+from ...harness.operator_cases import DTYPES, property_of
 from ..student.tiny_checkpoint import build_teacher, every_kind, shake_mixers, words
 from .test_kernels import interpreted
 
-flex = partial(holds, "FlexMA")
+flex = partial(property_of, "FlexMA")
 TOKENS = Layout(((Text(4),), (Text(4),), (Text(4),)))
 VALID = torch.tensor([[True], [False], [True]])
 
@@ -42,7 +42,7 @@ def last_token(module: nn.Module, case: ModuleCase, state: FlexMAState, valid=VA
     return {"output": y.detach(), "conv state": state.conv.detach(), "scan state": state.scan.detach()}
 
 
-@flex(case=module_cases(layout=TOKENS))
+@flex(cases=module_cases(layout=TOKENS))
 def test_a_step_gives_the_same_with_and_without_a_gradient(backend, case: ModuleCase):
     module = random_module(backend, "FlexMA", case)
     state = prefilled(module, case)
@@ -54,7 +54,7 @@ def test_a_step_gives_the_same_with_and_without_a_gradient(backend, case: Module
             assert_same(last_token(module, case, state, valid), wanted, case)
 
 
-@flex(case=module_cases(DTYPES, layout=TOKENS))
+@flex(cases=module_cases(DTYPES, layout=TOKENS))
 def test_a_step_without_a_gradient_matches_the_reference(backend, case: ModuleCase):
     """In every dtype, about as near to the truth as the reference."""
     module = random_module(backend, "FlexMA", case)
@@ -68,7 +68,7 @@ def test_a_step_without_a_gradient_matches_the_reference(backend, case: ModuleCa
         assert_matches(last_token(module, case, state), truth, last_token(own, case, state), case)
 
 
-@flex(case=module_cases(("float32", "mixed"), layout=TOKENS))
+@flex(cases=module_cases(("float32", "mixed"), layout=TOKENS))
 def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
     """A caller's own state is as it was, and gives the same again; a lent one gives the same, once."""
     module = random_module(backend, "FlexMA", case)
@@ -83,7 +83,7 @@ def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
         assert_exact(tensor, wanted[name], case, name)
 
 
-@flex(case=module_cases(["float32"], layout=TOKENS), share=0.3)
+@flex(cases=module_cases(["float32"], layout=TOKENS), share=0.3)
 def test_a_state_that_autograd_or_inference_mode_holds_is_left_as_it_was(backend, case: ModuleCase):
     module = random_module(backend, "FlexMA", case)
     with torch.inference_mode():

@@ -129,6 +129,43 @@ def test_no_file_of_the_reference_imports_triton():
     assert [path.name for path in sources if "triton" in imported_modules(path.read_text())] == []
 
 
+SECTIONS = ("Args:", "Returns:", "Raises:", "Attributes:")
+
+
+def misplaced_sections(source: str) -> list[str]:
+    """Lines of docstrings that hold a section's head and something else, or hold it indented."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+    lines = [line for text in texts if text for line in text.splitlines()]
+    return [line for line in lines if any(head in line.split() and line != head for head in SECTIONS)]
+
+
+@pytest.mark.parametrize(
+    ("docstring", "misplaced"),
+    [
+        ("What.\n\n    Args:\n        x: it.\n    Returns:\n        y.\n    ", []),
+        (
+            "What.\n\n    Returns:\n        y, or float64 if\n    `q` is. Raises:\n        Error: no.",
+            ["`q` is. Raises:"],
+        ),
+        ("What.\n\n    Returns: y.", ["Returns: y."]),
+        ("What.\n\n    Args:\n        x: it.\n        Returns:\n            y.", ["    Returns:"]),
+    ],
+)
+def test_a_misplaced_section_of_a_docstring_is_found(docstring, misplaced):
+    assert misplaced_sections(f'def f():\n    """{docstring}"""') == misplaced
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_section_of_a_docstring_has_its_head_alone_on_a_line(folder):
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (lines := misplaced_sections(path.read_text()))
+    }
+    assert found == {}
+
+
 def test_dependencies_are_ranges_and_each_gives_its_reason():
     text = (ROOT / "pyproject.toml").read_text()
     project = tomllib.loads(text)["project"]

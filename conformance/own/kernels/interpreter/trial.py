@@ -212,9 +212,9 @@ def results(function: Callable, given: Arguments, draw: int | None = None) -> di
     if asked:
         held, given_grads = zip(*asked, strict=True)
         found = torch.autograd.grad(held, list(floats.values()), given_grads, allow_unused=True)
-    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    named = dict(zip(("y", "final_state"), (output.detach() for output in outputs), strict=False))
     for (name, leaf), grad in zip(floats.items(), found, strict=True):
-        named[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+        named[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return named
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 from linmu import optimized, reference
 from linmu.optimized.sliding_window_attention import kernels, kernels_backward, kernels_step
 
-from ....harness.compare import assert_exact, assert_matches, evaluate, in_float64
-from ....harness.operator_checks import operator_of
-from ....harness.second_sliding_window import sizes_of_gradients
+from ....harness.compare import assert_exact, assert_matches
+from ....harness.operator_cases import Case, run
+from ....harness.operator_checks import sizes_of_gradients, widened
 from ....harness.sliding_window_cases import STATE, SlidingWindowCase
 from . import mend_bfloat16, mend_scalars, watch_memory
 
@@ -44,28 +43,24 @@ def steps(dtype: str) -> Iterator[SlidingWindowCase]:
     yield case(2, 1, 2, 2, 3, 1, 2, "none", "some")
 
 
-def spoilt(case: SlidingWindowCase, inputs: dict[str, Any]) -> dict[str, Any]:
+def spoilt(case: SlidingWindowCase) -> Case:
     """NaN where nothing may be read."""
-    everyone = torch.ones(case.batch, case.length, dtype=torch.bool)
-    there = everyone if inputs["valid"] is None else inputs["valid"]
-    asking = there if inputs["asks"] is None else there & inputs["asks"]
-    where = {"q": asking, "k": there, "v": there} | dict.fromkeys(STATE[:2], inputs.get("present"))
-    given = {name: mask for name, mask in where.items() if name in inputs}
-    return inputs | {n: inputs[n].where(mask[..., None, None], float("nan")) for n, mask in given.items()}
+    given, everyone = case.inputs(), torch.ones(case.batch, case.length, dtype=torch.bool)
+    there = everyone if given["valid"] is None else given["valid"]
+    asking = there if given["asks"] is None else there & given["asks"]
+    where = {"q": asking, "k": there, "v": there}
+    where |= dict.fromkeys(STATE[:2], given["present"]) if case.initial_state else {}
+    return case.changed(
+        **{name: given[name].where(mask[..., None, None], float("nan")) for name, mask in where.items()}
+    )
 
 
 def check(case: SlidingWindowCase, gradients: bool) -> None:
-    """Raises unless the kernels' results are those of the reference."""
-    inputs = case.inputs()
-    run = partial(evaluate, gradients=gradients)
-    truth, own = (
-        run(operator_of(reference, case), in_float64(inputs)),
-        run(operator_of(reference, case), inputs),
-    )
+    """Raises unless the kernels' results are those of the reference, and in a second run the same."""
+    truth, own = run(reference, widened(case), gradients), run(reference, case, gradients)
     with watch_memory():
-        found = run(operator_of(optimized, case), spoilt(case, inputs))
-        again = run(operator_of(optimized, case), inputs)
-    assert_matches(found, truth, own, case, partial(sizes_of_gradients, inputs))
+        found, again = (run(optimized, each, gradients) for each in (spoilt(case), case))
+    assert_matches(found, truth, own, case, partial(sizes_of_gradients, case))
     for name, result in found.items():
         assert_exact(again[name], result, case, f"{name} of a second run")
 

@@ -1,0 +1,87 @@
+"""What both losses must do: they are means over the tokens that count. `loss_properties` makes the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from linmu import reference
+
+from .compare import assert_same, assert_zero
+from .operator_cases import LossCase, property_of, run
+from .operator_checks import widened
+
+
+def loss_properties(operator: str, cases: Callable) -> dict[str, Callable]:
+    """The tests of this file for one loss, by name; `cases(dtypes)` draws its arguments."""
+    test = partial(property_of, operator)
+    return {
+        "test_tokens_that_do_not_count_change_nothing": test(cases=cases())(check_uncounted_tokens),
+        "test_tokens_that_do_not_count_may_hold_anything": test(cases=cases(mask="some"))(check_nan),
+        "test_saying_everything_twice_changes_nothing": test(cases=cases())(check_repetition),
+        "test_the_loss_is_zero_for_equals_and_positive_otherwise": test(cases=cases())(check_sign),
+        "test_no_gradient_reaches_the_teacher": test(cases=cases())(check_teacher_gets_no_gradient),
+        "test_half_precision_inputs_are_exact_to_float32": test(cases=cases(("bfloat16", "float16")))(
+            check_inside_is_float32
+        ),
+    }
+
+
+def mask_of(case: LossCase) -> torch.Tensor:
+    """(B, L) bool: which tokens count."""
+    mask = case.inputs()[case.masks[0]]
+    return torch.ones(case.shape, dtype=torch.bool) if mask is None else mask
+
+
+def check_uncounted_tokens(backend: Any, case: LossCase) -> None:
+    """Their content, and how many there are: neither values nor gradients."""
+    mask, name = mask_of(case), case.masks[0]
+    wanted = run(backend, case.changed(**{name: mask}), gradients=True)
+    edited = case.with_other_tokens(~mask).changed(**{name: mask})
+    assert_same(run(backend, edited, gradients=True), wanted, case)
+    given, others, padding = case.inputs(), case.inputs(draw=1), torch.zeros_like(mask)
+    longer = {k: torch.cat([others[k], given[k], others[k]], dim=1) for k in case.tokens}
+    longer[name] = torch.cat([padding, mask, padding], dim=1)
+    assert_same(run(backend, case.changed(**longer)), {"loss": wanted["loss"]}, case)
+    assert_zero(wanted["grad student"][~mask], case, "grad student where no token counts")
+
+
+def check_nan(backend: Any, case: LossCase) -> None:
+    """Not even NaN gets from a token that does not count into the loss or a gradient."""
+    spoilt = case.with_nan_at(~mask_of(case))
+    assert_same(run(backend, spoilt, gradients=True), run(backend, case, gradients=True), case)
+
+
+def check_repetition(backend: Any, case: LossCase) -> None:
+    """A mean over tokens does not grow with the length or the batch: the trap of KLDivLoss(batchmean)."""
+    given = case.inputs()
+    tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+    for axis in (0, 1):
+        twice = {name: torch.cat([given[name], given[name]], dim=axis) for name in tensors}
+        assert_same(run(backend, case.changed(**twice)), run(backend, case), case)
+
+
+def check_sign(backend: Any, case: LossCase) -> None:
+    """With a zero gradient at the optimum; a relative error and a divergence are never negative."""
+    if case.operator == "hidden_loss" or case.width > 1:  # there is one distribution over one word only
+        assert run(backend, case)["loss"].item() > 0, f"the loss must be > 0: {case!r}"
+    same = run(backend, case.changed(student=case.inputs()["teacher"]), gradients=True)
+    assert abs(same["loss"].item()) < 1e-6, f"the loss of equals must be 0: {case!r}"
+    assert same["grad student"].abs().max() < 1e-6, f"grad student of equals must be 0: {case!r}"
+
+
+def check_teacher_gets_no_gradient(backend: Any, case: LossCase) -> None:
+    """The teacher is the target, also where it shares weights with the student."""
+    found = run(backend, case, gradients=True)
+    assert_zero(found["grad teacher"], case, "grad teacher")
+
+
+def check_inside_is_float32(backend: Any, case: LossCase) -> None:
+    """Only the arguments were rounded; nothing inside is."""
+    truth = run(reference, widened(case))["loss"].item()
+    found = run(backend, case)["loss"].item()
+    assert found == pytest.approx(truth, rel=1e-4, abs=1e-5), f"loss: {case!r}"
