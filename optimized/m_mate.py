@@ -9,13 +9,14 @@ from torch import Tensor
 
 from linmu import reference
 
+from ..reference.m_mate import MMATEState
 from .elementwise import operator as block_operators
-from .flex_ma import FlexMA, FlexMAState
-from .layout import VisionLayout, fast
+from .flex_ma import FlexMA
+from .layout import VisionLayout, every_row, fast, own_rows
 from .local_swin import LocalSwin
 from .projections import are_plain, is_unwatched, narrow_products
 
-__all__ = ["MMATE"]
+__all__ = ["MMATE", "MMATEState"]
 
 
 class MMATE(reference.MMATE):
@@ -31,33 +32,34 @@ class MMATE(reference.MMATE):
         *,
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        state: FlexMAState | None = None,
-    ) -> tuple[Tensor, FlexMAState]:
+        state: MMATEState | None = None,
+    ) -> tuple[Tensor, MMATEState]:
         """`linmu.reference.MMATE.forward`: arguments, result and errors are the same.
 
         Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
         before it, would read and write as many bytes per token, and could not be adapted by branch.
         """
-        flex_ma, local_swin, given = (
-            self.flex_ma,
-            self.local_swin,
-            {"position_embeddings": position_embeddings},
-        )
+        flex_ma, local_swin = self.flex_ma, self.local_swin
+        given = {"valid": valid, "position_embeddings": position_embeddings}
+        before, window = (None, None) if state is None else (state.flex_ma, state.window)
         if layout is None or not self.reaches_into_branches():
-            y, state = flex_ma(hidden_states, layout, valid=valid, state=state, **given)
-            if layout is None:
-                return y, state
-            local = local_swin(hidden_states, layout, **given)
-            row = fast(layout).vision_row
+            y, after = flex_ma(hidden_states, layout, state=before, **given)
+            if layout is None and not self.config.text_window:
+                return y, MMATEState(*after, window)
+            local, window = local_swin(hidden_states, layout, state=window, **given)
+            if self.config.text_window:
+                row = every_row(y) if valid is None else own_rows(valid)
+            else:
+                row = fast(layout).vision_row
             (mix,) = narrow_products(hidden_states, [self.mix_proj])
         else:
             *rates, mix = narrow_products(
                 hidden_states, [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
             )
-            y, state = flex_ma.heads(hidden_states, layout, valid=valid, state=state, rates=rates, **given)
+            y, after = flex_ma.heads(hidden_states, layout, state=before, rates=rates, **given)
             y = flex_ma.o_proj(y)
-            local, row = local_swin.attend(hidden_states, layout, **given)
-        return block_operators.mix_branches(y, local, mix, row), state
+            local, row, window = local_swin.attend(hidden_states, layout, state=window, **given)
+        return block_operators.mix_branches(y, local, mix, row), MMATEState(*after, window)
 
     def reaches_into_branches(self) -> bool:
         """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes

@@ -15,7 +15,7 @@ from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
-from .m_mate import MMATE
+from .m_mate import MMATE, MMATEState
 from .scan import bidirectional_scan, scan_step, selective_scan
 from .sliding_window_attention import WindowState, sliding_window_attention
 from .window_attention import window_attention
@@ -32,6 +32,7 @@ __all__ = [
     "Lesson",
     "LinMUConfig",
     "LocalSwin",
+    "MMATEState",
     "Objective",
     "VisionLayout",
     "WindowState",

@@ -43,6 +43,12 @@ class WindowState(NamedTuple):
     present: Tensor
 
 
+class DonatedWindowState(WindowState):
+    """A state the callee may overwrite in place; the caller must use the returned state."""
+
+    __slots__ = ()
+
+
 @without_autocast
 def sliding_window_attention(
     q: Tensor,

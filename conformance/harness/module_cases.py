@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from linmu.reference import LinMUConfig, VisionLayout, flex_ma
+from linmu.reference import LinMUConfig, VisionLayout, WindowState, flex_ma
 
 from .cancellation import sizes_of_sums
 from .compare import Results, assert_matches, cotangent
@@ -57,7 +57,7 @@ class ModuleCase:
     def arguments(self, name: str) -> dict[str, Any]:
         """Keyword arguments of the forward of `name`, without the hidden states."""
         arguments = {"layout": self.vision_layout, "position_embeddings": self.position_embeddings()}
-        return arguments if name == "LocalSwin" else {**arguments, "valid": self.layout.valid}
+        return {**arguments, "valid": self.layout.valid}
 
     def with_options(self, **options: Any) -> ModuleCase:
         """The same case with other options of the configuration."""
@@ -93,11 +93,15 @@ def run(
 ) -> Results:
     """Outputs of a module by name: the output, and the state if there is one."""
     hidden_states = case.hidden_states() if hidden_states is None else hidden_states
-    outputs = module(hidden_states, **{**case.arguments(name), **changes})
-    if isinstance(outputs, Tensor):
-        return {"output": outputs}
-    output, state = outputs
-    return {"output": output, "conv state": state.conv, "scan state": state.scan}
+    return named(*module(hidden_states, **{**case.arguments(name), **changes}))
+
+
+def named(output: Tensor, state: Any) -> Results:
+    """The output of a module and the tensors of its state, of a branch or of both, by name."""
+    window = state if isinstance(state, WindowState) else getattr(state, "window", None)
+    parts = {part: getattr(state, part, None) for part in ("conv", "scan")}
+    parts |= {} if window is None else {f"window's {part}": getattr(window, part) for part in window._fields}
+    return {"output": output} | {f"{n} state": part for n, part in parts.items() if part is not None}
 
 
 def run_with_gradients(
@@ -211,6 +215,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> LinMUConfig:
         "output_bias": draw(st.booleans()),
         "qk_norm": draw(st.booleans()),
         "window_thw": draw(st.sampled_from(((1, 2, 2), (2, 1, 3), (4, 8, 8)))),
+        "text_window": draw(st.sampled_from((0, 3, 128, 1))),
         "conv_kernel": draw(st.sampled_from((4, 0, 1, 2))),
         "scan_rope": draw(st.booleans()),
         "output_gate": draw(st.booleans()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from linmu.reference import VisionLayout
 
 from .compare import assert_same, assert_zero
 from .layouts import Layout
-from .module_cases import ModuleCase, run
+from .module_cases import ModuleCase, named, run
 
 STATES = ("conv state", "scan state")
 
@@ -62,7 +64,7 @@ def check_batch_mates_change_nothing(module: nn.Module, name: str, case: ModuleC
         one = slice(row, row + 1)
         angles = tuple(angle[one] for angle in case.position_embeddings())
         alone = {"layout": VisionLayout(case.layout.only(row).coords), "position_embeddings": angles}
-        alone |= {} if name == "LocalSwin" else {"valid": case.layout.valid[one]}
+        alone |= {"valid": case.layout.valid[one]}
         found = run(module, name, case, u[one], **alone)
         wanted = {key: result[one] for key, result in together.items()}
         assert_same(only_valid(found, case.layout.only(row)), only_valid(wanted, case.layout.only(row)), case)
@@ -74,11 +76,7 @@ def check_splitting_changes_nothing(module: nn.Module, name: str, case: ModuleCa
     for cut in case.layout.cuts()[::3]:
         first, state = module(u[:, :cut], **arguments_of(case, slice(0, cut)))
         second, state = module(u[:, cut:], **arguments_of(case, slice(cut, None)), state=state)
-        found = {
-            "output": torch.cat([first, second], dim=1),
-            "conv state": state.conv,
-            "scan state": state.scan,
-        }
+        found = named(torch.cat([first, second], dim=1), state)
         assert_same(only_valid(found, case.layout), only_valid(whole, case.layout), case)
 
 
@@ -90,19 +88,24 @@ def check_steps_equal_prefill(module: nn.Module, name: str, case: ModuleCase) ->
     valid[-1, 6:] = False
     whole = run(module, name, case, u, valid=valid)
     first, state = module(u[:, :3], position_embeddings=(cos[:, :3], sin[:, :3]))
-    outputs, sizes = [first], {(state.conv.shape, state.scan.shape)}
+    outputs, sizes = [first], {shapes_of(state)}
     for t in range(3, length):
         now = slice(t, t + 1)
         angles = (cos[:, now], sin[:, now])
         output, state = module(u[:, now], valid=valid[:, now], position_embeddings=angles, state=state)
         outputs.append(output)
-        sizes.add((state.conv.shape, state.scan.shape))
+        sizes.add(shapes_of(state))
     assert len(sizes) == 1, f"the state must not grow, got sizes {sizes}: {case!r}"
-    found = {"output": torch.cat(outputs, dim=1), "conv state": state.conv, "scan state": state.scan}
+    found = named(torch.cat(outputs, dim=1), state)
     kept = valid[..., None]
     for results in (found, whole):
         results["output"] = results["output"] * kept
     assert_same(found, whole, case, factor=2)
+
+
+def shapes_of(state: Any) -> tuple:
+    """Of every tensor of a state."""
+    return tuple(tensor.shape for name, tensor in named(torch.empty(0), state).items() if name != "output")
 
 
 def only_valid(results: dict, layout: Layout) -> dict:

@@ -35,7 +35,8 @@ from .unconverted_attention import ATTENTION
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FLOAT32_PARAMETERS = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
-VERSION = 1
+VERSION = 2  # of `config.linmu`
+OPTIONS_BEFORE = {1: {"text_window": 0}}  # what a version says nothing of, as its students have it
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -93,7 +94,7 @@ class LinMUModel(StudentGeneration):
         adapter_class = as_self_attn(self.linmu_backend.MMATE)
         layers = decoder_layers(self)
         for index in config.linmu["layers"]:
-            sizes = mixer_config(config, layers[index].self_attn, config.linmu["options"])
+            sizes = mixer_config(config, layers[index].self_attn, saved_options(config.linmu))
             layers[index].self_attn = adapter_class(sizes, index)
         self.set_attn_implementation(attention_by_part(config))
         self.post_init()
@@ -177,8 +178,13 @@ def check_settings(settings: dict[str, Any] | None) -> None:
     where, hint = "LinMUModel", "turn a vanilla model into a student with convert()"
     require(isinstance(settings, dict), where, "config.linmu must hold a student's settings", settings, hint)
     version = settings.get("version")
-    must = f"config.linmu['version'] must be {VERSION}"
-    require(version == VERSION, where, must, version, "upgrade linmu")
+    must = f"config.linmu['version'] must be among {[*OPTIONS_BEFORE, VERSION]}"
+    require(version in (*OPTIONS_BEFORE, VERSION), where, must, version, "upgrade linmu")
+
+
+def saved_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a configuration's `linmu`, with those that its version knew nothing of."""
+    return OPTIONS_BEFORE.get(settings["version"], {}) | settings["options"]
 
 
 def attention_by_part(config) -> dict[str, str] | str:
