@@ -45,6 +45,11 @@ class MMATEState(NamedTuple):
         """Flex-MA's part."""
         return FlexMAState(self.conv, self.scan)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in one row."""
+        return (self.conv, self.scan, *(self.window or ()))
+
 
 class DonatedMMATEState(MMATEState):
     """A state the callee may overwrite in place; the caller must use the returned state."""

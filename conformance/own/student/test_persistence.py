@@ -67,7 +67,7 @@ def test_a_folder_is_ready_for_the_hub(saved):
         "model.safetensors",
     ]
     config = json.loads((saved / "config.json").read_text())
-    assert config["linmu"]["version"] == 1
+    assert config["linmu"]["version"] == 2
     assert config["text_config"]["layer_types"] == ["linmu.MMATE", "full_attention", "linmu.MMATE"]
     card = (saved / "README.md").read_text()
     assert "in whose decoder 2 of 3 layers hold M-MATE" in card
