@@ -1,10 +1,12 @@
 """LinMU, fast: the public names of `linmu.reference`, the same results, less time.
 
-engine            Triton kernels or torch: which one runs, and how to force one
-scan              chunks of tokens as matrix products, both directions from one C Bᵀ
-window_attention  windows batched, or gathered by the kernel
-layout, losses    no loop over tokens, no float32 logits
-flex_ma, local_swin, m_mate, student, training    the reference's modules on these operators
+m_mate, flex_ma, local_swin, projections    the reference's modules on the operators below
+scan, causal_conv, window_attention, losses, layout    a folder an operator, of the reference's file name
+decoding, elementwise    one token of text; RoPE and the mix of the branches
+engine    Triton kernels or torch: which one runs, and how to force one
+student, training    a Hugging Face model on these modules, and its lessons
+
+README.md says how an operator is called and how to add a kernel.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import LinMUConfig
+from ..reference.config import LinMUConfig
+from .causal_conv import causal_conv
+from .decoding import scan_step
 from .engine import get_engine, set_engine
 from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
 from .m_mate import MMATE, MMATEState
-from .scan import bidirectional_scan, causal_conv, scan_step, selective_scan
+from .scan import bidirectional_scan, selective_scan
 from .sliding_window_attention import WindowState, sliding_window_attention
 from .window_attention import window_attention
 
 if TYPE_CHECKING:
-    from .calibration import calibrate_norms
+    from ..reference.training.calibration import calibrate_norms
     from .student import convert, load
     from .training import Lesson, Objective, attach_teacher, detach_teacher
 
@@ -64,7 +68,7 @@ WITH_TRANSFORMERS = {
     "Lesson": ".training",
     "Objective": ".training",
     "attach_teacher": ".training",
-    "calibrate_norms": ".calibration",
+    "calibrate_norms": "..reference.training.calibration",
     "convert": ".student",
     "detach_teacher": ".training",
     "load": ".student",

@@ -14,15 +14,15 @@ from torch import Tensor
 from linmu import reference
 
 from ..reference.flex_ma import DonatedState, FlexMAState
-from ..reference.numerics import full_precision_linear, rms_norm_per_head
-from .causal_conv import operator as conv_operators
-from .decoding import operator as step_operators
+from ..reference.numerics import full_precision_linear
+from .causal_conv.operator import ConvInputs, causal_conv
+from .decoding.operator import ProjectionInputs, TextStepInputs, text_projection, text_step
+from .engine import engine_of_block
 from .layout import VisionLayout, fast, permute_tokens
-from .projections import apply_rope, are_plain, narrow_products
-from .scan import scan_heads, scan_step
+from .projections import are_plain, checked_angles, narrow_products, rotated
+from .scan import ScanInputs, scan
 
-__all__ = ["FlexMA", "FlexMAState", "full_precision_linear", "rms_norm_per_head"]
-
+__all__ = ["FlexMA", "FlexMAState"]
 
 MOST_ROWS = 4  # of the batch, in one launch of all projections of a token: beyond, a GEMM's tensor cores pay
 
@@ -40,87 +40,70 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """`linmu.reference.FlexMA.forward`: arguments, result and errors are the same."""
-        y, state = self.heads(
-            hidden_states, layout, valid=valid, position_embeddings=position_embeddings, state=state
-        )
+        engine = engine_of_block("FlexMA", hidden_states, self.config.head_dim)
+        y, state = self.heads(hidden_states, layout, valid, position_embeddings, state, engine)
         return self.o_proj(y), state
 
     def heads(
         self,
         hidden_states: Tensor,
         layout: VisionLayout | None,
-        *,
         valid: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         state: FlexMAState | None,
+        engine: str | None,
         rates: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (1) to (5) but for W_o: (B, L, H·P), and the state after the last token.
+        """Eqs. (1) to (5) without W_o: (B, L, H·P), and the state after the last token.
 
         `rates` are dt before its softplus and the gate before its sigmoid, where the caller has them.
         """
         self.check_inputs(hidden_states, layout, valid)
-        layout = fast(layout)
+        layout, angles = fast(layout), position_embeddings
         one_token = layout is None and state is not None and hidden_states.shape[1] == 1
         if one_token and not self.asks_for_gradient(hidden_states, state):
-            return self.text_step(hidden_states, valid, position_embeddings, state)
+            return self.text_step(hidden_states, valid, angles, state, engine)
         C, B, x = self.project_heads(hidden_states)
-        if self.config.scan_rope:
-            C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
+        C, B = self.rotate(C, B, angles, engine)
         has_gate = layout is not None and self.config.reverse_scan
         if rates is None:
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
             rates = narrow_products(hidden_states, linears)
         if layout is not None:
             rates = [layout.in_order(rate, self.order_layer) for rate in rates]
-        dt = F.softplus(rates[0])
-        if one_token:
-            y, state = self.step(x, B, C, dt, valid, state)
-        else:
-            gate = torch.sigmoid(rates[1]) if has_gate else dt  # text has none, and does not read it
-            y, state = self.mix(x, B, C, dt, gate, layout, valid, state)
-        y = y.flatten(2)  # (B, L, H·P)
-        if self.config.output_gate:
-            y = y * F.silu(self.z_proj(hidden_states))
-        return y, state
-
-    def mix(
-        self,
-        x: Tensor,
-        B: Tensor,
-        C: Tensor,
-        dt: Tensor,
-        gate: Tensor,
-        layout: VisionLayout | None,
-        valid: Tensor | None,
-        state: FlexMAState | None,
-    ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (2), (4) and the norm of (5): normed heads (B, L, H, P) in token order, and the state.
-
-        dt and gate come in scan order, all else in token order.
-        """
         order = None if layout is None else layout.order(self.order_layer)
-        segment = openings = None
-        if layout is not None and self.config.reverse_scan:
-            segment, openings = layout.segment, layout.openings if valid is None else None
-        (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order)
-        y, scan_state = scan_heads(
+        (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order, engine)
+        dt = F.softplus(rates[0])
+        inputs = ScanInputs(
             x,
             dt,
             -torch.exp(self.A_log.to(dt.dtype)),
             B,
             C,
-            gate=gate,
-            segment=segment,
+            gate=torch.sigmoid(rates[1]) if has_gate else None,
+            segment=layout.segment if has_gate else None,
             valid=valid,
             D=self.D,
             initial_state=None if state is None else state.scan,
             order=order,
+            openings=layout.openings if has_gate and valid is None else None,
             norm_weight=self.norm_weight if self.config.head_norm else None,
             eps=self.config.norm_eps,
-            openings=openings,
+            engine=engine,
         )
+        y, scan_state = scan(inputs)  # eq. (4) and the norm of (5)
+        y = y.flatten(2)  # (B, L, H·P)
+        if self.config.output_gate:
+            y = y * F.silu(self.z_proj(hidden_states))
         return y, FlexMAState(conv_state, scan_state)
+
+    def rotate(
+        self, C: Tensor, B: Tensor, angles: tuple[Tensor, Tensor] | None, engine: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """C and B under RoPE, where the scan has it."""
+        if not self.config.scan_rope:
+            return C, B
+        return tuple(rotated(each, checked_angles(each, angles), engine=engine) for each in (C, B))
 
     def convolve_in_order(
         self,
@@ -130,19 +113,20 @@ class FlexMA(reference.FlexMA):
         valid: Tensor | None,
         state: FlexMAState | None,
         order: Tensor | None,
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        engine: str | None,
+    ) -> tuple[list[Tensor], Tensor]:
         """The scale of C and eq. (2): x, B and C in scan order, and the convolution's state."""
         scale = self.config.head_dim**-0.5
         if self.config.conv_kernel:
             start = None if state is None else state.conv
-            given = (self.conv_weight, self.conv_bias, valid, start, order, scale)
-            *parts, conv_state = conv_operators.convolve_heads(x, B, C, *given)
-        else:
-            parts = [x, B, C * scale]
-            if order is not None:
-                parts = [permute_tokens(part, order) for part in parts]
-            conv_state = x.new_zeros(len(x), 0, self.config.conv_channels)
-        return tuple(parts), conv_state
+            weights = (self.conv_weight, self.conv_bias)
+            return causal_conv(
+                ConvInputs([x, B, C], [1.0, 1.0, scale], *weights, valid, start, order, engine)
+            )
+        parts = [x, B, C * scale]
+        if order is not None:
+            parts = [permute_tokens(part, order) for part in parts]
+        return parts, x.new_zeros(len(x), 0, self.config.conv_channels)
 
     def asks_for_gradient(self, hidden_states: Tensor, state: FlexMAState) -> bool:
         """Whether autograd would record this call."""
@@ -154,20 +138,20 @@ class FlexMA(reference.FlexMA):
         self,
         hidden_states: Tensor,
         valid: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor] | None,
+        angles: tuple[Tensor, Tensor] | None,
         state: FlexMAState,
+        engine: str | None,
     ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (1) to (5) but for W_o, one token of text without a gradient: (B, 1, H·P), and the state.
+        """Eqs. (1) to (5) without W_o, one token of text without a gradient: (B, 1, H·P), and the state.
 
-        A choice of route, with the results of `step`, which keeps autograd's record. A state that was lent is
-        overwritten; any other is left as it was.
+        A donated state is overwritten; any other is left as it was.
         """
-        x, B, C, rate, z = self.project_token(hidden_states, position_embeddings)
+        x, B, C, rate, z = self.project_token(hidden_states, angles, engine)
         scan_state = state.scan
         if not (isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)):
             scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
         has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
-        y, conv_state = step_operators.text_step(
+        inputs = TextStepInputs(
             scan_state,
             state.conv if has_taps else None,
             x,
@@ -183,11 +167,13 @@ class FlexMA(reference.FlexMA):
             None if valid is None else valid[:, 0],
             self.config.head_dim**-0.5,
             self.config.norm_eps,
+            engine,
         )
+        y, conv_state = text_step(inputs)
         return y[:, None], FlexMAState(conv_state, scan_state)
 
     def project_token(
-        self, u: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+        self, u: Tensor, angles: tuple[Tensor, Tensor] | None, engine: str | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """x (B, G, P), B (B, G, N), C (B, H, N) before its scale, dt before its softplus (B, H), z (B, H·P).
 
@@ -199,39 +185,20 @@ class FlexMA(reference.FlexMA):
         linears += [self.z_proj] if config.output_gate else []
         plain = are_plain(linears, u.dtype) and are_plain([self.dt_proj])
         if plain and u.shape[0] <= MOST_ROWS and not torch.is_autocast_enabled(u.device.type):
-            biases = [linear.bias for linear in linears]
-            gated = (linears[3].weight, biases[3]) if config.output_gate else (None, None)
-            taken, rate, z = step_operators.text_projection(
-                u[:, 0],
-                [linear.weight for linear in linears[:3]],
-                biases[:3],
-                self.dt_proj.weight,
-                self.dt_proj.bias,
-                *gated,
-            )
-            x, B, C = self.split(taken[:, None])
+            weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+            gated = (weights[3], biases[3]) if config.output_gate else (None, None)
+            dt = (self.dt_proj.weight, self.dt_proj.bias)
+            inputs = ProjectionInputs(u[:, 0], weights[:3], biases[:3], *dt, *gated, engine)
+            xBC, rate, z = text_projection(inputs)
+            x, B, C = self.split(xBC[:, None])
             if config.qk_norm:
                 C, B = self.q_norm(C), self.k_norm(B)
         else:
             C, B, x = self.project_heads(u)
             rate = full_precision_linear(u, self.dt_proj)[:, 0]
             z = self.z_proj(u)[:, 0] if config.output_gate else None
-        if config.scan_rope:
-            C, B = apply_rope(C, position_embeddings), apply_rope(B, position_embeddings)
+        C, B = self.rotate(C, B, angles, engine)
         return x[:, 0], B[:, 0], C[:, 0], rate, z if config.output_gate else None
-
-    def step(
-        self, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, valid: Tensor | None, state: FlexMAState
-    ) -> tuple[Tensor, FlexMAState]:
-        """Eqs. (2), (4) and the norm of (5) for one token of text: (B, 1, H, P), and the state."""
-        parts, conv_state = self.convolve_in_order(x, B, C, valid, state, None)
-        x, B, C = (part[:, 0] for part in parts)
-        A, row = -torch.exp(self.A_log.to(dt.dtype)), None if valid is None else valid[:, 0]
-        y, scan_state = scan_step(state.scan, x, dt[:, 0], A, B, C, D=self.D, valid=row)
-        y = y[:, None]
-        if self.config.head_norm:
-            y = rms_norm_per_head(y, self.norm_weight, self.config.norm_eps)
-        return y, FlexMAState(conv_state, scan_state)
 
 
 def may_be_overwritten(state: Tensor, dtype: torch.dtype) -> bool:

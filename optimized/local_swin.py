@@ -12,14 +12,17 @@ from torch import Tensor
 from linmu import reference
 
 from ..reference.sliding_window_attention import DonatedWindowState, WindowState
-from .elementwise import torch_engine as mixing
+from .elementwise.torch_engine import local_rows
+from .engine import engine_of_block
 from .flex_ma import may_be_overwritten
 from .layout import VisionLayout, every_row, fast, own_rows
 from .projections import checked_angles, rotated
-from .sliding_window_attention import sliding_window_attention, step_in_place
+from .sliding_window_attention import attend_spans, find_spans, sliding_window_attention, step_in_place
 from .window_attention import planned_attention
 
 __all__ = ["LocalSwin"]
+
+Angles = tuple[Tensor, Tensor] | None
 
 
 class LocalSwin(reference.LocalSwin):
@@ -31,51 +34,46 @@ class LocalSwin(reference.LocalSwin):
         layout: VisionLayout | None = None,
         *,
         valid: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Angles = None,
         state: WindowState | None = None,
     ) -> tuple[Tensor, WindowState | None]:
         """`linmu.reference.LocalSwin.forward`: arguments, results and errors are the same."""
-        given = {"valid": valid, "position_embeddings": position_embeddings, "state": state}
-        output, row, state = self.attend(hidden_states, layout, **given)
-        return mixing.taken(output, row) * (row >= 0)[..., None], state
+        engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
+        output, row, state = self.attend(hidden_states, layout, valid, position_embeddings, state, engine)
+        return local_rows(output, row) * (row >= 0)[..., None], state
 
     def attend(
         self,
         hidden_states: Tensor,
         layout: VisionLayout | None,
-        *,
         valid: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor] | None,
+        position_embeddings: Angles,
         state: WindowState | None,
+        engine: str | None,
     ) -> tuple[Tensor, Tensor, WindowState | None]:
         """Eqs. (1) to (3) of those tokens that have a part in it, (..., D); `row` (B, L) int64, where each
         token stands among them, -1 = nowhere; and the state.
         """
         self.check_inputs(hidden_states, layout, valid)
+        layout = fast(layout)
         heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)  # what angles fit
         angles = checked_angles(heads, position_embeddings)
         if not self.config.text_window:
-            output, row = self.attend_vision(hidden_states, fast(layout), angles)
-            return output, row, None
+            tokens = layout.vision_tokens(self.config.window_thw, self.layer_index)
+            q, k, v = self.project_heads(tokens.gather(hidden_states))
+            q, k = (rotated(each, angles, tokens.token, engine) for each in (q, k))
+            output = planned_attention(q, k, v, tokens.window_id, tokens.plan, engine=engine)
+            return self.o_proj(output.flatten(2)), tokens.row, None
         q, k, v = self.project_heads(hidden_states)
-        q, k = rotated(q, angles, None), rotated(k, angles, None)
-        mixed, state = self.attend_text(q, k, v, fast(layout), valid, state)
+        q, k = (rotated(each, angles, engine=engine) for each in (q, k))
+        output, state = self.attend_text(q, k, v, layout, valid, state, engine)
         if layout is not None:
             windows = (self.config.window_thw, self.layer_index)
-            ids, plan = fast(layout).windows(*windows), fast(layout).window_plan(*windows)
-            mixed = mixed + planned_attention(q, k, v, ids, plan)  # each is 0 where the other is not
-        row = every_row(mixed) if valid is None else own_rows(valid)
-        return self.o_proj(mixed.flatten(2)), row, state
-
-    def attend_vision(
-        self, hidden_states: Tensor, layout: VisionLayout, angles: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Eqs. (1) and (2) of the tokens of `VisionLayout.vision_tokens`, (..., D), and their `row`."""
-        tokens = layout.vision_tokens(self.config.window_thw, self.layer_index)
-        q, k, v = self.project_heads(tokens.taken(hidden_states))
-        q, k = rotated(q, angles, tokens.token), rotated(k, angles, tokens.token)
-        output = planned_attention(q, k, v, tokens.window_id, tokens.plan)
-        return self.o_proj(output.flatten(2)), tokens.row
+            ids, plan = layout.windows(*windows), layout.window_plan(*windows)
+            of_vision = planned_attention(q, k, v, ids, plan, engine=engine)
+            output = output + of_vision  # each is 0 where the other is not
+        row = every_row(output) if valid is None else own_rows(valid)
+        return self.o_proj(output.flatten(2)), row, state
 
     def attend_text(
         self,
@@ -85,18 +83,24 @@ class LocalSwin(reference.LocalSwin):
         layout: VisionLayout | None,
         valid: Tensor | None,
         state: WindowState | None,
+        engine: str | None,
     ) -> tuple[Tensor, WindowState]:
-        """Eq. (3) before W_o, (B, L, H, P), 0 on vision; a state that was donated is overwritten by a token
-        without a gradient."""
-        one_token = layout is None and q.shape[1] == 1 and isinstance(state, DonatedWindowState)
-        if one_token and self.config.text_window > 1 and not is_recorded(q, k, v):
-            own = zip((k, v), state[:2], strict=True)
-            if all(may_be_overwritten(before, new.dtype) for new, before in own):
-                return step_in_place(q, k, v, state, valid=valid)
+        """Eq. (3) before W_o, (B, L, H, P), 0 on vision; and the state, overwritten if it was donated and one
+        token without a gradient comes.
+        """
+        window = self.config.text_window
+        one_token = layout is None and state is not None and q.shape[1] == 1 and window > 1
+        if one_token and not is_recorded(q, k, v, *state[:2]):
+            pairs = zip(state[:2], (k, v), strict=True)
+            if isinstance(state, DonatedWindowState) and all(
+                may_be_overwritten(s, t.dtype) for s, t in pairs
+            ):
+                return step_in_place(q, k, v, state, valid=valid, engine=engine)
+            return sliding_window_attention(q, k, v, window, valid=valid, initial_state=state)
         asks = None if layout is None else ~layout.is_vision
-        return sliding_window_attention(
-            q, k, v, self.config.text_window, asks=asks, valid=valid, initial_state=state
-        )
+        present = None if state is None else state.present
+        spans = find_spans(window, q.shape[1], asks, valid, None, present)
+        return attend_spans(q, k, v, window, spans, initial_state=state, engine=engine)
 
 
 def is_recorded(*tensors: Tensor) -> bool:

@@ -10,11 +10,13 @@ from torch import Tensor
 from linmu import reference
 
 from ..reference.m_mate import MMATEState
-from .elementwise import operator as block_operators
+from .elementwise.operator import MixInputs, mix_branches
+from .engine import engine_of_block
+from .engine.torch_state import has_no_hooks
 from .flex_ma import FlexMA
 from .layout import VisionLayout, every_row, fast, own_rows
 from .local_swin import LocalSwin
-from .projections import are_plain, is_unwatched, narrow_products
+from .projections import are_plain, narrow_products
 
 __all__ = ["MMATE", "MMATEState"]
 
@@ -39,32 +41,37 @@ class MMATE(reference.MMATE):
         Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
         before it, would read and write as many bytes per token, and could not be adapted by branch.
         """
-        flex_ma, local_swin = self.flex_ma, self.local_swin
-        given = {"valid": valid, "position_embeddings": position_embeddings}
+        flex_ma, local_swin, angles = self.flex_ma, getattr(self, "local_swin", None), position_embeddings
         before, window = (None, None) if state is None else (state.flex_ma, state.window)
-        if layout is None or not self.reaches_into_branches():
+        if layout is None or not self.runs_in_parts():
+            given = {"valid": valid, "position_embeddings": angles}
             y, after = flex_ma(hidden_states, layout, state=before, **given)
             if layout is None and not self.config.text_window:
                 return y, MMATEState(*after, window)
             local, window = local_swin(hidden_states, layout, state=window, **given)
-            if self.config.text_window:
-                row = every_row(y) if valid is None else own_rows(valid)
-            else:
-                row = fast(layout).vision_row
-            (mix,) = narrow_products(hidden_states, [self.mix_proj])
+            (mix,), engine = narrow_products(hidden_states, [self.mix_proj]), None
+            row = self.mixed_rows(y, layout, valid)
         else:
-            *rates, mix = narrow_products(
-                hidden_states, [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
-            )
-            y, after = flex_ma.heads(hidden_states, layout, state=before, rates=rates, **given)
+            engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
+            linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
+            *rates, mix = narrow_products(hidden_states, linears)
+            y, after = flex_ma.heads(hidden_states, layout, valid, angles, before, engine, rates)
             y = flex_ma.o_proj(y)
-            local, row, window = local_swin.attend(hidden_states, layout, state=window, **given)
-        return block_operators.mix_branches(y, local, mix, row), MMATEState(*after, window)
+            local, row, window = local_swin.attend(hidden_states, layout, valid, angles, window, engine)
+        return mix_branches(MixInputs(y, local, mix, row, engine)), MMATEState(*after, window)
 
-    def reaches_into_branches(self) -> bool:
-        """Whether the branches can be run in parts: nobody watches them, brings their weights, or changes
-        them.
+    def mixed_rows(self, y: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> Tensor:
+        """(B, L) int64: where each token stands in the flattened batch, -1 where only Flex-MA has a say."""
+        if not self.config.text_window:
+            return fast(layout).vision_row
+        return every_row(y) if valid is None else own_rows(valid)
+
+    def runs_in_parts(self) -> bool:
+        """Whether the branches may be run in parts, so that their narrow products read the hidden states
+        once: no hooks on them, no adapted or offloaded projections, no other forward.
         """
+        if self.config.text_only:
+            return False
         branches = ((self.flex_ma, FlexMA), (self.local_swin, LocalSwin))
-        own = all(is_unwatched(branch) and type(branch).forward is kind.forward for branch, kind in branches)
+        own = all(has_no_hooks(branch) and type(branch).forward is kind.forward for branch, kind in branches)
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])

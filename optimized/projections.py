@@ -9,33 +9,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..reference.numerics import full_precision_linear
+from ..reference.checks import FLOAT_DTYPES
+from ..reference.numerics import accumulation_dtype, full_precision_linear
 from ..reference.projections import HeadProjections, checked_angles, split_heads
 from ..reference.projections import apply_rope as apply_rope_to_angles_with_gradients
-from .checks import FLOAT_DTYPES
-from .elementwise import operator as block_operators
-from .elementwise.torch_rope import taken
-from .precision import accumulation_dtype
+from .elementwise.operator import NarrowInputs, RotateInputs, narrow_product, rotate
+from .elementwise.torch_engine import angles_of
+from .engine.torch_state import has_no_hooks
 
-__all__ = ["HeadProjections", "apply_rope", "are_plain", "is_unwatched", "narrow_products", "split_heads"]
+__all__ = ["HeadProjections", "apply_rope", "are_plain", "narrow_products", "split_heads"]
 
 
 def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
     """`linmu.reference.projections.apply_rope`, in one pass for angles that need no gradient: arguments,
     result and errors are the same.
     """
-    return rotated(tensor, checked_angles(tensor, position_embeddings), None)
+    return rotated(tensor, checked_angles(tensor, position_embeddings))
 
 
-def rotated(tensor: Tensor, angles: tuple[Tensor, Tensor], token: Tensor | None) -> Tensor:
-    """`apply_rope` by angles that fit; with `token` (n,), of these places of the flattened batch, (1, n,
-    heads, N), by angles of the whole batch.
+def rotated(
+    tensor: Tensor, angles: tuple[Tensor, Tensor], token: Tensor | None = None, engine: str | None = None
+) -> Tensor:
+    """`apply_rope` by angles that fit. With `token` (n,), the tensor is (1, n, heads, N), at these places of
+    the flattened batch, and the angles are those of the whole batch.
     """
     cos, sin = angles
     if not (cos.requires_grad or sin.requires_grad):
-        return block_operators.rotate(tensor, cos, sin, token, False)
+        return rotate(RotateInputs(tensor, cos, sin, token, engine=engine))
     if token is not None:
-        angles = taken(cos, token), taken(sin, token)
+        angles = angles_of(cos, token), angles_of(sin, token)
     return apply_rope_to_angles_with_gradients(tensor, angles)
 
 
@@ -47,18 +49,12 @@ def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
     weight = torch.cat([linear.weight for linear in linears]).to(wide)  # of two dtypes the wider before
     bias = torch.cat([linear.bias for linear in linears]).to(wide)
     sizes = [linear.out_features for linear in linears]
-    return list(block_operators.narrow_product(u, weight, bias, sizes).split_with_sizes(sizes, dim=-1))
-
-
-def is_unwatched(module: nn.Module) -> bool:
-    """Whether calling `module` is its forward and nothing else: no hooks, no forward put over its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return not (hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__)
+    return list(narrow_product(NarrowInputs(u, weight, bias, sizes)).split_with_sizes(sizes, dim=-1))
 
 
 def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> bool:
-    """Whether each is torch's own nn.Linear, unwatched, over contiguous tensors, so that an operator may read
-    weight and bias itself. Adapted, quantised, sharded or offloaded ones are not: those must be called.
+    """True if every module is an unmodified nn.Linear whose weight and bias a kernel may read directly.
+    Adapted, quantised, sharded or offloaded ones must be called instead.
 
     Args:
         linears: the modules.
@@ -66,15 +62,15 @@ def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> boo
     """
     kinds = FLOAT_DTYPES if dtype is None else (dtype,)
     for linear in linears:
-        if type(linear) is not nn.Linear or not is_unwatched(linear):
+        if type(linear) is not nn.Linear or not has_no_hooks(linear):
             return False
         bias = linear.bias
-        if not is_plain(linear.weight, kinds) or (bias is not None and not is_plain(bias, kinds)):
+        if not is_readable(linear.weight, kinds) or (bias is not None and not is_readable(bias, kinds)):
             return False
     return True
 
 
-def is_plain(tensor: Tensor, kinds: tuple[torch.dtype, ...]) -> bool:
+def is_readable(tensor: Tensor, kinds: tuple[torch.dtype, ...]) -> bool:
     """Whether it is a tensor and no subclass, on a device, contiguous, and of one of these dtypes."""
     own = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
     return own and tensor.is_contiguous() and tensor.dtype in kinds

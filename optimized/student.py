@@ -1,4 +1,4 @@
-"""`reference/student/convert.py` with the fast M-MATE in the decoder layers; folders are the same."""
+"""`reference/student/` with the fast M-MATE in the decoder layers; folders are the same."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..reference.config import LinMUConfig
 from ..reference.student import convert as reference
 from ..reference.student.backend import Backend, register_backend
 from ..reference.student.model import LinMUModel
-from .config import LinMUConfig
 from .layout import VisionLayout
 from .m_mate import MMATE
 from .training import Lesson

@@ -1,4 +1,4 @@
-"""`reference/training/teacher_student.py`: the same with this backend's losses."""
+"""`reference/training/`: the same distillation with this backend's losses."""
 
 from __future__ import annotations
 

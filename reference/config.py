@@ -57,6 +57,8 @@ class LinMUConfig:
             0 = text takes Flex-MA alone, as students saved before there was this option do. Choice: 128; a
             pretrained language model (SmolLM2-135M, teacher's perplexity 11.5) ends at 14.5 with it, at 55
             without, after the same 14 M tokens.
+        text_only: leave out the parameters that only vision uses, for decoders that see none: the scan's
+            gate, and without a text window Local-Swin and the mix.
     Raises:
         ValueError: if a size is not positive, `heads` is no multiple of `groups`, `head_dim` is odd, or an
             option has a value that it cannot have.
@@ -79,6 +81,7 @@ class LinMUConfig:
     output_gate: bool = False
     window_thw: tuple[int, int, int] = (4, 8, 8)
     text_window: int = 128
+    text_only: bool = False
 
     def __post_init__(self) -> None:
         where = "LinMUConfig"
@@ -108,6 +111,11 @@ class LinMUConfig:
             "half_life must be two positive token counts",
             self.half_life,
         )
+
+    @property
+    def has_local_swin(self) -> bool:
+        """Whether any token has a local branch."""
+        return self.text_window > 0 or not self.text_only
 
     @property
     def conv_channels(self) -> int:

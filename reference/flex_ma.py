@@ -63,7 +63,8 @@ class FlexMA(HeadProjections):
         super().__init__(config, layer_index)
         heads, inner = config.heads, config.heads * config.head_dim
         self.dt_proj = nn.Linear(config.width, heads)
-        self.scan_gate_proj = nn.Linear(config.width, heads)
+        if not config.text_only:
+            self.scan_gate_proj = nn.Linear(config.width, heads)
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         if config.conv_kernel:
@@ -88,11 +89,12 @@ class FlexMA(HeadProjections):
         values = {
             "dt_proj.weight": torch.zeros(config.heads, config.width),
             "dt_proj.bias": torch.full((config.heads,), inverse_softplus_of_one),
-            "scan_gate_proj.weight": torch.zeros(config.heads, config.width),
-            "scan_gate_proj.bias": torch.zeros(config.heads),
             "A_log": torch.log(math.log(2) / half_life),
             "D": torch.zeros(config.heads),
         }
+        if not config.text_only:
+            values["scan_gate_proj.weight"] = torch.zeros(config.heads, config.width)
+            values["scan_gate_proj.bias"] = torch.zeros(config.heads)
         if config.conv_kernel:
             identity = F.pad(torch.ones(config.conv_channels, 1), (config.conv_kernel - 1, 0))
             values |= {"conv_weight": identity, "conv_bias": torch.zeros(config.conv_channels)}
@@ -153,6 +155,8 @@ class FlexMA(HeadProjections):
         C = C * self.config.head_dim**-0.5
         xBC = torch.cat([tensor.flatten(2) for tensor in (x, B, C)], dim=-1)  # (B, L, G·P + G·N + H·N)
         dt = F.softplus(full_precision_linear(u, self.dt_proj))  # eq. (3)
+        if self.config.text_only:
+            return xBC, dt, torch.full_like(dt, 0.5)  # text does not read its gate
         gate = torch.sigmoid(full_precision_linear(u, self.scan_gate_proj))  # eq. (3)
         return xBC, dt, gate
 
@@ -203,6 +207,9 @@ class FlexMA(HeadProjections):
     def check_inputs(self, hidden_states: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> None:
         """Check shapes here, so that errors name FlexMA's own arguments."""
         require_shape("FlexMA", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
+        must = "layout must be None, as the block has no parameters for vision"
+        hint = "make it with text_only off, convert(teacher, {'text_only': False})"
+        require(layout is None or not self.config.text_only, "FlexMA", must, "a layout", hint)
         batch, length, _ = hidden_states.shape
         require_mask("FlexMA", "valid", valid, (batch, length), "B, L")
         if layout is not None:

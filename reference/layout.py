@@ -170,26 +170,27 @@ class VisionLayout:
 
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
-        return self._once(("order", layer_index % 4), lambda: scan_order(self.coords, layer_index))
+        return self.once(("order", layer_index % 4), lambda: scan_order(self.coords, layer_index))
 
     def inverse(self, layer_index: int) -> Tensor:
         """The inverse of `order(layer_index)`, (B, L) int64."""
-        return self._once(("inverse", layer_index % 4), lambda: inverse_order(self.order(layer_index)))
+        return self.once(("inverse", layer_index % 4), lambda: inverse_order(self.order(layer_index)))
 
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
         shifted = layer_index % 2 == 1
         key = ("windows", window_thw, shifted)
-        return self._once(key, lambda: window_ids(self.coords, window_thw, shifted))
+        return self.once(key, lambda: window_ids(self.coords, window_thw, shifted))
 
     def to(self, device: torch.device | str, **kwargs) -> VisionLayout:
-        """A copy on `device`, cached per device: layers may be on several."""
+        """Return a copy on `device`, cached per device: layers may be on several."""
         coords = self.coords.to(device, **kwargs)
         if coords is self.coords:
             return self
-        return self._once(("on", coords.device), lambda: type(self)(coords))
+        return self.once(("on", coords.device), lambda: type(self)(coords))
 
-    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns, computed once per `key` and kept with the layout."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]

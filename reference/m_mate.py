@@ -79,13 +79,15 @@ class MMATE(InitialValues):
         super().__init__()
         self.config, self.layer_index = config, layer_index
         self.flex_ma = self.flex_ma_class(config, layer_index)
-        self.local_swin = self.local_swin_class(config, layer_index)
-        self.mix_proj = nn.Linear(config.width, 1)
+        if config.has_local_swin:
+            self.local_swin = self.local_swin_class(config, layer_index)
+            self.mix_proj = nn.Linear(config.width, 1)
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
         """As `InitialValues`. Choice: m = ½, the mean of both branches, rather than one of them alone."""
         own = {"mix_proj.weight": torch.zeros(1, self.config.width), "mix_proj.bias": torch.zeros(1)}
+        own = own if self.config.has_local_swin else {}
         return own | {f"flex_ma.{name}": value for name, value in self.flex_ma.initial_values().items()}
 
     def copy_attention(self, attention: nn.Module) -> None:
@@ -97,7 +99,8 @@ class MMATE(InitialValues):
             ValueError: if a tensor is missing on either side, or has another shape.
         """
         self.flex_ma.copy_attention(attention)
-        self.local_swin.copy_attention(attention)
+        if self.config.has_local_swin:
+            self.local_swin.copy_attention(attention)
 
     def forward(
         self,

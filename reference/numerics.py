@@ -11,6 +11,7 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,15 +53,23 @@ def repeat_groups(tensor: Tensor, heads: int) -> Tensor:
 
 
 @without_autocast
-def full_precision_linear(u: Tensor, linear: nn.Linear) -> Tensor:
+def full_precision_linear(u: Tensor, linear: nn.Module) -> Tensor:
     """W u + b in the accumulation dtype of `u`: (B, L, D) -> (B, L, H).
 
-    bf16 keeps 8 bits of dt; over thousands of tokens that error accumulates in the decay.
+    bf16 keeps 8 bits of dt; over thousands of tokens that error accumulates in the decay. Weights are read
+    here only of a plain nn.Linear. Any other module (adapted, quantised, sharded, offloaded) is called.
     """
     dtype = accumulation_dtype(u.dtype)
-    if linear.weight.dtype == dtype:
-        return linear(u.to(dtype))  # call the module, so that hooks run (FSDP, offloading, PEFT)
-    return F.linear(u.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+    weights = {name: p for name, p in linear.named_parameters() if p.is_floating_point() and p.dtype != dtype}
+    if not weights:
+        return linear(u.to(dtype)).to(dtype)
+    if any(type(p) not in (Tensor, nn.Parameter) or p.device != u.device for p in weights.values()):
+        return linear(u.to(next(iter(weights.values())).dtype)).to(dtype)  # only the module can read them
+    if type(linear) is nn.Linear:
+        wide = {name: parameter.to(dtype) for name, parameter in linear.named_parameters()}
+        return F.linear(u.to(dtype), **wide)
+    wide = {name: parameter.to(dtype) for name, parameter in weights.items()}
+    return functional_call(linear, wide, (u.to(dtype),)).to(dtype)
 
 
 @without_autocast

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..checks import require
+from ...reference.checks import require
 from .counts import Sizes
 
 VISION_SHARE = 0.8

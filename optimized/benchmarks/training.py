@@ -15,37 +15,27 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ...reference.training.config import PRESETS
+from ...reference.training.parameter_groups import MIXER, belongs
 from ...reference.training.safety.memory import leave_inputs_alone, recompute_layers
-from ...reference.training.stages import Stage
+from ...reference.training.stages import Stage, stage_of
 from ..student import convert
-from ..training import Lesson, Objective, attach_teacher
+from ..training import Lesson, attach_teacher
 from .cases import Case, values_of
 from .kernels import OURS, Setting
 from .models import Pair, build_teacher, video_inputs
 from .problems import prompt
 from .timing import time_calls
 
-FLEX, LOCAL, MIX = ".mixer.flex_ma.", ".mixer.local_swin.", ".mixer.mix_proj."
 MLPS = r".*\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
 RANK = 16
 ANSWERED = 0.1  # share of the prompt's tokens that are supervised, at its end
 UNSUPERVISED = -100
-STAGES = {
-    "stage i": Stage("i", (FLEX, MIX), (Objective(mixer=1.0, inputs="teacher"),), 1e-3, 2e-4),
-    "stage ii, teacher's states": Stage(
-        "ii", (FLEX, LOCAL, MIX), (Objective(mixer=1.0, block=0.5, inputs="teacher"),), 5e-4, 1e-4
-    ),
-    "stage ii, own states": Stage(
-        "ii", (FLEX, LOCAL, MIX), (Objective(mixer=1.0, block=0.5, inputs="student"),), 5e-4, 1e-4
-    ),
-    "stage iii": Stage(
-        "iii",
-        (FLEX, LOCAL, MIX, "lora_"),
-        (Objective(logits=1.0, block=0.3, end_to_end=True),),
-        5e-5,
-        5e-5,
-        1e-4,
-    ),
+LINES = {  # stage, and which of its objectives
+    "stage i": ("i", 0),
+    "stage ii, teacher's states": ("ii", 0),
+    "stage ii, own states": ("ii", 1),
+    "stage iii": ("iii", 0),
 }
 
 
@@ -53,24 +43,25 @@ def training_cases(
     pair: Pair, lengths: Sequence[int], setting: Setting, priority: Callable[[str, int], int]
 ) -> Iterator[Case]:
     """A line per stage, route and length."""
-    for name, stage in STAGES.items():
+    for name, (stage, place) in LINES.items():
         for length in lengths:
-            run = partial(measure_step, pair, stage, length, setting)
+            run = partial(measure_step, pair, stage_of(stage, PRESETS["vlm"]), place, length, setting)
             yield Case("training", OURS, pair.size, name, length, run, priority(OURS, length))
 
 
-def measure_step(pair: Pair, stage: Stage, length: int, setting: Setting) -> dict[str, Any]:
-    """The values of one line; student and optimizer are made for it and dropped."""
+def measure_step(pair: Pair, stage: Stage, place: int, length: int, setting: Setting) -> dict[str, Any]:
+    """The values of one line, of one of the stage's objectives; student and optimizer are made for it and
+    dropped."""
     pair.forget()
     student = taught_student(pair, setting)
-    if stage.lr_lora:
+    if stage.trains_mlps:
         get_peft_model(student, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MLPS))
         leave_inputs_alone(student)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(any(part in name for part in stage.trained))
+        parameter.requires_grad_(belongs(name, stage.trained))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    lesson = Lesson(student.train(), stage.routes[0])
-    optimizer = torch.optim.AdamW(trained, lr=stage.lr_new, fused=setting.device.type == "cuda")
+    lesson = Lesson(student.train(), stage.objectives[place])
+    optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate_new, fused=setting.device.type == "cuda")
     batch = video_inputs(student, prompt(length), setting)
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, : -round(ANSWERED * length)] = UNSUPERVISED
@@ -88,7 +79,7 @@ def taught_student(pair: Pair, setting: Setting) -> nn.Module:
     attach_teacher(student, teacher)
     student.requires_grad_(False)
     for name, parameter in student.named_parameters():
-        if ".mixer." in name:
+        if belongs(name, MIXER):
             parameter.data = parameter.data.float()
     recompute_layers(student)
     return student

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..scan import operator as operators
+from ..layout.operator import WindowPlanInputs, window_plan
 from ..window_attention import planned_attention
 from .cases import LeftOutError
 from .problems import WINDOW_TOKENS, WindowProblem
@@ -27,7 +27,7 @@ FLEX_LIMIT = (
 
 def kernel(problem: WindowProblem) -> Run:
     """Our own operator, as the layers of a model call it."""
-    ids, plan = problem.window_id, operators.window_plan(problem.window_id)
+    ids, plan = problem.window_id, window_plan(WindowPlanInputs(problem.window_id))
     return lambda problem: planned_attention(problem.q, problem.k, problem.v, ids, plan)
 
 

@@ -17,35 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import ceil_div, launching, power_of_2
-from ..scan.kernels.tiles import rows_of
-from .torch_engine import by_part
+from ..engine.launch import ceil_div, power_of_2, rows_of
+from .operator import ConvInputs, ConvOutputs
+from .torch_engine import by_part, each_part
 
 ROWS, COLUMNS = 32, 64
 
 
 @triton.jit
 def input_of(
-    U,
-    PLACE,
-    ORDER,
-    START,
-    rank,
-    taken,
-    batch,
-    u_batch,
-    u_token,
-    length,
-    channel,
-    scale,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    TAPS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_START: tl.constexpr,
-    SCALES: tl.constexpr,
-):
+    U, PLACE, ORDER, START, rank, taken, batch, u_batch, u_token, length, channel, scale,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_START: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """s of eq. (1) at some ranks, those of the state included, 0 where not taken: (ranks, channels)."""
     inside = (channel < CHANNELS)[None, :]
     among = taken & (rank >= 0)
@@ -67,32 +51,11 @@ def input_of(
 
 @triton.jit
 def forward_kernel(
-    U,
-    WEIGHT,
-    BIAS,
-    RANK,
-    PLACE,
-    ORDER,
-    COUNT,
-    START,
-    OUT,
-    FINAL,
-    u_batch,
-    u_token,
-    length,
-    scale,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    TAPS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_START: tl.constexpr,
-    SCALES: tl.constexpr,
-):
+    U, WEIGHT, BIAS, RANK, PLACE, ORDER, COUNT, START, OUT, FINAL, u_batch, u_token, length, scale,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, BEFORE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """Eq. (1): the loop of the reference's `causal_conv`; RANK is -1 on masked tokens.
 
     Each of the last K-1 valid tokens puts its input into FINAL; what is older comes from START. A token has
@@ -167,100 +130,63 @@ def ranks(mask: Tensor | None) -> dict[str, Tensor | None]:
     return {"RANK": rank, "PLACE": place, "COUNT": mask.sum(1)}
 
 
-def flags(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    start: Tensor | None,
-    order: Tensor | None,
-    scale: float,
-) -> dict:
-    """The compile-time constants that this kernel and that of the gradient share."""
-    taps = weight.shape[1]
-    return {
-        "CHANNELS": u.shape[2],
-        "TAPS": taps,
-        "ROWS": ROWS,
-        "COLUMNS": COLUMNS,
-        "HAS_MASK": mask is not None,
-        "HAS_ORDER": order is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_START": start is not None and taps > 1,
-        "SCALES": scale != 1,
-        "num_warps": 4,
-    }
-
-
 def grid(u: Tensor) -> tuple[int, int, int]:
     """Blocks of tokens, blocks of channels, rows of the batch."""
     return ceil_div(u.shape[1], ROWS), ceil_div(u.shape[2], COLUMNS), u.shape[0]
 
 
-def forward(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`conv.forward` on a Triton kernel: out (B, L, channels) and the last K-1 valid inputs, float32."""
-    (out,), final = forward_parts([u], weight, bias, mask, initial_state, order, (scale,))
-    return out, final
+def shared_arguments(
+    u: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor | None, scale: float, inputs: ConvInputs
+) -> dict:
+    """What this kernel and that of the gradient take for one part, besides pointers."""
+    return {
+        "u_batch": u.stride(0),
+        "u_token": u.stride(1),
+        "length": u.shape[1],
+        "scale": scale,
+        "CHANNELS": u.shape[2],
+        "TAPS": weight.shape[1],
+        "ROWS": ROWS,
+        "COLUMNS": COLUMNS,
+        "HAS_MASK": inputs.mask is not None,
+        "HAS_ORDER": inputs.order is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_START": start is not None and weight.shape[1] > 1,
+        "SCALES": scale != 1,
+        "num_warps": 4,
+    }
 
 
-@launching
-def forward_parts(
-    parts: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    scales: tuple[float, ...],
-) -> tuple[list[Tensor], Tensor]:
-    """`conv.forward_parts`, a launch for each part, which reads and writes its channels of the states."""
-    sizes, (channels, taps) = [part.shape[2] for part in parts], weight.shape
-    final = parts[0].new_empty(parts[0].shape[0], taps - 1, channels, dtype=torch.float32)
-    start = None if initial_state is None else initial_state.float().contiguous()
-    weights, biases = by_part(weight.contiguous(), sizes, 0), by_part(bias, sizes, 0)
-    states = by_part(start, sizes, 2), by_part(final, sizes, 2)
-    given, index = zip(map(rows_of, parts), weights, biases, *states, scales, strict=True), ranks(mask)
-    return [convolve(*each, channels, mask, index, order) for each in given], final
+def forward(inputs: ConvInputs) -> ConvOutputs:
+    """The operator on a Triton kernel, a launch for each part, which reads and writes its channels of the
+    states.
+    """
+    inputs = as_kernels_take_them(inputs)
+    parts, index, outs, (channels, taps) = each_part(inputs), ranks(inputs.mask), [], inputs.weight.shape
+    final = parts[0][0].new_empty(len(parts[0][0]), taps - 1, channels, dtype=torch.float32)
+    finals = by_part(final, [part[0].shape[2] for part in parts], 2)
+    for (u, weight, bias, start, scale), own_final in zip(parts, finals, strict=True):
+        u = rows_of(u)
+        outs.append(u.new_empty(u.shape))
+        forward_kernel[grid(u)](
+            u,
+            weight,
+            bias,
+            index["RANK"],
+            index["PLACE"],
+            inputs.order,
+            index["COUNT"],
+            start,
+            outs[-1],
+            own_final,
+            STATES=channels,
+            BEFORE=power_of_2(max(taps - 1, 1)),
+            **shared_arguments(u, weight, bias, start, scale, inputs),
+        )
+    return ConvOutputs([out.view(part.shape) for out, part in zip(outs, inputs.parts, strict=True)], final)
 
 
-def convolve(
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    start: Tensor | None,
-    final: Tensor,
-    scale: float,
-    states: int,
-    mask: Tensor | None,
-    index: dict[str, Tensor | None],
-    order: Tensor | None,
-) -> Tensor:
-    """`forward_kernel` for one part; tokens of `start` and `final` have so many `states`."""
-    out = u.new_empty(u.shape)
-    forward_kernel[grid(u)](
-        u,
-        weight,
-        bias,
-        index["RANK"],
-        index["PLACE"],
-        order,
-        index["COUNT"],
-        start,
-        out,
-        final,
-        *u.stride()[:2],
-        u.shape[1],
-        scale,
-        STATES=states,
-        BEFORE=power_of_2(max(weight.shape[1] - 1, 1)),
-        **flags(u, weight, bias, mask, start, order, scale),
-    )
-    return out
+def as_kernels_take_them(inputs: ConvInputs) -> ConvInputs:
+    """Weight and states contiguous, states in float32."""
+    start = None if inputs.initial_state is None else inputs.initial_state.float().contiguous()
+    return inputs._replace(weight=inputs.weight.contiguous(), initial_state=start)

@@ -1,54 +1,34 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernel for the gradients of the causal convolution: ∂u, and partial sums of ∂weight and ∂bias.
 
-Letters and ranks as in `conv_kernels`:
+Letters and ranks as in `kernels`:
 
     ∂s_r = Σ_k weight[k] ∂out_{r+K-1-k}        ∂weight[k] = Σ_r ∂out_r s_{r-K+1+k}                         (1)
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import launching
-from ..scan.kernels.tiles import rows_of
-from .kernels import flags, grid, input_of, ranks
+from ..engine.launch import contiguous, rows_of
+from .kernels import as_kernels_take_them, grid, input_of, ranks, shared_arguments
+from .operator import ConvGrads, ConvInputs, ConvOutputs
+from .torch_engine import of_each_part
 
 
 @triton.jit
 def backward_kernel(
-    U,
-    WEIGHT,
-    OUT_GRAD,
-    RANK,
-    PLACE,
-    ORDER,
-    COUNT,
-    START,
-    FINAL_GRAD,
-    U_GRAD,
-    WEIGHT_GRAD,
-    BIAS_GRAD,
-    u_batch,
-    u_token,
-    g_batch,
-    g_token,
-    length,
-    scale,
-    CHANNELS: tl.constexpr,
-    STATES: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_START: tl.constexpr,
-    SCALES: tl.constexpr,
-):
+    U, WEIGHT, OUT_GRAD, RANK, PLACE, ORDER, COUNT, START, FINAL_GRAD, U_GRAD, WEIGHT_GRAD, BIAS_GRAD,
+    u_batch, u_token, g_batch, g_token, length, scale,
+    CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_START: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
     """Eq. (1), and what a block of tokens adds to the gradients of weight and bias."""
     batch = tl.cast(tl.program_id(2), tl.int64)
     token = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -116,46 +96,49 @@ def backward_kernel(
     tl.store(tile, u_grad.to(U_GRAD.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-@launching
-def gradient(
+def backward(inputs: ConvInputs, outputs: ConvOutputs, grads: ConvOutputs) -> ConvGrads:
+    """The gradients of the operator on a Triton kernel, a launch for each part."""
+    inputs = as_kernels_take_them(inputs)
+    return of_each_part(partial(part_backward, inputs=inputs, index=ranks(inputs.mask)), inputs, grads)
+
+
+def part_backward(
     out_grad: Tensor,
     final_grad: Tensor,
     u: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
+    start: Tensor | None,
     scale: float,
+    *,
+    inputs: ConvInputs,
+    index: dict[str, Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """`conv.gradient` on a Triton kernel; partial sums are added in a fixed order."""
+    """Gradients of u, weight, bias and start; partial sums are added in a fixed order."""
     u, out_grad = rows_of(u), rows_of(out_grad)
     batch, length, channels = u.shape
     taps, parts = weight.shape[1], grid(u)[0] * batch
-    start = None if initial_state is None else initial_state.float().contiguous()
+    start = contiguous(start)
     u_grad = u.new_empty(u.shape)
     weight_grad = u.new_empty(parts, taps, channels, dtype=torch.float32)
     bias_grad = None if bias is None else u.new_empty(parts, channels, dtype=torch.float32)
-    index = ranks(mask)
     backward_kernel[grid(u)](
         u,
-        weight.contiguous(),
+        weight,
         out_grad,
         index["RANK"],
         index["PLACE"],
-        order,
+        inputs.order,
         index["COUNT"],
         start,
         final_grad.float().contiguous(),
         u_grad,
         weight_grad,
         bias_grad,
-        *u.stride()[:2],
-        *out_grad.stride()[:2],
-        length,
-        scale,
+        g_batch=out_grad.stride(0),
+        g_token=out_grad.stride(1),
         STATES=channels,
-        **flags(u, weight, bias, mask, start, order, scale),
+        **shared_arguments(u, weight, bias, start, scale, inputs),
     )
     start_grad = None if start is None else start_gradient(out_grad, final_grad, weight, index, length)
     bias_grad = None if bias is None else bias_grad.sum(0)
@@ -165,7 +148,9 @@ def gradient(
 def start_gradient(
     out_grad: Tensor, final_grad: Tensor, weight: Tensor, index: dict[str, Tensor | None], length: int
 ) -> Tensor:
-    """What the first K-1 valid tokens, and the final state if there are fewer, owe the initial state."""
+    """The gradient of the initial state: through the first K-1 valid tokens, and the final state if there are
+    fewer.
+    """
     batch, _, channels = out_grad.shape
     taps = weight.shape[1]
     grad = out_grad.new_zeros(batch, taps - 1, channels, dtype=torch.float32)

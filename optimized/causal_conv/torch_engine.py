@@ -8,12 +8,16 @@ Letters: B batch, L tokens, K taps. With s the state and then the valid inputs o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..precision import accumulation_dtype, without_autocast
+from ...reference.numerics import accumulation_dtype
+from ..layout.tokens import gather_tokens
+from .operator import ConvGrads, ConvInputs, ConvOutputs, conv_outputs
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,13 @@ class Packing:
         """(B, L, channels): valid tokens first, zeros after them."""
         if self.mask is None:
             return tensor
-        return torch.where(self.mask.gather(1, self.order)[..., None], take(tensor, self.order), 0)
+        return torch.where(self.mask.gather(1, self.order)[..., None], in_order(tensor, self.order), 0)
 
     def unpack(self, tensor: Tensor) -> Tensor:
         """The inverse of `pack`, 0 where the mask is False."""
         if self.mask is None:
             return tensor
-        return torch.where(self.mask[..., None], take(tensor, self.order.argsort(dim=1)), 0)
+        return torch.where(self.mask[..., None], in_order(tensor, self.order.argsort(dim=1)), 0)
 
     def last(self, padded: Tensor, states: int) -> Tensor:
         """(B, K-1): where the last K-1 inputs stand in the state followed by the packed tokens."""
@@ -50,70 +54,58 @@ class Packing:
         return (start + place).expand(padded.shape[0], states)
 
 
-@without_autocast
-def forward(
+def forward(inputs: ConvInputs) -> ConvOutputs:
+    """The operator on the torch engine."""
+    packing, found = Packing.of(inputs.mask), []
+    for part in each_part(inputs):
+        found.append(convolve(*part, inputs.order, packing))
+    outs, states = zip(*found, strict=True)
+    shaped = [out.view(part.shape) for out, part in zip(outs, inputs.parts, strict=True)]
+    return ConvOutputs(shaped, torch.cat(states, dim=2))
+
+
+def convolve(
     u: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
+    start: Tensor | None,
     scale: float,
+    order: Tensor | None,
+    packing: Packing,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype.
-
-    With `order` (B, L), place i of out and mask is token order[i] of u. The inputs, and those that the state
-    keeps, are u times `scale`.
-    """
-    u = scaled(u if order is None else take(u, order), scale)
-    packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
-    padded = with_start(packing.pack(u), taps, initial_state)
+    """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype."""
+    taps, length = weight.shape[1], u.shape[1]
+    padded = with_start(packing.pack(scaled(in_order(u, order), scale)), taps, start)
     wide = weight.to(padded.dtype)
     out = padded[:, :length] * wide[:, 0]
     for tap in range(1, taps):
         out.addcmul_(padded[:, tap : tap + length], wide[:, tap])
     if bias is not None:
         out += bias.to(out.dtype)
-    return packing.unpack(out.to(u.dtype)), take(padded, packing.last(padded, taps - 1))
+    return packing.unpack(out.to(u.dtype)), in_order(padded, packing.last(padded, taps - 1))
 
 
-@without_autocast
-def forward_parts(
-    parts: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    scales: tuple[float, ...],
-) -> tuple[list[Tensor], Tensor]:
-    """`forward` of some u, each with its own scale: their channels follow each other in weight, bias and
-    state.
-    """
-    sizes = [part.shape[2] for part in parts]
-    own = by_part(weight, sizes, 0), by_part(bias, sizes, 0), by_part(initial_state, sizes, 2)
-    given = zip(parts, *own, scales, strict=True)
-    found = [forward(*each, mask, start, order, scale) for *each, start, scale in given]
-    outs, states = zip(*found, strict=True)
-    return list(outs), joined(states, 2)
+def backward(inputs: ConvInputs, outputs: ConvOutputs, grads: ConvOutputs) -> ConvGrads:
+    """The gradients of the operator on the torch engine, in the accumulation dtype."""
+    packing = Packing.of(inputs.mask)
+    return of_each_part(partial(part_backward, order=inputs.order, packing=packing), inputs, grads)
 
 
-@without_autocast
-def gradient(
+def part_backward(
     out_grad: Tensor,
     final_grad: Tensor,
     u: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
+    start: Tensor | None,
     scale: float,
+    *,
+    order: Tensor | None,
+    packing: Packing,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, weight, bias and initial_state in the accumulation dtype, none a view of another."""
-    packing, taps, length = Packing.of(mask), weight.shape[1], u.shape[1]
-    u = scaled(u if order is None else take(u, order), scale)
-    padded = with_start(packing.pack(u), taps, initial_state)
+    """Gradients of u, weight, bias and start, none a view of another."""
+    taps, length = weight.shape[1], u.shape[1]
+    padded = with_start(packing.pack(scaled(in_order(u, order), scale)), taps, start)
     wide, grad = weight.to(padded.dtype), packing.pack(out_grad.to(padded.dtype))
     padded_grad = torch.zeros_like(padded)
     last = packing.last(padded, taps - 1)[..., None].expand(-1, -1, u.shape[2])
@@ -125,11 +117,36 @@ def gradient(
         weight_grad[:, tap] = (grad * padded[:, shifted]).sum((0, 1))
     u_grad = scaled(packing.unpack(padded_grad[:, taps - 1 :]), scale)
     return (
-        u_grad.clone() if order is None else take(u_grad, order.argsort(dim=1)),
+        u_grad.clone() if order is None else in_order(u_grad, order.argsort(dim=1)),
         weight_grad,
         None if bias is None else grad.sum((0, 1)),
-        None if initial_state is None else padded_grad[:, : taps - 1].clone(),
+        None if start is None else padded_grad[:, : taps - 1].clone(),
     )
+
+
+def each_part(inputs: ConvInputs) -> list[tuple]:
+    """u (B, L, channels), weight, bias, initial state and scale of each part."""
+    parts = [part.flatten(2) for part in inputs.parts]
+    sizes = [part.shape[2] for part in parts]
+    weights, biases = by_part(inputs.weight, sizes, 0), by_part(inputs.bias, sizes, 0)
+    return list(
+        zip(parts, weights, biases, by_part(inputs.initial_state, sizes, 2), inputs.scales, strict=True)
+    )
+
+
+def of_each_part(part_backward: Callable, inputs: ConvInputs, grads: ConvOutputs) -> ConvGrads:
+    """The gradients of every part by `part_backward`, put together."""
+    parts, final_grad = each_part(inputs), grads.final_state
+    if final_grad is None:
+        final_grad = torch.zeros_like(conv_outputs(inputs).final_state)
+    finals = by_part(final_grad, [part[0].shape[2] for part in parts], 2)
+    found = []
+    for out_grad, final, part in zip(grads.parts, finals, parts, strict=True):
+        out_grad = torch.zeros_like(part[0]) if out_grad is None else out_grad.flatten(2)
+        found.append(part_backward(out_grad, final, *part))
+    u_grads, weights, biases, starts = zip(*found, strict=True)
+    u_grads = [grad.view(part.shape) for grad, part in zip(u_grads, inputs.parts, strict=True)]
+    return ConvGrads(u_grads, torch.cat(weights), joined(biases, 0), joined(starts, 2))
 
 
 def by_part(tensor: Tensor | None, sizes: list[int], dim: int) -> tuple[Tensor | None, ...]:
@@ -155,8 +172,9 @@ def with_start(u: Tensor, taps: int, initial_state: Tensor | None) -> Tensor:
     return torch.cat([initial_state.to(accumulate), u.to(accumulate)], dim=1)
 
 
-def take(tensor: Tensor, index: Tensor) -> Tensor:
-    """tensor (B, L, channels), index (B, M) -> (B, M, channels): rows of the same batch entry."""
+def in_order(tensor: Tensor, order: Tensor | None) -> Tensor:
+    """tensor (B, L, channels), order (B, M) -> (B, M, channels): in each row; None = as they are."""
+    if order is None:
+        return tensor
     start = torch.arange(tensor.shape[0], device=tensor.device)[:, None] * tensor.shape[1]
-    rows = tensor.flatten(0, 1).index_select(0, (index + start).flatten())
-    return rows.view(*index.shape, tensor.shape[2])
+    return gather_tokens(tensor, (order + start).flatten()).view(*order.shape, tensor.shape[2])

@@ -1,72 +1,192 @@
-"""The registered operators of one token of text, `linmu::text_projection` and `linmu::text_step`.
+"""The operators of one token of text: `linmu::scan_step`, `linmu::text_projection` and `linmu::text_step`.
 
-They have no gradient: `FlexMA` takes them where none is asked for. As in `operators`, each runs on the engine
-of its tensors and is opaque to torch.compile. The step overwrites the scan's state and says so.
+Letters: B batch, D width, H query heads, G groups, N state size, P head dim, K conv taps. The last two have
+no gradient: `FlexMA` takes them where none is asked for. `text_step` overwrites the scan's state and says so.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from ..engine import choose_engine
-from ..engine.operator import operator
-from ..precision import accumulation_dtype
-from ..scan.operator import kernels
-from . import torch_engine as torch_step
+from ...reference.numerics import accumulation_dtype
+from ..engine.operator import Engines, Operator, lazy
 
 
-@operator("text_projection")
-def text_projection(
-    u: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    z_weight: Tensor | None,
-    z_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`text_step.project`."""
-    engine = choose_engine("text_projection", u)
-    module = torch_step if engine == "torch" else kernels("decoding.kernels.text_step")
-    return module.project(u, weights, biases, dt_weight, dt_bias, z_weight, z_bias)
+class StepInputs(NamedTuple):
+    """What one token of the scan reads.
+
+    state (B, H, N, P), x (B, G, P), dt (B, H), A (H,), B (B, G, N), C (B, H, N), D (H,) and valid (B,) are
+    those of `reference.scan_step`; engine None = by the tensors.
+    """
+
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    valid: Tensor | None = None
+    engine: str | None = None
 
 
-@text_projection.register_fake
-def _(u, weights, biases, dt_weight, dt_bias, z_weight, z_bias):
-    taken = u.new_empty(u.shape[0], sum(weight.shape[0] for weight in weights))
-    rate = u.new_empty(u.shape[0], dt_weight.shape[0], dtype=accumulation_dtype(u.dtype))
-    return taken, rate, u.new_empty(0 if z_weight is None else (u.shape[0], z_weight.shape[0]))
+class StepOutputs(NamedTuple):
+    """y (B, H, P) in the dtype of x, and the new state in the accumulation dtype."""
+
+    y: Tensor
+    state: Tensor
 
 
-@operator("text_step", mutates_args={"scan_state"})
-def text_step(
-    scan_state: Tensor,
-    conv_state: Tensor | None,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    rate: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    z: Tensor | None,
-    valid: Tensor | None,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """`text_step.advance`: the heads and the convolution's new state; the scan's is written in its place."""
-    engine = choose_engine("text_step", x, x.shape[-1])
-    module = torch_step if engine == "torch" else kernels("decoding.kernels.text_step")
-    weights = (A_log, D, conv_weight, conv_bias, norm_weight)
-    return module.advance(scan_state, conv_state, x, B, C, rate, *weights, z, valid, scale, eps)
+class StepGrads(NamedTuple):
+    """The gradients of the inputs of the same names."""
+
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
 
 
-@text_step.register_fake
-def _(scan_state, conv_state, x, B, C, rate, A_log, D, conv_weight, conv_bias, norm_weight, z, valid, *_):
-    batch, heads, _, head_dim = scan_state.shape
-    channels = x.shape[1] * x.shape[2] + B.shape[1] * B.shape[2] + C.shape[1] * C.shape[2]
+def step_outputs(inputs: StepInputs) -> StepOutputs:
+    """Shapes and dtypes of the outputs."""
+    x, state = inputs.x, inputs.state
+    y = x.new_empty(x.shape[0], inputs.C.shape[1], x.shape[2])
+    return StepOutputs(y, state.new_empty(state.shape, dtype=accumulation_dtype(x.dtype)))
+
+
+scan_step = Operator(
+    "scan_step",
+    StepInputs,
+    StepOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "scan_step"),
+        lazy(f"{__package__}.kernels.scan_step", "scan_step"),
+    ),
+    fake=step_outputs,
+    head_dims=lambda inputs: (inputs.B.shape[2], inputs.x.shape[2]),
+)
+scan_step.has_gradient(StepGrads, lazy(f"{__package__}.torch_engine", "scan_step_backward"))
+
+
+class ProjectionInputs(NamedTuple):
+    """The hidden states of one token, and all that is multiplied with them.
+
+    Args:
+        u: (B, D).
+        weights: of v, k and q: (G·P, D), (G·N, D), (H·N, D), in the dtype of `u`.
+        biases: theirs; None = none.
+        dt_weight, dt_bias: (H, D), (H,), of any float dtype.
+        z_weight, z_bias: (H·P, D), (H·P,) in the dtype of `u`; None = no output gate.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    u: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    dt_weight: Tensor
+    dt_bias: Tensor
+    z_weight: Tensor | None = None
+    z_bias: Tensor | None = None
+    engine: str | None = None
+
+
+class ProjectionOutputs(NamedTuple):
+    """xBC: [x, B, C] (B, channels); rate: W_dt u + b_dt (B, H) in the accumulation dtype; z (B, H·P), or
+    nothing.
+    """
+
+    xBC: Tensor
+    rate: Tensor
+    z: Tensor
+
+
+def projection_outputs(inputs: ProjectionInputs) -> ProjectionOutputs:
+    """Shapes and dtypes of the outputs."""
+    u, z_weight, batch = inputs.u, inputs.z_weight, inputs.u.shape[0]
+    return ProjectionOutputs(
+        u.new_empty(batch, sum(weight.shape[0] for weight in inputs.weights)),
+        u.new_empty(batch, inputs.dt_weight.shape[0], dtype=accumulation_dtype(u.dtype)),
+        u.new_empty(0 if z_weight is None else (batch, z_weight.shape[0])),
+    )
+
+
+text_projection = Operator(
+    "text_projection",
+    ProjectionInputs,
+    ProjectionOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "project"), lazy(f"{__package__}.kernels.text_step", "project")
+    ),
+    fake=projection_outputs,
+)
+
+
+class TextStepInputs(NamedTuple):
+    """What Flex-MA's token needs between its projections and its output projection.
+
+    Args:
+        scan_state: (B, H, N, P) in the accumulation dtype, contiguous: overwritten with the new state.
+        conv_state: (B, K-1, channels); None = no convolution.
+        x, B, C: (B, G, P), (B, G, N), (B, H, N), before `scale` and convolution.
+        rate: (B, H), dt before its softplus.
+        A_log, D: (H,).
+        conv_weight, conv_bias: (channels, K), (channels,); None = no convolution.
+        norm_weight: (H·P,); None = no norm.
+        z: (B, H·P), before its silu; None = no output gate.
+        valid: (B,) bool; other rows keep their states and give 0. None = all.
+        scale: of C.
+        eps: of the norm.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    scan_state: Tensor
+    conv_state: Tensor | None
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    rate: Tensor
+    A_log: Tensor
+    D: Tensor
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
+    norm_weight: Tensor | None
+    z: Tensor | None
+    valid: Tensor | None
+    scale: float
+    eps: float
+    engine: str | None = None
+
+
+class TextStepOutputs(NamedTuple):
+    """y (B, H·P) in the dtype of x, and the convolution's new state (B, K-1, channels)."""
+
+    y: Tensor
+    conv_state: Tensor
+
+
+def text_step_outputs(inputs: TextStepInputs) -> TextStepOutputs:
+    """Shapes and dtypes of the outputs."""
+    x, conv_weight, (batch, heads, _, head_dim) = inputs.x, inputs.conv_weight, inputs.scan_state.shape
+    channels = sum(part.shape[1] * part.shape[2] for part in (x, inputs.B, inputs.C))
     before = 0 if conv_weight is None else conv_weight.shape[1] - 1
-    dtype = x.dtype if conv_weight is None else scan_state.dtype
-    return x.new_empty(batch, heads * head_dim), x.new_empty(batch, before, channels, dtype=dtype)
+    dtype = x.dtype if conv_weight is None else inputs.scan_state.dtype
+    conv_state = x.new_empty(batch, before, channels, dtype=dtype)
+    return TextStepOutputs(x.new_empty(batch, heads * head_dim), conv_state)
+
+
+text_step = Operator(
+    "text_step",
+    TextStepInputs,
+    TextStepOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "text_step"),
+        lazy(f"{__package__}.kernels.text_step", "text_step"),
+    ),
+    fake=text_step_outputs,
+    head_dims=lambda inputs: (inputs.x.shape[2],),
+    overwrites=("scan_state",),
+)

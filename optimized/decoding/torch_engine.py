@@ -1,8 +1,13 @@
-"""One token of text through Flex-MA, from its projections to the output projection; the torch engine.
+"""One token of decoding: the torch engine of its three operators, and the gradient of `scan_step`.
 
-Letters: B batch, D width, H heads, G groups, N = P head dim, K conv taps. Eqs. (1) to (5) of
-`reference/flex_ma.py` for L = 1, but for its matrix products and the q/k norms and rope that follow them.
-`project` is those products of one token, in the order that the convolution's channels have.
+Letters: B batch, D width, H query heads, G groups, N state size, P head dim, K conv taps; ȳ is the gradient
+of y, and so on.
+
+    S' = e^{dt A} S + dt B ⊗ x        y = S'ᵀ C + D x                                                    (1)
+    Ḡ = S̄' + C ⊗ ȳ        S̄ = e^{dt A} Ḡ        C̄ = S' ȳ        B̄ = dt Ḡ x     x̄ = dt Ḡᵀ B + D ȳ      (2)
+
+`text_step` is eqs. (1) to (5) of `reference/flex_ma.py` for L = 1, without the matrix products and the q/k
+norms and rope that follow them. `project` is those products, in the order of the convolution's channels.
 """
 
 from __future__ import annotations
@@ -11,90 +16,104 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...reference.numerics import rms_norm_per_head
+from ...reference.numerics import accumulation_dtype, rms_norm_per_head
 from ..causal_conv import torch_engine as conv
-from ..precision import accumulation_dtype, without_autocast
-from . import torch_step as step
+from ..causal_conv.operator import ConvInputs
+from .operator import (
+    ProjectionInputs,
+    ProjectionOutputs,
+    StepGrads,
+    StepInputs,
+    StepOutputs,
+    TextStepInputs,
+    TextStepOutputs,
+    projection_outputs,
+)
 
 
-@without_autocast
-def project(
-    u: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    z_weight: Tensor | None,
-    z_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Every product with the hidden states of one token.
+def scan_step(inputs: StepInputs) -> StepOutputs:
+    """Eq. (1)."""
+    wide = prepare(inputs)
+    new_state = following_state(wide)
+    y = (wide.C[..., None, :] @ new_state).squeeze(-2)  # (B, H, P)
+    if wide.D is not None:
+        y = y + wide.D.to(y.dtype)[:, None] * wide.x
+    return StepOutputs(y.to(inputs.x.dtype), new_state)
 
-    Args:
-        u: (B, D).
-        weights: of v, k and q: (G·P, D), (G·N, D), (H·N, D), in the dtype of `u`.
-        biases: theirs; None = none.
-        dt_weight, dt_bias: (H, D), (H,), of any float dtype.
-        z_weight, z_bias: (H·P, D), (H·P,) in the dtype of `u`; None = no output gate.
-    Returns:
-        [x, B, C] (B, channels); W_dt u + b_dt (B, H) in the accumulation dtype; z (B, H·P), or nothing.
-    """
+
+def scan_step_backward(inputs: StepInputs, outputs: StepOutputs, grads: StepOutputs) -> StepGrads:
+    """Eq. (2): gradients in the accumulation dtype."""
+    groups, valid, wide = inputs.x.shape[1], inputs.valid, prepare(inputs)
+    state, x, dt, A, B, C, D = wide[:7]
+    through = torch.zeros_like(state) if grads.state is None else grads.state.to(x.dtype)
+    y_grad = torch.zeros_like(x) if grads.y is None else grads.y.to(x.dtype)
+    if valid is not None:
+        y_grad = torch.where(valid[:, None, None], y_grad, 0)
+    decay = torch.exp(dt * A)
+    through = torch.addcmul(through, C[..., None], y_grad[..., None, :])
+    rate_grad = decay * (through * state).sum((-2, -1))  # of dt A, (B, H)
+    written = (through @ x[..., None]).squeeze(-1)  # (B, H, N)
+    x_grad = dt[..., None] * (B[..., None, :] @ through).squeeze(-2)
+    if D is not None:
+        x_grad = x_grad + D.to(x.dtype)[:, None] * y_grad
+    dt_grad = (written * B).sum(-1) + rate_grad * A
+    if valid is not None:
+        dt_grad = torch.where(valid[:, None], dt_grad, 0)
+    return StepGrads(
+        state=decay[..., None, None] * through,
+        x=x_grad.unflatten(1, (groups, -1)).sum(2),
+        dt=dt_grad,
+        A=(rate_grad * dt).sum(0),
+        B=(dt[..., None] * written).unflatten(1, (groups, -1)).sum(2),
+        C=(following_state(wide) @ y_grad[..., None]).squeeze(-1),
+        D=None if D is None else (y_grad * x).sum((0, 2)),
+    )
+
+
+def prepare(inputs: StepInputs) -> StepInputs:
+    """In the accumulation dtype, groups repeated, rows that are not valid at rest."""
+    accumulate, heads, valid = accumulation_dtype(inputs.x.dtype), inputs.C.shape[1], inputs.valid
+    state, x, dt, A, B, C = (tensor.to(accumulate) for tensor in inputs[:6])
+    if valid is not None:
+        x, B, C = (torch.where(valid[:, None, None], tensor, 0) for tensor in (x, B, C))
+        dt = torch.where(valid[:, None], dt, 0)
+    x, B = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (x, B))
+    return inputs._replace(state=state, x=x, dt=dt, A=A, B=B, C=C)
+
+
+def following_state(inputs: StepInputs) -> Tensor:
+    """S' of eq. (1), (B, H, N, P)."""
+    write = (inputs.dt[..., None] * inputs.B)[..., None] * inputs.x[..., None, :]
+    return torch.addcmul(write, torch.exp(inputs.dt * inputs.A)[..., None, None], inputs.state)
+
+
+def project(inputs: ProjectionInputs) -> ProjectionOutputs:
+    """Every product with the hidden states of one token."""
+    u, weights, biases, dt_weight, dt_bias, z_weight, z_bias, _ = inputs
     pairs = zip(weights, biases, strict=True)
-    taken = torch.cat([F.linear(u, weight, bias) for weight, bias in pairs], dim=1)
+    xBC = torch.cat([F.linear(u, weight, bias) for weight, bias in pairs], dim=1)
     wide = u.to(accumulation_dtype(u.dtype))
     rate = F.linear(wide, dt_weight.to(wide.dtype), dt_bias.to(wide.dtype))
-    return taken, rate, u.new_empty(0) if z_weight is None else F.linear(u, z_weight, z_bias)
+    z = projection_outputs(inputs).z if z_weight is None else F.linear(u, z_weight, z_bias)
+    return ProjectionOutputs(xBC, rate, z)
 
 
-@without_autocast
-def advance(
-    scan_state: Tensor,
-    conv_state: Tensor | None,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    rate: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    z: Tensor | None,
-    valid: Tensor | None,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Scale of C, convolution, dt and A, one step of the scan, norm and output gate.
-
-    Args:
-        scan_state: (B, H, N, P) in the accumulation dtype, contiguous: overwritten with the new state.
-        conv_state: (B, K-1, channels); None = no convolution.
-        x, B, C: (B, G, P), (B, G, N), (B, H, N), before `scale` and convolution.
-        rate: (B, H), dt before its softplus.
-        A_log, D: (H,).
-        conv_weight, conv_bias: (channels, K), (channels,); None = no convolution.
-        norm_weight: (H·P,); None = no norm.
-        z: (B, H·P), before its silu; None = no output gate.
-        valid: (B,) bool; other rows keep their states and give 0. None = all.
-        scale: of C.
-        eps: of the norm.
-    Returns:
-        (B, H·P) in the dtype of `x`, and the convolution's new state, (B, K-1, channels).
-    """
-    batch, dtype = len(x), x.dtype
-    wide = scan_state.dtype
-    taken = torch.cat([x.flatten(1), B.flatten(1), (C * scale).flatten(1)], dim=1)[:, None]
-    sizes = (x[0].numel(), B[0].numel(), C[0].numel())
-    if conv_weight is None:
-        new_conv_state = taken.new_zeros(batch, 0, taken.shape[2])
+def text_step(inputs: TextStepInputs) -> TextStepOutputs:
+    """Scale of C, convolution, dt and A, one step of the scan, norm and output gate."""
+    valid, wide = inputs.valid, inputs.scan_state.dtype
+    parts, scales = [inputs.x, inputs.B, inputs.C], [1.0, 1.0, inputs.scale]
+    if inputs.conv_weight is None:
+        x, B, C = (part * scale for part, scale in zip(parts, scales, strict=True))
+        conv_state = x.new_zeros(len(x), 0, sum(part[0].numel() for part in parts))
     else:
         mask = None if valid is None else valid[:, None]
-        taken, new_conv_state = conv.forward(taken, conv_weight, conv_bias, mask, conv_state, None, 1.0)
-    parts = zip(taken[:, 0].split(sizes, dim=1), (x, B, C), strict=True)
-    x, B, C = (part.view(like.shape) for part, like in parts)
-    dt, A = F.softplus(rate.to(wide)), -torch.exp(A_log.to(wide))
-    y, new_scan_state = step.advance(scan_state, x, dt, A, B, C, D, valid)
-    scan_state.copy_(new_scan_state)
-    if norm_weight is not None:
-        y = rms_norm_per_head(y[:, None], norm_weight, eps)[:, 0]
-    y = y.to(dtype).flatten(1)
-    return y if z is None else y * F.silu(z), new_conv_state
+        weights = (inputs.conv_weight, inputs.conv_bias, mask, inputs.conv_state)
+        outs, conv_state = conv.forward(ConvInputs([part[:, None] for part in parts], scales, *weights))
+        x, B, C = (out[:, 0] for out in outs)
+    dt, A = F.softplus(inputs.rate.to(wide)), -torch.exp(inputs.A_log.to(wide))
+    y, scan_state = scan_step(StepInputs(inputs.scan_state, x, dt, A, B, C, inputs.D, valid))
+    inputs.scan_state.copy_(scan_state)
+    if inputs.norm_weight is not None:
+        y = rms_norm_per_head(y[:, None], inputs.norm_weight, inputs.eps)[:, 0]
+    y = y.to(inputs.x.dtype).flatten(1)
+    return TextStepOutputs(y if inputs.z is None else y * F.silu(inputs.z), conv_state)

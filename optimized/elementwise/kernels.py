@@ -1,7 +1,8 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernels for the mix of the two branches: every element is read once and written once.
+"""Triton kernels for RoPE and for the mix of the two branches, and their gradients: every element is read
+once and written once.
 
-Letters and equation as in `mixing`; the last lines of the reference's `MMATE.forward`.
+Letters and equations as in `torch_engine`.
 """
 
 from __future__ import annotations
@@ -11,22 +12,85 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import launching, power_of_2
+from ..engine.launch import power_of_2, rows_of
+from .operator import MixGrads, MixInputs, MixOutputs, RotateGrads, RotateInputs, RotateOutputs
 
 BLOCK = 1024
 
 
 @triton.jit
+def rope_kernel(
+    X, COS, SIN, TOKEN, OUT, x_batch, x_token, x_head, cos_batch, cos_token, sin_batch, sin_token,
+    length, angles,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BACKWARD: tl.constexpr, TAKES: tl.constexpr,
+):  # fmt: skip
+    """Eq. (1) for all heads of one token; if it TAKES angles, by those of TOKEN among rows of so many."""
+    token = tl.cast(tl.program_id(0) % length, tl.int64)
+    batch = tl.cast(tl.program_id(0) // length, tl.int64)
+    angle_token, angle_batch = token, batch
+    if TAKES:
+        place = tl.load(TOKEN + tl.program_id(0)).to(tl.int32)
+        angle_token, angle_batch = tl.cast(place % angles, tl.int64), tl.cast(place // angles, tl.int64)
+    head, n = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_HALF)
+    real = n < HALF
+    cos = COS + angle_batch * cos_batch + angle_token * cos_token + n
+    sin = SIN + angle_batch * sin_batch + angle_token * sin_token + n
+    first_cos = tl.load(cos, mask=real, other=0.0).to(tl.float32)[None, :]
+    second_cos = tl.load(cos + HALF, mask=real, other=0.0).to(tl.float32)[None, :]
+    first_sin = tl.load(sin, mask=real, other=0.0).to(tl.float32)[None, :]
+    second_sin = tl.load(sin + HALF, mask=real, other=0.0).to(tl.float32)[None, :]
+    inside = (head < HEADS)[:, None] & real[None, :]
+    x = X + batch * x_batch + token * x_token + tl.cast(head, tl.int64)[:, None] * x_head + n[None, :]
+    a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + HALF, mask=inside, other=0.0).to(tl.float32)
+    if BACKWARD:
+        first, second = a * first_cos + b * second_sin, b * second_cos - a * first_sin
+    else:
+        first, second = a * first_cos - b * first_sin, b * second_cos + a * second_sin
+    out = OUT + ((batch * length + token) * HEADS + head[:, None]) * (2 * HALF) + n[None, :]
+    tl.store(out, first.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(out + HALF, second.to(OUT.dtype.element_ty), mask=inside)
+
+
+def rotate(inputs: RotateInputs) -> Tensor:
+    """RoPE on a Triton kernel."""
+    x, cos, sin = map(rows_of, inputs[:3])
+    batch, length, heads, size = x.shape
+    out = x.new_empty(x.shape)
+    rope_kernel[(batch * length,)](
+        x,
+        cos,
+        sin,
+        inputs.token,
+        out,
+        *x.stride()[:3],
+        *(cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
+        *(sin.stride(0) if len(sin) > 1 else 0, sin.stride(1)),
+        length,
+        cos.shape[1],
+        HEADS=heads,
+        HALF=size // 2,
+        BLOCK_HEADS=power_of_2(heads),
+        BLOCK_HALF=power_of_2(size // 2),
+        BACKWARD=inputs.backward,
+        TAKES=inputs.token is not None,
+        num_warps=4,
+    )
+    return out
+
+
+def rotate_backward(inputs: RotateInputs, outputs: RotateOutputs, grads: RotateOutputs) -> RotateGrads:
+    """The gradient of y, which stands in the place of x, rotated back."""
+    return RotateGrads(rotate(inputs._replace(backward=not inputs.backward)))
+
+
+@triton.jit
 def mix_kernel(
-    FLEX,
-    LOCAL,
-    LOGIT,
-    ROW,
-    OUT,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Eq. (1), left, for one token."""
+    FLEX, LOCAL, LOGIT, ROW, OUT,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Eq. (2), left, for one token."""
     token = tl.cast(tl.program_id(0), tl.int64)
     row = tl.load(ROW + token)
     is_vision = row >= 0
@@ -44,18 +108,10 @@ def mix_kernel(
 
 @triton.jit
 def mix_gradient_kernel(
-    GRAD,
-    FLEX,
-    LOCAL,
-    LOGIT,
-    ROW,
-    FLEX_GRAD,
-    LOCAL_GRAD,
-    LOGIT_GRAD,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Eq. (1), right, for one token."""
+    GRAD, FLEX, LOCAL, LOGIT, ROW, FLEX_GRAD, LOCAL_GRAD, LOGIT_GRAD,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Eq. (2), right, for one token."""
     token = tl.cast(tl.program_id(0), tl.int64)
     row = tl.load(ROW + token)
     is_vision = row >= 0
@@ -82,24 +138,20 @@ def block_of(width: int) -> int:
     return min(BLOCK, power_of_2(width))
 
 
-@launching
-def forward(flex: Tensor, local: Tensor, logit: Tensor, row: Tensor) -> Tensor:
-    """`mixing.forward` on a Triton kernel."""
-    flex, local, logit, row = (tensor.contiguous() for tensor in (flex, local, logit, row))
+def mix(inputs: MixInputs) -> Tensor:
+    """The mix on a Triton kernel."""
+    flex, local, logit, row = (tensor.contiguous() for tensor in inputs[:4])
     out, width = torch.empty_like(flex), flex.shape[-1]
     mix_kernel[(row.numel(),)](flex, local, logit, row, out, WIDTH=width, BLOCK=block_of(width), num_warps=4)
     return out
 
 
-@launching
-def gradient(
-    grad: Tensor, flex: Tensor, local: Tensor, logit: Tensor, row: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`mixing.gradient` on a Triton kernel."""
-    grad, flex, local, logit, row = (tensor.contiguous() for tensor in (grad, flex, local, logit, row))
-    grads = torch.empty_like(flex), torch.zeros_like(local), torch.empty_like(logit)
+def mix_backward(inputs: MixInputs, outputs: MixOutputs, grads: MixOutputs) -> MixGrads:
+    """Its gradient on a Triton kernel."""
+    grad, flex, local, logit, row = (tensor.contiguous() for tensor in (grads.y, *inputs[:4]))
+    found = MixGrads(torch.empty_like(flex), torch.zeros_like(local), torch.empty_like(logit))
     width = flex.shape[-1]
     mix_gradient_kernel[(row.numel(),)](
-        grad, flex, local, logit, row, *grads, WIDTH=width, BLOCK=block_of(width), num_warps=4
+        grad, flex, local, logit, row, *found, WIDTH=width, BLOCK=block_of(width), num_warps=4
     )
-    return grads
+    return found

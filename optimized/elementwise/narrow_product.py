@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..precision import accumulation_dtype, without_autocast
+from ...reference.numerics import accumulation_dtype
+from .operator import NarrowGrads, NarrowInputs, NarrowOutputs
 
 ALIGNED = 8  # columns, that rows of all matrices begin where tensor cores load from
 
@@ -25,13 +26,13 @@ def takes_parts(u: Tensor) -> bool:
     return u.is_cuda and u.dtype == torch.bfloat16
 
 
-@without_autocast
-def forward(u: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
+def forward(inputs: NarrowInputs) -> Tensor:
     """u (B, L, D), weight (n, D), bias (n,) -> u Wᵀ + b, (B, L, n) in the accumulation dtype.
 
-    `sizes` are the columns of each of the products that are put together: without parts each is made by
-    itself, bit for bit as it would be without the others.
+    Without parts each of the products that are put together is made by itself, bit for bit as it would be
+    without the others.
     """
+    u, weight, bias, sizes = inputs
     wide = accumulation_dtype(u.dtype)
     weight, bias = weight.to(wide), bias.to(wide)
     if not takes_parts(u):
@@ -43,23 +44,23 @@ def forward(u: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor
     return (columns + bias).unflatten(0, u.shape[:2])
 
 
-@without_autocast
-def gradient(grad: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(inputs: NarrowInputs, outputs: NarrowOutputs, grads: NarrowOutputs) -> NarrowGrads:
     """Gradients of u, in its dtype, of the weight and of the bias in the accumulation dtype."""
+    u, weight, _, _ = inputs
     wide = accumulation_dtype(u.dtype)
-    grad, weight, flat = grad.to(wide).flatten(0, 1), weight.to(wide), u.flatten(0, 1)
+    grad, weight, flat = grads.product.to(wide).flatten(0, 1), weight.to(wide), u.flatten(0, 1)
     bias_grad = grad.sum(0)
     if not takes_parts(u):
-        return (grad @ weight).to(u.dtype).view(u.shape), grad.T @ flat.to(wide), bias_grad
-    grads, weights = in_parts(grad, 1), in_parts(weight, 0)
+        return NarrowGrads((grad @ weight).to(u.dtype).view(u.shape), grad.T @ flat.to(wide), bias_grad)
+    grad_parts, weights = in_parts(grad, 1), in_parts(weight, 0)
     # all but products of two second parts, which lie below the last bit of the result's dtype
     pairs = [(0, 0), (0, 1), (1, 0)]
     left, right = (
         torch.cat([parts[pair[side]] for pair in pairs], dim=1 - side)
-        for side, parts in enumerate((grads, weights))
+        for side, parts in enumerate((grad_parts, weights))
     )
-    weight_grad = summed_wide(torch.cat(grads.unbind(), dim=1).T, flat).unflatten(0, (3, -1)).sum(0)
-    return (left @ right).view(u.shape), weight_grad[: len(weight)], bias_grad
+    weight_grad = summed_wide(torch.cat(grad_parts.unbind(), dim=1).T, flat).unflatten(0, (3, -1)).sum(0)
+    return NarrowGrads((left @ right).view(u.shape), weight_grad[: len(weight)], bias_grad)
 
 
 def in_parts(wide: Tensor, dim: int) -> Tensor:

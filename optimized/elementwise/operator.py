@@ -1,110 +1,148 @@
-"""The registered operators of a block around its scan and its attention: products with a few columns, RoPE,
-the mix of the branches. As in `operators`: a forward and a backward pass each, on their tensors' engine.
+"""The operators around a block's scan: `linmu::rotate`, `linmu::mix_branches`, `linmu::narrow_product`.
+
+Letters: B batch, L tokens, D width, N head dim, n columns.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from ..engine import choose_engine
-from ..engine.operator import operator
-from ..precision import accumulation_dtype
-from ..scan.operator import empty_like_inputs, kernels, like_inputs, save_inputs
-from . import narrow_product as narrow
-from . import torch_engine as mixing
-from . import torch_rope as rope
+from ...reference.numerics import accumulation_dtype
+from ..engine.operator import Engines, Operator, lazy
 
 
-@operator("narrow_product")
-def narrow_product(u: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
-    """u Wᵀ + b in the accumulation dtype: (B, L, D), (n, D), (n,) -> (B, L, n), n the sum of `sizes`."""
-    return narrow.forward(u, weight, bias, sizes)
+class NarrowInputs(NamedTuple):
+    """u (B, L, D), weight (n, D), bias (n,), and the columns of each of the products put together."""
+
+    u: Tensor
+    weight: Tensor
+    bias: Tensor
+    sizes: list[int]
 
 
-@narrow_product.register_fake
-def _(u, weight, bias, sizes):
-    return u.new_empty(*u.shape[:2], weight.shape[0], dtype=accumulation_dtype(u.dtype))
+class NarrowOutputs(NamedTuple):
+    """product: u Wᵀ + b, (B, L, n) in the accumulation dtype."""
+
+    product: Tensor
 
 
-@operator("narrow_product_backward")
-def narrow_product_backward(grad: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-    """The gradients of u, weight and bias."""
-    return like_inputs(narrow.gradient(grad, u, weight), (u, weight, bias))
+class NarrowGrads(NamedTuple):
+    """The gradients of the inputs of the same names."""
+
+    u: Tensor
+    weight: Tensor
+    bias: Tensor
 
 
-@narrow_product_backward.register_fake
-def _(grad, u, weight, bias):
-    return empty_like_inputs((u, weight, bias))
+def narrow_outputs(inputs: NarrowInputs) -> Tensor:
+    """Shape and dtype of the product."""
+    u = inputs.u
+    return u.new_empty(*u.shape[:2], inputs.weight.shape[0], dtype=accumulation_dtype(u.dtype))
 
 
-def _narrow_gradients(ctx, grad: Tensor):
-    return *narrow_product_backward(grad, *ctx.saved_tensors), None
+narrow_product = Operator(
+    "narrow_product",
+    NarrowInputs,
+    NarrowOutputs,
+    forward=lazy(f"{__package__}.narrow_product", "forward"),
+    fake=narrow_outputs,
+)
+narrow_product.has_gradient(NarrowGrads, lazy(f"{__package__}.narrow_product", "backward"))
 
 
-def _save_product(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3])
+class MixInputs(NamedTuple):
+    """What the mix of the branches reads.
 
-
-narrow_product.register_autograd(_narrow_gradients, setup_context=_save_product)
-
-
-@operator("mix_branches")
-def mix_branches(flex: Tensor, local: Tensor, logit: Tensor, row: Tensor) -> Tensor:
-    """The branches' outputs mixed on vision, whose tokens have a row of `local` each; Flex-MA's on text."""
-    return _mixing(flex).forward(flex, local, logit, row)
-
-
-@mix_branches.register_fake
-def _(flex, local, logit, row):
-    return flex.new_empty(flex.shape)
-
-
-@operator("mix_branches_backward")
-def mix_branches_backward(
-    grad: Tensor, flex: Tensor, local: Tensor, logit: Tensor, row: Tensor
-) -> list[Tensor]:
-    """The gradients of both branches and of the product before the sigmoid."""
-    return like_inputs(_mixing(flex).gradient(grad, flex, local, logit, row), (flex, local, logit))
-
-
-@mix_branches_backward.register_fake
-def _(grad, flex, local, logit, row):
-    return empty_like_inputs((flex, local, logit))
-
-
-def _mixing(flex: Tensor):
-    return mixing if choose_engine("mix_branches", flex) == "torch" else kernels("elementwise.kernels")
-
-
-def _mix_gradients(ctx, grad: Tensor):
-    return *mix_branches_backward(grad, *ctx.saved_tensors), None
-
-
-mix_branches.register_autograd(_mix_gradients, setup_context=save_inputs)
-
-
-@operator("rotate")
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, token: Tensor | None, backward: bool) -> Tensor:
-    """RoPE on (B, L, heads, N), or what its gradient makes of one; the angles have none.
-
-    With `token`, x are those tokens of a flattened batch.
+    Args:
+        flex: (B, L, D), Flex-MA's output.
+        local: (..., D), a row of Local-Swin's for each vision token.
+        logit: (B, L, 1), before the sigmoid.
+        row: (B, L) int64, each token's row of `local`, -1 on text.
+        engine: "triton" or "torch"; None = by the tensors.
     """
-    module = rope if choose_engine("apply_rope", x) == "torch" else kernels("elementwise.rope_kernels")
-    return module.rotate(x, cos, sin, token, backward)
+
+    flex: Tensor
+    local: Tensor
+    logit: Tensor
+    row: Tensor
+    engine: str | None = None
 
 
-@rotate.register_fake
-def _(x, cos, sin, token, backward):
-    return x.new_empty(x.shape)
+class MixOutputs(NamedTuple):
+    """y: (B, L, D), mixed on vision, Flex-MA's on text."""
+
+    y: Tensor
 
 
-def _save_angles(ctx, inputs, output) -> None:
-    _, cos, sin, token, ctx.backward = inputs
-    ctx.save_for_backward(cos, sin, token)
+class MixGrads(NamedTuple):
+    """The gradients of the inputs of the same names."""
+
+    flex: Tensor
+    local: Tensor
+    logit: Tensor
 
 
-def _rotate_gradients(ctx, grad: Tensor):
-    return rotate(grad, *ctx.saved_tensors, not ctx.backward), None, None, None, None
+mix_branches = Operator(
+    "mix_branches",
+    MixInputs,
+    MixOutputs,
+    forward=Engines(lazy(f"{__package__}.torch_engine", "mix"), lazy(f"{__package__}.kernels", "mix")),
+    fake=lambda inputs: inputs.flex.new_empty(inputs.flex.shape),
+)
+mix_branches.has_gradient(
+    MixGrads,
+    Engines(
+        lazy(f"{__package__}.torch_engine", "mix_backward"), lazy(f"{__package__}.kernels", "mix_backward")
+    ),
+)
 
 
-rotate.register_autograd(_rotate_gradients, setup_context=_save_angles)
+class RotateInputs(NamedTuple):
+    """What RoPE reads; the angles have no gradient.
+
+    Args:
+        x: (B, L, heads, N).
+        cos, sin: (B or 1, L, N).
+        token: (n,) int64; x is (1, n, heads, N) then, the tokens at these places of a flattened batch, and
+            the angles are those of its rows. None = x has all tokens.
+        backward: x is a gradient, to be taken back.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    token: Tensor | None = None
+    backward: bool = False
+    engine: str | None = None
+
+
+class RotateOutputs(NamedTuple):
+    """y: as x."""
+
+    y: Tensor
+
+
+class RotateGrads(NamedTuple):
+    """The gradient of x."""
+
+    x: Tensor
+
+
+rotate = Operator(
+    "rotate",
+    RotateInputs,
+    RotateOutputs,
+    forward=Engines(lazy(f"{__package__}.torch_engine", "rotate"), lazy(f"{__package__}.kernels", "rotate")),
+    fake=lambda inputs: inputs.x.new_empty(inputs.x.shape),
+)
+rotate.has_gradient(
+    RotateGrads,
+    Engines(
+        lazy(f"{__package__}.torch_engine", "rotate_backward"),
+        lazy(f"{__package__}.kernels", "rotate_backward"),
+    ),
+    unread=("x",),  # the gradient of y stands there
+)

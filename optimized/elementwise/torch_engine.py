@@ -1,9 +1,13 @@
-"""The mix of the two branches, the torch engine; and its gradient.
+"""The torch engine of RoPE and of the mix of the two branches, and their gradients.
 
-Letters: B batch, L tokens, D width. A token of vision has a row of Local-Swin's output, text has none. With s
-the product before the sigmoid, f Flex-MA's output and l the token's row of Local-Swin's, on vision
+Letters: B batch, L tokens, D width, N head dim. Halves a, b of a head, and their gradients:
 
-    m = sigmoid(s)    y = m f + (1 - m) l        f̄ = m ȳ    l̄ = (1 - m) ȳ    s̄ = m (1 - m) Σ_D ȳ (f - l)   (1)
+    a' = a cos₁ - b sin₁    b' = b cos₂ + a sin₂       ā = ā' cos₁ + b̄' sin₂    b̄ = b̄' cos₂ - ā' sin₁    (1)
+
+A token of vision has a row of Local-Swin's output, text has none. With s the product before the sigmoid, f
+Flex-MA's output and l the token's row of Local-Swin's, on vision
+
+    m = sigmoid(s)    y = m f + (1 - m) l        f̄ = m ȳ    l̄ = (1 - m) ȳ    s̄ = m (1 - m) Σ_D ȳ (f - l)   (2)
 
 and y = f, f̄ = ȳ, s̄ = 0 on text; l̄ = 0 in rows that no token has, whatever l holds there.
 """
@@ -13,37 +17,58 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..precision import without_autocast
+from ...reference.numerics import accumulation_dtype
+from ..layout.tokens import gather_tokens
+from .operator import MixGrads, MixInputs, MixOutputs, RotateGrads, RotateInputs, RotateOutputs
 
 
-@without_autocast
-def forward(flex: Tensor, local: Tensor, logit: Tensor, row: Tensor) -> Tensor:
-    """Eq. (1), left: flex (B, L, D), local (..., D) of n rows, logit (B, L, 1), row (B, L) int64, -1 on text
-    -> (B, L, D).
-    """
-    mix = torch.sigmoid(logit)
-    mixed = mix * flex + (1 - mix) * taken(local, row)
+def rotate(inputs: RotateInputs) -> Tensor:
+    """Eq. (1), left, or right if `backward`."""
+    x, cos, sin, token, backward, _ = inputs
+    if token is not None:
+        cos, sin = angles_of(cos, token), angles_of(sin, token)
+    wide = x.to(accumulation_dtype(x.dtype))
+    cos, sin = (angle.to(wide.dtype)[:, :, None] for angle in (cos, sin))
+    turned = wide * sin if backward else wide
+    first, second = turned.chunk(2, dim=-1)
+    rotated = torch.cat([second, -first] if backward else [-second, first], dim=-1)
+    return (wide * cos + (rotated if backward else rotated * sin)).to(x.dtype)
+
+
+def rotate_backward(inputs: RotateInputs, outputs: RotateOutputs, grads: RotateOutputs) -> RotateGrads:
+    """The gradient of y, which stands in the place of x, rotated back."""
+    return RotateGrads(rotate(inputs._replace(backward=not inputs.backward)))
+
+
+def angles_of(angle: Tensor, token: Tensor) -> Tensor:
+    """(B or 1, L, N) at the places (n,) of the flattened batch -> (1, n, N)."""
+    return gather_tokens(angle, token if len(angle) > 1 else token % angle.shape[1])[None]
+
+
+def mix(inputs: MixInputs) -> Tensor:
+    """Eq. (2), left."""
+    flex, local, logit, row, _ = inputs
+    share = torch.sigmoid(logit)
+    mixed = share * flex + (1 - share) * local_rows(local, row)
     return torch.where(row[..., None] >= 0, mixed.to(flex.dtype), flex)
 
 
-@without_autocast
-def gradient(
-    grad: Tensor, flex: Tensor, local: Tensor, logit: Tensor, row: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (1), right: the gradients of flex, local and logit, flex's and logit's in the dtype of `logit`."""
-    vision, mix = row[..., None] >= 0, torch.sigmoid(logit)
-    wide = grad.to(logit.dtype)
-    through = (wide * (flex.to(wide.dtype) - taken(local, row).to(wide.dtype))).sum(-1, keepdim=True)
+def mix_backward(inputs: MixInputs, outputs: MixOutputs, grads: MixOutputs) -> MixGrads:
+    """Eq. (2), right; the gradients of flex and logit in the dtype of `logit`."""
+    flex, local, logit, row, _ = inputs
+    vision, share = row[..., None] >= 0, torch.sigmoid(logit)
+    grad = grads.y.to(logit.dtype)
+    through = (grad * (flex.to(grad.dtype) - local_rows(local, row).to(grad.dtype))).sum(-1, keepdim=True)
     local_grad = local.new_zeros(local.flatten(0, -2).shape[0] + 1, local.shape[-1])
     where = row.flatten() % len(local_grad)  # text goes to the last one, which is cut off
-    local_grad[where] = ((1 - mix) * wide).to(local.dtype).flatten(0, 1)
-    return (
-        torch.where(vision, mix * wide, wide),
+    local_grad[where] = ((1 - share) * grad).to(local.dtype).flatten(0, 1)
+    return MixGrads(
+        torch.where(vision, share * grad, grad),
         local_grad[:-1].view(local.shape),
-        torch.where(vision, mix * (1 - mix) * through, 0),
+        torch.where(vision, share * (1 - share) * through, 0),
     )
 
 
-def taken(local: Tensor, row: Tensor) -> Tensor:
-    """Each token's row of `local`, (B, L, D); any row on text."""
-    return local.flatten(0, -2).index_select(0, row.clamp_min(0).flatten()).view(*row.shape, -1)
+def local_rows(local: Tensor, row: Tensor) -> Tensor:
+    """Each token's row of `local` (..., D), (B, L, D); any row on text."""
+    return gather_tokens(local.flatten(0, -2)[None], row.clamp_min(0).flatten()).view(*row.shape, -1)

@@ -15,30 +15,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..checks import require
+from ...reference.checks import require
 from .launch import properties
+from .torch_state import is_observed
 
 ENGINES = ("triton", "torch")
-KERNELS = frozenset(
-    (
-        "apply_rope",
-        "bidirectional_scan",
-        "causal_conv",
-        "logit_loss",
-        "mix_branches",
-        "scan_step",
-        "sliding_window_attention",
-        "text_projection",
-        "text_step",
-        "window_attention",
-    )
-)
 MAX_HEAD_DIM = 128  # larger tiles do not fit a multiprocessor's registers
 MAX_HEAD_DIMS = {"sliding_window_attention": 256}  # where they do
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores
 
 _forced: str | None = None
 _announced: set[str] = set()
+_interpreter_computes_bfloat16 = False
 
 
 def set_engine(name: str | None) -> None:
@@ -85,16 +73,33 @@ def choose_engine(operator: str, tensor: Tensor, *head_dims: int) -> str:
     wanted = wanted_engine()
     if wanted == "torch":
         return announced("torch", operator, "forced")
-    if operator not in KERNELS:
-        reason = f"{operator} has no kernel"
-    else:
-        most = MAX_HEAD_DIMS.get(operator, MAX_HEAD_DIM)
-        reason = obstacle(tensor.device, tensor.dtype, *head_dims, most=most)
+    most = MAX_HEAD_DIMS.get(operator, MAX_HEAD_DIM)
+    reason = obstacle(tensor.device, tensor.dtype, *head_dims, most=most)
     if reason is None:
         return announced("triton", operator, "tensors on", tensor.device)
     if wanted == "triton":
         raise RuntimeError(f"{operator}: the triton engine is forced and must be able to run, got: {reason}")
     return announced("torch", operator, reason)
+
+
+def engine_of_block(where: str, tensor: Tensor, head_dim: int) -> str | None:
+    """The engine of all operators of a module's call, asked for once.
+
+    Args:
+        where: the module.
+        tensor: its input.
+        head_dim: the largest size that a kernel must hold in one tile.
+    Returns:
+        "triton" or "torch"; None = every operator chooses its own, as where a compiler or a mode observes the
+        call and tensors may have no memory.
+    Raises:
+        RuntimeError: if Triton is forced and cannot run this call.
+    """
+    if tensor.is_meta or is_observed():
+        return None
+    if not tensor.is_cuda and torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        tensor = tensor.new_empty(0, dtype=torch.get_autocast_dtype(tensor.device.type))
+    return choose_engine(where, tensor, head_dim)
 
 
 def obstacle(
@@ -127,12 +132,15 @@ def interpreter_obstacle(dtype: torch.dtype) -> str | None:
     """Why Triton's interpreter cannot take the place of a GPU, or None if it can."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are on the CPU and TRITON_INTERPRET is not 1"
-    if dtype == torch.bfloat16:
-        from triton.runtime import interpreter
-
-        if not getattr(interpreter, "computes_bfloat16", False):  # set by a suite that mends it
-            return "Triton's interpreter multiplies the bits of bfloat16, not its values"
+    if dtype == torch.bfloat16 and not _interpreter_computes_bfloat16:
+        return "Triton's interpreter multiplies the bits of bfloat16, not its values"
     return None
+
+
+def allow_interpreter_bfloat16() -> None:
+    """Send bfloat16 to Triton's interpreter in this process: for those who have mended its arithmetic."""
+    global _interpreter_computes_bfloat16
+    _interpreter_computes_bfloat16 = True
 
 
 def announced(engine: str, operator: str, *reason: object) -> str:

@@ -1,31 +1,13 @@
-"""What every function that launches Triton kernels needs around it."""
+"""What every function that launches Triton kernels needs: sizes, masks, strides, and what the GPU is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..precision import without_autocast
-
 HOPPER = 227 * 1024
-
-
-def launching(function: Callable) -> Callable:
-    """Run `function` with autocast off and the GPU of its first tensor current, which Triton launches on."""
-    plain = without_autocast(function)
-
-    @wraps(function)
-    def wrapped(*args, **kwargs):
-        first = next(arg for arg in args if isinstance(arg, Tensor))
-        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
-            return plain(*args, **kwargs)
-        with torch.cuda.device_of(first):
-            return plain(*args, **kwargs)
-
-    return wrapped
 
 
 def ceil_div(number: int, by: int) -> int:
@@ -36,6 +18,34 @@ def ceil_div(number: int, by: int) -> int:
 def power_of_2(least: int) -> int:
     """The smallest one from `least` on: as `triton.next_power_of_2`, likewise."""
     return 1 << max(0, least - 1).bit_length()
+
+
+def tile_size(size: int) -> int:
+    """The power of two, at least 16, that holds `size`: what a matrix product of tiles takes."""
+    return max(16, power_of_2(size))
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """`tensor` with adjacent elements in its last axis; the other strides are free."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """`tensor.contiguous()`, if there is one."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as kernels read it."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def stride_arguments(**tensors: Tensor) -> dict[str, int]:
+    """The strides of (B, L, heads, ·) tensors, as `x_batch`, `x_token`, `x_head` for x."""
+    axes = ("batch", "token", "head")
+    return {
+        f"{name}_{axis}": tensor.stride(i) for name, tensor in tensors.items() for i, axis in enumerate(axes)
+    }
 
 
 def shared_memory(tensor: Tensor) -> int:

@@ -1,73 +1,229 @@
-"""How a function becomes a registered operator, and when a call may go round its registration.
+"""An operator of `linmu::`: a NamedTuple of inputs, a function per engine, gradients by name.
 
-A registered operator passes torch's dispatcher, the autograd wrapper and the checks of its schema: 15 µs of
-the host a call, as long as a small kernel runs. They serve those who look on: autograd, a compiler, a tracer,
-modes, subclasses of tensors. With nobody there the function itself is called, which gives the same tensors.
+    scan = Operator("scan", ScanInputs, ScanOutputs, forward=Engines(...), fake=scan_outputs)
+    scan.has_gradient(ScanGrads, Engines(...), saved=("y_before_norm",))
+    y, final_state, _ = scan(ScanInputs(x, dt, A, B, C))
+
+Both passes are registered with torch.library. torch.compile therefore sees an opaque operator and the shapes
+of its fake; autograd, checkpointing and fullgraph compilation hold on both engines. Where nothing observes
+the call, it goes straight to the engine's function (`torch_state`), with autocast off and on the device of
+the first tensor.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
-from functools import wraps
-from typing import Any
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
-PLAIN = (type(None), bool, int, float)
+from . import choose_engine
+from .torch_state import is_observed, is_plain
+
+SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
+    list[float]: "float[]",
+    list[int]: "SymInt[]",
+    bool: "bool",
+    float: "float",
+    int: "SymInt",
+    str | None: "str?",
+}
+OPTIONAL = {"Tensor": "Tensor?", "Tensor[]": "Tensor?[]"}
+SAVED = object()  # stands for a tensor that autograd saves
 
 
-def operator(name: str, mutates_args: Iterable[str] = ()) -> Callable:
-    """`torch.library.custom_op` of `linmu::name`, with its `register_fake` and `register_autograd`, for calls
-    by position.
+class Engines(NamedTuple):
+    """The function of each engine, for the same arguments."""
+
+    torch: Callable
+    triton: Callable
+
+
+def lazy(module: str, name: str) -> Callable:
+    """The function `name` of a module that its first call imports: only its engine needs Triton."""
+
+    @cache
+    def function() -> Callable:
+        return getattr(importlib.import_module(module), name)
+
+    return lambda *arguments: function()(*arguments)
+
+
+class Operator:
+    """One operator, called with an instance of its inputs.
+
+    Args:
+        name: of `torch.ops.linmu`.
+        inputs: NamedTuple type, a tensor or a list of tensors first. A field `engine` names the engine that
+            the caller has chosen; None = the operator chooses.
+        outputs: NamedTuple type. An operator with one output returns it bare.
+        forward: inputs -> outputs, a function or one per engine.
+        fake: inputs -> outputs without values, for compilers.
+        head_dims: inputs -> the sizes that a kernel must hold in one tile.
+        overwrites: the inputs that the operator writes to.
     """
 
-    def register(function: Callable) -> Callable:
-        registered = torch.library.custom_op(f"linmu::{name}", function, mutates_args=mutates_args)
-        names = list(inspect.signature(function).parameters)
-        overwritten = [names.index(each) for each in mutates_args]
+    def __init__(
+        self,
+        name: str,
+        inputs: type[NamedTuple],
+        outputs: type[NamedTuple],
+        *,
+        forward: Engines | Callable,
+        fake: Callable,
+        head_dims: Callable = lambda inputs: (),
+        overwrites: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.inputs, self.outputs = name, inputs, outputs
+        self.forward, self.head_dims = forward, head_dims
+        self.overwritten = [inputs._fields.index(each) for each in overwrites]
+        written = {field: f"Tensor({letter}!)" for field, letter in zip(overwrites, "abcdef", strict=False)}
+        arguments = [f"{written.get(field, kind)} {field}" for field, kind in schema_of(inputs).items()]
+        returns = ", ".join(schema_of(outputs).values())
+        returns = f"({returns})" if len(outputs._fields) > 1 else returns
+        self.registered = torch.library.custom_op(
+            f"linmu::{name}",
+            lambda *given: self.run(self.forward, inputs(*given)),
+            mutates_args=overwrites,
+            schema=f"({', '.join(arguments)}) -> {returns}",
+        )
+        self.registered.register_fake(lambda *given: fake(inputs(*given)))
 
-        @wraps(function)
-        def call(*args):
-            if is_watched() or not all(map(is_plain, args)):
-                return registered(*args)
-            for place in overwritten:
-                tell_autograd(args[place])
-            return function(*args)
+    def __call__(self, given: NamedTuple) -> Any:
+        if is_observed() or not all(map(is_plain, given)):
+            return self.registered(*given)
+        for place in self.overwritten:
+            if not given[place].is_inference():  # a graph that saved the tensor must not use it any more
+                torch.autograd.graph.increment_version(given[place])
+        return self.run(self.forward, given)
 
-        call.register_fake, call.register_autograd = registered.register_fake, registered.register_autograd
-        return call
+    def run(self, function: Engines | Callable, given: NamedTuple, *rest: NamedTuple) -> Any:
+        """Call the engine's function."""
+        first = given[0][0] if isinstance(given[0], list) else given[0]
+        if isinstance(function, Engines):
+            engine = given.engine or choose_engine(self.name, first, *self.head_dims(given))
+            function = function.torch if engine == "torch" else function.triton
+        if torch.is_autocast_enabled(first.device.type):  # turning it off where it is off costs 5 µs
+            with torch.autocast(device_type=first.device.type, enabled=False):
+                return on_device_of(first, function, given, *rest)
+        return on_device_of(first, function, given, *rest)
 
-    return register
+    def has_gradient(
+        self,
+        grads: type[NamedTuple],
+        backward: Engines | Callable,
+        *,
+        of: tuple[str, ...] | None = None,
+        saved: tuple[str, ...] = (),
+        unread: tuple[str, ...] = (),
+    ) -> None:
+        """Register the gradient.
+
+        Args:
+            grads: NamedTuple type, whose fields are the inputs that have a gradient.
+            backward: (inputs, outputs, gradients of outputs) -> grads, a function or one per engine.
+                Gradients are cast to the dtypes of their inputs. A gradient of an output is None if nothing
+                depends on that output.
+            of: the outputs whose gradient counts; None = all.
+            saved: the outputs that `backward` reads; the others are None there.
+            unread: inputs that `backward` does not read and that have shape and dtype of the first output:
+                they are not saved, and the gradient of that output takes their place.
+        """
+        inputs, outputs = self.inputs, self.outputs
+        of = outputs._fields if of is None else of
+        nothing = outputs(*[None] * len(outputs._fields))
+
+        def arranged(given: tuple) -> tuple[NamedTuple, NamedTuple, NamedTuple]:
+            """The arguments of `backward`, from those of the registered operator."""
+            values = iter(given)
+            found = {name: next(values) for name in of}
+            kept = {name: next(values) for name in saved}
+            own = inputs(*values)
+            if unread:
+                own = own._replace(**dict.fromkeys(unread, found[of[0]]))
+            return own, nothing._replace(**kept), nothing._replace(**found)
+
+        def run(*given) -> list[Tensor]:
+            result, own = self.run(backward, *arranged(given)), arranged(given)[0]
+            names = [name for name in grads._fields if getattr(own, name) is not None]
+            found, wanted = (tensors_in(getattr(each, name) for name in names) for each in (result, own))
+            return [grad.to(like.dtype).contiguous() for grad, like in zip(found, wanted, strict=True)]
+
+        def empty_grads(*given) -> list[Tensor]:
+            own = arranged(given)[0]
+            return [
+                like.new_empty(like.shape) for like in tensors_in([getattr(own, n) for n in grads._fields])
+            ]
+
+        kinds, results = schema_of(inputs), schema_of(outputs)
+        arguments = [f"{OPTIONAL[results[name]]} {name}_grad" for name in of]
+        arguments += [f"{results[name]} {name}_out" for name in saved]
+        arguments += [f"{OPTIONAL[kind] if n in unread else kind} {n}" for n, kind in kinds.items()]
+        name, schema = f"linmu::{self.name}_backward", f"({', '.join(arguments)}) -> Tensor[]"
+        registered = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+        registered.register_fake(empty_grads)
+
+        def save(ctx, inputs: tuple, output) -> None:
+            ctx.set_materialize_grads(False)
+            output = self.outputs(*output) if isinstance(output, tuple) else self.outputs(output)
+            own = self.inputs(*inputs)._replace(**dict.fromkeys(unread))
+            values = [*(getattr(output, name) for name in saved), *own]
+            ctx.save_for_backward(*tensors_in(values))
+            ctx.values = [without_tensors(value) for value in values]
+
+        def gradients(ctx, *found) -> tuple:
+            if not tensors_in(found):
+                return (None,) * len(inputs._fields)
+            found, tensors = outputs(*found), iter(ctx.saved_tensors)
+            given = [*(getattr(found, name) for name in of), *(with_tensors(v, tensors) for v in ctx.values)]
+            direct = not is_observed() and all(map(is_plain, given))
+            result, own = iter((run if direct else registered)(*given)), arranged(tuple(given))[0]
+            values = {name: getattr(own, name) for name in grads._fields}
+            by_name = {
+                name: [next(result) for _ in value] if isinstance(value, list) else next(result)
+                for name, value in values.items()
+                if value is not None
+            }
+            return tuple(by_name.get(name) for name in inputs._fields)
+
+        self.registered.register_autograd(gradients, setup_context=save)
 
 
-def is_watched() -> bool:
-    """Whether a compiler, a tracer, a mode, a transform or forward-mode autograd follows what is called."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
+def on_device_of(tensor: Tensor, function: Callable, *arguments) -> Any:
+    """Call it with the GPU of `tensor` current, which Triton launches on."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return function(*arguments)
+    with torch.cuda.device_of(tensor):
+        return function(*arguments)
 
 
-def is_plain(argument: Any) -> bool:
-    """Whether it is a number, nothing, or memory that kernels may read as it stands, without a gradient; or a
-    list of these.
-    """
-    kind = type(argument)
-    if kind is Tensor or kind is nn.Parameter:
-        recorded = argument.requires_grad and torch.is_grad_enabled()
-        as_it_stands = not argument.is_neg()  # or its negation is yet to be done
-        return as_it_stands and not (recorded or argument.is_meta)
-    return kind in PLAIN or (kind is list and all(map(is_plain, argument)))
+def schema_of(fields: type[NamedTuple]) -> dict[str, str]:
+    """The types of the fields as torch's schemas have them."""
+    return {name: SCHEMA[kind] for name, kind in get_type_hints(fields).items()}
 
 
-def tell_autograd(overwritten: Tensor) -> None:
-    """As a registered operator does: a graph that saved the tensor before must not use it any more."""
-    if not overwritten.is_inference():
-        torch.autograd.graph.increment_version(overwritten)
+def tensors_in(values: Iterable) -> list[Tensor]:
+    """The tensors among some values, those in lists too."""
+    lists = (value if isinstance(value, list | tuple) else (value,) for value in values)
+    return [value for each in lists for value in each if isinstance(value, Tensor)]
+
+
+def without_tensors(value: Any) -> Any:
+    """A value with SAVED in the place of tensors."""
+    if isinstance(value, list | tuple):
+        return [without_tensors(each) for each in value]
+    return SAVED if isinstance(value, Tensor) else value
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of `without_tensors`."""
+    if isinstance(value, list):
+        return [with_tensors(each, tensors) for each in value]
+    return next(tensors) if value is SAVED else value

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from linmu import reference
 
+from ...reference.checks import require
 from ...reference.layout import SCAN_AXES, inverse_order
-from ..checks import require
-from ..scan import operator as operators
+from .operator import LayoutPlanInputs, Plan, layout_plan
 from .segments import openings
-from .sorts import Facts, Sorted, by_segment, examine, flat_order, scan_rows, window_numbers
+from .sorts import Facts, Sorted, by_segment, examine, scan_rows, window_numbers
+from .tokens import flat_order, gather_tokens
 
 __all__ = ["VisionLayout", "check_coords", "inverse_order", "permute_tokens", "scan_order", "window_ids"]
 
@@ -45,12 +46,7 @@ def in_rows(orders: Tensor, coords: Tensor) -> Tensor:
 
 def permute_tokens(tensor: Tensor, order: Tensor) -> Tensor:
     """Gather along the token axis: tensor (B, L, ...), order (B, L) -> out[b, i] = tensor[b, order[b, i]]."""
-    return take_rows(tensor, flat_order(order))
-
-
-def take_rows(tensor: Tensor, row: Tensor) -> Tensor:
-    """tensor (B, L, ...), row (B·L,) -> its rows of the flattened batch, in the same shape."""
-    return tensor.flatten(0, 1).index_select(0, row).view(tensor.shape)
+    return gather_tokens(tensor, flat_order(order)).view(tensor.shape)
 
 
 def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) -> Tensor:
@@ -79,7 +75,7 @@ class VisionTokens:
     token: Tensor | None  # (n,) int64 in the flattened batch, window by window; None = all
     row: Tensor  # (B, L) int64: where each token stands among them, -1 on text
     window_id: Tensor  # (1, n), or (B, L): the same number in a window, -1 in none
-    plan: tuple[Tensor, Tensor]  # of these windows
+    plan: Plan  # of these windows
 
     @classmethod
     def of(cls, layout: VisionLayout, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
@@ -90,15 +86,15 @@ class VisionTokens:
             token, place = token.long(), torch.arange(vision, device=token.device)
             row = torch.full_like(segment, -1)
             row.view(-1).scatter_(0, token, place)
-            return cls(token, row, window[None], (torch.stack([place.int(), window]), blocks))
+            return cls(token, row, window[None], Plan(torch.stack([place.int(), window]), blocks))
         plan = layout.window_plan(window_thw, layer_index)
         token, window = plan[0]
         window_id = torch.empty_like(window).scatter_(0, token.long(), window)
         return cls(None, layout.vision_row, window_id.view_as(segment), plan)
 
-    def taken(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         """(B, L, D) -> (1, n, D), or as it is."""
-        return tensor if self.token is None else tensor.flatten(0, 1).index_select(0, self.token)[None]
+        return tensor if self.token is None else gather_tokens(tensor, self.token)[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,80 +102,78 @@ class VisionLayout(reference.VisionLayout):
     """`linmu.reference.VisionLayout`, checked once, sorted on the device."""
 
     def __post_init__(self) -> None:
-        self._memo["facts"] = examine(self.coords, "VisionLayout")
+        _ = self.facts  # refuses malformed coordinates
 
     @property
     def facts(self) -> Facts:
         """What is known of the coordinates."""
-        return self._memo["facts"]
+        return self.once("facts", lambda: examine(self.coords, "VisionLayout"))
 
     @property
     def segment(self) -> Tensor:
         """The reference's, contiguous."""
-        return self._once("segment", lambda: self.coords[..., 0].contiguous())
+        return self.once("segment", lambda: self.coords[..., 0].contiguous())
 
     @property
     def is_vision(self) -> Tensor:
         """The reference's, made once."""
-        return self._once("vision", lambda: self.segment >= 0)
+        return self.once("vision", lambda: self.segment >= 0)
 
     @property
     def openings(self) -> Tensor:
-        """`scan_masks.openings` of this layout."""
-        return self._once("openings", lambda: openings(self.segment))
+        """`segments.openings` of this layout."""
+        return self.once("openings", lambda: openings(self.segment))
 
     @property
     def sorted(self) -> Sorted:
         """The coordinates in the order of their segments."""
-        return self._once("sorted", lambda: by_segment(self.coords, self.facts))
+        return self.once("sorted", lambda: by_segment(self.coords, self.facts))
 
     @property
     def scan_rows(self) -> Tensor:
         """(4, B·L) int64: the tokens of the flattened batch in the four scan orders, made all at once."""
-        return self._once("scan rows", lambda: scan_rows(self.sorted))
+        return self.once("scan rows", lambda: scan_rows(self.sorted))
 
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
-        return self._once("orders", lambda: in_rows(self.scan_rows, self.coords))[layer_index % 4]
+        return self.once("orders", lambda: in_rows(self.scan_rows, self.coords))[layer_index % 4]
 
     def in_order(self, tensor: Tensor, layer_index: int) -> Tensor:
         """`permute_tokens` into the order of this layer."""
-        return take_rows(tensor, self.scan_rows[layer_index % 4])
+        return gather_tokens(tensor, self.scan_rows[layer_index % 4]).view(tensor.shape)
 
     def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
         """`window_ids` of this layer, (B, L) int64; odd layers are shifted."""
         shifted = layer_index % 2 == 1
-        return self._once(
+        return self.once(
             ("windows", window_thw, shifted),
             lambda: window_numbers(self.sorted, self.is_vision, window_thw, shifted),
         )
 
-    def window_plan(
-        self, window_thw: tuple[int, int, int], layer_index: int, text: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """The order in which kernels take the tokens of these windows, `window_plan.window_plan`; `text` has
-        a place in it, or none."""
+    def window_plan(self, window_thw: tuple[int, int, int], layer_index: int, text: bool = True) -> Plan:
+        """The order in which kernels take the tokens of these windows, `plan.window_plan`; `text` has a place
+        in it, or none."""
         shifted = layer_index % 2 == 1
 
-        def make() -> tuple[Tensor, Tensor]:
+        def make() -> Plan:
             kind = (self.facts.vision, list(window_thw), shifted, text)
-            return operators.layout_plan(*self.sorted, *kind)
+            return layout_plan(LayoutPlanInputs(*self.sorted, *kind))
 
-        return self._once(("window plan", window_thw, shifted, text), make)
+        return self.once(("window plan", window_thw, shifted, text), make)
 
     def vision_tokens(self, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
         """The tokens of these windows, without text."""
         key = ("vision tokens", window_thw, layer_index % 2 == 1)
-        return self._once(key, lambda: VisionTokens.of(self, window_thw, layer_index))
+        return self.once(key, lambda: VisionTokens.of(self, window_thw, layer_index))
 
     @property
     def vision_row(self) -> Tensor:
         """(B, L) int64: where each token stands in the flattened batch, -1 on text."""
-        return self._once("vision row", lambda: own_rows(self.is_vision))
+        return self.once("vision row", lambda: own_rows(self.is_vision))
 
 
 def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:
     """The same layout as our `VisionLayout`, made once per layout: a caller may bring the reference's."""
     if layout is None or isinstance(layout, VisionLayout):
         return layout
-    return layout._once("optimized", lambda: VisionLayout(layout.coords))
+    return layout.once("optimized", lambda: VisionLayout(layout.coords))

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sorts import Sorted, flat_order, window_keys
+from .sorts import Sorted, window_keys
+from .tokens import flat_order
 
 BLOCK = 128  # tokens; a power of two
 

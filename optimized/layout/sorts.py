@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...reference.checks import require_int64
 from ...reference.layout import SCAN_AXES
 from ...reference.layout import check_coords as explain_coords
-from ..checks import require_int64
 from .segments import parted
+from .tokens import flat_order
 
 LARGEST_KEY = 2**62
 
@@ -78,14 +79,6 @@ def by_segment(coords: Tensor, facts: Facts) -> Sorted:
     if not narrow:
         segment, segments = number(segment), len(segment)
     return Sorted(token, columns, segment, segments, largest, narrow)
-
-
-def flat_order(order: Tensor) -> Tensor:
-    """(B, L) -> (B·L,): the same tokens' places in the flattened batch."""
-    if len(order) == 1:
-        return order[0]
-    start = torch.arange(order.shape[0], device=order.device)[:, None] * order.shape[1]
-    return (order + start).flatten()
 
 
 def joined(keys: list[Tensor], extents: list[int], narrow: bool) -> Tensor:

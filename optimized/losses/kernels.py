@@ -2,7 +2,7 @@
 """Triton kernels for the logit loss: one program a token, the vocabulary in blocks, nothing kept but two
 sums.
 
-Letters and equations as in `losses`. Tokens that are not supervised are skipped.
+Letters and equations as in `torch_engine`. Tokens that are not supervised are skipped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import launching, power_of_2
-from ..scan.kernels.tiles import rows_of
+from ..engine.launch import as_bytes, power_of_2, rows_of
+from .operator import LossGrads, LossInputs, LossOutputs
 
 BLOCK = 2048
 
@@ -37,20 +37,9 @@ def log_sum(LOGITS, inverse, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def divergence_kernel(
-    STUDENT,
-    TEACHER,
-    MASK,
-    OUT,
-    s_batch,
-    s_token,
-    t_batch,
-    t_token,
-    length,
-    inverse,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
+    STUDENT, TEACHER, MASK, OUT, s_batch, s_token, t_batch, t_token, length, inverse,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
     """Σ_v p_t (log p_t - log p_s) of one token, 0 if it is not supervised: eq. (2) of the reference."""
     row = tl.cast(tl.program_id(0), tl.int64)
     supervised = row >= 0
@@ -75,21 +64,9 @@ def divergence_kernel(
 
 @triton.jit
 def gradient_kernel(
-    STUDENT,
-    TEACHER,
-    MASK,
-    FACTOR,
-    GRAD,
-    s_batch,
-    s_token,
-    t_batch,
-    t_token,
-    length,
-    inverse,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
+    STUDENT, TEACHER, MASK, FACTOR, GRAD, s_batch, s_token, t_batch, t_token, length, inverse,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
     """factor · (p_s - p_t) of one token, 0 if it is not supervised."""
     row = tl.cast(tl.program_id(0), tl.int64)
     supervised = row >= 0
@@ -115,21 +92,21 @@ def gradient_kernel(
             tl.store(out + start + place, nothing, mask=start + place < SIZE)
 
 
-def arguments(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> dict:
+def arguments(inputs: LossInputs, student: Tensor, teacher: Tensor) -> dict:
     """What both kernels take."""
     return {
         "STUDENT": student,
         "TEACHER": teacher,
-        "MASK": None if mask is None else mask.contiguous().view(torch.uint8),
+        "MASK": as_bytes(inputs.mask),
         "s_batch": student.stride(0),
         "s_token": student.stride(1),
         "t_batch": teacher.stride(0),
         "t_token": teacher.stride(1),
         "length": student.shape[1],
-        "inverse": 1 / temperature,
+        "inverse": 1 / inputs.temperature,
         "SIZE": student.shape[2],
         "BLOCK": min(BLOCK, power_of_2(student.shape[2])),
-        "HAS_MASK": mask is not None,
+        "HAS_MASK": inputs.mask is not None,
         "num_warps": 8,
     }
 
@@ -141,23 +118,18 @@ def supervised_count(student: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum().clamp_min(1)
 
 
-@launching
-def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    """`losses.divergence` on a Triton kernel: a float32 scalar."""
-    student, teacher = rows_of(student), rows_of(teacher)
+def forward(inputs: LossInputs) -> Tensor:
+    """The operator on a Triton kernel: a float32 scalar."""
+    student, teacher = rows_of(inputs.student), rows_of(inputs.teacher)
     rows = student.new_empty(student.shape[:2], dtype=torch.float32)
-    divergence_kernel[(rows.numel(),)](**arguments(student, teacher, mask, temperature), OUT=rows)
-    return rows.sum() * temperature**2 / supervised_count(student, mask)
+    divergence_kernel[(rows.numel(),)](**arguments(inputs, student, teacher), OUT=rows)
+    return rows.sum() * inputs.temperature**2 / supervised_count(student, inputs.mask)
 
 
-@launching
-def divergence_gradient(
-    loss_grad: Tensor, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
-) -> Tensor:
-    """`losses.divergence_gradient` on a Triton kernel, in the dtype of the student."""
-    student, teacher = rows_of(student), rows_of(teacher)
-    factor = loss_grad.float() * temperature / supervised_count(student, mask)
-    grad = student.new_empty(student.shape)
-    tokens = student.shape[0] * student.shape[1]
-    gradient_kernel[(tokens,)](**arguments(student, teacher, mask, temperature), FACTOR=factor, GRAD=grad)
-    return grad
+def backward(inputs: LossInputs, outputs: LossOutputs, grads: LossOutputs) -> LossGrads:
+    """Its gradient on a Triton kernel, in the dtype of the student."""
+    student, teacher = rows_of(inputs.student), rows_of(inputs.teacher)
+    factor = grads.loss.float() * inputs.temperature / supervised_count(student, inputs.mask)
+    grad, tokens = student.new_empty(student.shape), student.shape[0] * student.shape[1]
+    gradient_kernel[(tokens,)](**arguments(inputs, student, teacher), FACTOR=factor, GRAD=grad)
+    return LossGrads(grad)

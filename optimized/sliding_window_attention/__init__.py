@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference.sliding_window_attention import WindowState, check_sliding_window
-from ..precision import without_autocast
-from .operator import attend, attend_step
+from .operator import SlidingInputs, StepInputs, attend, attend_step
 from .spans import Spans, find_spans
 
 __all__ = ["Spans", "WindowState", "attend_spans", "find_spans", "sliding_window_attention", "step_in_place"]
 
 
-@without_autocast
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
@@ -39,12 +37,8 @@ def sliding_window_attention(
 ) -> tuple[Tensor, WindowState]:
     """`linmu.reference.sliding_window_attention`: arguments, results and errors are the same."""
     check_sliding_window("sliding_window_attention", q, k, v, window, asks, valid, sequence, initial_state)
-    if (
-        initial_state is not None
-        and window > 1
-        and q.shape[1] == 1
-        and not is_recorded(q, k, v, initial_state)
-    ):
+    one_token = initial_state is not None and window > 1 and q.shape[1] == 1
+    if one_token and not is_recorded(q, k, v, initial_state):
         k_before, v_before, present = initial_state
         own = WindowState(owned(k_before, k.dtype), owned(v_before, v.dtype), present)
         return step_in_place(q, k, v, own, asks=asks, valid=valid, scale=scale)
@@ -53,7 +47,6 @@ def sliding_window_attention(
     return attend_spans(q, k, v, window, spans, initial_state=initial_state, scale=scale)
 
 
-@without_autocast
 def attend_spans(
     q: Tensor,
     k: Tensor,
@@ -63,13 +56,14 @@ def attend_spans(
     *,
     initial_state: WindowState | None = None,
     scale: float | None = None,
+    engine: str | None = None,
 ) -> tuple[Tensor, WindowState]:
     """`sliding_window_attention` with its spans found before: they serve any number of layers and passes."""
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if initial_state is not None:
         k = torch.cat([initial_state.k.to(k.dtype), k], dim=1)
         v = torch.cat([initial_state.v.to(v.dtype), v], dim=1)
-    o, _ = attend(q, k, v, spans.asks, spans.valid, spans.low, spans.high, window, scale)
+    o, _ = attend(SlidingInputs(q, k, v, *spans[:4], window, scale, engine))
     return o, state_after(k, v, spans.valid, spans.last, window)
 
 
@@ -98,6 +92,7 @@ def step_in_place(
     asks: Tensor | None = None,
     valid: Tensor | None = None,
     scale: float | None = None,
+    engine: str | None = None,
 ) -> tuple[Tensor, WindowState]:
     """`sliding_window_attention` of one token, without a gradient, that overwrites the state's k and v.
 
@@ -105,7 +100,8 @@ def step_in_place(
     """
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     asks, valid = (None if mask is None else mask[:, 0] for mask in (asks, valid))
-    o, present = attend_step(q[:, 0], k[:, 0], v[:, 0], *state, asks, valid, scale)
+    inputs = StepInputs(q[:, 0], k[:, 0], v[:, 0], *state, asks, valid, scale, engine)
+    o, present = attend_step(inputs)
     return o[:, None], WindowState(state.k, state.v, present)
 
 

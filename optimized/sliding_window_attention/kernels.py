@@ -17,8 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import ceil_div, launching, shared_memory
-from ..scan.kernels.tiles import as_bytes, rows_of, stride_arguments, tile_size
+from ..engine.launch import (
+    as_bytes,
+    ceil_div,
+    contiguous,
+    rows_of,
+    shared_memory,
+    stride_arguments,
+    tile_size,
+)
+from .operator import SlidingInputs, SlidingOutputs, sliding_outputs
 
 LOG2_E = 1.4426950408889634
 NOWHERE = tl.constexpr(2**31 - 1)  # a place behind all keys
@@ -168,48 +176,29 @@ def attend_kernel(
     tl.store(LSE + (batch * HEADS + head) * length + token, lse, mask=real)
 
 
-@launching
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`torch_engine.forward` on Triton: o (B, L, H, P), and lse (B, H, L) as a power of two."""
-    q, k, v = (rows_of(tensor.to(q.dtype)) for tensor in (q, k, v))
-    batch, length, heads, _ = q.shape
-    o = q.new_empty(batch, length, heads, v.shape[3])
-    lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+def forward(inputs: SlidingInputs) -> SlidingOutputs:
+    """The operator on Triton: lse is a power of two."""
+    q, k, v = tensors = tuple(rows_of(tensor.to(inputs.q.dtype)) for tensor in inputs[:3])
+    o, lse = sliding_outputs(inputs)
     tiles = fitting(FORWARD, q, v)
-    arguments = shared_arguments({"q": q, "k": k, "v": v}, asks, valid, low, window, scale, tiles)
-    attend_kernel[(batch * ceil_div(length, tiles.rows) * heads,)](q, k, v, OUT=o, LSE=lse, **arguments)
-    return o, lse
+    arguments = shared_arguments({"q": q, "k": k, "v": v}, inputs, tiles)
+    grid = (q.shape[0] * ceil_div(q.shape[1], tiles.rows) * q.shape[2],)
+    attend_kernel[grid](*tensors, OUT=o, LSE=lse, **arguments)
+    return SlidingOutputs(o, lse)
 
 
-def shared_arguments(
-    tensors: dict[str, Tensor],
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    window: int,
-    scale: float,
-    tiles: Tiles,
-) -> dict:
+def shared_arguments(tensors: dict[str, Tensor], inputs: SlidingInputs, tiles: Tiles) -> dict:
     """Strides, sizes, spans and options of the launch, which all these kernels take."""
     q, k, v = (tensors[name] for name in "qkv")
     return {
         **stride_arguments(**tensors),
-        **{"ASKS": as_bytes(asks), "HAS_ASKS": asks is not None},
-        **{"VALID": as_bytes(valid), "HAS_VALID": valid is not None},
-        **{"LOW": low if low is None else low.contiguous(), "HAS_LOW": low is not None},
+        **{"ASKS": as_bytes(inputs.asks), "HAS_ASKS": inputs.asks is not None},
+        **{"VALID": as_bytes(inputs.valid), "HAS_VALID": inputs.valid is not None},
+        **{"LOW": contiguous(inputs.low), "HAS_LOW": inputs.low is not None},
         "length": q.shape[1],
         "keys": k.shape[1],
-        "window": min(window, k.shape[1]),  # which 32 bits hold
-        "scale": scale * LOG2_E,
+        "window": min(inputs.window, k.shape[1]),  # which 32 bits hold
+        "scale": inputs.scale * LOG2_E,
         "HEADS": q.shape[2],
         "RATIO": q.shape[2] // k.shape[2],
         "N": q.shape[3],

@@ -11,10 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..engine.launch import ceil_div, launching
-from ..scan.kernels.tiles import rows_of
+from ..engine.launch import ceil_div, contiguous, rows_of
 from .kernels import (
     NOWHERE,
     Tiles,
@@ -28,6 +26,7 @@ from .kernels import (
     tile_at,
     tile_of_program,
 )
+from .operator import SlidingGrads, SlidingInputs, SlidingOutputs
 
 QUERY_GRADIENT = table(Tiles(64, 32, 4, 3), Tiles(64, 32, 8, 2), Tiles(16, 16, 8, 1))
 KEY_GRADIENT = table(Tiles(64, 32, 4, 2), Tiles(64, 16, 8, 1), Tiles(16, 16, 8, 1))
@@ -247,36 +246,23 @@ def key_gradient_kernel(
     store_tile(V_GRAD, at * P, v_grad, columns_p, real, P)
 
 
-@launching
-def backward(
-    o_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch_engine.backward` on Triton: the gradients of q, k and v in the dtype of `q`."""
-    q, k, v, o_grad = tensors = tuple(rows_of(tensor.to(q.dtype)) for tensor in (q, k, v, o_grad))
-    by_name = dict(zip("qkvg", tensors, strict=True))
-    q_grad, k_grad, v_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    known = {"LSE": lse.contiguous(), "DELTA": torch.empty_like(lse, memory_format=torch.contiguous_format)}
-    known |= {"natural_scale": scale}
+def backward(inputs: SlidingInputs, outputs: SlidingOutputs, grads: SlidingOutputs) -> SlidingGrads:
+    """The gradients on Triton, in the dtype of q."""
+    given = (*inputs[:3], grads.o)
+    tensors = tuple(rows_of(tensor.to(inputs.q.dtype)) for tensor in given)
+    by_name, (q, k, v) = dict(zip("qkvg", tensors, strict=True)), tensors[:3]
+    found = SlidingGrads(*(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)))
+    lse = outputs.lse.contiguous()
+    known = {"LSE": lse, "DELTA": torch.empty_like(lse), "natural_scale": inputs.scale}
     batch, length, heads, _ = q.shape
     tiles = fitting(QUERY_GRADIENT, q, v)
-    arguments = shared_arguments(by_name, asks, valid, low, window, scale, tiles)
-    own = {"OUT": o.contiguous(), "Q_GRAD": q_grad, "FINE": q.dtype != torch.float32}
+    arguments = shared_arguments(by_name, inputs, tiles)
+    own = {"OUT": outputs.o.contiguous(), "Q_GRAD": found.q, "FINE": q.dtype != torch.float32}
     grid = (batch * ceil_div(length, tiles.rows) * heads,)
     query_gradient_kernel[grid](*tensors, **arguments, **known, **own)
     tiles = fitting(KEY_GRADIENT, q, v)
-    arguments = shared_arguments(by_name, asks, valid, low, window, scale, tiles)
-    own = {"HIGH": high if high is None else high.contiguous(), "K_GRAD": k_grad, "V_GRAD": v_grad}
+    arguments = shared_arguments(by_name, inputs, tiles)
+    own = {"HIGH": contiguous(inputs.high), "K_GRAD": found.k, "V_GRAD": found.v}
     grid = (batch * ceil_div(k.shape[1], tiles.rows) * k.shape[2],)
     key_gradient_kernel[grid](*tensors, **arguments, **known, **own)
-    return q_grad, k_grad, v_grad
+    return found

@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..engine.launch import launching
-from ..scan.kernels.tiles import as_bytes, rows_of, tile_size
+from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
+from .operator import StepInputs, StepOutputs, step_outputs
 
 COLUMNS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # places that a program takes at once
 
@@ -106,40 +105,27 @@ def step_kernel(
     tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(head < RATIO)[None, :] & real_p[:, None])
 
 
-@launching
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state_k: Tensor,
-    state_v: Tensor,
-    present: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`torch_engine.step` on Triton."""
-    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+def step(inputs: StepInputs) -> StepOutputs:
+    """The operator on Triton."""
+    q, k, v = (rows_of(tensor) for tensor in inputs[:3])
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
-    o = q.new_empty(batch, heads, value_size)
-    present = present.contiguous()
-    after = torch.empty_like(present)
+    o, after = step_outputs(inputs)
     step_kernel[(batch * groups,)](
         q,
-        k.to(state_k.dtype),
-        v.to(state_v.dtype),
-        state_k,
-        state_v,
-        as_bytes(present),
+        k,
+        v,
+        inputs.state_k,
+        inputs.state_v,
+        as_bytes(inputs.present),
         as_bytes(after),
-        as_bytes(asks),
-        as_bytes(valid),
+        as_bytes(inputs.asks),
+        as_bytes(inputs.valid),
         o,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
-        scale * LOG2_E,
-        PLACES=present.shape[1],
+        inputs.scale * LOG2_E,
+        PLACES=after.shape[1],
         GROUPS=groups,
         RATIO=heads // groups,
         N=size,
@@ -148,9 +134,9 @@ def step(
         BLOCK_N=tile_size(size),
         BLOCK_P=tile_size(value_size),
         COLUMNS=COLUMNS[q.dtype],
-        HAS_ASKS=asks is not None,
-        HAS_VALID=valid is not None,
+        HAS_ASKS=inputs.asks is not None,
+        HAS_VALID=inputs.valid is not None,
         num_warps=4,
         num_stages=2,
     )
-    return o, after
+    return StepOutputs(o, after)

@@ -1,124 +1,133 @@
-"""The registered operators of sliding-window attention: forward, backward and one token of decoding.
+"""Sliding-window attention as registered operators: `linmu::sliding_window_attention` and, for one token of
+decoding, `linmu::sliding_window_step`.
 
-M keys stand before and at the L tokens, as in `spans`. Each operator runs on the engine of its tensors and is
-opaque to torch.compile.
+Letters: B batch, L tokens, M keys, W window, H query heads, G groups, N head dim of q and k, P head dim of v.
+The keys before the tokens are the state's, as in `spans`; `torch_engine` has the equations.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from ..engine import choose_engine
-from ..engine.operator import operator
-from ..precision import accumulation_dtype
-from . import torch_engine
-
-NAME = "sliding_window_attention"
+from ...reference.numerics import accumulation_dtype
+from ..engine.operator import Engines, Operator, lazy
 
 
-def engine_of(q: Tensor, v: Tensor) -> str:
-    """Of one call."""
-    return choose_engine(NAME, q, q.shape[-1], v.shape[-1])
+class SlidingInputs(NamedTuple):
+    """What the attention reads.
 
-
-@operator(NAME)
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o (B, L, H, P), and the logarithm of softmax's denominator, (B, H, L), for the backward pass.
-
-    q (B, L, H, N), k (B, M, G, N), v (B, M, G, P); the others as in `spans.Spans`.
+    Args:
+        q, k, v: (B, L, H, N), (B, M, G, N), (B, M, G, P).
+        asks, valid, low, high: as in `spans.Spans`.
+        window: W.
+        scale: factor on q·k.
+        engine: "triton" or "torch"; None = by the tensors.
     """
-    if engine_of(q, v) == "torch":
-        return torch_engine.forward(q, k, v, asks, valid, low, window, scale)
-    from . import kernels
 
-    return kernels.forward(q, k, v, asks, valid, low, window, scale)
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    asks: Tensor | None
+    valid: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+    window: int
+    scale: float
+    engine: str | None = None
 
 
-@attend.register_fake
-def attend_fake(q, k, v, asks, valid, low, high, window, scale):
+class SlidingOutputs(NamedTuple):
+    """o (B, L, H, P) in the dtype of q; lse (B, H, L), the logarithm of softmax's denominator: natural from
+    the torch engine, to the base 2 from the kernels.
+    """
+
+    o: Tensor
+    lse: Tensor
+
+
+class SlidingGrads(NamedTuple):
+    """The gradients of the inputs of the same names."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def sliding_outputs(inputs: SlidingInputs) -> SlidingOutputs:
+    """Shapes and dtypes of the outputs."""
+    q = inputs.q
     batch, length, heads, _ = q.shape
     lse = q.new_empty(batch, heads, length, dtype=accumulation_dtype(q.dtype))
-    return q.new_empty(batch, length, heads, v.shape[3]), lse
+    return SlidingOutputs(q.new_empty(batch, length, heads, inputs.v.shape[3]), lse)
 
 
-@operator(f"{NAME}_backward")
-def attend_backward(
-    o_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
-    if engine_of(q, v) == "torch":
-        grads = torch_engine.backward(o_grad, q, k, v, asks, valid, low, lse, window, scale)
-    else:
-        from . import kernels_backward
-
-        grads = kernels_backward.backward(o_grad, q, k, v, asks, valid, low, high, o, lse, window, scale)
-    return tuple(grad.to(tensor.dtype).contiguous() for grad, tensor in zip(grads, (q, k, v), strict=True))
+attend = Operator(
+    "sliding_window_attention",
+    SlidingInputs,
+    SlidingOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "forward"), lazy(f"{__package__}.kernels", "forward")
+    ),
+    fake=sliding_outputs,
+    head_dims=lambda inputs: (inputs.q.shape[3], inputs.v.shape[3]),
+)
+attend.has_gradient(
+    SlidingGrads,
+    Engines(
+        lazy(f"{__package__}.torch_engine", "backward"), lazy(f"{__package__}.kernels_backward", "backward")
+    ),
+    of=("o",),
+    saved=("o", "lse"),
+)
 
 
-@attend_backward.register_fake
-def attend_backward_fake(o_grad, q, k, v, *rest):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+class StepInputs(NamedTuple):
+    """What one token a row reads. There is no gradient.
 
-
-def save_for_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def gradients(ctx, o_grad: Tensor, _):
-    q_grad, k_grad, v_grad = attend_backward(o_grad, *ctx.saved_tensors, ctx.window, ctx.scale)
-    return q_grad, k_grad, v_grad, None, None, None, None, None, None
-
-
-attend.register_autograd(gradients, setup_context=save_for_backward)
-
-
-@operator("sliding_window_step", mutates_args={"state_k", "state_v"})
-def attend_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state_k: Tensor,
-    state_v: Tensor,
-    present: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """One token a row: o (B, H, P), and what is `present` afterwards. Without a gradient.
-
-    q (B, H, N), k (B, G, N), v (B, G, P); state_k (B, W-1, G, N) and state_v (B, W-1, G, P), contiguous and
-    in the dtypes of k and v, are overwritten with the state after the token; present (B, W-1), W > 1; asks
-    and valid (B,) bool.
+    Args:
+        q, k, v: (B, H, N), (B, G, N), (B, G, P).
+        state_k, state_v: (B, W-1, G, N) and (B, W-1, G, P), contiguous, in the dtypes of k and v; they are
+            overwritten with the state after the token.
+        present: (B, W-1) bool, what there is of the state; W > 1.
+        asks, valid: (B,) bool; None = all.
+        scale: factor on q·k.
+        engine: "triton" or "torch"; None = by the tensors.
     """
-    if engine_of(q, v) == "torch":
-        return torch_engine.step(q, k, v, state_k, state_v, present, asks, valid, scale)
-    from . import kernels_step
 
-    return kernels_step.step(q, k, v, state_k, state_v, present, asks, valid, scale)
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state_k: Tensor
+    state_v: Tensor
+    present: Tensor
+    asks: Tensor | None
+    valid: Tensor | None
+    scale: float
+    engine: str | None = None
 
 
-@attend_step.register_fake
-def attend_step_fake(q, k, v, state_k, state_v, present, asks, valid, scale):
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), present.new_empty(present.shape)
+class StepOutputs(NamedTuple):
+    """o (B, H, P) in the dtype of q, and what is present after the token, (B, W-1) bool."""
+
+    o: Tensor
+    present: Tensor
+
+
+def step_outputs(inputs: StepInputs) -> StepOutputs:
+    """Shapes and dtypes of the outputs."""
+    q, present = inputs.q, inputs.present
+    o = q.new_empty(q.shape[0], q.shape[1], inputs.v.shape[2])
+    return StepOutputs(o, present.new_empty(present.shape))
+
+
+attend_step = Operator(
+    "sliding_window_step",
+    StepInputs,
+    StepOutputs,
+    forward=Engines(lazy(f"{__package__}.torch_engine", "step"), lazy(f"{__package__}.kernels_step", "step")),
+    fake=step_outputs,
+    head_dims=lambda inputs: (inputs.q.shape[2], inputs.v.shape[2]),
+    overwrites=("state_k", "state_v"),
+)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..precision import accumulation_dtype, without_autocast
+from ...reference.numerics import accumulation_dtype
+from .operator import SlidingGrads, SlidingInputs, SlidingOutputs, StepInputs, StepOutputs
 
 BLOCK = 64  # tokens at least
 SLAB_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of the scores of the blocks that are taken at once
@@ -71,18 +72,10 @@ def gathered(tensor: Tensor, index: Tensor) -> Tensor:
     return rows.masked_fill(outside[..., None, None], 0)
 
 
-def blocks(
-    length: int,
-    keys: int,
-    window: int,
-    heads: int,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    like: Tensor,
-) -> Iterator[Blocks]:
-    """All blocks of (B, keys) places, cut into slabs."""
-    batch, device = like.shape[0], like.device
+def blocks(inputs: SlidingInputs) -> Iterator[Blocks]:
+    """All blocks of (B, M) places, cut into slabs."""
+    (batch, length, heads, _), keys, device = inputs.q.shape, inputs.k.shape[1], inputs.q.device
+    asks, valid, low, window = inputs.asks, inputs.valid, inputs.low, inputs.window
     order = torch.arange(keys, device=device).expand(batch, keys)
     count = torch.full((batch, 1, 1), keys, device=device)
     if valid is not None:
@@ -115,60 +108,40 @@ def places(order: Tensor, nth: Tensor, count: Tensor) -> Tensor:
     return found.masked_fill((nth < 0) | (nth >= count), keys)
 
 
-@without_autocast
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Eq. (1): o (B, L, H, P) in the dtype of `q`, and lse (B, H, L); both 0 where a token does not ask."""
+def forward(inputs: SlidingInputs) -> SlidingOutputs:
+    """Eq. (1); o and lse are 0 where a token does not ask."""
+    q, k, v = inputs[:3]
     (batch, length, heads, _), wide = q.shape, accumulation_dtype(q.dtype)
     o = q.new_zeros(batch, length + 1, heads, v.shape[3])
     lse = q.new_zeros(batch, length + 1, heads, 1, dtype=wide)
-    for block in blocks(length, k.shape[1], window, heads, asks, valid, low, q):
+    for block in blocks(inputs):
         queries = block.tokens_of(q, k.shape[2], wide)
-        scores = masked_scores(queries, block.keys_of(k, wide), block, scale)
+        scores = masked_scores(queries, block.keys_of(k, wide), block, inputs.scale)
         log_sum = scores.logsumexp(-1, keepdim=True)
         log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0)  # of tokens that do not ask
         block.write_tokens(scores.sub_(log_sum).exp_() @ block.keys_of(v, wide), o)
         block.write_tokens(log_sum, lse)
-    return o[:, :length].contiguous(), lse[:, :length, :, 0].transpose(1, 2).contiguous()
+    return SlidingOutputs(o[:, :length].contiguous(), lse[:, :length, :, 0].transpose(1, 2).contiguous())
 
 
-@without_autocast
-def backward(
-    o_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    low: Tensor | None,
-    lse: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (2): the gradients of q, k and v, at least float32; `lse` is what `forward` gave."""
-    (batch, length, heads, _), wide, groups = q.shape, accumulation_dtype(q.dtype), k.shape[2]
+def backward(inputs: SlidingInputs, outputs: SlidingOutputs, grads: SlidingOutputs) -> SlidingGrads:
+    """Eq. (2): the gradients of q, k and v, at least float32."""
+    q, k, v = inputs[:3]
+    (batch, length, *_), wide, groups = q.shape, accumulation_dtype(q.dtype), k.shape[2]
     q_grad = q.new_zeros(batch, length + 1, *q.shape[2:], dtype=wide)
     k_grad, v_grad = (t.new_zeros(batch, t.shape[1] + 1, *t.shape[2:], dtype=wide) for t in (k, v))
-    by_token = lse.transpose(1, 2)[..., None]
-    for block in blocks(length, k.shape[1], window, heads, asks, valid, low, q):
-        queries, grad, log_sum = (block.tokens_of(t, groups, wide) for t in (q, o_grad, by_token))
+    lse = outputs.lse.transpose(1, 2)[..., None]
+    for block in blocks(inputs):
+        queries, grad, log_sum = (block.tokens_of(t, groups, wide) for t in (q, grads.o, lse))
         keys, values = block.keys_of(k, wide), block.keys_of(v, wide)
-        weights = masked_scores(queries, keys, block, scale).sub_(log_sum).exp_()
+        weights = masked_scores(queries, keys, block, inputs.scale).sub_(log_sum).exp_()
         weights_grad = grad @ values.mT
         delta = (weights * weights_grad).sum(-1, keepdim=True)
-        scores_grad = weights * (weights_grad - delta) * scale
+        scores_grad = weights * (weights_grad - delta) * inputs.scale
         block.write_tokens(scores_grad @ keys, q_grad)
         block.add_keys(scores_grad.mT @ queries, k_grad)  # a group's heads are rows of one product
         block.add_keys(weights.mT @ grad, v_grad)
-    return q_grad[:, :length], k_grad[:, :-1], v_grad[:, :-1]
+    return SlidingGrads(q_grad[:, :length], k_grad[:, :-1], v_grad[:, :-1])
 
 
 def masked_scores(queries: Tensor, keys: Tensor, block: Blocks, scale: float) -> Tensor:
@@ -178,19 +151,9 @@ def masked_scores(queries: Tensor, keys: Tensor, block: Blocks, scale: float) ->
     return by_head.masked_fill_(~block.seen[:, :, None, None], -torch.inf).flatten(3, 4)
 
 
-@without_autocast
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state_k: Tensor,
-    state_v: Tensor,
-    present: Tensor,
-    asks: Tensor | None,
-    valid: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """One token a row against the state and itself; see `operator.sliding_window_step`."""
+def step(inputs: StepInputs) -> StepOutputs:
+    """One token a row against the state and itself."""
+    q, k, v, state_k, state_v, present, asks, valid, scale, _ = inputs
     wide, groups = accumulation_dtype(q.dtype), k.shape[1]
     taken = torch.ones_like(present[:, :1]) if valid is None else valid[:, None]
     asking = taken[:, 0] if asks is None else asks & taken[:, 0]
@@ -206,4 +169,4 @@ def step(
     state_k.copy_(torch.where(taken[..., None, None], keys[:, 1:], keys[:, :-1]))
     state_v.copy_(torch.where(taken[..., None, None], values[:, 1:], values[:, :-1]))
     new_present = torch.where(taken, there[:, 1:], there[:, :-1])
-    return o.masked_fill(~asking[:, None, None], 0).to(q.dtype), new_present
+    return StepOutputs(o.masked_fill(~asking[:, None, None], 0).to(q.dtype), new_present)

@@ -1,7 +1,8 @@
-"""`reference/window_attention.py`, fast, on the engine of the tensors.
+"""Window attention: `reference/window_attention.py`, all windows at once.
 
-Letters: B batch, L tokens, H query heads, G groups, N head dim of q and k, P head dim of v.
-`batched_windows.py` has the equations and the torch engine.
+Letters: B batch, L tokens, H query heads, G groups, N head dim of q and k, P head dim of v. `torch_engine`
+has the equations, `operator` what is registered, `kernels` and `kernels_backward` the Triton engine, and
+`tiles` what they share.
 """
 
 from __future__ import annotations
@@ -9,30 +10,33 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...reference.window_attention import check_window_attention
-from ..precision import without_autocast
-from ..scan import operator as operators
+from ..layout.operator import Plan, WindowPlanInputs, window_plan
+from . import operator
+from .operator import AttentionInputs
+
+__all__ = ["planned_attention", "window_attention"]
 
 
-@without_autocast
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, *, scale: float | None = None
 ) -> Tensor:
     """`linmu.reference.window_attention`: arguments, result and errors are the same."""
     check_window_attention("window_attention", q, k, v, window_id)
-    return planned_attention(q, k, v, window_id, operators.window_plan(window_id), scale=scale)
+    return planned_attention(q, k, v, window_id, window_plan(WindowPlanInputs(window_id)), scale=scale)
 
 
-@without_autocast
 def planned_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     window_id: Tensor,
-    plan: tuple[Tensor, Tensor],
+    plan: Plan,
     *,
     scale: float | None = None,
+    engine: str | None = None,
 ) -> Tensor:
-    """`window_attention` with the plan of `window_id` made before, `VisionLayout.window_plan`'s for one: it
-    serves any number of layers and passes."""
+    """`window_attention` with a plan of `window_id` made before, as `VisionLayout.window_plan`'s, which
+    serves any number of layers and passes.
+    """
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return operators.window_attention(q, k, v, window_id, *plan, scale)[0]
+    return operator.window_attention(AttentionInputs(q, k, v, window_id, *plan, scale, engine))[0]

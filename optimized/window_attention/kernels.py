@@ -1,7 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernels for window attention, forward: tokens gathered window by window.
 
-Letters and equations as in `batched_windows`, the order of the tokens and its blocks in `window_plan`. For a
+Letters and equations as in `torch_engine`, the order of the tokens and its blocks in `layout.plan`. For a
 block of one window that fits a tile, a program holds the window's keys and values, takes the heads of their
 group one after the other, each with a softmax in one go, and loads the next head's queries meanwhile.
 Elsewhere, in small windows, large ones and float32, it walks over the tokens of all windows that the block
@@ -14,11 +14,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..engine.launch import launching
+from ..engine.launch import rows_of
 from ..layout import plan as window_plan
-from ..scan.kernels.tiles import rows_of
+from .operator import AttentionInputs, AttentionOutputs, attention_outputs
 from .tiles import (
     Tiles,
     held,
@@ -42,36 +41,11 @@ HELD = dict.fromkeys((torch.bfloat16, torch.float16), Tiles(window_plan.BLOCK, 2
 
 @triton.jit
 def attend_held_kernel(
-    Q,
-    K,
-    V,
-    TOKEN,
-    WINDOW,
-    BLOCKS,
-    OUT,
-    LSE,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    length,
-    scale,
-    share,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FLAT: tl.constexpr,
-):
+    Q, K, V, TOKEN, WINDOW, BLOCKS, OUT, LSE,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length, scale, share,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
     """Eq. (1) for blocks of one window that a tile holds, `held`, and for those of no window: `share` heads
     of one group, for which keys and values are loaded once."""
     group, first, last, begin, step = turns_of_program(share, HEADS // RATIO, RATIO)
@@ -113,38 +87,12 @@ def attend_held_kernel(
 
 @triton.jit
 def attend_kernel(
-    Q,
-    K,
-    V,
-    TOKEN,
-    WINDOW,
-    BLOCKS,
-    OUT,
-    LSE,
-    q_batch,
-    q_token,
-    q_head,
-    k_batch,
-    k_token,
-    k_head,
-    v_batch,
-    v_token,
-    v_head,
-    length,
-    scale,
-    share,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FLAT: tl.constexpr,
-):
+    Q, K, V, TOKEN, WINDOW, BLOCKS, OUT, LSE,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length, scale, share,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
     """Eq. (1) for the other blocks, for all if KEYS = 0: a program takes `share` of a block's parts and heads
     of one group in turn, and walks over the keys of each."""
     group, first, last, begin, step = turns_of_program(share, HEADS // RATIO, RATIO * (BLOCK // ROWS))
@@ -186,18 +134,14 @@ def attend_kernel(
             tl.store(LSE + at, tl.where(taken, largest + tl.log2(total), 0.0), mask=place < end)
 
 
-@launching
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, places: Tensor, blocks: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`batched_windows.forward` on Triton kernels: o (B, L, H, P), and lse (B, L, H) as a power of two."""
-    q, k, v = (rows_of(tensor.to(q.dtype)) for tensor in (q, k, v))
-    o = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    arguments = shared_arguments({"q": q, "k": k, "v": v}, places, blocks, scale)
+def forward(inputs: AttentionInputs) -> AttentionOutputs:
+    """The operator on Triton kernels."""
+    q, k, v = (rows_of(tensor.to(inputs.q.dtype)) for tensor in inputs[:3])
+    o, lse = attention_outputs(inputs)
+    arguments = shared_arguments({"q": q, "k": k, "v": v}, inputs)
     arguments |= {"OUT": o, "LSE": lse, "KEYS": keys_held(HELD, q)}
     heads = q.shape[2] // k.shape[2]
     if arguments["KEYS"]:
         launch_held(attend_held_kernel, HELD, heads, (q, k, v), **arguments)
     launch_rest(attend_kernel, FORWARD, heads, (q, k, v), **arguments)
-    return o, lse
+    return AttentionOutputs(o, lse)

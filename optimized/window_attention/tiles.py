@@ -1,7 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """What the kernels of window attention share: blocks of the plan, tiles of gathered tokens, how to launch.
 
-Letters as in `batched_windows`, blocks and places as in `window_plan`.
+Letters as in `torch_engine`, blocks and places as in `layout.plan`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import ceil_div, properties, shared_memory
+from ..engine.launch import ceil_div, properties, shared_memory, stride_arguments, tile_size
 from ..layout import plan as window_plan
-from ..scan.kernels.tiles import stride_arguments, tile_size
+from .operator import AttentionInputs
 
 LOG2_E = 1.4426950408889634
 
@@ -124,16 +124,18 @@ def is_flat(tensor: Tensor) -> bool:
     return tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
 
 
-def shared_arguments(tensors: dict[str, Tensor], places: Tensor, blocks: Tensor, scale: float) -> dict:
-    """Sizes, strides and the order of the tokens, which all three kernels take."""
+def shared_arguments(tensors: dict[str, Tensor], inputs: AttentionInputs) -> dict:
+    """Sizes, strides and the order of the tokens, which all kernels take."""
     q, k, v = (tensors[name] for name in "qkv")
+    token, window = inputs.places
     return {
         **stride_arguments(**tensors),
-        **dict(zip(("TOKEN", "WINDOW"), places, strict=True)),
-        "BLOCKS": blocks,
+        "TOKEN": token,
+        "WINDOW": window,
+        "BLOCKS": inputs.blocks,
         "BLOCK": window_plan.BLOCK,
         "length": q.shape[1],
-        "scale": scale * LOG2_E,
+        "scale": inputs.scale * LOG2_E,
         "HEADS": q.shape[2],
         "RATIO": q.shape[2] // k.shape[2],
         "N": q.shape[3],

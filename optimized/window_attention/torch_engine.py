@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..precision import accumulation_dtype, without_autocast
+from ...reference.numerics import accumulation_dtype
+from ..layout.tokens import gather_tokens
+from .operator import AttentionGrads, AttentionInputs, AttentionOutputs, attention_outputs
 
 SLAB_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # of the scores of one batch of windows
 
@@ -37,7 +39,7 @@ class Windows:
 
     def gather(self, tensor: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
         """(B, L, heads or groups, ·) -> (W, heads, M, ·) in `dtype`, groups repeated."""
-        rows = tensor.flatten(0, 1).index_select(0, self.token.flatten())
+        rows = gather_tokens(tensor, self.token.flatten())
         rows = rows.view(*self.token.shape, *tensor.shape[2:]).transpose(1, 2).to(dtype)
         return rows.repeat_interleave(heads // rows.shape[1], dim=1)
 
@@ -78,44 +80,34 @@ def probabilities(q: Tensor, k: Tensor, member: Tensor, scale: float) -> tuple[T
     return scores.sub_(lse[..., None]).exp_(), lse
 
 
-@without_autocast
-def forward(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Eq. (1): o (B, L, H, P) in the dtype of `q`, and lse (B, L, H); both 0 where the id is -1."""
-    accumulate, heads = accumulation_dtype(q.dtype), q.shape[2]
-    o = q.new_zeros(*q.shape[:3], v.shape[3])
-    lse = q.new_zeros(q.shape[:3], dtype=accumulate)
-    for windows in batches(window_id, heads):
-        queries, keys, values = (windows.gather(tensor, heads, accumulate) for tensor in (q, k, v))
-        weights, log_sum = probabilities(queries, keys, windows.member, scale)
+def forward(inputs: AttentionInputs) -> AttentionOutputs:
+    """Eq. (1); o and lse are 0 where the id is -1."""
+    o, lse = (empty.zero_() for empty in attention_outputs(inputs))
+    heads = inputs.q.shape[2]
+    for windows in batches(inputs.window_id, heads):
+        queries, keys, values = (windows.gather(tensor, heads, lse.dtype) for tensor in inputs[:3])
+        weights, log_sum = probabilities(queries, keys, windows.member, inputs.scale)
         windows.scatter(weights @ values, o)
         windows.scatter(log_sum[..., None], lse[..., None])
-    return o, lse
+    return AttentionOutputs(o, lse)
 
 
-@without_autocast
-def backward(
-    o_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window_id: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (2): the gradients of q, k and v, in their dtypes; `o` and `lse` are what `forward` gave."""
-    accumulate, heads, groups = accumulation_dtype(q.dtype), q.shape[2], k.shape[2]
-    q_grad, k_grad, v_grad = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    for windows in batches(window_id, heads):
-        queries, keys, values = (windows.gather(tensor, heads, accumulate) for tensor in (q, k, v))
-        grad = windows.gather(o_grad, heads, accumulate) * windows.member[:, None, :, None]
-        weights, _ = probabilities(queries, keys, windows.member, scale)
+def backward(inputs: AttentionInputs, outputs: AttentionOutputs, grads: AttentionOutputs) -> AttentionGrads:
+    """Eq. (2): the gradients of q, k and v, in their dtypes."""
+    accumulate, heads, groups = accumulation_dtype(inputs.q.dtype), inputs.q.shape[2], inputs.k.shape[2]
+    zeros = (torch.zeros_like(each, memory_format=torch.contiguous_format) for each in inputs[:3])
+    q_grad, k_grad, v_grad = found = AttentionGrads(*zeros)
+    for windows in batches(inputs.window_id, heads):
+        queries, keys, values = (windows.gather(tensor, heads, accumulate) for tensor in inputs[:3])
+        grad = windows.gather(grads.o, heads, accumulate) * windows.member[:, None, :, None]
+        weights, _ = probabilities(queries, keys, windows.member, inputs.scale)
         weights_grad = grad @ values.mT
-        scores_grad = weights * (weights_grad - (weights * weights_grad).sum(-1, keepdim=True)) * scale
+        products = (weights * weights_grad).sum(-1, keepdim=True)
+        scores_grad = weights * (weights_grad - products) * inputs.scale
         windows.scatter(scores_grad @ keys, q_grad)
         windows.scatter(group_sum(scores_grad.mT @ queries, groups), k_grad)
         windows.scatter(group_sum(weights.mT @ grad, groups), v_grad)
-    return q_grad, k_grad, v_grad
+    return found
 
 
 def group_sum(grad: Tensor, groups: int) -> Tensor:

@@ -8,6 +8,8 @@ Several images are the frames of a video. A folder written by distill.py is a st
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from ..prompts.chat_collator import ChatCollator
 from ..prompts.processors import load_processor
+from ..training.data.media import Media
 from .questions import FRAMES_PER_SECOND
 
 
@@ -22,7 +25,7 @@ from .questions import FRAMES_PER_SECOND
 def ask(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    frames: list[Image.Image],
+    frames: Sequence[Image.Image | str | Path],
     question: str,
     *,
     fps: float = FRAMES_PER_SECOND,
@@ -31,21 +34,20 @@ def ask(
     """Return the model's answer, decoded greedily.
 
     Args:
-        frames: one picture, or the frames of a video, all of one size.
+        frames: one picture or its path, or the frames of a video in order; turned upright as in training.
         fps: frames per second of a video.
     Raises:
-        ValueError: without frames, or if their sizes differ.
+        ValueError: without frames, if one cannot be decoded, if their sizes differ, or for an fps that is no
+            finite number > 0.
+        FileNotFoundError: for a path that is not there.
     """
-    if not frames or len({frame.size for frame in frames}) > 1:
-        raise ValueError(
-            f"ask: frames must be at least one, of one size, got sizes {[f.size for f in frames]}"
-        )
-    pictures = [frame.convert("RGB") for frame in frames]
-    block = (
-        {"type": "image", "image": pictures[0]}
-        if len(pictures) == 1
-        else {"type": "video", "video": pictures, "fps": fps}
-    )
+    if not frames:
+        raise ValueError("ask: frames must be at least one, of one size, got none")
+    media = Media(Path())
+    if len(frames) == 1:
+        block = {"type": "image", "image": media.image(frames[0])}
+    else:
+        block = {"type": "video"} | media.video(list(frames), fps)
     messages = [{"role": "user", "content": [{"type": "text", "text": question}, block]}]
     batch = ChatCollator(processor, supervise="nothing")([{"messages": messages}])
     batch = {key: value.to(model.device) for key, value in batch.items()}
@@ -62,8 +64,7 @@ def main() -> None:
     parser.add_argument("--fps", type=float, default=FRAMES_PER_SECOND, help="frames per second of a video")
     options = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(options.folder).eval()
-    frames = [Image.open(path) for path in options.images]
-    print(ask(model, load_processor(options.folder), frames, options.question, fps=options.fps))
+    print(ask(model, load_processor(options.folder), options.images, options.question, fps=options.fps))
 
 
 if __name__ == "__main__":

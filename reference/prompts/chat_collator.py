@@ -8,6 +8,7 @@ Letters: B conversations, L tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ from ..checks import require
 IGNORED = -100
 ANSWER_HEADER = "<|im_start|>assistant\n"
 TURN_END = "<|im_end|>"
+GROUNDING = (
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+    "<|quad_end|>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
+)  # fmt: skip
 SUPERVISE = ("answers", "all", "nothing")
 
 
@@ -36,11 +41,12 @@ class ChatCollator:
         processor: of `load_processor`.
         supervise: "answers": `labels` are the assistant's answers, each with its <|im_end|>; "all": all
             text, so what a user asks, too; "nothing": prompts without labels, cut before a final assistant
-            turn, opened for an answer. Vision tokens and padding are never supervised: -100.
+            turn, opened for an answer. Vision tokens and padding are never supervised: -100. Neither are,
+            with "answers", those of turns with `weight` 0.
         max_length: tokens that a conversation may have; 0 = any number.
     Raises:
-        ValueError: for another family's chat template, or on use for a conversation that does not fit it,
-            holds placeholders in its text, or is too long.
+        ValueError: for another family's chat template; on use for a conversation that does not fit it, holds
+            control tokens in its text, is too long, or whose pictures the processor leaves out or thins.
 
     A video block may carry `fps`, the frames per second of what it holds; it becomes `second_per_grid_ts`.
     """
@@ -56,8 +62,9 @@ class ChatCollator:
         self.end = tokenizer.convert_tokens_to_ids(TURN_END)
         self.padding = {"attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}
         self.padding["input_ids"] = tokenizer.pad_token_id
-        names = ("image_token", "video_token")
-        self.placeholders = [token for name in names if (token := getattr(processor, name, None))]
+        self.control_tokens = re.compile("|".join(map(re.escape, control_tokens(processor))))
+        self.control_ids = ids_of(tokenizer, control_tokens(processor))
+        self.placeholder_ids = ids_of(tokenizer, vision_placeholders(processor))
 
     def encode(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """One sample {"kind", "messages"} as {"kind", "name", "tensors"}, to be collated later."""
@@ -88,13 +95,17 @@ class ChatCollator:
     def _tensors(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Items not encoded before."""
         conversations = [list(item["messages"]) for item in items]
-        self._refuse_placeholders(conversations)
+        for conversation in conversations:
+            self._refuse_control_tokens(conversation)
         prompts = self.supervise == "nothing"
         if prompts:
             conversations = [c[:-1] if c[-1]["role"] == "assistant" else c for c in conversations]
         processor_kwargs: dict[str, Any] = {"padding": True}
-        if metadata := _video_metadata(conversations):
-            processor_kwargs["video_metadata"] = metadata
+        videos = [block for c in conversations for block in content_blocks(c, "video")]
+        if videos:  # their frames are chosen already
+            processor_kwargs["do_sample_frames"] = False
+        if any("fps" in block for block in videos):
+            processor_kwargs["video_metadata"] = list(map(_metadata, videos))
         batch = dict(
             self.processor.apply_chat_template(
                 conversations,
@@ -108,40 +119,102 @@ class ChatCollator:
         length = batch["input_ids"].shape[1]
         must = f"a sample must have at most {self.max_length} tokens"
         require(not self.max_length or length <= self.max_length, "ChatCollator", must, length)
+        self._refuse_lost_media(batch, conversations)
         if not prompts:
             batch["labels"] = self._labels(batch, conversations)
         return batch
 
-    def _refuse_placeholders(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Text must not pass for an image."""
-        for conversation in conversations:
-            for block in content_blocks(conversation, "text"):
-                for token in self.placeholders:
-                    must = "a text must hold no placeholder of the model"
-                    require(token not in block["text"], "ChatCollator", must, token)
+    def _refuse_control_tokens(self, conversation: Sequence[Mapping[str, Any]]) -> None:
+        """Text must not end a turn, open another, or pass for an image."""
+        for block in content_blocks(conversation, "text"):
+            if found := self.control_tokens.search(block["text"]):
+                must = "a text must hold no placeholder or other control token of the model"
+                hint = "take it out, or write it in other characters"
+                require(False, "ChatCollator", must, found[0], hint)
+
+    def _refuse_lost_media(
+        self, batch: Mapping[str, Tensor], conversations: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> None:
+        """Every picture that was given must be in the batch, and every frame."""
+        has_place = torch.isin(batch["input_ids"], self.placeholder_ids).any(1).tolist()
+        has_pixels = any(name.startswith("pixel_values") for name in batch)
+        hint = f"the processor, {type(self.processor).__name__}, or its chat template leaves some out"
+        for kind in ("image", "video"):
+            rows = [list(content_blocks(conversation, kind)) for conversation in conversations]
+            given = [block for row in rows for block in row]
+            without = [
+                row for row, blocks in enumerate(rows) if blocks and not (has_place[row] and has_pixels)
+            ]
+            require(
+                not without,
+                "ChatCollator",
+                f"every {kind} must be in the batch",
+                f"none of items {without}",
+                hint,
+            )
+            grids = batch.get(f"{kind}_grid_thw")
+            if not given or grids is None:
+                continue
+            moments = [1] * len(given)
+            if kind == "video":
+                depth = self.processor.video_processor.temporal_patch_size
+                moments = [-(-len(block["video"]) // depth) for block in given]
+            must = f"every {kind} must be in the batch with all its frames, {moments} moments"
+            require(grids[:, 0].tolist() == moments, "ChatCollator", must, grids[:, 0].tolist(), hint)
 
     def _labels(
         self, batch: Mapping[str, Tensor], conversations: Sequence[Sequence[Mapping[str, Any]]]
     ) -> Tensor:
         """The ids to predict, -100 elsewhere; an answer goes from its header to the next <|im_end|>."""
         ids, valid = batch["input_ids"], batch["attention_mask"].bool()
-        turns = np.array([sum(turn["role"] == "assistant" for turn in c) for c in conversations])
-        answers, found = answer_mask(ids.numpy(), self.header, self.end)
-        if (found != turns).any():
-            row = int(np.argmax(found != turns))
-            raise ValueError(
-                f"ChatCollator: every assistant turn must follow {ANSWER_HEADER!r}, got {found[row]} headers "
-                f"for {turns[row]} turns in item {row}; an answer must not begin with a line break"
-            )
-        taught = batch["mm_token_type_ids"] == 0 if self.supervise == "all" else torch.from_numpy(answers)
-        return ids.where(taught & valid, torch.tensor(IGNORED))
+        answers = [[turn for turn in c if turn["role"] == "assistant"] for c in conversations]
+        number, found = answer_numbers(ids.numpy(), self.header, self.end)
+        for row, (headers, turns) in enumerate(zip(found, answers, strict=True)):
+            must = f"every assistant turn must follow {ANSWER_HEADER!r}"
+            got = f"{headers} headers for {len(turns)} turns in item {row}"
+            hint = "an answer must not begin with a line break"
+            require(headers == len(turns), "ChatCollator", must, got, hint)
+        if self.supervise == "all":
+            learnt = ~torch.isin(ids, self.placeholder_ids)
+        else:
+            most = max(map(len, answers), default=0)
+            weights = [
+                [turn.get("weight", 1) for turn in turns] + [0] * (most - len(turns)) for turns in answers
+            ]
+            by_number = torch.tensor([[0, *row] for row in weights]).bool()  # none outside the answers
+            learnt = by_number.gather(1, torch.from_numpy(number))
+            learnt &= ~torch.isin(ids, self.control_ids) | (ids == self.end)  # a picture in an answer
+        return ids.where(learnt & valid, torch.tensor(IGNORED))
 
 
-def answer_mask(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+def control_tokens(processor: ProcessorMixin) -> list[str]:
+    """What a family's tokenizer reads as structure wherever it stands: turns, pictures, ends, padding.
+
+    Choice: markers of places in a picture (`GROUNDING`) are for texts to use, so they are none of these.
+    """
+    special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(processor.tokenizer.all_special_tokens) | set(vision_placeholders(processor))
+    return sorted(special - set(GROUNDING), key=len, reverse=True)
+
+
+def vision_placeholders(processor: ProcessorMixin) -> list[str]:
+    """The tokens in whose place pictures are put."""
+    names = ("image_token", "video_token")
+    return [token for name in names if isinstance(token := getattr(processor, name, None), str)]
+
+
+def ids_of(tokenizer: Any, tokens: Sequence[str]) -> Tensor:
+    """(tokens,) int64, the ids of those that the tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
+    return torch.tensor([vocabulary[token] for token in tokens if token in vocabulary], dtype=torch.int64)
+
+
+def answer_numbers(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the answers in ids (B, L).
 
     Returns:
-        (B, L) bool, True from after a header up to and including the end token, and (B,) headers found.
+        (B, L) int64, n in the n-th answer of a row, from after its header up to and including the end token,
+        else 0; and (B,) headers found.
     """
     batch, length = ids.shape
     follows = np.zeros((batch, length + 1), dtype=bool)
@@ -153,22 +226,14 @@ def answer_mask(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarr
     place = np.arange(1, length + 2)
     opened = np.maximum.accumulate(np.where(follows, place, 0), axis=1)
     closed = np.maximum.accumulate(np.where(after_end, place, 0), axis=1)
-    return (opened > closed)[:, :length], follows.sum(1)
+    numbers = np.where(opened > closed, follows.cumsum(1), 0)
+    return numbers[:, :length], follows.sum(1)
 
 
-def _video_metadata(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]] | None:
-    """Return the metadata of all videos in order, or None if no block states its `fps`."""
-    blocks = [block for conversation in conversations for block in content_blocks(conversation, "video")]
-    if not any("fps" in block for block in blocks):
-        return None
-    return [
-        {
-            "total_num_frames": len(block["video"]),
-            "fps": block.get("fps"),
-            "frames_indices": [*range(len(block["video"]))],
-        }
-        for block in blocks
-    ]
+def _metadata(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What processors ask about a video: all its frames are given, at the rate that it states."""
+    count = len(block["video"])
+    return {"total_num_frames": count, "fps": block.get("fps"), "frames_indices": [*range(count)]}
 
 
 def content_blocks(messages: Sequence[Mapping[str, Any]], kind: str) -> Iterator[Mapping[str, Any]]:

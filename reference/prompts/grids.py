@@ -73,7 +73,7 @@ def assign_placeholders(
     Returns:
         the segments, row by row, by position.
     Raises:
-        ValueError: if placeholders and items do not fit, as when a prompt is cut inside a block.
+        ValueError: if placeholders and items do not fit, as when a prompt is cut inside a span.
     """
     placements: list[Placement] = []
     remaining = enumerate(items)
@@ -87,7 +87,7 @@ def assign_placeholders(
             require(segments is not None, "assign_placeholders", must, got, hint)
             needed = sum(map(len, segments))
             run = len(free) if text_between else run_length(free)
-            must = f"a block must be whole: {modality} {index} needs {needed} {modality} tokens"
+            must = f"a span must be whole: {modality} {index} needs {needed} {modality} tokens"
             got = f"{run} from position {int(free[0])} of row {row}"
             hint = "a prompt may be split anywhere but inside an image or video"
             require(0 < needed <= run, "assign_placeholders", must, got, hint)
@@ -117,7 +117,7 @@ def placement_coords(placements: Sequence[Placement], shape: Sequence[int], devi
     return coords.to(device)
 
 
-def cuts_a_block(coords: Tensor, position: int) -> bool:
+def cuts_a_span(coords: Tensor, position: int) -> bool:
     """Say whether a split of coords (B, L, 4) before `position` has tokens of one segment on both sides."""
     ids = coords[..., 0].tolist()
     return any((set(row[:position]) & set(row[position:])) - {-1} for row in ids)

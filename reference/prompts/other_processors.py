@@ -1,6 +1,7 @@
 """The other families' processors, with or without torchvision: without it, images and text but no videos.
 
-The stock processors refuse to load without torchvision, because of their video part alone.
+The stock processors refuse to load without torchvision, because of their video part alone. Loaded without
+it, they would leave videos out of a prompt and say nothing: these say so.
 """
 
 from __future__ import annotations
@@ -38,8 +39,19 @@ def student_processor(stock: type[ProcessorMixin], image_stock: type[ProcessorMi
         """Take the stock processor's settings: Hugging Face reads these off the code of `__init__`."""
         return parent.validate_init_kwargs(processor_config, [part.name for part in kept[1:]])
 
+    def __call__(self, images=None, text=None, videos=None, **kwargs):  # noqa: N807
+        """Treat images and text as the stock processor does; refuse videos."""
+        if videos is not None:
+            must = f"{stock.__name__}: videos must come with torchvision, which reads them, got none"
+            raise ValueError(f"{must}; pip install torchvision, or give images")
+        return parent.__call__(self, images=images, text=text, **kwargs)
+
     __init__.__signature__ = signature.replace(parameters=kept)
-    own = {"__init__": __init__, "validate_init_kwargs": staticmethod(validate_init_kwargs)}
+    own = {
+        "__init__": __init__,
+        "__call__": __call__,
+        "validate_init_kwargs": staticmethod(validate_init_kwargs),
+    }
     own = {} if is_torchvision_available() else own
     return type(f"LinMU{stock.__name__}", (parent,), {"__module__": __name__, **own})
 

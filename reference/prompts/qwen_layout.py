@@ -33,6 +33,10 @@ class Qwen2PromptLayout(PromptLayout):
             placements += assign_placeholders(input_ids, token_id, modality, items, text_between=apart)
         return placements
 
+    def has_vision(self, inputs) -> bool:
+        """Say whether there are grids; other arguments may outlive them in generate()."""
+        return any(inputs.get(f"{modality}_grid_thw") is not None for modality in self.arguments)
+
     def rows_per_item(self, config, name, tokens) -> Tensor:
         """Pixels have a row per patch."""
         merge = config.vision_config.spatial_merge_size

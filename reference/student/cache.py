@@ -40,10 +40,7 @@ class LinMUCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
 
     def donate(self) -> DonatedMMATEState | None:
-        """Return the state for the next tokens, None before the first; `store` brings what comes of it.
-
-        Nobody else holds a slot's tensors, so that a token may overwrite them instead of copying them.
-        """
+        """Hand out the state for in-place update; call `store` with the result. None before any token."""
         if self.state is None:
             return None
         conv, scan, window = self.state

@@ -25,18 +25,17 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..checks import require
 from ..config import LinMUConfig
 from ..m_mate import MMATE
-from ..numerics import accumulation_dtype
 from .backend import REFERENCE, Backend, backend_of
 from .cost import describe
 from .families import FAMILIES, student_class_of
 from .model import (
-    FLOAT32_PARAMETERS,
     VERSION,
     LinMUModel,
     attention_by_part,
     decoder_layers,
     mixer_config,
     mixers,
+    with_float32_parameters,
 )
 from .saved_folder import check_folder, hub_name
 
@@ -69,6 +68,7 @@ def convert(
         ValueError: for a teacher of no supported family, unknown options, an unknown backend, or indices out
             of range.
     """
+    check_adapters(teacher)
     student_class = student_class_of(teacher)
     check_teacher(teacher)
     student = empty_student(teacher, student_class, config, layers, backend_of(backend or REFERENCE))
@@ -114,7 +114,8 @@ def empty_student(
     """Return the student of a teacher's configuration, on the meta device; only its decoder has an attention
     implementation of its own."""
     attention = decoder_layers(teacher)[0].self_attn
-    options = config.options() if isinstance(config, LinMUConfig) else config or {}
+    text_only = {"text_only": student_class.prompt_layout is None}
+    options = config.options() if isinstance(config, LinMUConfig) else text_only | (config or {})
     settings = {
         "version": VERSION,
         "layers": layer_indices(layers, len(decoder_layers(teacher))),
@@ -140,12 +141,25 @@ def check_teacher(teacher: PreTrainedModel) -> None:
     require(
         len(devices) == 1, "convert", "teacher must be on one device", devices, "load it without device_map"
     )
-    is_float = all(parameter.is_floating_point() for parameter in teacher.parameters())
-    require(is_float, "convert", "teacher must not be quantised", "integer weights")
+    kinds = {type(p).__name__ if type(p) is not nn.Parameter else str(p.dtype) for p in teacher.parameters()}
+    odd = sorted(kinds - {f"torch.{kind}" for kind in ("float64", "float32", "bfloat16", "float16")})
+    hint = "load it without quantization_config; the student can be quantised when it is opened"
+    require(not odd, "convert", "teacher must not be quantised", f"weights of {odd}", hint)
     text = teacher.config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     full = kinds == {"full_attention"}
     require(full, "convert", "teacher's layers must be full_attention", sorted(kinds), "no sliding windows")
+
+
+def check_adapters(teacher: nn.Module) -> None:
+    """Refuse peft's modules in the place of a model's own: weights alone do not tell what they compute."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    adapters = sorted({type(part).__name__ for part in teacher.modules() if isinstance(part, kinds)})
+    hint = "merge them first: peft.PeftModel.from_pretrained(teacher, folder).merge_and_unload()"
+    require(not adapters, "convert", "teacher must hold no adapters", adapters, hint)
 
 
 def layer_indices(layers: Sequence[int] | None, count: int) -> list[int]:
@@ -167,10 +181,7 @@ def start_mixer(mixer: MMATE, attention: nn.Module) -> None:
     """Bring a mixer from the meta device to that of an attention layer, in its dtype, and copy the
     weights."""
     weight = attention.q_proj.weight
-    mixer.to_empty(device=weight.device).to(weight.dtype)
-    for name, parameter in mixer.named_parameters():
-        if name.startswith(FLOAT32_PARAMETERS):
-            parameter.data = parameter.data.to(accumulation_dtype(weight.dtype))
+    with_float32_parameters(mixer.to_empty(device=weight.device).to(weight.dtype))
     mixer.reset_parameters()
     mixer.copy_attention(attention)
 

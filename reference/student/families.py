@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     Idefics3ForConditionalGeneration,
     InternVLForConditionalGeneration,
@@ -69,9 +70,10 @@ def register_family(
     require(is_new, "register_family", "name must be new", name)
     student_class = make_student_class(name, teacher_class, prompt_layout)
     config_class = student_class.config_class
-    auto_class = AutoModelForCausalLM if prompt_layout is None else AutoModelForImageTextToText
+    multimodal = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
     AutoConfig.register(f"linmu_{name}", config_class)
-    auto_class.register(config_class, student_class)
+    for auto_class in (AutoModelForCausalLM,) if prompt_layout is None else multimodal:
+        auto_class.register(config_class, student_class)
     if processor_class is not None:
         AutoProcessor.register(config_class, processor_class)
     FAMILIES[teacher_class] = student_class
@@ -83,7 +85,12 @@ def make_student_class(
 ) -> type[LinMUModel]:
     """Return the subclass of a teacher's class that holds M-MATE, and in it that of its configuration."""
     base = teacher_class.config_class
-    settings = {"model_type": f"linmu_{name}", "linmu": None, "__annotations__": {"linmu": dict | None}}
+    settings = {
+        "model_type": f"linmu_{name}",
+        "linmu": None,
+        "__annotations__": {"linmu": dict | None},
+        "__init__": StudentConfig.__init__,  # in the class itself, or Hugging Face generates one
+    }
     config_class = type(f"LinMU{base.__name__}", (StudentConfig, base), {"__module__": __name__, **settings})
     parts = {
         "config_class": config_class,

@@ -8,17 +8,32 @@ forward gets those of its own tokens.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from ..checks import require
-from ..prompts.grids import cuts_a_block, placement_coords
+from ..prompts.grids import Placement, cuts_a_span, placement_coords
 from ..prompts.layouts import PromptLayout
 from .cache import name_cache
+
+MODALITIES = ("image", "video")  # in the order of their numbers in `mm_token_type_ids`
+NO_TOKEN = -1  # in the place of tokens in which no picture is looked for
+
+
+def with_signature_of(other: Callable) -> Callable:
+    """Give a method the signature of another: Hugging Face reads from it which arguments there are."""
+
+    def decorate(method: Callable) -> Callable:
+        method.__signature__ = inspect.signature(other)
+        return method
+
+    return decorate
 
 
 class StudentGeneration:
@@ -35,11 +50,20 @@ class StudentGeneration:
         """Say whether the arguments of a forward bring images or videos."""
         return self.prompt_layout is not None and self.prompt_layout.has_vision(inputs)
 
+    def placeholder_types(self, input_ids: Tensor) -> Tensor:
+        """Say what ids may stand for: (B, L) int64 -> (B, L) int64, 0 = text, 1 = image, 2 = video."""
+        types = torch.zeros_like(input_ids)
+        for number, modality in enumerate(() if self.prompt_layout is None else MODALITIES, start=1):
+            if modality in self.prompt_layout.arguments:
+                types[input_ids == getattr(self.config, f"{modality}_token_id")] = number
+        return types
+
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
         """Generate as Hugging Face does, with a cache of constant size.
 
-        A later turn continues from an earlier one's `cache` with the whole conversation's `input_ids`, grids
-        and pixels; what the cache has seen is not encoded again.
+        A later turn continues from an earlier one's `cache` with the whole conversation's `input_ids`, and
+        grids and pixels of the whole conversation, or of what is new. What the cache has seen is not encoded
+        again.
 
         Raises:
             ValueError: for assisted decoding, prompt lookup and caches that are not dynamic, and for prefill
@@ -47,27 +71,73 @@ class StudentGeneration:
         """
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         cache = name_cache(kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
         if input_ids is not None and self.has_vision(kwargs):
-            placements = self.prompt_layout.placements(self.config, input_ids, kwargs)
+            if past:
+                self._check_whole_conversation(past, input_ids, kwargs)
+            placements, are_new = self._find_placements(past, input_ids, kwargs)
             if kwargs.get("linmu_coords") is None:
                 coords = placement_coords(placements, input_ids.shape, input_ids.device)
                 kwargs["linmu_coords"] = coords
-            if cache is not None and cache.get_seq_length() > 0:
-                self._continue_from(cache.get_seq_length(), input_ids, placements, kwargs)
+            if past:
+                if kwargs.get("position_ids") is None:
+                    kwargs["position_ids"] = self._positions(past, input_ids, are_new, kwargs)
+                self.prompt_layout.drop_cached(self.config, placements, past, kwargs)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
 
-    def _continue_from(self, past: int, input_ids: Tensor, placements, kwargs: dict[str, Any]) -> None:
-        """Prepare a later turn with vision: positions for the whole conversation, pixels for what is new."""
+    def _check_whole_conversation(self, past: int, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        """Bring masks and token types to the length of the conversation, and refuse a part of it."""
         mask = kwargs.get("attention_mask")
         mask = kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
         must = f"input_ids must be the whole conversation, more than the {past} tokens of the cache"
         whole = input_ids.shape == mask.shape and input_ids.shape[1] > past
         require(whole, "generate", must, f"{tuple(input_ids.shape)}, attention_mask {tuple(mask.shape)}")
-        if kwargs.get("position_ids") is None:
-            if hasattr(self.base_model, "rope_deltas"):
-                self.base_model.rope_deltas = None  # of an earlier call, perhaps on another prompt
-            kwargs["position_ids"] = self._prepare_position_ids_for_generation(input_ids, kwargs)
-        self.prompt_layout.drop_cached(self.config, placements, past, kwargs)
+        types = kwargs.get("mm_token_type_ids")
+        missing = 0 if types is None else input_ids.shape[1] - types.shape[1]
+        if missing > 0:  # those of the first turn: what followed says by its ids what it is
+            new = self.placeholder_types(input_ids[:, -missing:]).to(types.dtype)
+            kwargs["mm_token_type_ids"] = torch.cat([types, new], dim=1)
+
+    def _find_placements(
+        self, past: int, input_ids: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[list[Placement], bool]:
+        """Return the segments of a conversation, and whether only the new ones were given."""
+        try:
+            return self.prompt_layout.placements(self.config, input_ids, kwargs), False
+        except ValueError:
+            if not past:
+                raise
+            is_seen = torch.arange(input_ids.shape[1], device=input_ids.device) < past
+            new_ids = input_ids.masked_fill(is_seen, NO_TOKEN)
+            with suppress(ValueError):
+                return self.prompt_layout.placements(self.config, new_ids, kwargs), True
+            raise
+
+    def _positions(self, past: int, input_ids: Tensor, are_new: bool, kwargs: dict[str, Any]) -> Tensor:
+        """Return the position ids of a later turn: those of Hugging Face, M-RoPE's included."""
+        model = self.base_model
+        if not hasattr(model, "rope_deltas"):
+            return self._prepare_position_ids_for_generation(input_ids, kwargs)
+        if not are_new:
+            model.rope_deltas = None  # of an earlier call, perhaps on another prompt
+            return self._prepare_position_ids_for_generation(input_ids, kwargs)
+        must = "the model must have made the cache in its last call of generate()"
+        before = model.rope_deltas
+        hint = "pass the grids and pixels of the whole conversation"
+        require(before is not None and len(before) == len(input_ids), "generate", must, "another one", hint)
+        mask = kwargs["attention_mask"]
+        names = inspect.signature(model.get_rope_index).parameters
+        new = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        for name in ("attention_mask", "mm_token_type_ids"):
+            if name in new:
+                new[name] = new[name][:, past:]
+        new["input_ids"] = input_ids[:, past:]
+        vision, deltas = model.get_rope_index(**new)
+        text = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = text.expand(3, -1, -1).clone()
+        positions[:, :, past:] = vision + (mask[:, :past].sum(-1, keepdim=True) + before)
+        model.rope_deltas = before + deltas
+        return torch.cat([text[None], positions])
 
     def _expand_inputs_for_generation(
         self,
@@ -88,15 +158,8 @@ class StudentGeneration:
         )
         return input_ids, kwargs | pictures
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict[str, Any]:
+    @with_signature_of(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict[str, Any]:
         """Prepare one forward of generate(): Hugging Face's arguments, and the coordinates of the tokens in
         it.
 
@@ -104,16 +167,9 @@ class StudentGeneration:
             ValueError: if the forward would begin or end inside an image or video.
         """
         cache = name_cache(kwargs)
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         coords = model_inputs.pop("linmu_coords", None)
-        reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
+        reads_prompt = kwargs.get("is_first_iteration") or not kwargs.get("use_cache", True)
         if not reads_prompt and self.prompt_layout is not None:
             # some transformers keep passing the prompt's grids
             names = self.prompt_layout.argument_names
@@ -145,7 +201,7 @@ def coords_between(coords: Tensor, start: int, end: int) -> Tensor:
     """Return coords (B, L, 4) of the positions [start, end): -1 beyond L, where generated text is."""
     for position in (start, end):
         must = "prefill must not be split inside an image or video"
-        whole = not cuts_a_block(coords, position)
+        whole = not cuts_a_span(coords, position)
         hint = "choose another prefill_chunk_size"
         require(whole, "generate", must, f"a split before position {position}", hint)
     return F.pad(coords, (0, 0, 0, max(0, end - coords.shape[1])), value=-1)[:, start:end]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -69,6 +71,8 @@ class SelfAttentionAdapter:
         )
         if slot is not None:
             slot.store(state, hidden_states.shape[1])
+        if shares_gradients():
+            y = y + sum_of_nothing(self, linmu_layout).to(y.dtype)
         return y, None
 
     def __reduce__(self):
@@ -76,6 +80,29 @@ class SelfAttentionAdapter:
         kinds = (kind for kind in type(self).__mro__ if issubclass(kind, MMATE))
         mixer_class = next(kind for kind in kinds if not issubclass(kind, SelfAttentionAdapter))
         return empty_adapter, (mixer_class,), self.__dict__
+
+
+def shares_gradients() -> bool:
+    """Say whether autograd records this forward in one of several processes."""
+    return (
+        torch.is_grad_enabled()
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    )
+
+
+def sum_of_nothing(mixer: MMATE, layout: VisionLayout | None) -> Tensor:
+    """Return 0, by which the trained parameters that these tokens do not use get a gradient of 0.
+
+    DDP needs a gradient for every trainable parameter on every rank, and one rank's batch may be text alone.
+    """
+    unused = [] if mixer.config.reverse_scan and layout is not None else ["flex_ma.scan_gate_proj"]
+    unused += ["local_swin", "mix_proj"] if layout is None else []
+    parameters = [
+        p for name, p in mixer.named_parameters() if name.startswith(tuple(unused)) and p.requires_grad
+    ]
+    return 0 * sum((p.flatten()[:1].sum() for p in parameters), start=mixer.flex_ma.D.new_zeros(()))
 
 
 def valid_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -20,23 +20,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from ..checks import require
 from ..config import LinMUConfig
 from ..layout import VisionLayout
 from ..m_mate import MMATE
+from ..numerics import accumulation_dtype
 from ..prompts.grids import placement_coords
 from .backend import Backend, backend_of
-from .cache import CACHE_NAME, name_cache
+from .cache import name_cache
 from .generation import StudentGeneration
 from .mixer import as_self_attn
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
 
+logger = logging.get_logger(__name__)
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FLOAT32_PARAMETERS = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
 VERSION = 2  # of `config.linmu`
 OPTIONS_BEFORE = {1: {"text_window": 0}}  # what a version says nothing of, as its students have it
+TAKEN_AS_TEXT = (
+    "A text decoder's student got inputs_embeds without linmu_coords, so it takes every token as text. "
+    "If there is vision among them, convert with {'text_only': False} and pass linmu_coords, (B, L, 4) "
+    "[segment, t, y, x]."
+)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -85,6 +94,8 @@ class LinMUModel(StudentGeneration):
         ValueError: if the configuration has no `linmu`, or one of a newer version.
     """
 
+    # Half precision leaves the strict ones alone; quantisers the others, by names of modules or weights.
+    _keep_in_fp32_modules = (*FLOAT32_PARAMETERS, *(f"{name}.weight" for name in FLOAT32_PARAMETERS))
     _keep_in_fp32_modules_strict = FLOAT32_PARAMETERS
 
     def __init__(self, config, linmu_backend: Backend | str | None = None) -> None:
@@ -95,9 +106,13 @@ class LinMUModel(StudentGeneration):
         layers = decoder_layers(self)
         for index in config.linmu["layers"]:
             sizes = mixer_config(config, layers[index].self_attn, saved_options(config.linmu))
-            layers[index].self_attn = adapter_class(sizes, index)
-        self.set_attn_implementation(attention_by_part(config))
+            layers[index].self_attn = with_float32_parameters(adapter_class(sizes, index))
+        super().set_attn_implementation(attention_by_part(config))
         self.post_init()
+        for module in self.modules():  # only attention's projections could be split by heads: M-MATE is whole
+            if getattr(module, "_tp_plan", None):
+                plan = module._tp_plan.items()
+                module._tp_plan = {name: kind for name, kind in plan if "self_attn" not in name.split(".")}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -106,6 +121,21 @@ class LinMUModel(StudentGeneration):
         for mixer in mixers(self).values():
             for name, value in mixer.initial_values().items():
                 init.copy_(mixer.get_parameter(name), value)  # leaves loaded tensors alone
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """Set how the vision tower attends; the decoder stays with ours, whose mask M-MATE reads.
+
+        Raises:
+            ValueError: if another one is asked for the decoder.
+        """
+        decoder = attention_by_part(self.config)
+        given = attn_implementation
+        if isinstance(decoder, dict) and isinstance(given, str):
+            given = dict.fromkeys(self.config.sub_configs, given) | decoder
+        own = given if isinstance(decoder, str) else {name: given.get(name, ATTENTION) for name in decoder}
+        must, hint = f"the decoder must keep {ATTENTION!r}", "name the other parts alone"
+        require(own == decoder, "set_attn_implementation", must, attn_implementation, hint)
+        super().set_attn_implementation(given, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -143,16 +173,18 @@ class LinMUModel(StudentGeneration):
         Raises:
             ValueError: if `coords` are missing for `inputs_embeds`, or tokens and grids do not fit.
         """
-        if self.prompt_layout is None and coords is None:
-            return None
         input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if self.prompt_layout is None and coords is None:
+            if embeds is not None:
+                logger.warning_once(TAKEN_AS_TEXT)
+            return None
         tokens = input_ids if embeds is None else embeds
         if coords is None:
             where, must = type(self).__name__, "linmu_coords must come with inputs_embeds"
             hint = "-1 throughout for text; coords are (B, L, 4) [segment, t, y, x]"
             require(input_ids is not None, where, must, None, hint)
-            if self.is_decoding_step(tokens, kwargs):
-                return None
+            if not self.has_vision(kwargs):
+                return None  # text, whatever the ids: one that was sampled may be a placeholder's
             placements = self.prompt_layout.placements(self.config, input_ids, kwargs)
             if not placements:
                 return None
@@ -162,15 +194,15 @@ class LinMUModel(StudentGeneration):
 
     def placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""
-        modalities = () if self.prompt_layout is None else self.prompt_layout.arguments
-        token_ids = [getattr(self.config, f"{modality}_token_id") for modality in modalities]
-        return torch.isin(input_ids, input_ids.new_tensor(token_ids))
+        return self.placeholder_types(input_ids) > 0
 
-    def is_decoding_step(self, tokens: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Say whether this forward is one generated token: text, whatever its id."""
-        cache = kwargs.get(CACHE_NAME)
-        continues = cache is not None and cache.get_seq_length() > 0
-        return tokens.shape[1] == 1 and continues and not self.has_vision(kwargs)
+
+def with_float32_parameters(mixer: MMATE) -> MMATE:
+    """Bring the parameters that half precision would harm to at least float32, in place."""
+    for name, parameter in mixer.named_parameters():
+        if name.startswith(FLOAT32_PARAMETERS):
+            parameter.data = parameter.data.to(accumulation_dtype(parameter.dtype))
+    return mixer
 
 
 def check_settings(settings: dict[str, Any] | None) -> None:

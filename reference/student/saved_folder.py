@@ -1,7 +1,7 @@
 """What a student's folder says about itself: to stock classes, to whoever opens it, and on the Hub.
 
-config.json     "linmu": {...}, and "linmu.MMATE" among the decoder's `layer_types`, which no stock class
-                takes: it would draw new attention in the place of M-MATE, and only warn
+config.json     "linmu": {...}, and a text in the place of the decoder's `attention_dropout`, which no stock
+                class takes: it would draw new attention in the place of M-MATE, and only warn
 README.md       the model card, with the numbers of the run, if there was one
 """
 
@@ -19,7 +19,11 @@ from safetensors import SafetensorError
 
 from ..checks import require
 
-STUDENT_LAYER_TYPE = "linmu.MMATE"
+MARKED = (
+    "attention_dropout"  # of the decoder: a number, which stock classes check and their base class does not
+)
+MARK = "linmu.MMATE in the place of attention: import linmu.reference, and open this folder with its load()"
+OLD_MARK = "linmu.MMATE"  # among `layer_types`, which the base class refuses as well
 CARD_MARKER = "<!-- written by linmu when the student was saved -->"
 MEASURES = {"accuracy": "accuracy", "kl": "KL, nats", "agreement": "same first choice"}
 
@@ -58,29 +62,36 @@ student = reference.load("path or Hub id of this folder")
 
 
 class StudentConfig:
-    """Put before a family's configuration: in `config.json` converted layers are marked, in memory not."""
+    """Put before a family's configuration: `linmu` is a field, and `config.json` is marked, the object not.
+
+    Args:
+        linmu: a student's settings.
+        **settings: what the teacher's configuration takes, as it is or as `config.json` holds it.
+    """
+
+    def __init__(self, linmu: dict[str, Any] | None = None, **settings: Any) -> None:
+        linmu = dict(linmu or {}) or None
+        if isinstance(settings.get("text_config"), dict):
+            settings["text_config"] = dict(settings["text_config"])
+        for part in (settings, settings.get("text_config")):
+            if not isinstance(part, dict):
+                continue
+            if part.get(MARKED) == MARK:
+                part[MARKED] = linmu.pop(MARKED)
+            if OLD_MARK in (part.get("layer_types") or []):
+                del part["layer_types"]  # all alike, as Hugging Face sets them by itself
+        super().__init__(**settings)
+        self.linmu = linmu
 
     def to_json_string(self, *args, **kwargs) -> str:
         """Return the configuration as `config.json` has it."""
         settings = json.loads(super().to_json_string(*args, **kwargs))
-        converted = set((self.linmu or {}).get("layers", []))
-        if converted:
+        if (self.linmu or {}).get("layers"):
             decoder = self.get_text_config(decoder=True)
             part = settings if decoder is self else settings.setdefault("text_config", {})
-            kinds = ("full_attention", STUDENT_LAYER_TYPE)
-            part["layer_types"] = [kinds[index in converted] for index in range(decoder.num_hidden_layers)]
+            settings["linmu"] = self.linmu | {MARKED: getattr(decoder, MARKED, 0.0)}
+            part[MARKED] = MARK
         return json.dumps(settings, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Read what `to_json_string` wrote."""
-        settings = dict(config_dict)
-        if isinstance(settings.get("text_config"), dict):
-            settings["text_config"] = dict(settings["text_config"])
-        for part in (settings, settings.get("text_config")):
-            if isinstance(part, dict) and STUDENT_LAYER_TYPE in (part.get("layer_types") or []):
-                del part["layer_types"]  # all alike, as Hugging Face sets them by itself
-        return super().from_dict(settings, **kwargs)
 
 
 def write_card(student: Any, folder: str | os.PathLike) -> None:

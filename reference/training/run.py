@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import get_peft_model
+from PIL import Image
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
@@ -24,27 +27,29 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..demo import TEACHER
-from ..prompts.chat_collator import ChatCollator
 from ..prompts.processors import load_processor
 from .calibration import calibrate_norms
-from .commands.command_line import check
 from .commands.description import about_stage, about_student
+from .config import STAGES, Config, settings_of
 from .data.conversations import InOrder, skipped
-from .data.open_data import in_order, open_data
-from .evaluation.evaluation import evaluate, table
+from .data.open_data import chat_collator, in_order, open_data
+from .evaluation.evaluation import evaluate
+from .evaluation.held_out import HeldOut
 from .evaluation.plots import plot_layers, plot_losses
+from .evaluation.scores import table
+from .parameter_groups import MIXER, MLPS, belongs
 from .progress import Progress
+from .refusal import check
 from .safety.atomic_writes import remove_folder, whole_file, whole_folder, write_text
 from .safety.memory import leave_inputs_alone, recompute_layers
-from .stages import STAGES, Stage, StageTrainer, load_taught, taught_tensors
+from .stage_trainer import StageTrainer, load_taught, taught_tensors
+from .stages import Stage, stage_of, steps_before
 from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
-from .variants import COPY, LORA, start, tuner
-
-if TYPE_CHECKING:
-    from distill import Config
+from .variants import peft_settings, start
 
 # settings that may change when a run goes on
-FREE = ("dry_run", "resume", "overwrite", "stages", "allow_missing_stage", "workers", "report")
+FREE = ("preset", "output", "stages", "allow_missing_stage", "workers", "report")
+ON_TEACHERS_STATES = Objective(mixer=1.0, inputs="teacher")
 
 
 class Run:
@@ -61,6 +66,7 @@ class Run:
         self.device = self.process.device
         self.results: dict[str, Any] = {"rows": {}}
         self.adapters: Any = None
+        self.stages = [stage_of(name, config) for name in config.stages]
 
     def prepare(self) -> None:
         """Claim the folder, open teacher and data, and measure the student before any training."""
@@ -70,22 +76,20 @@ class Run:
         if (self.folder / "results.json").is_file():
             self.results = json.loads((self.folder / "results.json").read_text())
         self.open()
-        self.eval_batches = self.batches(self.held_out, self.config.eval_samples)
         self.calibrate()
         if "converted" not in self.results["rows"]:
             self.evaluate("converted")
-        self.save_example(self.held_out)
+        self.save_example()
 
     def open(self) -> None:
         """Load the teacher, convert it, and open the data; nothing is written."""
         set_seed(self.config.seed)
         self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
         self.processor = load_processor(self.teacher, padding_side="right")
-        self.encoder = ChatCollator(
-            self.processor, supervise=self.config.supervise, max_length=self.config.max_length
-        )
+        self.encoder = chat_collator(self.processor, self.config.samples)
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
-        self.training, self.held_out = open_data(self.config, self.encoder, self.broken, world_size)
+        self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
+        self.held_out = HeldOut(held_out, self.encoder, self.config)
         self.student = self.convert(self.teacher)
         for line in about_student(self.student, self.config, self.device):
             self.say(line)
@@ -93,19 +97,22 @@ class Run:
     def claim_folder(self) -> None:
         """Start a folder, or go on in one whose run had the same settings."""
         path = self.folder / "config.json"
-        settings = asdict(self.config)
+        settings = json.loads(json.dumps(settings_of(self.config)))
         if self.config.overwrite and path.is_file():
             remove_folder(self.folder)
         if path.is_file():
             hint = "--resume goes on in it, --overwrite empties it, --output names another"
-            may_enter = self.config.resume or self.config.stage_list[0] != "i"
+            may_enter = self.config.resume or self.config.stages[0] != "i"
             check(may_enter, "--output must be a folder without a run", self.folder, hint)
             before = json.loads(path.read_text())
-            changed = [
-                name for name, value in settings.items() if name not in FREE and before.get(name) != value
-            ]
+            foreign = sorted(before.keys() ^ settings.keys())
+            must = f"{path} must hold the settings of a run of this version of linmu"
+            hint = "resume it with the version that began it, or start another with --output"
+            check(not foreign, must, f"others: {', '.join(foreign[:5])}", hint)
+            changed = [name for name, value in settings.items() if name not in FREE and before[name] != value]
             got = f"other values of {changed}"
-            check(not changed, "a run must go on with the settings it began with", got, hint)
+            check(not changed, "a run must go on with the settings it began with", got,
+                  "--resume DIR takes them from DIR")  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=1))
 
@@ -113,44 +120,41 @@ class Run:
         """Teacher -> student with the teacher beside it, all frozen, M-MATE in float32."""
         dtype = getattr(torch, self.config.dtype)
         teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
-        student = self.backend.convert(teacher, self.config.mixer_options, layers=self.config.layer_list)
+        settings = self.config.student
+        student = self.backend.convert(teacher, asdict(self.config.mixer), layers=settings.layers)
         attach_teacher(student, teacher)
         student.requires_grad_(False)
         self.saved_dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
         for name, parameter in student.named_parameters():
-            if ".mixer." in name:
+            if belongs(name, MIXER):
                 parameter.data = parameter.data.float()
-        start(student, self.config)
-        if self.config.gradient_checkpointing:
+        start(student, settings)
+        if self.config.optimizer.gradient_checkpointing:
             recompute_layers(student)
         return student
 
-    def lesson(self, objective: Objective = Objective(mixer=1.0, inputs="teacher")) -> Lesson:  # noqa: B008
+    def lesson(self, objective: Objective = ON_TEACHERS_STATES) -> Lesson:
         """The student as something that gives a loss."""
         lesson = self.backend.Lesson(self.student, objective)
         # What accelerate shards one by one: not the vision tower, which a batch of text does not enter.
         lesson._no_split_modules = [type(self.student.get_decoder().layers[0]).__name__]
         return lesson
 
-    def batches(self, data: Dataset, samples: int) -> list[tuple[list[str], dict[str, Any]]]:
-        """The kinds and tensors of the first `samples` conversations, in batches."""
-        loader = DataLoader(InOrder(data, min(samples, len(data))), self.config.batch_size, collate_fn=list)
-        return [([item["kind"] for item in items], self.encoder(items)) for items in loader]
-
     def calibrate(self) -> None:
         """Set Flex-MA's norms to the teacher's head outputs."""
-        whole_batch = self.config.batch_size * self.process.num_processes
-        samples = self.config.calibration_batches * whole_batch
+        size = self.config.optimizer.batch_size
+        samples = self.config.student.calibration_batches * size * self.process.num_processes
         if not samples:
             return
         lesson = self.lesson()
+        loader = DataLoader(InOrder(self.training, min(samples, len(self.training))), size, collate_fn=list)
         with self.autocast():
-            batches = (batch for _, batch in self.batches(self.training, samples))
-            calibrate_norms(
-                lesson,
-                ({name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches),
-            )
+            calibrate_norms(lesson, (self.on_device(self.encoder(items)) for items in loader))
         lesson.close()
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch where the model is."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def autocast(self):
         """bfloat16 arithmetic where the teacher is bfloat16."""
@@ -162,7 +166,7 @@ class Run:
         started = time.perf_counter()
         lesson = self.lesson()
         with self.autocast():
-            measured = evaluate(lesson, self.eval_batches, self.device)
+            measured = evaluate(lesson, self.held_out.batches(), self.device)
         lesson.close()
         self.results["rows"].setdefault("teacher", measured["teacher"])
         self.results["rows"][name] = measured["student"]
@@ -171,7 +175,7 @@ class Run:
         row = measured["student"]
         self.say(
             f"{name}: accuracy {row['accuracy']:.3f}, KL {row['kl']:.4f}, agreement {row['agreement']:.3f}, "
-            f"mixer error {row['mixer_error']:.3f}, block error {row['block_error']:.3f} "
+            f"mixer error {row['mixer_error']:.3f}, layer error {row['layer_error']:.3f} "
             f"({time.perf_counter() - started:.0f} s)"
         )
 
@@ -186,14 +190,14 @@ class Run:
         done = folder / "taught.safetensors"
         if not done.is_file():
             self.start_from_previous(stage)
-        if stage.lr_lora:
+        if stage.trains_mlps:
             self.add_adapters()
         if done.is_file():
             load_taught(self.student, done)
         else:
             trainer = self.trainer(stage, folder)
             trainer.train(resume_from_checkpoint=self.last_checkpoint(folder))
-            if self.config.report == "wandb":  # which alone would log the next stage into this run
+            if self.config.watch.report == "wandb":  # which alone would log the next stage into this run
                 importlib.import_module("wandb").finish()
             trainer.model.close()
             taught = taught_tensors(self.student)  # gathered, so by all processes
@@ -212,7 +216,7 @@ class Run:
         """Open the teacher again: a model that was spread over processes cannot be put together in place."""
         self.student = self.adapters = None
         self.student = self.convert(self.teacher)
-        if stage.lr_lora:
+        if stage.trains_mlps:
             self.add_adapters()
         load_taught(self.student, done)
 
@@ -237,75 +241,75 @@ class Run:
     def add_adapters(self) -> None:
         """Adapters, or tuned copies, of the decoder's MLPs."""
         set_seed(self.config.seed)
-        self.adapters = get_peft_model(self.student, tuner(self.student, self.config))
+        self.adapters = get_peft_model(self.student, peft_settings(self.student, self.config.mlps))
         leave_inputs_alone(self.student)
         for name, parameter in self.student.named_parameters():
-            if any(part in name for part in (LORA, COPY)):
+            if belongs(name, MLPS):
                 parameter.data = parameter.data.float()
 
     def set_free(self, stage: Stage) -> None:
         """Freeze all but what the stage trains, and say so."""
         for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(any(part in name for part in stage.trained))
+            parameter.requires_grad_(belongs(name, stage.trained))
         for line in about_stage(self.student, stage):
             self.say(line)
 
     def trainer(self, stage: Stage, folder: Path) -> StageTrainer:
         """Set the Trainer up for what the stage trains."""
         self.set_free(stage)
-        config, steps = self.config, self.config.steps_of(stage.name)
+        config, steps = self.config, self.config.of_stage(stage.name).steps
+        optimizer, watch = config.optimizer, config.watch
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            learning_rate=stage.lr_new,
+            per_device_train_batch_size=optimizer.batch_size,
+            gradient_accumulation_steps=optimizer.gradient_accumulation,
+            learning_rate=stage.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=max(1, round(config.warmup * steps)),
+            warmup_steps=max(1, round(optimizer.warmup * steps)),
             max_grad_norm=1.0,
             weight_decay=0.0,
             bf16=config.dtype == "bfloat16",
             use_cpu=config.cpu,
             seed=config.seed,
-            save_steps=config.save_every,
+            save_steps=watch.save_every,
             save_total_limit=2,
-            logging_steps=config.log_every,
+            logging_steps=watch.log_every,
             include_num_input_tokens_seen="non_padding",
-            dataloader_num_workers=config.workers,
+            dataloader_num_workers=config.samples.workers,
             dataloader_pin_memory=self.device.type == "cuda",
             remove_unused_columns=False,
-            ddp_find_unused_parameters=False,  # `TeacherStudentMixer` sees to it that there are none
+            ddp_find_unused_parameters=False,  # `with_gradient_anchor` sees to it that there are none
             disable_tqdm=True,
-            report_to=config.report,
+            report_to=watch.report,
             run_name=f"{self.folder.name}, stage {stage.name}",
         )
-        per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
-        seen = sum(config.steps_of(before) for before in STAGES[: STAGES.index(stage.name)]) * per_step
+        per_step = optimizer.batch_size * optimizer.gradient_accumulation * arguments.world_size
+        seen = steps_before(stage.name, config) * per_step
         new_names = set(self.lesson().close().get_decoder().layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
             stage,
             new_names,
-            model=self.lesson(stage.routes[0]),
+            model=self.lesson(stage.objectives[0]),
             args=arguments,
             train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
             data_collator=self.encoder.with_names,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Progress(trainer, self.folder / "metrics.jsonl"))
+        trainer.add_callback(Progress(stage.name, self.folder / "metrics.jsonl"))
         return trainer
 
-    def save_example(self, data: Dataset) -> None:
+    def save_example(self) -> None:
         """Write one held-out picture with its question, for the command that asks the student."""
-        for index in range(min(100, len(data))):
-            item = data[index]
-            blocks = item["messages"][0]["content"]
-            images = [block["image"] for block in blocks if block["type"] == "image"]
-            if len(images) == 1:
-                images[0].save(self.folder / "example.png")
-                self.question = " ".join(block["text"] for block in blocks if block["type"] == "text")
-                self.answer = item["messages"][1]["content"][0]["text"]
-                return
         self.question = self.answer = ""
+        for index in range(min(100, self.held_out.count)):
+            item = self.held_out.samples[index]
+            found = None if isinstance(item, str) else example_of(item["messages"])
+            if found:
+                picture, self.question, self.answer = found
+                if self.process.is_main_process:
+                    picture.save(self.folder / "example.png")
+                return
 
     def say_skipped(self) -> None:
         """Print how many samples were skipped, and why."""
@@ -336,5 +340,18 @@ class Run:
         if self.question:
             picture = self.folder / "example.png"
             self.say(f"Ask it (the answer should be {self.answer}):")
-            self.say(f"  python -m linmu.reference.demo.ask {folder} {picture} {self.question!r}")
+            command = ["python", "-m", "linmu.reference.demo.ask", str(folder), str(picture), self.question]
+            self.say(f"  {shlex.join(command)}")
         return self.results
+
+
+def example_of(messages: list[dict[str, Any]]) -> tuple[Image.Image, str, str] | None:
+    """The picture, question and answer of a conversation that begins with a question about one picture."""
+    question, answer = [turn["content"] for turn in messages if turn["role"] != "system"][:2]
+    media = [block for block in question if block["type"] != "text"]
+    texts = [
+        " ".join(block["text"] for block in turn if block["type"] == "text") for turn in (question, answer)
+    ]
+    if len(media) == 1 and media[0]["type"] == "image" and all(texts):
+        return media[0]["image"], *texts
+    return None

@@ -1,41 +1,23 @@
-"""`transformers.Trainer` for one stage of distillation: its losses, its learning rates, its checkpoints.
+"""What each of the three stages trains, on what, and how fast (LinMU, arXiv 2601.01322).
 
-A checkpoint holds what the stage may change (M-MATE and adapters), the optimizer, the schedule, the step and
-the random state; the data's order is a function of the step, so a resumed run sees what an unbroken one would
-have seen.
+    i    Flex-MA and the gates learn to mix as attention does, layer by layer, on the teacher's hidden states
+    ii   Local-Swin learns too; first on the teacher's hidden states, then on the student's own
+    iii  all of M-MATE, and adapters on the decoder's MLPs, learn the teacher's answers, end to end
+
+Weights of the losses and whose hidden states come first: Choice, tried on the bundled teacher.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.data import SequentialSampler
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
-
-from ..checks import require
-from .safety.atomic_writes import PART, finish_folder
-from .safety.distributed_means import processes, total
-from .safety.guards import (
-    TrainingStoppedError,
-    refuse_idle_training,
-    refuse_infinite_gradients,
-    refuse_infinite_loss,
-    refuse_infinite_tensors,
-)
+from .config import STAGES, Config
+from .parameter_groups import MLPS, ParameterGroup
 from .teacher_student import Objective
 
-STAGES = ("i", "ii", "iii")
-TAUGHT = (".mixer.", "lora_", "modules_to_save")
+FLEX_MA, LOCAL_SWIN, MIX, ADAPTERS, TUNED_MLPS = ParameterGroup
+TRAINED = {"i": (FLEX_MA, MIX), "ii": (FLEX_MA, LOCAL_SWIN, MIX), "iii": (FLEX_MA, LOCAL_SWIN, MIX)}
+MLPS_OF = {"lora": (ADAPTERS,), "full": (TUNED_MLPS,), "none": ()}
 
 
 @dataclass(frozen=True)
@@ -44,166 +26,49 @@ class Stage:
 
     Args:
         name: i, ii or iii.
-        trained: parts of parameter names that are trained.
-        routes: objectives, each for an equal share of the steps.
-        lr_new, lr_copied, lr_lora: learning rates of tensors without and with an ancestor in the teacher, and
-        adapters.
+        trained: groups of parameters.
+        objectives: each for an equal share of the steps.
+        learning_rate: of M-MATE's tensors that were copied from the teacher.
+        learning_rate_new: of its others.
+        mlp_learning_rate: of adapters and tuned MLPs.
     """
 
     name: str
-    trained: tuple[str, ...]
-    routes: tuple[Objective, ...]
-    lr_new: float
-    lr_copied: float
-    lr_lora: float = 0.0
+    trained: tuple[ParameterGroup, ...]
+    objectives: tuple[Objective, ...]
+    learning_rate: float
+    learning_rate_new: float
+    mlp_learning_rate: float = 0.0
+
+    @property
+    def trains_mlps(self) -> bool:
+        """Whether the decoder's MLPs are adapted or tuned."""
+        return any(group in MLPS for group in self.trained)
 
 
-class StageTrainer(Trainer):
-    """`transformers.Trainer` for one stage: its routes, its learning rates, and checkpoints of what is
-    trained."""
-
-    def __init__(self, stage: Stage, new_names: set[str], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.stage, self.new_names = stage, new_names
-        self.model_accepts_loss_kwargs = False  # Lesson's **kwargs are the model's, and its loss is a mean
-        self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.part = Path(self.args.output_dir) / f"checkpoint{PART}"
-        self.saving, self.watched = False, True
-        if self.is_fsdp_enabled and not all(route.end_to_end for route in stage.routes):
-            # such a loss comes from inside the layers: their weights must stay until it has gone back there
-            self.accelerator.state.fsdp_plugin.reshard_after_forward = False
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        names = inputs.pop("names", [])
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        where = f"stage {self.stage.name}, step {self.state.global_step + 1}"
-        refuse_infinite_loss(self.model, loss, where, names, self.last_good())
-        if self.watched:
-            refuse_idle_training(self.model, self.optimizer, where)
-            self.watched = False
-        refuse_infinite_gradients(self.model.named_parameters(), where, names, self.last_good())
-        return loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        routes = self.stage.routes
-        self.model.objective = routes[self.state.global_step * len(routes) // self.state.max_steps]
-        terms = model(**inputs)
-        for name, value in terms.items():
-            self.terms[name].append(value.detach())
-        return (terms["loss"], terms) if return_outputs else terms["loss"]
-
-    def mean_terms(self) -> dict[str, float]:
-        """Means of the loss's terms since the last call, over all processes."""
-        own = {name: torch.stack(values).mean() for name, values in self.terms.items()}
-        means = {name: float(total(mean)) / processes() for name, mean in own.items()}
-        self.terms.clear()
-        return means
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            logs |= self.mean_terms()  # of all processes, so all ask
-        super().log(logs, start_time)
-
-    def create_optimizer(self, model=None):
-        groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                groups[self.learning_rate(name)].append(parameter)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = kind([{"params": group, "lr": rate} for rate, group in groups.items()], **options)
-        return self.optimizer
-
-    def learning_rate(self, name: str) -> float:
-        """Adapters, tensors without an ancestor in the teacher, and copied ones learn at different rates."""
-        if "lora_" in name or "modules_to_save" in name:
-            return self.stage.lr_lora
-        return self.stage.lr_new if name.split(".mixer.")[-1] in self.new_names else self.stage.lr_copied
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(
-            self.train_dataset
-        )  # InOrder has shuffled: a resumed run sees the same samples
-
-    def _get_output_dir(self, trial=None):
-        return str(self.part) if self.saving else self.args.output_dir
-
-    def _save_checkpoint(self, model, trial=None):
-        """Save beside the last checkpoint, and only then take its place: a kill or a full disk loses
-        nothing."""
-        where = f"stage {self.stage.name}, step {self.state.global_step}"
-        refuse_infinite_tensors(taught_tensors(self.model.student), where, self.last_good())
-        folder = Path(self.args.output_dir)
-        if self.args.should_save:
-            shutil.rmtree(self.part, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            self.saving = True
-            super()._save_checkpoint(model, trial)
-            written = self.part / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save(dict(self.terms), written / f"terms_{self.args.process_index}.pt")
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                finish_folder(written, folder / written.name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(self.part, ignore_errors=True)
-            raise TrainingStoppedError(
-                f"{where}: a checkpoint must fit on the disk, got {error}; {self.last_good()}, make room and "
-                "go on with --resume"
-            ) from error
-        finally:
-            self.saving = False
-        if self.args.should_save:
-            shutil.rmtree(self.part, ignore_errors=True)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        taught = taught_tensors(self.model.student)  # gathered, so by all processes
-        if self.args.should_save:
-            os.makedirs(output_dir, exist_ok=True)
-            save_file(taught, Path(output_dir) / "taught.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = Path(resume_from_checkpoint)
-        load_taught(self.model.student, folder / "taught.safetensors")
-        terms = folder / f"terms_{self.args.process_index}.pt"
-        self.terms.update(torch.load(terms, map_location=self.args.device) if terms.is_file() else {})
-
-    def last_good(self) -> str:
-        """What to say of the last checkpoint."""
-        folder = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
+def stage_of(name: str, config: Config) -> Stage:
+    """A stage as the settings have it."""
+    settings = config.of_stage(name)
+    objectives = tuple(
+        Objective(
+            settings.mixer, settings.layer, settings.logits, inputs, settings.end_to_end, settings.temperature
+        )
+        for inputs in settings.inputs
+    )
+    trained = branches_of(TRAINED[name], config.student.branches)
+    if name == "iii":
+        trained += MLPS_OF[config.mlps.tune]
+    new = settings.learning_rate if settings.learning_rate_new is None else settings.learning_rate_new
+    return Stage(name, trained, objectives, settings.learning_rate, new, config.mlps.mlp_learning_rate)
 
 
-def taught_tensors(student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that distillation may change, M-MATE and adapters, whole where it is spread over
-    processes."""
-    return {
-        name: whole(tensor.detach()).contiguous()
-        for name, tensor in student.named_parameters()
-        if any(part in name for part in TAUGHT)
-    }
+def branches_of(trained: tuple[ParameterGroup, ...], branches: str) -> tuple[ParameterGroup, ...]:
+    """The groups that a stage trains where one branch is left out. Choice: Local-Swin alone starts in i."""
+    if branches == "both":
+        return trained
+    return (FLEX_MA,) if branches == "flex" else (LOCAL_SWIN,)
 
 
-@torch.no_grad()
-def load_taught(student: torch.nn.Module, path: Path) -> None:
-    """Put the tensors of a checkpoint in their places; refuse one that belongs to another student."""
-    where = "load_taught"
-    require(path.is_file(), where, "a checkpoint must hold taught.safetensors", path)
-    saved, own = load_file(path), taught_tensors(student)
-    differing = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
-    differing += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
-    got = f"{len(differing)} tensors that do not: {differing[:3]}"
-    require(not differing, where, f"{path} must fit the student", got)
-    for name, tensor in saved.items():
-        parameter = student.get_parameter(name)
-        if isinstance(parameter, DTensor):
-            tensor = distribute_tensor(
-                tensor.to(parameter.device), parameter.device_mesh, parameter.placements
-            )
-        parameter.copy_(tensor)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with the parts that other processes hold."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def steps_before(name: str, config: Config) -> int:
+    """Optimizer steps of the stages before one."""
+    return sum(config.of_stage(before).steps for before in STAGES[: STAGES.index(name)])

@@ -7,15 +7,15 @@ switch says which of the two mixes. All other weights serve both, adapters are o
 of the weights.
 
     mixer_l = mean over groups of tokens of hidden_loss(M-MATE_l(u), attention_l(u))                       (1)
-    block_l = mean over groups of tokens of hidden_loss(layer_l with M-MATE, layer_l with attention)       (2)
+    layer_l = mean over groups of tokens of hidden_loss(layer_l with M-MATE, layer_l with attention)       (2)
     logits  = KL(teacher ‖ student) over the supervised positions                                          (3)
-    loss    = Σ weights · (mean_l mixer_l, mean_l block_l, logits)                                         (4)
+    loss    = Σ weights · (mean_l mixer_l, mean_l layer_l, logits)                                         (4)
 
 The groups are vision, text, and the positions that predict an answer. Choice: they weigh the same, since most
 tokens are vision, while answers are made at the few that are not.
 
 Where (1) and (2) take their input from (LinMU, arXiv 2601.01322 for the stages; the routes are a Choice):
-    "teacher"  layer l of both sees the teacher's hidden states; every layer learns on its own, in one pass
+    "teacher"  layer l of both sees the teacher's hidden states; every layer learns on its own
     "student"  the student runs on its own states, its targets are the teacher's run over the same batch
 With "student" and `end_to_end` off, gradients stop between layers, so a layer still learns on its own.
 """
@@ -23,17 +23,17 @@ With "student" and `end_to_end` off, gradients stop between layers, so a layer s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checks import require
 from ..losses import hidden_loss, logit_loss
-from .safety.distributed_means import energies, share, total
+from .safety.distributed_means import energies, processes, share, total
 
 IGNORED_LABEL = -100  # Hugging Face's mark of positions that are not supervised
 
@@ -44,7 +44,7 @@ class Objective:
 
     Args:
         mixer: weight of (1).
-        block: weight of (2).
+        layer: weight of (2).
         logits: weight of (3).
         inputs: "teacher" or "student": whose hidden states a layer is taught on.
         end_to_end: let gradients flow from layer to layer; with "student" inputs only.
@@ -52,7 +52,7 @@ class Objective:
     """
 
     mixer: float = 0.0
-    block: float = 0.0
+    layer: float = 0.0
     logits: float = 0.0
     inputs: str = "student"
     end_to_end: bool = False
@@ -69,40 +69,59 @@ class Objective:
         require(not alone, "Objective", "logits and end_to_end need the student's own inputs", self)
 
 
+Call = tuple[tuple, dict[str, Any]]  # a module's arguments, by position and by name
+
+
 class TeacherStudentMixer(nn.Module):
-    """A decoder layer's mixer while it is being taught: attention and M-MATE in one place, one of them in
-    use.
+    """A decoder layer's mixer during distillation: attention and M-MATE in one place, one of them in use.
 
     Args:
         attention: the teacher's attention.
         mixer: the student's M-MATE, called in the same way.
+
+    Attributes:
+        role: "teacher" or "student": which of the two mixes.
+        call: what the last call as teacher was given.
+        outputs: (B, L, D) by role, of the last calls.
     """
 
     def __init__(self, attention: nn.Module, mixer: nn.Module) -> None:
         super().__init__()
         self.attention, self.mixer = attention, mixer
         self.role = "student"
-        self.compare = False
-        self.heard: dict[str, Tensor] = {}
+        self.call: Call | None = None
+        self.outputs: dict[str, Tensor] = {}
 
-    def forward(self, *args: Any, linmu_role: str | None = None, **kwargs: Any) -> Any:
-        """Mix as `linmu_role`, or else `role`, says and keep the output; with `compare`, run the other one on
-        the same input too."""
-        role = linmu_role or self.role
-        output = (self.attention if role == "teacher" else self._mix)(*args, **kwargs)
-        self.heard[role] = output[0]
-        if self.compare and role == "teacher":
-            self.heard["student"] = self._mix(*args, **kwargs)[0]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Mix as `role` says, and keep the output."""
+        if self.role == "teacher":
+            self.call = args, kwargs
+            output = self.attention(*args, **kwargs)
+        else:
+            output = self.mix(*args, **kwargs)
+        self.outputs[self.role] = output[0]
         return output
 
-    def _mix(self, *args: Any, **kwargs: Any) -> Any:
-        """Run M-MATE. Whatever the tokens, every trained tensor gets a gradient, if of 0: processes that
-        share a batch must agree on which there are, and one process must do as they do."""
+    def mix(self, *args: Any, **kwargs: Any) -> Any:
+        """Run M-MATE."""
         output, *rest = self.mixer(*args, **kwargs)
-        trained = [parameter for parameter in self.mixer.parameters() if parameter.requires_grad]
-        if trained:
-            output = output + 0 * sum(parameter.flatten()[0] for parameter in trained).to(output.dtype)
-        return (output, *rest)
+        return (with_gradient_anchor(output, self.mixer) if processes() > 1 else output, *rest)
+
+    def mix_teachers_input(self) -> None:
+        """Run M-MATE on what the attention was given last; its output is kept as the student's."""
+        args, kwargs = self.call
+        self.outputs["student"] = self.mix(*args, **kwargs)[0]
+
+
+def with_gradient_anchor(output: Tensor, module: nn.Module) -> Tensor:
+    """Add 0 to a module's output so that all it trains gets a gradient: DDP waits for each one on every rank,
+    and a batch of text alone has none for Local-Swin."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return (
+        output + 0 * sum(parameter.flatten()[0] for parameter in trained).to(output.dtype)
+        if trained
+        else output
+    )
 
 
 def attach_teacher(student: nn.Module, teacher: nn.Module) -> None:
@@ -114,13 +133,12 @@ def attach_teacher(student: nn.Module, teacher: nn.Module) -> None:
     Raises:
         ValueError: if no layer of the student is converted, or its teacher is attached already.
     """
-    layers, taught = student.get_decoder().layers, teacher.get_decoder().layers
+    layers, teachers = student.get_decoder().layers, teacher.get_decoder().layers
     converted = [i for i, layer in enumerate(layers) if hasattr(layer.self_attn, "flex_ma")]
     require(bool(converted), "attach_teacher", "student must have M-MATE layers", "none", "convert it first")
     for i in converted:
-        attention = copy.copy(
-            taught[i].self_attn
-        )  # same weights, but it must read the student's kind of mask
+        # same weights, but it must read the student's kind of mask
+        attention = copy.copy(teachers[i].self_attn)
         attention.config = student.config.get_text_config(decoder=True)
         layers[i].self_attn = TeacherStudentMixer(attention, layers[i].self_attn)
 
@@ -138,6 +156,11 @@ class Lesson(nn.Module):
     Args:
         student: a model after `attach_teacher`.
         objective: weights and route.
+
+    Attributes:
+        layers: the converted decoder layers.
+        layer_calls: what each was given in the last pass as teacher.
+        layer_outputs: (B, L, D) by role, of each in the last passes.
     """
 
     hidden_loss = staticmethod(hidden_loss)
@@ -147,24 +170,19 @@ class Lesson(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
-        self.layers = [
-            layer
-            for layer in student.get_decoder().layers
-            if isinstance(layer.self_attn, TeacherStudentMixer)
-        ]
+        layers = student.get_decoder().layers
+        self.layers = [layer for layer in layers if isinstance(layer.self_attn, TeacherStudentMixer)]
         require(
             bool(self.layers), "Lesson", "student must have its teacher attached", "none", "attach_teacher"
         )
         self.role = "student"
-        self.blocks: list[dict[str, Tensor]] = [{} for _ in self.layers]
-        self.hooks = [
-            hook
-            for index, layer in enumerate(self.layers)
-            for hook in (
-                layer.register_forward_pre_hook(self._before_layer, with_kwargs=True),
-                layer.register_forward_hook(self._after_layer(index), with_kwargs=True),
-            )
-        ]
+        self.layer_calls: list[Call | None] = [None for _ in self.layers]
+        self.layer_outputs: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        self.hooks = []
+        for index, layer in enumerate(self.layers):
+            before, after = self._before_layer(index), self._after_layer(index)
+            self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            self.hooks.append(layer.register_forward_hook(after))
 
     def close(self) -> nn.Module:
         """Take the hooks off and give the student back, its teacher still attached."""
@@ -172,7 +190,8 @@ class Lesson(nn.Module):
             hook.remove()
         self.set_role("student")
         for layer in self.layers:
-            layer.self_attn.heard.clear()
+            layer.self_attn.call = None
+            layer.self_attn.outputs.clear()
         return self.student
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
@@ -182,96 +201,139 @@ class Lesson(nn.Module):
             labels: (B, L) int64, -100 where not supervised; needed for logits.
             **inputs: what the model's forward takes; `attention_mask` (B, L) says which tokens count.
         Returns:
-            {"loss": eq. (4), "mixer": (1), "block": (2), "logits": (3)}: scalars, those with weight 0 left
+            {"loss": eq. (4), "mixer": (1), "layer": (2), "logits": (3)}: scalars, those with weight 0 left
             out.
         """
-        terms = self._follow(inputs, labels)
-        weights = {name: getattr(self.objective, name) for name in terms}
-        return {"loss": sum(weights[name] * term for name, term in terms.items()), **terms}
-
-    def _follow(self, inputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
-        """The terms of eq. (4) that have a weight, on the objective's route."""
-        goal, groups = self.objective, self.token_groups(inputs, labels)
-        if goal.inputs == "teacher":
-            self.run("teacher", inputs, compare=True)
-            return self.hidden_terms(groups)
-        positions, mask = supervised(labels) if goal.logits else (None, None)
-        with pictures_encoded_once(self.student.base_model):
+        objective = self.objective
+        positions, mask = supervised(labels) if objective.logits else (None, None)
+        if objective.inputs == "teacher":
             with torch.no_grad():
-                target = self.run("teacher", inputs, positions)
-            prediction = self.run("student", inputs, positions)
-        terms = self.hidden_terms(groups)
-        if goal.logits:
-            logits = self.logit_loss(prediction, target, mask, goal.temperature)
-            terms["logits"] = logits * share(mask.sum().to(logits))
-        return terms
+                self.run("teacher", inputs)
+            self.follow_teacher(whole_layers=objective.layer > 0)
+        else:
+            logits = self.run_both(inputs, positions)
+        groups = self.token_groups(inputs, labels)
+        terms = {}
+        if objective.mixer:
+            terms["mixer"] = self._mean_loss(self.mixer_outputs, groups)
+        if objective.layer:
+            terms["layer"] = self._mean_loss(self.layer_outputs, groups)
+        if objective.logits:
+            loss = self.logit_loss(logits["student"], logits["teacher"], mask, objective.temperature)
+            terms["logits"] = loss * share(mask.sum().to(loss))
+        return {"loss": sum(getattr(objective, name) * term for name, term in terms.items()), **terms}
 
-    def run(
-        self, role: str, inputs: dict[str, Tensor], positions: Tensor | None = None, compare: bool = False
-    ) -> Tensor:
+    def run(self, role: str, inputs: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
         """One pass as teacher or student. Returns logits (B, n, V) of the positions (n,); of the last if
         None."""
-        self.set_role(role, compare)
+        self.set_role(role)
         keep = 1 if positions is None else positions
         return self.student(**inputs, use_cache=False, logits_to_keep=keep).logits
 
-    def set_role(self, role: str, compare: bool = False) -> None:
-        """Choose who mixes. Adapters work for the student only. `compare`: M-MATE listens in on the
-        teacher."""
-        self.role, self.compare = role, compare
-        whole_layers = compare and self.objective.block > 0
+    def run_both(self, inputs: dict[str, Tensor], positions: Tensor | None = None) -> dict[str, Tensor]:
+        """A pass as teacher, without gradients, and one as student; images and videos are encoded once.
+
+        Returns:
+            logits by role, as of `run`.
+        """
+        decoder, calls = self.student.get_decoder(), []
+
+        def keep_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            calls.append((args, kwargs))
+
+        hook = decoder.register_forward_pre_hook(keep_call, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                teacher = self.run("teacher", inputs, positions)
+        finally:
+            hook.remove()
+        if not self.student.has_vision(inputs):
+            return {"teacher": teacher, "student": self.run("student", inputs, positions)}
+        # The decoder is called as in the first pass: what leads to it needs no pictures and no layout.
+        hook = decoder.register_forward_pre_hook(lambda *_: calls[0], with_kwargs=True)
+        ids = inputs["input_ids"]
+        pictures = self.student.prompt_layout.argument_names
+        unseen = {name: value for name, value in inputs.items() if name not in pictures}
+        unseen |= {
+            "position_ids": calls[0][1].get("position_ids"),
+            "linmu_coords": ids.new_full((*ids.shape, 4), -1),
+        }
+        try:
+            return {"teacher": teacher, "student": self.run("student", unseen, positions)}
+        finally:
+            hook.remove()
+
+    def follow_teacher(self, whole_layers: bool = False) -> None:
+        """Run every M-MATE on what its attention was given in the last pass as teacher; with `whole_layers`,
+        every converted layer as student on what it was given."""
+        self.set_role("student")
+        for layer, call in zip(self.layers, self.layer_calls, strict=True):
+            if whole_layers:
+                args, kwargs = call
+                layer(*args, **kwargs)
+            elif getattr(layer, "gradient_checkpointing", False) and layer.training:
+                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False)
+            else:
+                layer.self_attn.mix_teachers_input()
+
+    def set_role(self, role: str) -> None:
+        """Choose who mixes. Adapters work for the student only."""
+        self.role = role
         for layer in self.layers:
             layer.self_attn.role = role
-            layer.self_attn.compare = compare and not whole_layers
         set_adapters(self.student, role == "student")
 
+    @property
+    def mixer_outputs(self) -> list[dict[str, Tensor]]:
+        """(B, L, D) by role, of each converted layer's mixer in the last passes."""
+        return [layer.self_attn.outputs for layer in self.layers]
+
     def token_groups(self, inputs: dict[str, Tensor], labels: Tensor | None) -> list[Tensor]:
-        """Masks (B, L) of vision, text and answering tokens, padding in none; empty groups are left out."""
+        """Masks of `token_masks`; groups that are empty in the batches of all processes are left out."""
+        groups = self.token_masks(inputs, labels)
+        counts = total(torch.stack([group.sum() for group in groups.values()]))
+        return [group for group, count in zip(groups.values(), counts.tolist(), strict=True) if count]
+
+    def token_masks(self, inputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
+        """Masks (B, L) bool of vision, text and answering tokens; padding is in none."""
         valid, vision = inputs["attention_mask"].bool(), self.vision_tokens(inputs)
         answering = torch.zeros_like(valid)
         if labels is not None:
             answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-        groups = [valid & vision, valid & ~vision, valid & answering]
-        counts = total(torch.stack([group.sum() for group in groups]))  # of all processes: all must agree
-        return [group for group, count in zip(groups, counts.tolist(), strict=True) if count]
+        return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
 
     def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Mask (B, L) of image and video tokens."""
         return self.student.placeholder_mask(inputs["input_ids"])
 
-    def hidden_terms(self, groups: list[Tensor]) -> dict[str, Tensor]:
-        """Eqs. (1) and (2), means over layers, from what the last passes left."""
-        terms = {}
-        if self.objective.mixer:
-            terms["mixer"] = self._mean_loss([layer.self_attn.heard for layer in self.layers], groups)
-        if self.objective.block:
-            terms["block"] = self._mean_loss(self.blocks, groups)
-        return terms
-
-    def _mean_loss(self, pairs: list[dict[str, Tensor]], groups: list[Tensor]) -> Tensor:
+    def _mean_loss(self, outputs: list[dict[str, Tensor]], groups: list[Tensor]) -> Tensor:
         """Mean of the hidden loss over layers and groups of tokens."""
         losses = [
-            self.hidden_loss(pair["student"], pair["teacher"], group) for pair in pairs for group in groups
+            self.hidden_loss(output["student"], output["teacher"], group)
+            for output in outputs
+            for group in groups
         ]
-        sizes = energies([pair["teacher"] for pair in pairs], groups)
+        sizes = energies([output["teacher"] for output in outputs], groups)
         return (torch.stack(losses) * share(sizes).to(losses[0])).mean()
 
-    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Stop gradients between layers, unless the student learns end to end."""
-        if self.role == "student" and not self.objective.end_to_end:
-            return replace_hidden(args, kwargs, lambda hidden: hidden.detach())
-        return None
+    def _before_layer(self, index: int) -> Callable:
+        """Keep what a layer is given as teacher; stop gradients between layers, unless the student learns end
+        to end."""
 
-    def _after_layer(self, index: int):
-        """Keep the layer's output; when comparing whole layers, run it as student on the teacher's input as
-        well."""
+        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> Call | None:
+            if self.role == "teacher":
+                self.layer_calls[index] = args, kwargs
+            elif not self.objective.end_to_end:
+                return replace_hidden(args, kwargs, lambda hidden: hidden.detach())
+            return None
 
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            self.blocks[index][self.role] = first(output)
-            if self.compare and self.objective.block:
-                # an argument, not a switch: gradient checkpointing runs the layer again when it is needed
-                as_student = kwargs | {"linmu_role": "student"}
-                self.blocks[index]["student"] = first(layer.forward(*args, **as_student))
+        return hook
+
+    def _after_layer(self, index: int) -> Callable:
+        """Keep a layer's output."""
+
+        def hook(layer: nn.Module, args: tuple, output: Any) -> None:
+            self.layer_outputs[index][self.role] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
@@ -285,36 +347,7 @@ def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:
     return positions, mask[:, positions]
 
 
-@contextmanager
-def pictures_encoded_once(model: nn.Module) -> Iterator[None]:
-    """Within, the first pass encodes images and videos for all: the frozen tower gives the same again."""
-
-    def once(encode: Callable) -> Callable:
-        kept: list[Any] = []
-
-        def encode_or_recall(*args: Any, **kwargs: Any) -> Any:
-            if not kept:
-                kept.append(encode(*args, **kwargs))
-            return kept[0]
-
-        return encode_or_recall
-
-    names = ("get_image_features", "get_video_features")
-    for name in names:
-        setattr(model, name, once(getattr(model, name)))
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(model, name)
-
-
-def first(output: Any) -> Tensor:
-    """The hidden states of a decoder layer's output, tensor or tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def replace_hidden(args: tuple, kwargs: dict, change) -> tuple[tuple, dict]:
+def replace_hidden(args: tuple, kwargs: dict, change: Callable[[Tensor], Tensor]) -> Call:
     """Apply `change` to the layer's hidden states, given by position or by name."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
@@ -333,17 +366,3 @@ def set_adapters(model: nn.Module, enabled: bool) -> None:
             module.enable_adapters(enabled)
             for parameter, is_trained in trained:
                 parameter.requires_grad_(is_trained)
-
-
-@contextmanager
-def temporary_objective(lesson: Lesson, objective: Objective) -> Iterator[Lesson]:
-    """Use another objective for a while, without gradients: to measure what is not being trained."""
-    trained, was_training = lesson.objective, lesson.training
-    lesson.objective = objective
-    lesson.eval()
-    try:
-        with torch.no_grad():
-            yield lesson
-    finally:
-        lesson.objective = trained
-        lesson.train(was_training)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linmu import optimized
-from linmu.optimized.scan import scan_heads
+from linmu.optimized.scan import ScanInputs, scan
 
 from ...harness.cancellation import sizes_of_sums
 from ...harness.compare import Results, assert_matches, evaluate, in_float64, is_float, quarters
@@ -119,7 +119,7 @@ def left_by_the_norm(dtype: torch.dtype, device: str) -> float:
     given |= {"C": C, "gate": numbers(2).sigmoid(), "D": torch.ones(2, device=device), "initial_state": None}
     given |= {"segment": torch.zeros(2, 40, dtype=torch.int64, device=device), "valid": None, "order": None}
     y, normed = (
-        scan_heads(**given, norm_weight=weight, eps=1e-12)[0]
+        scan(ScanInputs(**given, norm_weight=weight, eps=1e-12))[0]
         for weight in (None, torch.ones_like(given["D"]))
     )
     asked = numbers(2, 1).to(dtype)

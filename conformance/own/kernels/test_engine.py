@@ -26,7 +26,7 @@ def test_the_engine_is_said_once_with_its_reason(capsys):
     scan()
     scan()
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("linmu.optimized: torch engine from bidirectional_scan on (")
+    assert len(said) == 1 and said[0].startswith("linmu.optimized: torch engine from scan on (")
     assert "TRITON_INTERPRET" in said[0]
 
 

@@ -49,18 +49,19 @@ def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
 
 SUMS = """
 import torch
+from linmu.optimized.scan import ScanInputs
 from linmu.optimized.scan.kernels.scalars import scan_scalars
 
 torch.manual_seed(0)
 dt = torch.where(torch.rand(1, 64, 2) < 0.1, 1e4, torch.rand(1, 64, 2))
 A, gate, segment = torch.tensor([-0.032, -0.7]), torch.rand(1, 64, 2), torch.zeros(1, 64, dtype=torch.int64)
-found = scan_scalars(dt, A, gate, segment, None, 64)
+found = scan_scalars(ScanInputs(None, dt, A, None, None, gate, segment), 64)
 steps = (dt.double() * A.double())[0].T  # (H, C)
 forward = steps.cumsum(1)
 assert torch.equal(found.sums[0, 0, 0], forward.float())
 assert torch.equal(found.sums[1, 0, 0], (forward - steps).float())
 left = (forward[:, -1:] - forward).exp().float() * dt[0].T  # of each write at the chunk's end
-torch.testing.assert_close(found.write[0, 0, 0], left, rtol=1e-6, atol=1e-30)
+torch.testing.assert_close(found.write_weight[0, 0, 0], left, rtol=1e-6, atol=1e-30)
 """
 
 

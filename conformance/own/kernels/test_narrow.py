@@ -9,6 +9,7 @@ import torch
 
 from linmu.optimized import projections
 from linmu.optimized.elementwise import narrow_product as narrow
+from linmu.optimized.elementwise.operator import NarrowInputs, NarrowOutputs
 from linmu.reference.numerics import full_precision_linear
 
 from ...harness.compare import assert_same, evaluate
@@ -46,8 +47,10 @@ def test_gradients_in_parts_are_those_of_float32(in_parts):
     """The weights' to float32's last bits; that of the hidden states to the only rounding of its dtype."""
     weight, bias, u = torch.randn(11, 48), torch.randn(11), torch.randn(2, 37, 48).bfloat16()
     grad = torch.randn(2, 37, 11)
-    found = narrow.gradient(grad, u, weight)
-    wanted = narrow.gradient(grad.double(), u.double(), weight.double())
+    found, wanted = (
+        narrow.backward(NarrowInputs(each(u), each(weight), bias, [5, 5, 1]), None, NarrowOutputs(each(grad)))
+        for each in (lambda tensor: tensor, torch.Tensor.double)
+    )
     assert found[0].dtype == torch.bfloat16
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=2**-8, atol=2**-8)
     for got, want in zip(found[1:], wanted[1:], strict=True):

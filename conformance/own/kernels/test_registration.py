@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu import optimized
-from linmu.optimized.engine import operator as registration
-from linmu.optimized.engine.operator import is_plain, is_watched
+from linmu.optimized.engine import operator as operator_module
+from linmu.optimized.engine.torch_state import allow_shortcuts, has_no_hooks, is_observed, is_plain
 from linmu.reference.flex_ma import DonatedState
 
 from ...harness.compare import assert_same
@@ -43,7 +43,14 @@ class Subclass(torch.Tensor):
 @pytest.fixture
 def long_way(monkeypatch):
     """Sends every call through the dispatcher when it is called."""
-    return lambda: monkeypatch.setattr(registration, "is_watched", lambda: True)
+    return lambda: monkeypatch.setattr(operator_module, "is_observed", lambda: True)
+
+
+@pytest.fixture
+def without_shortcuts():
+    allow_shortcuts(False)
+    yield
+    allow_shortcuts(True)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -84,17 +91,85 @@ def test_gradients_are_the_same_whichever_way_the_backward_pass_takes(long_way):
     assert_same(short, gradients(), "backward")
 
 
-def test_whoever_watches_calls_is_noticed():
-    assert not is_watched()
-    for watcher in (SeesOperators(), SeesFunctions(), torch.device("cpu"), forward_ad.dual_level()):
-        with watcher:
-            assert is_watched(), watcher
+MODES = {
+    "a dispatch mode": SeesOperators,
+    "a function mode": SeesFunctions,
+    "a default device": lambda: torch.device("cpu"),
+    "forward-mode autograd": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_around_a_call_is_noticed(mode):
+    assert not is_observed()
+    with MODES[mode]():
+        assert is_observed()
+    assert not is_observed()
+
+
+def traced(function, x):
+    return torch.jit.trace(function, x, check_trace=False)
+
+
+def compiled(function, x):
+    torch.compile(function, backend="eager")(x)
+
+
+TRANSFORMS = {
+    "vmap": lambda function, x: torch.vmap(function)(x),
+    "grad": lambda function, x: torch.func.grad(lambda x: function(x).sum())(x),
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "a tracer": traced,
+    "a compiler": compiled,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_of_a_function_is_noticed(transform):
+    """By what the function does, as a tracer and a compiler run it once."""
     seen = []
-    torch.vmap(lambda x: (seen.append(is_watched()), x)[1])(torch.zeros(2))
-    torch.func.grad(lambda x: (seen.append(is_watched()), x)[1])(torch.zeros(()))
-    torch.jit.trace(lambda x: (seen.append(is_watched()), x + 1)[1], torch.zeros(2), check_trace=False)
-    assert seen == [True] * 3
-    assert not is_watched()
+
+    def function(x):
+        seen.append(is_observed())
+        return x + 1
+
+    TRANSFORMS[transform](function, torch.zeros(2))
+    assert seen and all(seen)
+    assert not is_observed()
+
+
+def test_the_switch_turns_shortcuts_off(without_shortcuts):
+    """Every operator goes through the dispatcher, every module is called."""
+    assert is_observed() and not has_no_hooks(torch.nn.Linear(2, 2))
+    run, u = block(torch.float32, "cpu"), torch.randn(2, 300, 256)
+    with torch.no_grad():
+        found = run(u)
+        allow_shortcuts(True)
+        assert_same({"y": found}, {"y": run(u)}, "without shortcuts")
+
+
+def test_the_switch_asks_nothing_private(without_shortcuts, monkeypatch):
+    """A release of torch may have renamed it all."""
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    monkeypatch.delattr(torch._C._functorch, "peek_interpreter_stack")
+    monkeypatch.delattr(forward_ad, "_current_level")
+    assert is_observed()
+
+
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(print),
+    "before forward": lambda module: module.register_forward_pre_hook(print),
+    "backward": lambda module: module.register_full_backward_hook(print),
+    "before backward": lambda module: module.register_full_backward_pre_hook(print),
+    "put over forward": lambda module: setattr(module, "forward", print),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_of_a_module_is_noticed(hook):
+    linear = torch.nn.Linear(2, 2)
+    HOOKS[hook](linear)
+    assert not has_no_hooks(linear)
 
 
 def test_whatever_is_more_than_memory_is_noticed():

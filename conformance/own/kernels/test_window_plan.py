@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linmu import optimized, reference
-from linmu.optimized.layout import plan as window_plan
-from linmu.optimized.scan import operator as operators
+from linmu.optimized.layout import plan
+from linmu.optimized.layout.operator import WindowPlanInputs, window_plan
 
 from ...harness.compare import assert_exact
 from ...harness.layouts import Layout, Text, Vision, layouts
@@ -41,7 +41,7 @@ class PlanCase:
 
     def plan(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As a caller gets it who brings ids."""
-        return operators.window_plan(self.ids())
+        return window_plan(WindowPlanInputs(self.ids()))
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def planned(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token and window of each place, the blocks there are, and row and id of the places' tokens."""
     ids = case.ids()
-    with mock.patch.object(window_plan, "BLOCK", BLOCK):
+    with mock.patch.object(plan, "BLOCK", BLOCK):
         places, blocks = case.plan()
-        assert len(blocks) == 1 + window_plan.most_blocks(places.shape[1])
+        assert len(blocks) == 1 + plan.most_blocks(places.shape[1])
     row = torch.arange(len(ids))[:, None].expand_as(ids).flatten()
     token, window = places.long()
     keys = torch.stack([row, ids.flatten()], dim=1)[token]
@@ -135,7 +135,7 @@ def test_no_block_wastes_much(case):
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
 @pytest.mark.parametrize("number", [-1, 0])
 def test_hardly_any_tokens_make_a_plan(shape, number):
-    places, blocks = operators.window_plan(torch.full(shape, number))
+    places, blocks = window_plan(WindowPlanInputs(torch.full(shape, number)))
     assert places.shape == (2, shape[0] * shape[1])
     assert blocks[0].tolist() == [min(1, shape[0] * shape[1]), 0, 0, 0]
 
@@ -156,7 +156,7 @@ def test_a_layer_makes_no_plan_of_its_own_twice():
     layout, u = optimized.VisionLayout(where.coords), torch.randn(2, 203, 16, requires_grad=True)
     angles = torch.rand(2, 203, 8)
     embeddings = (angles.cos(), angles.sin())
-    with mock.patch.object(window_plan, "layout_plan", wraps=window_plan.layout_plan) as made:
+    with mock.patch.object(plan, "layout_plan", wraps=plan.layout_plan) as made:
         for layer in layers:
             layer(u, layout, position_embeddings=embeddings).sum().backward()
     assert made.call_count == 1

@@ -112,13 +112,13 @@ def test_the_citation_names_the_paper_and_invents_no_author():
 
 
 # What is appended to a shell command so that it ends in seconds, from the options that it documents itself.
+STEPS = "--stage_i.steps 1 --stage_ii.steps 1 --stage_iii.steps 1"
 SHORTER = {
-    "python distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu",
+    "python distill.py": f"--preset smoke {STEPS} --batch_size 1 --eval_samples 1 --cpu",
     "python distill.py evaluate": "--eval_samples 2 --batch_size 1 --cpu",
-    "python distill.py ablate": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 --cpu "
+    "python distill.py ablate": f"--preset smoke {STEPS} --batch_size 1 --eval_samples 1 --cpu "
     "--seeds 1 --variants full",
-    "torchrun --nproc_per_node 2 distill.py": "--preset smoke --steps 1,1,1 --batch_size 1 --eval_samples 1 "
-    "--cpu",
+    "torchrun --nproc_per_node 2 distill.py": f"--preset smoke {STEPS} --batch_size 1 --eval_samples 1 --cpu",
     "pytest conformance/": "-k inverse",
     "python -m linmu.reference.student.convert": "",
     "python -m linmu.optimized.benchmark": "--only decode --lengths 320 --layers 1",

@@ -234,7 +234,7 @@ def test_a_forward_that_ends_inside_a_block_is_refused(converted):
     inputs = image_prompt()
     grids = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     positions, _ = converted.model.get_rope_index(**inputs)
-    with pytest.raises(ValueError, match=r"a block must be whole.*split anywhere but inside"):
+    with pytest.raises(ValueError, match=r"a span must be whole.*split anywhere but inside"):
         converted(**chunk(inputs, 0, 9, positions), **grids, use_cache=True)
 
 

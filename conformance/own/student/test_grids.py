@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linmu.reference.prompts.grids import (
     assign_placeholders,
-    cuts_a_block,
+    cuts_a_span,
     grid_coordinates,
     placement_coords,
     with_newlines,
@@ -81,7 +81,7 @@ def test_text_alone_has_no_placement():
             [[1, 2, 2], [1, 2, 2]],
             "every image grid must have its placeholder tokens.*1 grids too",
         ),
-        ([IMAGE, TEXT], [[1, 1, 2]], "a block must be whole"),
+        ([IMAGE, TEXT], [[1, 1, 2]], "a span must be whole"),
     ],
     ids=["cut", "too few grids", "no grids", "too many grids", "an empty grid"],
 )
@@ -90,13 +90,13 @@ def test_placeholders_and_grids_that_do_not_fit_are_refused(row, images, message
         find([row], images)
 
 
-def test_a_split_cuts_a_block_only_between_its_tokens():
+def test_a_split_cuts_a_span_only_between_its_tokens():
     found = coords([[TEXT, IMAGE, IMAGE, TEXT, VIDEO], [TEXT] * 5], [[1, 2, 4]], [[1, 2, 2]])
-    assert [position for position in range(6) if cuts_a_block(found, position)] == [2]
+    assert [position for position in range(6) if cuts_a_span(found, position)] == [2]
     found[0, 3] = torch.tensor([1, 1, 0, 0])  # a second frame of the video, before a newline token
     found[0, 4] = -1
     found[0, 0] = torch.tensor([1, 0, 0, 0])
-    assert [position for position in range(6) if cuts_a_block(found, position)] == [1, 2, 3]
+    assert [position for position in range(6) if cuts_a_span(found, position)] == [1, 2, 3]
 
 
 def test_frames_apart_are_one_video_where_the_family_says_so():
@@ -106,7 +106,7 @@ def test_frames_apart_are_one_video_where_the_family_says_so():
     found = placement_coords(placements, (1, 7), torch.device("cpu"))[0].tolist()
     frame = [[[0, t, 0, 0], [0, t, 0, 1]] for t in (0, 1)]
     assert found == [[-1] * 4, *frame[0], [-1] * 4, *frame[1], [-1] * 4]
-    with pytest.raises(ValueError, match="a block must be whole: video 0 needs 4 video tokens, got 2"):
+    with pytest.raises(ValueError, match="a span must be whole: video 0 needs 4 video tokens, got 2"):
         Qwen2PromptLayout().placements(CONFIG, torch.tensor(row), inputs)
 
 

@@ -109,7 +109,7 @@ def test_a_prompt_that_lacks_a_token_is_refused(tiny):
     last = int((ids[0] == tiny.teacher.config.image_token_id).nonzero()[-1])
     shorter = torch.cat([ids[:, :last], ids[:, last + 1 :]], dim=1)
     with pytest.raises(
-        ValueError, match=r"assign_placeholders: (a block must be whole|every run of image tokens)"
+        ValueError, match=r"assign_placeholders: (a span must be whole|every run of image tokens)"
     ):
         prompt_layout_of(tiny).placements(tiny.teacher.config, shorter, inputs)
 

@@ -1,4 +1,4 @@
-"""A family from outside: the README's NVILA, on an imitation of that model with its layout."""
+"""A family from outside: the NVILA of student/README.md, on an imitation of that model with its layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from linmu.reference.student.families import FAMILIES, register_family
 from .tiny_checkpoint import shake, shake_mixers
 from .tiny_families import TEXT
 
-README = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+README = (Path(__file__).resolve().parents[3] / "reference/student/README.md").read_text()
 IMAGE, VIDEO, NEWLINE = 60, 61, 62
 SLOTS, SIDE = 32, 16
 

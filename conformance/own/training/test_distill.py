@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,27 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-import distill
+from linmu.reference.config import LinMUConfig
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.prompts.chat_collator import ChatCollator
 from linmu.reference.prompts.processors import load_processor
+from linmu.reference.training.commands.command_line import parse
+from linmu.reference.training.commands.main import main
+from linmu.reference.training.config import PRESETS, Config, MixerOptions, settings_of
 from linmu.reference.training.data.conversations import Conversations, InOrder
-from linmu.reference.training.stages import StageTrainer
+from linmu.reference.training.refusal import RefusedError
+from linmu.reference.training.run import Run
+from linmu.reference.training.stage_trainer import StageTrainer
 
-ROOT = Path(distill.__file__).parent
-TINY = ["--steps", "2,2,3", "--batch_size", "3", "--eval_samples", "6", "--calibration_batches", "1"]
+from .flags import steps
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = [*steps(2, 2, 3), "--batch_size", "3", "--eval_samples", "6", "--calibration_batches", "1"]
 TINY += ["--save_every", "1", "--log_every", "1", "--cpu"]
 
 
 def run(folder: Path, *flags: str) -> dict:
-    return distill.main([*TINY, "--output", str(folder), *flags])
+    return main([*TINY, "--output", str(folder), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +98,7 @@ def test_each_stage_changes_what_it_trains_and_nothing_else(finished):
     after = {
         stage: load_file(finished / f"stage_{stage}" / "taught.safetensors") for stage in ("i", "ii", "iii")
     }
-    started = distill.Run(distill.parse([*TINY, "--output", str(finished.parent / "unused")])).convert(
-        str(TEACHER)
-    )
+    started = Run(parse([*TINY, "--output", str(finished.parent / "unused")])).convert(str(TEACHER))
     before = {name: tensor.detach() for name, tensor in started.named_parameters() if ".mixer." in name}
     changed = {name for name in before if not torch.equal(before[name], after["i"][name])}
     local = {name for name in before if ".local_swin." in name}
@@ -142,12 +148,15 @@ def test_the_printed_command_asks_the_student(finished, capsys):
     "flags, message",
     [
         (["--stepz", "1,1,1"], "stepz"),
-        (["--stages", "iv"], "--stages must be among i,ii,iii"),
-        (["--stages", "ii,i"], "--stages must be in order"),
-        (["--steps", "1,2"], "--steps must be three numbers"),
-        (["--steps", "1,x,2"], "--steps must be whole numbers"),
-        (["--mixer", "{"], "--mixer must be JSON"),
-        (["--mixer", "[4, 8, 8]"], "--mixer must be a JSON object"),
+        (["--stages", "iv"], "invalid choice"),
+        (["--stages", "ii", "i"], "--stages must be among i ii iii, in order"),
+        (["--stage_i.steps", "0"], "--stage_i.steps must be at least 1"),
+        (["--stage_i.steps", "x"], "stage_i.steps"),
+        (["--mixer.window", "4"], "mixer.window"),
+        (["--mixer.window_thw", "4", "8"], "mixer.window_thw"),
+        (["--stage_iii.inputs", "both"], "invalid choice"),
+        (["--stage_iii.inputs", "teacher"], "need --stage_iii.inputs student"),
+        (["--max_pix", "3"], "max_pix"),
         (["--resume", "--overwrite"], "must not both be given"),
         (["--data", "mine.jsonl"], "--teacher and --data must both be demo, or neither"),
         (["--teacher", "mine"], "--teacher and --data must both be demo, or neither"),
@@ -158,29 +167,108 @@ def test_the_printed_command_asks_the_student(finished, capsys):
 )
 def test_unknown_flags_and_impossible_combinations_are_refused(capsys, flags, message):
     with pytest.raises(SystemExit) as stopped:
-        distill.parse(flags)
+        parse(flags)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_every_field_is_a_flag_with_help():
+def settings_by_flag(settings: dict, prefix: str = "") -> dict[str, object]:
+    """{"stage_i.steps": 100, ...}"""
+    flat = {}
+    for name, value in settings.items():
+        deeper = isinstance(value, dict)
+        flat |= settings_by_flag(value, f"{prefix}{name}.") if deeper else {f"{prefix}{name}": value}
+    return flat
+
+
+@pytest.mark.parametrize("program", [["distill.py"], ["-m", "linmu.reference.training"]])
+def test_every_setting_is_a_flag_with_help(program):
     text = subprocess.run(
-        [sys.executable, ROOT / "distill.py", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    for field in fields(distill.Config):
-        assert f"--{field.name}" in text and field.metadata["help"], field.name
+    names = [*settings_by_flag(settings_of(Config())), "dry_run", "resume", "overwrite", "settings"]
+    for name in names:
+        shown = re.search(rf"--{re.escape(name)}\b[^│]*│\n│ +(\w|\')", text)
+        assert shown and not shown[0].strip().startswith("(default"), name
 
 
 def test_presets_change_defaults_and_flags_win():
-    assert distill.parse(["--preset", "vlm"]).dtype == "bfloat16"
-    assert distill.parse(["--preset", "vlm", "--dtype", "float32"]).dtype == "float32"
-    for preset, values in distill.PRESETS.items():
-        names = {field.name for field in fields(distill.Config)}
-        assert set(values) <= names, preset
+    assert parse(["--preset", "vlm"]).dtype == "bfloat16"
+    assert parse(["--preset", "vlm", "--dtype", "float32"]).dtype == "float32"
+    assert parse(["--dtype", "float32", "--preset", "vlm"]).dtype == "float32"
+    for preset in PRESETS:
+        assert parse(["--preset", preset]) == PRESETS[preset]
+
+
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_a_settings_file_says_what_flags_would_say(tmp_path, ending):
+    path = tmp_path / f"mine.{ending}"
+    if ending == "yaml":
+        path.write_text(
+            "preset: vlm\nteacher: T\ndata: [a.jsonl, b.jsonl@2]\nlayers: [0, 2]\ncpu: true\n"
+            "mixer: {scan_rope: false, window_thw: [2, 8, 8]}\nstage_iii:\n  learning_rate: 3e-5\n"
+        )
+    else:
+        settings = {"preset": "vlm", "teacher": "T", "data": ["a.jsonl", "b.jsonl@2"], "layers": [0, 2]}
+        settings |= {"mixer": {"scan_rope": False, "window_thw": [2, 8, 8]}, "cpu": True}
+        path.write_text(json.dumps(settings | {"stage_iii": {"learning_rate": 3e-5}}))
+    flags = ["--preset", "vlm", "--teacher", "T", "--data", "a.jsonl", "b.jsonl@2", "--layers", "0", "2"]
+    flags += ["--mixer.no_scan_rope", "--mixer.window_thw", "2", "8", "8", "--cpu"]
+    flags += ["--stage_iii.learning_rate", "3e-5"]
+    read = parse(["--settings", str(path)])
+    assert replace(read, settings="") == parse(flags)
+    assert parse(["--settings", str(path), "--seed", "3", "--no_cpu"]).seed == 3
+
+
+def test_the_settings_that_a_run_keeps_are_a_settings_file(tmp_path):
+    flags = [
+        "--preset",
+        "vlm",
+        "--teacher",
+        "T",
+        "--data",
+        "x",
+        "--stage_ii.inputs",
+        "student",
+        "--layers",
+        "1",
+    ]
+    config = parse(flags)
+    (tmp_path / "config.json").write_text(json.dumps(settings_of(config)))
+    assert replace(parse(["--settings", str(tmp_path / "config.json")]), settings="") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage_iii: {lr: 1}", "stage_iii.lr"),
+        ("seed: many", "seed"),
+        ("[1, 2]", "--settings must hold settings by name"),
+        ("a: [", "--settings must be a YAML or JSON file"),
+        (None, "--settings must be a YAML or JSON file"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_is_refused(tmp_path, capsys, text, message):
+    path = tmp_path / "settings.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises((SystemExit, RefusedError)) as stopped:
+        parse(["--settings", str(path)])
+    assert message in capsys.readouterr().err + str(stopped.value)
+
+
+def test_a_preset_may_be_appended_to_any_command():
+    """As `.ci/run` does."""
+    assert parse(["--cpu", "--preset", "smoke"]).stage_i.steps == PRESETS["smoke"].stage_i.steps
+
+
+def test_mixer_options_are_those_of_linmu_config():
+    config = LinMUConfig(width=8, heads=1, groups=1, head_dim=8)
+    assert asdict(MixerOptions()) == config.options()
 
 
 def test_a_stage_refuses_to_start_without_the_one_before(tmp_path):
-    with pytest.raises(distill.RefusedError, match="stage ii must start from stage i"):
+    with pytest.raises(RefusedError, match="stage ii must start from stage i"):
         run(tmp_path, "--stages", "ii")
     run(tmp_path, "--stages", "ii", "--allow_missing_stage", "--overwrite")
     assert (tmp_path / "stage_ii" / "taught.safetensors").is_file()
@@ -194,9 +282,9 @@ def test_stages_run_one_by_one_are_stages_run_at_once(finished, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(finished):
-    with pytest.raises(distill.RefusedError, match="--output must be a folder without a run"):
+    with pytest.raises(RefusedError, match="--output must be a folder without a run"):
         run(finished)
-    with pytest.raises(distill.RefusedError, match=r"other values of \['seed'\]"):
+    with pytest.raises(RefusedError, match=r"other values of \['seed'\]"):
         run(finished, "--resume", "--seed", "1")
 
 
@@ -235,7 +323,7 @@ def own_data(tmp_path) -> Path:
 
 
 def test_own_data_teaches_and_a_broken_line_is_named_and_skipped(own_data, tmp_path, caplog, capsys):
-    flags = ["--teacher", str(TEACHER), "--data", str(own_data), "--stages", "i", "--steps", "9,1,1"]
+    flags = ["--teacher", str(TEACHER), "--data", str(own_data), "--stages", "i", *steps(9, 1, 1)]
     results = run(tmp_path / "run", *flags, "--on_broken", "skip")
     assert "stage i" in results["rows"]
     assert "mine.jsonl, line 22: FileNotFoundError" in caplog.text
@@ -244,16 +332,14 @@ def test_own_data_teaches_and_a_broken_line_is_named_and_skipped(own_data, tmp_p
 
 @pytest.mark.parametrize("kind", ["mixture", "stream"])
 def test_a_mixture_or_a_stream_resumes_to_the_numbers_of_an_unbroken_run(own_data, tmp_path, kind):
-    data = {"mixture": f"{own_data}@3,{own_data}", "stream": str(own_data)}[kind]
+    data = {"mixture": [f"{own_data}@3", str(own_data)], "stream": [str(own_data)]}[kind]
     more = [] if kind == "mixture" else ["--streaming", "--eval_data", str(own_data)]
-    flags = ["--teacher", str(TEACHER), "--data", data, "--stages", "i", "--on_broken", "skip", *more]
-    flags += ["--steps", "4,1,1", "--workers", "1", "--backend", "optimized"]
+    flags = ["--teacher", str(TEACHER), "--data", *data, "--stages", "i", "--on_broken", "skip", *more]
+    flags += [*steps(4, 1, 1), "--workers", "1", "--backend", "optimized"]
     run(tmp_path / "whole", *flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "stage_i" / "checkpoint-4")
     (tmp_path / "cut" / "stage_i" / "taught.safetensors").unlink()
-    settings = json.loads((tmp_path / "cut" / "config.json").read_text()) | {"output": str(tmp_path / "cut")}
-    (tmp_path / "cut" / "config.json").write_text(json.dumps(settings))
     run(tmp_path / "cut", *flags, "--resume")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     name = "stage_i/taught.safetensors"
@@ -263,25 +349,25 @@ def test_a_mixture_or_a_stream_resumes_to_the_numbers_of_an_unbroken_run(own_dat
 def test_evaluate_measures_what_the_run_measured(finished, capsys):
     """Two models apart, where the run had one."""
     flags = ["--eval_samples", "6", "--batch_size", "3", "--cpu"]
-    got = distill.main(["evaluate", str(finished / "student"), *flags])
+    got = main(["evaluate", str(finished / "student"), *flags])
     rows = json.loads((finished / "results.json").read_text())["rows"]
     for mine, theirs in (("teacher", "teacher"), ("student", "stage iii")):
         for measure in ("accuracy", "kinds", "agreement"):
             assert got[mine][measure] == pytest.approx(rows[theirs][measure]), measure
         assert got[mine]["kl"] == pytest.approx(rows[theirs]["kl"], rel=1e-3)
-    assert "accuracy         kl" in capsys.readouterr().out
+    assert "accuracy         KL" in capsys.readouterr().out
 
 
 def test_evaluate_works_without_a_teacher_on_own_data(finished, own_data):
     flags = ["--data", str(own_data), "--on_broken", "skip", "--eval_samples", "22", "--cpu"]
-    (row,) = distill.main(["evaluate", str(finished / "student"), *flags]).values()
+    (row,) = main(["evaluate", str(finished / "student"), *flags]).values()
     assert 0 <= row["accuracy"] <= 1 and "kl" not in row and len(row["kinds"]) > 3
 
 
 @pytest.mark.parametrize("arguments", [[], ["--cpu"], ["nowhere"], [str(TEACHER)]])
 def test_evaluate_refuses_what_is_no_student(arguments):
-    with pytest.raises(distill.RefusedError):
-        distill.main(["evaluate", *arguments])
+    with pytest.raises(RefusedError):
+        main(["evaluate", *arguments])
 
 
 def test_a_broken_line_is_refused_by_name_by_default(own_data):

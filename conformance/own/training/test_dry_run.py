@@ -12,16 +12,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import distill
 from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.processors import load_processor
+from linmu.reference.training.commands.main import main
+from linmu.reference.training.refusal import RefusedError
+
+from .flags import steps
 
 pytestmark = pytest.mark.trial_of_the_reference
 
 ASK = {"role": "user", "content": "Read row 2."}
 SAY = {"role": "assistant", "content": "7"}
 GOOD = {"messages": [ASK, SAY]}
-ROOT = Path(distill.__file__).parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -39,15 +42,15 @@ def flags(data: Path, *more: str) -> list[str]:
 
 
 def test_all_broken_samples_are_named_at_once_and_refused(mine, capsys):
-    with pytest.raises(distill.RefusedError, match="samples must be readable, got 2 that are not"):
-        distill.main(flags(mine))
+    with pytest.raises(RefusedError, match="samples must be readable, got 2 that are not"):
+        main(flags(mine))
     said = capsys.readouterr().out
     assert re.search(r"mine.jsonl: 22 samples can be read, 2 are broken", said)
     assert "mine.jsonl, line 25: FileNotFoundError" in said and "mine.jsonl, line 26: ValueError" in said
 
 
 def test_it_says_what_would_be_trained_on_what_and_writes_nothing(mine, capsys):
-    distill.main(flags(mine, "--on_broken", "skip"))
+    main(flags(mine, "--on_broken", "skip"))
     said = capsys.readouterr().out
     assert re.search(r"held out data, .*: 2 samples can be read, 0 are broken", said)
     assert re.search(r"tokens +\d+ to \d+ a sample, median \d+", said)
@@ -60,26 +63,26 @@ def test_it_says_what_would_be_trained_on_what_and_writes_nothing(mine, capsys):
 
 MEASURED = """
 import json, sys
-import distill
 from linmu.reference.training.safety.memory import peak_above, predict, weights
+from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.run import Run
 
-config = distill.parse(sys.argv[1:])
+config = parse(sys.argv[1:])
 run = Run(config)
 run.open()
-first = run.trainer(distill.stage_of("i", config), run.folder / "first")
+first = run.trainer(run.stages[0], run.folder / "first")
 first.train()  # loads what a Trainer needs beside the model
 first.model.close()
 del first
-for name in ("i", "ii", "iii"):
-    stage = distill.stage_of(name, config)
-    if stage.lr_lora:
+for stage in run.stages:
+    name = stage.name
+    if stage.trains_mlps:
         run.add_adapters()
     run.set_free(stage)
-    items = [run.training[0]] * config.batch_size
+    items = [run.training[0]] * config.optimizer.batch_size
     predictions = []
-    for route in stage.routes:
-        lesson = run.lesson(route)
+    for objective in stage.objectives:
+        lesson = run.lesson(objective)
         predictions.append(predict(lesson, run.encoder(items)).total)
         lesson.close()
     trainer = run.trainer(stage, run.folder / name)
@@ -105,16 +108,8 @@ def test_a_stage_needs_no_more_memory_than_predicted(tmp_path):
         "\n".join([json.dumps({"messages": [ASK | {"content": "Read row 2. " * 12}, SAY]})] * 40)
     )
     arguments = ["--teacher", str(tmp_path / "teacher"), "--data", str(tmp_path / "mine.jsonl"), "--cpu"]
-    arguments += [
-        "--output",
-        str(tmp_path / "run"),
-        "--batch_size",
-        "8",
-        "--steps",
-        "2,2,2",
-        "--eval_samples",
-        "2",
-    ]
+    arguments += ["--output", str(tmp_path / "run"), "--batch_size", "8", *steps(2, 2, 2)]
+    arguments += ["--eval_samples", "2"]
     arguments += ["--save_every", "99", "--backend", "optimized", "--calibration_batches", "0"]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments], cwd=ROOT, capture_output=True, text=True, check=True

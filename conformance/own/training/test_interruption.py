@@ -14,16 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import distill
+from linmu.reference.training.commands.main import main
 from linmu.reference.training.safety import atomic_writes as whole_writes
 from linmu.reference.training.safety.atomic_writes import whole_file, whole_folder
 from linmu.reference.training.safety.guards import TrainingStoppedError
-from linmu.reference.training.stages import StageTrainer
+from linmu.reference.training.stage_trainer import StageTrainer
 from linmu.reference.training.teacher_student import Lesson
+
+from .flags import steps
 
 pytestmark = pytest.mark.trial_of_the_reference
 
-TINY = ["--steps", "2,2,3", "--batch_size", "2", "--eval_samples", "4", "--calibration_batches", "1"]
+TINY = [*steps(2, 2, 3), "--batch_size", "2", "--eval_samples", "4", "--calibration_batches", "1"]
 TINY += ["--save_every", "1", "--log_every", "2", "--cpu", "--backend", "optimized"]
 KEPT = (
     "results.json",
@@ -35,7 +37,7 @@ CHILD = multiprocessing.get_context("fork")  # a child starts where the tests ar
 
 
 def run(folder: Path, *flags: str) -> dict:
-    return distill.main([*TINY, "--output", str(folder), *flags])
+    return main([*TINY, "--output", str(folder), *flags])
 
 
 def run_in_child(folder: Path, before=lambda: None) -> multiprocessing.Process:
@@ -204,15 +206,15 @@ def test_a_gradient_that_is_none_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--lr_new", "0", "--lr_copied", "0"], "stage i, step 1: a learning rate must be positive"),
         (
-            ["--mixer", '{"window_thw": [2, 4, 4]}'],
-            "stage i, step 1: the loss must depend on what is trained",
+            ["--stage_i.learning_rate", "0", "--stage_i.learning_rate_new", "0"],
+            "stage i, step 1: a learning rate must be positive",
         ),
+        ([], "stage i, step 1: the loss must depend on what is trained"),
     ],
 )
 def test_a_loss_that_cannot_fall_is_caught_at_the_first_step(tmp_path, monkeypatch, flags, says):
-    if "--mixer" in flags:
+    if not flags:
         forward = Lesson.forward
 
         def cut(self, labels=None, **inputs):

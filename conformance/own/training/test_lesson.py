@@ -26,10 +26,10 @@ from linmu.reference.training.teacher_student import supervised
 from ..student.tiny_checkpoint import IMAGE, VIDEO, build_teacher, every_kind, logits_of, shake_mixers
 
 ALONE = Objective(mixer=1.0, inputs="teacher")
-TOGETHER = Objective(mixer=1.0, block=0.5, logits=2.0, end_to_end=True)
+TOGETHER = Objective(mixer=1.0, layer=0.5, logits=2.0, end_to_end=True)
 
 
-class Heard(nn.Module):
+class Calls(nn.Module):
     """What every mixer and every decoder layer of a model is given and gives, over one forward."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,7 +115,7 @@ def test_adapters_work_for_the_student_only(pair):
 
 
 def test_stage_i_compares_mixers_on_the_teachers_own_states(pair):
-    given, own = Heard(pair.teacher), Heard(pair.alone)
+    given, own = Calls(pair.teacher), Calls(pair.alone)
     with torch.no_grad():
         logits_of(pair.teacher, pair.inputs)
         logits_of(pair.alone, pair.inputs)
@@ -127,7 +127,7 @@ def test_stage_i_compares_mixers_on_the_teachers_own_states(pair):
 
 
 def test_stage_ii_compares_whole_layers_on_the_teachers_own_states(pair):
-    given, own = Heard(pair.teacher), Heard(pair.alone)
+    given, own = Calls(pair.teacher), Calls(pair.alone)
     with torch.no_grad():
         logits_of(pair.teacher, pair.inputs)
         logits_of(pair.alone, pair.inputs)
@@ -136,13 +136,13 @@ def test_stage_ii_compares_whole_layers_on_the_teachers_own_states(pair):
             (_, *others), named = own_calls[index]
             output = layer(given.layer_calls[index][0][0], *others, **named)
             expected.append(grouped_loss(output, given.layer_outputs[index], pair, True))
-    got = pair.lesson(Objective(block=0.5, inputs="teacher"))(pair.labels, **pair.inputs)
-    torch.testing.assert_close(got["block"], mean(expected))
+    got = pair.lesson(Objective(layer=0.5, inputs="teacher"))(pair.labels, **pair.inputs)
+    torch.testing.assert_close(got["layer"], mean(expected))
     torch.testing.assert_close(got["loss"], 0.5 * mean(expected))
 
 
 def test_stage_iii_compares_the_students_run_with_the_teachers(pair):
-    given, own = Heard(pair.teacher), Heard(pair.alone)
+    given, own = Calls(pair.teacher), Calls(pair.alone)
     with torch.no_grad():
         taught, answered = logits_of(pair.teacher, pair.inputs), logits_of(pair.alone, pair.inputs)
     mask = torch.nn.functional.pad(pair.labels[:, 1:] != -100, (0, 1))
@@ -151,12 +151,12 @@ def test_stage_iii_compares_the_students_run_with_the_teachers(pair):
         return mean([grouped_loss(s, t, pair, True) for s, t in zip(students, teachers, strict=True)])
 
     mixer = compare(own.mixer_outputs, given.mixer_outputs)
-    block = compare(own.layer_outputs, given.layer_outputs)
+    layer = compare(own.layer_outputs, given.layer_outputs)
     logits = logit_loss(answered, taught, mask)
     got = pair.lesson(TOGETHER)(labels=pair.labels, **pair.inputs)
-    for name, expected in (("mixer", mixer), ("block", block), ("logits", logits)):
+    for name, expected in (("mixer", mixer), ("layer", layer), ("logits", logits)):
         torch.testing.assert_close(got[name], expected)
-    torch.testing.assert_close(got["loss"], mixer + 0.5 * block + 2.0 * logits)
+    torch.testing.assert_close(got["loss"], mixer + 0.5 * layer + 2.0 * logits)
 
 
 def test_gradients_of_stage_iii_are_those_of_two_separate_models(pair):
@@ -180,9 +180,9 @@ def test_a_layers_loss_reaches_earlier_layers_only_end_to_end(pair, end_to_end):
     pair.student.requires_grad_(False)
     for layer in decoder_layers(pair.student):
         layer.self_attn.mixer.requires_grad_(True)
-    lesson = pair.lesson(Objective(block=1.0, end_to_end=end_to_end))
+    lesson = pair.lesson(Objective(layer=1.0, end_to_end=end_to_end))
     lesson(**pair.inputs)
-    lesson.blocks[-1]["student"].sum().backward()
+    lesson.layer_outputs[-1]["student"].sum().backward()
     first, last = (decoder_layers(pair.student)[i].self_attn.mixer.mix_proj.weight.grad for i in (0, -1))
     assert last is not None
     assert (first is not None) == end_to_end
@@ -242,7 +242,7 @@ def test_calibration_gives_flex_ma_the_scale_of_the_teachers_heads(pair):
 
 @pytest.mark.parametrize(
     "objective",
-    [TOGETHER, ALONE, Objective(mixer=1.0, block=0.5, inputs="teacher"), Objective(mixer=1.0, block=0.5)],
+    [TOGETHER, ALONE, Objective(mixer=1.0, layer=0.5, inputs="teacher"), Objective(mixer=1.0, layer=0.5)],
     ids=["end to end", "mixers on teacher's states", "layers on teacher's states", "layers on their own"],
 )
 def test_gradient_checkpointing_changes_no_gradient(pair, objective):

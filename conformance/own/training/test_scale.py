@@ -16,14 +16,16 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-import distill
 from linmu.reference.demo import TEACHER, DigitsQuestions
+from linmu.reference.training.commands.main import main
 from linmu.reference.training.safety.distributed_means import share
+
+from .flags import steps
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.trial_of_the_reference
 
-TINY = ["--steps", "3,4,3", "--calibration_batches", "1", "--cpu"]
+TINY = [*steps(3, 4, 3), "--calibration_batches", "1", "--cpu"]
 TINY += ["--backend", "optimized", "--save_every", "9", "--log_every", "1", "--eval_samples", "2"]
 TINY += ["--teacher", str(TEACHER), "--preset", "smoke"]
 FSDP = {
@@ -60,7 +62,7 @@ def work(rank: int, world: int, port: int, environment: dict[str, str], argument
     AcceleratorState._reset_state(reset_partial_state=True)
     if environment:
         take_for_accelerators()
-    distill.main(arguments)
+    main(arguments)
     torch.distributed.destroy_process_group()
 
 
@@ -97,7 +99,7 @@ def run_together(arguments: list[str], environment: dict[str, str] | None = None
 
 def losses(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    terms = ("loss", "mixer", "block", "logits", "grad_norm")
+    terms = ("loss", "mixer", "layer", "logits", "grad_norm")
     return {(line["stage"], line["step"]): {t: line[t] for t in terms if t in line} for line in lines}
 
 
@@ -105,7 +107,7 @@ def losses(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
 def alone(uneven, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     AcceleratorState._reset_state(reset_partial_state=True)
-    distill.main([*TINY, "--data", str(uneven), "--batch_size", "4", "--output", str(folder / "run")])
+    main([*TINY, "--data", str(uneven), "--batch_size", "4", "--output", str(folder / "run")])
     return folder / "run"
 
 

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-import distill
 from linmu.reference import Objective
 from linmu.reference.demo import TEACHER
-from linmu.reference.training.commands.ablation import VARIANTS, shared_out, table_of, varied_config
-from linmu.reference.training.variants import apply_variant
+from linmu.reference.training.commands.ablation import VARIANTS, table_of, variant_of, with_stages
+from linmu.reference.training.commands.command_line import parse
+from linmu.reference.training.commands.main import main
+from linmu.reference.training.parameter_groups import MIXER, ParameterGroup
+from linmu.reference.training.refusal import RefusedError
+from linmu.reference.training.run import Run
+from linmu.reference.training.stages import stage_of
+
+from .flags import steps
 
 pytestmark = pytest.mark.trial_of_the_reference
 
+FLEX_MA, LOCAL_SWIN, MIX, ADAPTERS, TUNED = ParameterGroup
 TINY = ["--batch_size", "2", "--eval_samples", "2", "--calibration_batches", "1", "--cpu"]
 TINY += ["--save_every", "9", "--log_every", "1", "--backend", "optimized"]
-ONE = [*TINY, "--stages", "iii", "--steps", "1,1,2", "--allow_missing_stage"]
+ONE = [*TINY, "--stages", "iii", *steps(1, 1, 2), "--allow_missing_stage"]
 
 
 def moved(folder) -> set[str]:
@@ -34,13 +42,13 @@ def moved(folder) -> set[str]:
 @pytest.mark.parametrize(
     ("flags", "tuned"),
     [
-        (["--tune", "none", "--layers", "0,2"], r"^$"),
-        (["--tune", "full", "--lr_lora", "1e-3"], r"\.mlp\.(gate|up|down)_proj\.weight$"),
+        (["--tune", "none", "--layers", "0", "2"], r"^$"),
+        (["--tune", "full", "--mlp_learning_rate", "1e-3"], r"\.mlp\.(gate|up|down)_proj\.weight$"),
         (["--lora_targets", "down_proj", "--lora_rank", "2"], r"\.mlp\.down_proj\.weight$"),
     ],
 )
 def test_stage_iii_tunes_what_it_is_asked_to(tmp_path, flags, tuned):
-    distill.main([*ONE, *flags, "--output", str(tmp_path)])
+    main([*ONE, *flags, "--output", str(tmp_path)])
     names = moved(tmp_path)
     assert all(re.search(tuned, name) and ".visual." not in name for name in names)
     assert bool(names) == ("none" not in flags)
@@ -50,9 +58,9 @@ def test_stage_iii_tunes_what_it_is_asked_to(tmp_path, flags, tuned):
     assert settings["layers"] == ([0, 2] if "--layers" in flags else [0, 1, 2, 3])
 
 
-def opened(*flags: str) -> distill.Run:
+def opened(*flags: str) -> Run:
     """A run with teacher and student in place, before anything is written."""
-    run = distill.Run(distill.parse([*TINY, *flags]))
+    run = Run(parse([*TINY, *flags]))
     run.open()
     return run
 
@@ -78,7 +86,7 @@ def test_adapters_ask_for_no_gradient_of_the_embeddings():
     """With recomputed layers peft would, and the frozen vision tower would be differentiated too."""
     run = opened("--gradient_checkpointing")
     run.add_adapters()
-    run.set_free(distill.stage_of("iii", run.config))
+    run.set_free(stage_of("iii", run.config))
     assert not run.student.get_input_embeddings()(torch.tensor([[0]])).requires_grad
 
 
@@ -92,45 +100,47 @@ def test_a_random_start_keeps_nothing_of_attention():
         assert torch.equal(tensor, random[name]) != bool(copied) or name.endswith("_proj.bias"), name
 
 
-def test_objectives_change_the_losses_of_their_stage_alone():
-    changes = {"ii": {"inputs": "teacher", "block": 0.25}, "iii": {"block": 0.0, "temperature": 2.0}}
-    config = distill.parse(["--objectives", json.dumps(changes)])
-    stages = {name: apply_variant(distill.stage_of(name, config), config) for name in ("i", "ii", "iii")}
-    assert stages["i"] == distill.stage_of("i", config)
-    assert [(route.inputs, route.block) for route in stages["ii"].routes] == [("teacher", 0.25)]
-    (route,) = stages["iii"].routes
-    assert (route.block, route.temperature, route.end_to_end) == (0.0, 2.0, True)
-    assert isinstance(route, Objective)
+def test_settings_of_a_stage_change_its_losses_alone():
+    flags = ["--stage_ii.inputs", "teacher", "--stage_ii.layer", "0.25"]
+    flags += ["--stage_iii.layer", "0", "--stage_iii.temperature", "2"]
+    stages = {name: stage_of(name, parse(flags)) for name in ("i", "ii", "iii")}
+    assert stages["i"] == stage_of("i", parse([]))
+    assert stages["ii"].objectives == (Objective(mixer=1.0, layer=0.25, inputs="teacher"),)
+    assert stages["iii"].objectives == (Objective(logits=1.0, end_to_end=True, temperature=2.0),)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--objectives", "{"], "--objectives must be JSON"),
-        (["--objectives", '{"iv": {}}'], "--objectives must be a JSON object of stages"),
-    ],
-)
-def test_objectives_of_no_stage_are_refused(capsys, flags, message):
-    with pytest.raises(SystemExit):
-        distill.parse(flags)
-    assert message in capsys.readouterr().err
+def test_a_rate_for_new_tensors_is_that_of_the_others_unless_it_is_given():
+    stage = stage_of("iii", parse(["--stage_iii.learning_rate", "3e-5"]))
+    assert (stage.learning_rate, stage.learning_rate_new) == (3e-5, 3e-5)
+    stage = stage_of("i", parse(["--stage_i.learning_rate", "3e-5"]))
+    assert (stage.learning_rate, stage.learning_rate_new) == (3e-5, 1.2e-2)
 
 
-@pytest.mark.parametrize("change", [{"blocks": 1.0}, {"inputs": "both"}, {"inputs": "teacher"}])
-def test_objectives_that_cannot_be_are_refused(change):
-    config = distill.parse(["--objectives", json.dumps({"iii": change})])
-    with pytest.raises(distill.RefusedError, match="--objectives must fit stage iii"):
-        apply_variant(distill.stage_of("iii", config), config)
+def test_every_group_of_parameters_is_trained_where_it_is_said(tmp_path):
+    run = opened()
+    run.add_adapters()
+    names = [name for name, _ in run.student.named_parameters()]
+    mixers = [name for name in names if ".mixer." in name]
+    for name in mixers:
+        assert sum(group.matches(name) for group in MIXER) == 1, name
+    assert {group for group in ParameterGroup if any(map(group.matches, names))} == {*MIXER, ADAPTERS}
+    for branches, stages in {
+        "both": {"i": {FLEX_MA, MIX}, "ii": {FLEX_MA, LOCAL_SWIN, MIX}, "iii": {*MIXER, ADAPTERS}},
+        "flex": {"i": {FLEX_MA}, "ii": {FLEX_MA}, "iii": {FLEX_MA, ADAPTERS}},
+        "local": {"i": {LOCAL_SWIN}, "ii": {LOCAL_SWIN}, "iii": {LOCAL_SWIN, ADAPTERS}},
+    }.items():
+        for name, trained in stages.items():
+            assert {*stage_of(name, parse(["--branches", branches])).trained} == trained
 
 
 def test_projections_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(distill.RefusedError, match="--lora_targets must be among the projections of"):
-        distill.main([*ONE, "--lora_targets", "q_proj", "--output", str(tmp_path)])
+    with pytest.raises(RefusedError, match="--lora_targets must be among the linear projections of"):
+        main([*ONE, "--lora_targets", "q_proj", "--output", str(tmp_path)])
 
 
 def test_bfloat16_with_checkpointing_and_accumulation_trains_in_float32(tmp_path):
     flags = ["--dtype", "bfloat16", "--gradient_checkpointing", "--gradient_accumulation", "2"]
-    distill.main([*TINY, *flags, "--steps", "1,2,2", "--output", str(tmp_path)])
+    main([*TINY, *flags, *steps(1, 2, 2), "--output", str(tmp_path)])
     taught = load_file(tmp_path / "stage_iii" / "taught.safetensors")
     assert {tensor.dtype for tensor in taught.values()} == {torch.float32}
     saved = load_file(tmp_path / "student" / "model.safetensors")
@@ -140,20 +150,21 @@ def test_bfloat16_with_checkpointing_and_accumulation_trains_in_float32(tmp_path
 
 
 def test_variants_of_the_ablation_take_as_many_steps_in_all():
-    base = distill.parse(["--steps", "80,380,140"])
-    for name, changes in VARIANTS.items():
-        config = varied_config(base, name, 0)
-        assert sum(config.steps_of(stage) for stage in config.stage_list) == 600, name
-        assert ("stages" in changes) == (config.stages != "i,ii,iii")
-    assert shared_out(base, ["i", "iii"]) == [218, 1, 382]
+    base = parse(steps(80, 380, 140))
+    for name in VARIANTS:
+        config = variant_of(base, name, 0)
+        assert sum(config.of_stage(stage).steps for stage in config.stages) == 600, name
+        assert (name.startswith("without stage")) == (config.stages != ("i", "ii", "iii"))
+    shared = with_stages(base, ("i", "iii"))
+    assert [shared.of_stage(stage).steps for stage in shared.stages] == [218, 382]
 
 
 def test_the_ablation_leaves_out_one_thing_at_a_time(tmp_path, capsys, pytestconfig):
     """In as few steps as can be; all variants in a thorough run."""
     few = ["without stage ii", "without Local-Swin", "without Flex-MA"]
     names = list(VARIANTS) if pytestconfig.getoption("thorough") else few
-    flags = [*TINY, "--steps", "1,1,1", "--output", str(tmp_path), "--calibration_batches", "0"]
-    distill.main(["ablate", "--seeds", "1", "--variants", ",".join(names), *flags])
+    flags = [*TINY, *steps(1, 1, 1), "--output", str(tmp_path), "--calibration_batches", "0"]
+    main(["ablate", "--seeds", "1", "--variants", ",".join(names), *flags])
     table = (tmp_path / "ablation.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == names
     assert table in capsys.readouterr().out and (tmp_path / "ablation.png").is_file()
@@ -173,14 +184,13 @@ def test_the_ablation_leaves_out_one_thing_at_a_time(tmp_path, capsys, pytestcon
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        ("without the backward scan", "reverse_scan"),
+        ("without the reverse scan", "reverse_scan"),
         ("raster instead of Rotary-Major", "rotary_major"),
     ],
 )
 def test_variants_of_the_scan_switch_one_option_off(name, option):
-    base = distill.parse([])
-    options = varied_config(base, name, 0).mixer_options
-    assert options == base.mixer_options | {option: False}
+    base = parse([])
+    assert variant_of(base, name, 0).mixer == replace(base.mixer, **{option: False})
 
 
 def test_the_table_shows_mean_and_spread():
@@ -189,5 +199,5 @@ def test_the_table_shows_mean_and_spread():
 
 
 def test_unknown_variants_are_refused():
-    with pytest.raises(distill.RefusedError, match=r"--variants must be among .*got \['half'\]"):
-        distill.main(["ablate", "--variants", "half"])
+    with pytest.raises(RefusedError, match=r"--variants must be among .*got \['half'\]"):
+        main(["ablate", "--variants", "half"])

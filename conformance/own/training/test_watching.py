@@ -9,29 +9,30 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import distill
 from linmu.reference import Lesson, Objective, attach_teacher, convert
+from linmu.reference.training.commands.main import main
 from linmu.reference.training.evaluation.evaluation import evaluate
-from linmu.reference.training.metrics import append_json, forget_after, read_metrics
+from linmu.reference.training.progress import append_json, forget_after, read_metrics
 
 from ..student.tiny_checkpoint import build_teacher, every_kind, shake_mixers
+from .flags import steps
 
 pytestmark = pytest.mark.trial_of_the_reference
 
-TINY = ["--steps", "2,2,2", "--batch_size", "2", "--eval_samples", "4", "--calibration_batches", "1"]
+TINY = [*steps(2, 2, 2), "--batch_size", "2", "--eval_samples", "4", "--calibration_batches", "1"]
 TINY += ["--save_every", "9", "--log_every", "1", "--cpu", "--backend", "optimized"]
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched") / "run"
-    distill.main([*TINY, "--report", "tensorboard", "--output", str(folder)])
+    main([*TINY, "--report", "tensorboard", "--output", str(folder)])
     return folder
 
 
 def test_a_logger_is_told_what_metrics_jsonl_holds(watched):
     lines = {(line["stage"], line["step"]): line for line in read_metrics(watched / "metrics.jsonl")}
-    for stage, terms in (("i", {"mixer"}), ("ii", {"mixer", "block"}), ("iii", {"block", "logits"})):
+    for stage, terms in (("i", {"mixer"}), ("ii", {"mixer", "layer"}), ("iii", {"layer", "logits"})):
         events = {}
         for path in (watched / f"stage_{stage}").rglob("events*"):
             accumulator = EventAccumulator(str(path)).Reload()
@@ -52,7 +53,7 @@ def test_wandb_has_a_run_for_each_stage(tmp_path, monkeypatch):
         finish()
 
     monkeypatch.setattr(wandb, "finish", note_and_finish)
-    distill.main([*TINY, "--report", "wandb", "--output", str(tmp_path / "run")])
+    main([*TINY, "--report", "wandb", "--output", str(tmp_path / "run")])
     lines = {(line["stage"], line["step"]): line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert list(told) == [f"run, stage {stage}" for stage in ("i", "ii", "iii")]
     for name, summary in told.items():
@@ -74,7 +75,7 @@ def test_results_say_what_every_layer_relies_on_and_how_far_it_is(watched):
     for name in ("converted", "stage i", "stage ii", "stage iii"):
         layers = rows[name]["layers"]
         assert [layer["layer"] for layer in layers] == list(range(len(layers)))
-        for error in ("mixer_error", "block_error"):
+        for error in ("mixer_error", "layer_error"):
             mean = sum(layer[error] for layer in layers) / len(layers)
             assert mean == pytest.approx(rows[name][error], rel=1e-5)
         for layer in layers:
@@ -92,9 +93,11 @@ def test_reliance_is_the_mean_of_the_gates_over_vision_tokens():
     labels = inputs["input_ids"].masked_fill(~inputs["attention_mask"].bool(), -100)
     seen = {}
     layer = lesson.layers[1].self_attn.mixer
-    hook = layer.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.__setitem__("u", kwargs["hidden_states"].detach()), with_kwargs=True
-    )
+
+    def keep(_, args, kwargs) -> None:
+        seen.setdefault("u", kwargs["hidden_states"].detach())  # first pass: the student's own states
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
         row = evaluate(lesson, [(["a"] * len(labels), inputs | {"labels": labels})], torch.device("cpu"))
     hook.remove()

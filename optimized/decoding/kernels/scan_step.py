@@ -1,50 +1,27 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernel for one token of decoding: every element of the state is read once and written once.
 
-Letters and equation as in `step`.
+Letters and equation as in `torch_engine`.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...engine.launch import ceil_div, launching, power_of_2
-from ...scan.kernels.tiles import rows_of
+from ...engine.launch import as_bytes, ceil_div, power_of_2, rows_of
+from ..operator import StepInputs, StepOutputs, step_outputs
 
 BLOCK_P = 32
 
 
 @triton.jit
 def step_kernel(
-    STATE,
-    X,
-    DT,
-    A,
-    B,
-    C,
-    D,
-    VALID,
-    NEW_STATE,
-    Y,
-    x_batch,
-    x_head,
-    b_batch,
-    b_head,
-    c_batch,
-    c_head,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-):
-    """Eq. (1) for a block of P of one head: `advance` of the reference. NEW_STATE may be STATE."""
+    STATE, X, DT, A, B, C, D, VALID, NEW_STATE, Y, x_batch, x_head, b_batch, b_head, c_batch, c_head,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
+    """Eq. (1) for a block of P of one head: `advance` of the reference."""
     head = tl.program_id(0) % HEADS
     batch = tl.cast(tl.program_id(0) // HEADS, tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -75,35 +52,21 @@ def step_kernel(
     tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=p < P)
 
 
-@launching
-def advance(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    valid: Tensor | None,
-    *,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`step.advance` on a Triton kernel; `in_place` overwrites `state`, which must be contiguous float32."""
-    batch, heads, size, head_dim = state.shape
-    state = state if in_place else state.float().contiguous()
-    new_state = state if in_place else torch.empty_like(state)
-    x, B, C = rows_of(x), rows_of(B), rows_of(C)
-    y = x.new_empty(batch, heads, head_dim)
+def scan_step(inputs: StepInputs) -> StepOutputs:
+    """The operator on a Triton kernel."""
+    batch, heads, size, head_dim = inputs.state.shape
+    state, x, B, C = inputs.state.float().contiguous(), *map(rows_of, (inputs.x, inputs.B, inputs.C))
+    outputs = y, new_state = step_outputs(inputs)
     block = min(power_of_2(head_dim), BLOCK_P)
     step_kernel[(batch * heads, ceil_div(head_dim, block))](
         state,
         x,
-        dt.contiguous(),
-        A.contiguous(),
+        inputs.dt.contiguous(),
+        inputs.A.contiguous(),
         B,
         C,
-        D,
-        None if valid is None else valid.contiguous().view(torch.uint8),
+        inputs.D,
+        as_bytes(inputs.valid),
         new_state,
         y,
         *x.stride()[:2],
@@ -115,8 +78,8 @@ def advance(
         P=head_dim,
         BLOCK_N=power_of_2(size),
         BLOCK_P=block,
-        HAS_SKIP=D is not None,
-        HAS_VALID=valid is not None,
+        HAS_SKIP=inputs.D is not None,
+        HAS_VALID=inputs.valid is not None,
         num_warps=4,
     )
-    return y, new_state
+    return outputs

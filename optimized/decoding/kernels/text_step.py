@@ -2,20 +2,25 @@
 """Triton kernels for one token of text: the products with its hidden states in one launch, all that lies
 between them and the output projection in another.
 
-Letters as in `text_step`. The products read every weight once and share nothing, so each program takes a few
-rows of one matrix and walks along the width. A step's program takes one head: its state is read once and
+Letters as in `torch_engine`. The products read every weight once and share nothing, so each program takes a
+few rows of one matrix and walks along the width. A step's program takes one head: its state is read once and
 written once.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...engine.launch import ceil_div, launching, power_of_2
-from ...scan.kernels.tiles import rows_of
+from ...engine.launch import as_bytes, ceil_div, contiguous, power_of_2, rows_of
+from ..operator import (
+    ProjectionInputs,
+    ProjectionOutputs,
+    TextStepInputs,
+    TextStepOutputs,
+    projection_outputs,
+    text_step_outputs,
+)
 
 ELEMENTS = {1: 4096, 2: 4096, 4: 8192}  # rows of the batch -> of a program's sums
 OUTPUTS = {1: 4, 2: 4, 4: 8}  # rows of the batch -> rows of the weight that a program takes
@@ -25,21 +30,10 @@ SERIES = tl.constexpr(0.1)  # below, log(1 + e) would lose the last bits of a sm
 
 @triton.jit
 def rows_product(
-    U,
-    WEIGHT,
-    BIAS,
-    OUT,
-    block,
-    size,
-    batch,
-    u_batch,
-    out_batch,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
+    U, WEIGHT, BIAS, OUT, block, size, batch, u_batch, out_batch,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-):
+):  # fmt: skip
     """OUT = U WEIGHTᵀ + BIAS for one block of WEIGHT's rows, summed in float32."""
     row = tl.arange(0, ROWS)
     output = block * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -67,33 +61,12 @@ def rows_product(
 
 @triton.jit
 def project_kernel(
-    U,
-    V,
-    K,
-    Q,
-    DT,
-    Z,
-    V_BIAS,
-    K_BIAS,
-    Q_BIAS,
-    DT_BIAS,
-    Z_BIAS,
-    TAKEN,
-    RATE,
-    GATED,
-    batch,
-    u_batch,
-    WIDTH: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPED: tl.constexpr,
-    INNER: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    U, V, K, Q, DT, Z, V_BIAS, K_BIAS, Q_BIAS, DT_BIAS, Z_BIAS, XBC, RATE, GATED, batch, u_batch,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, GROUPED: tl.constexpr, INNER: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_Z: tl.constexpr,
-):
-    """`text_step.project`: the first programs take V, then K, Q, DT and Z."""
+):  # fmt: skip
+    """`torch_engine.project`: the first programs take V, then K, Q, DT and Z."""
     channels: tl.constexpr = 2 * GROUPED + INNER
     grouped: tl.constexpr = (GROUPED + OUTPUTS - 1) // OUTPUTS  # blocks
     inner: tl.constexpr = (INNER + OUTPUTS - 1) // OUTPUTS
@@ -101,17 +74,17 @@ def project_kernel(
     block = tl.program_id(0)
     if block < grouped:
         rows_product(
-            U, V, V_BIAS, TAKEN, block, GROUPED, batch, u_batch, channels,
+            U, V, V_BIAS, XBC, block, GROUPED, batch, u_batch, channels,
             WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
         )  # fmt: skip
     elif block < 2 * grouped:
         rows_product(
-            U, K, K_BIAS, TAKEN + GROUPED, block - grouped, GROUPED, batch, u_batch, channels,
+            U, K, K_BIAS, XBC + GROUPED, block - grouped, GROUPED, batch, u_batch, channels,
             WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
         )  # fmt: skip
     elif block < 2 * grouped + inner:
         rows_product(
-            U, Q, Q_BIAS, TAKEN + 2 * GROUPED, block - 2 * grouped, INNER, batch, u_batch, channels,
+            U, Q, Q_BIAS, XBC + 2 * GROUPED, block - 2 * grouped, INNER, batch, u_batch, channels,
             WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
         )  # fmt: skip
     elif block < 2 * grouped + inner + heads:
@@ -137,23 +110,9 @@ def softplus(rate):
 
 @triton.jit
 def convolved(
-    TOKENS,
-    START,
-    NEXT,
-    WEIGHT,
-    BIAS,
-    place,
-    shift,
-    factor,
-    end,
-    written,
-    batch,
-    taken,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
+    TOKENS, START, NEXT, WEIGHT, BIAS, place, shift, factor, end, written, batch, taken,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """Eq. (2) at `place`s before `end` of x, B or C, whose first channel is `shift`; the new state at those
     before `written`.
     """
@@ -180,38 +139,13 @@ def convolved(
 
 @triton.jit
 def text_step_kernel(
-    STATE,
-    START,
-    NEXT,
-    X,
-    B,
-    C,
-    RATE,
-    A_LOG,
-    D,
-    WEIGHT,
-    BIAS,
-    NORM,
-    Z,
-    VALID,
-    Y,
-    x_batch,
-    b_batch,
-    c_batch,
-    scale,
-    eps,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    TAPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_Z: tl.constexpr,
+    STATE, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, Y,
+    x_batch, b_batch, c_batch, scale, eps,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, TAPS: tl.constexpr,
+    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_VALID: tl.constexpr,
-):
-    """`text_step.advance` for one head, N = P = P; STATE is overwritten."""
+):  # fmt: skip
+    """`torch_engine.text_step` for one head, N = P; STATE is overwritten."""
     head = tl.program_id(0) % HEADS
     batch = tl.cast(tl.program_id(0) // HEADS, tl.int64)
     group = head // RATIO
@@ -262,28 +196,16 @@ def text_step_kernel(
     tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=real)
 
 
-@launching
-def project(
-    u: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    z_weight: Tensor | None,
-    z_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`text_step.project` on a Triton kernel; weights are contiguous, and there are four rows at most."""
-    batch, width = u.shape
+def project(inputs: ProjectionInputs) -> ProjectionOutputs:
+    """`text_projection` on a Triton kernel; weights are contiguous, and there are four rows at most."""
+    u, weights, biases, dt_weight, dt_bias, z_weight, z_bias, _ = inputs
+    (batch, width), heads, u = u.shape, len(dt_weight), rows_of(u)
     (grouped, _), (inner, _) = weights[0].shape, weights[2].shape
-    heads = len(dt_weight)
-    u = rows_of(u)
-    taken = u.new_empty(batch, 2 * grouped + inner)
-    rate = u.new_empty(batch, heads, dtype=torch.float32)
-    z = u.new_empty(0) if z_weight is None else u.new_empty(batch, inner)
+    outputs = projection_outputs(inputs)
     rows = power_of_2(batch)
-    outputs = OUTPUTS[rows]
+    rows_of_weight = OUTPUTS[rows]
     sizes = (grouped, grouped, inner, heads, 0 if z_weight is None else inner)
-    project_kernel[(sum(ceil_div(size, outputs) for size in sizes),)](
+    project_kernel[(sum(ceil_div(size, rows_of_weight) for size in sizes),)](
         u,
         *weights,
         dt_weight,
@@ -291,9 +213,7 @@ def project(
         *biases,
         dt_bias,
         z_bias,
-        taken,
-        rate,
-        z,
+        *outputs,
         batch,
         u.stride(0),
         WIDTH=width,
@@ -301,76 +221,53 @@ def project(
         GROUPED=grouped,
         INNER=inner,
         ROWS=rows,
-        OUTPUTS=outputs,
-        STEP=min(ELEMENTS[rows] // (rows * outputs), power_of_2(width)),
+        OUTPUTS=rows_of_weight,
+        STEP=min(ELEMENTS[rows] // (rows * rows_of_weight), power_of_2(width)),
         HAS_BIAS=biases[0] is not None,
         HAS_Z=z_weight is not None,
         num_warps=4,
     )
-    return taken, rate, z
+    return outputs
 
 
-@launching
-def advance(
-    scan_state: Tensor,
-    conv_state: Tensor | None,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    rate: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    z: Tensor | None,
-    valid: Tensor | None,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """`text_step.advance` on a Triton kernel; `scan_state` is overwritten."""
-    batch, heads, size, _ = scan_state.shape
-    groups = x.shape[1]
-    x, B, C = (rows_of(tensor.flatten(1)) for tensor in (x, B, C))
+def text_step(inputs: TextStepInputs) -> TextStepOutputs:
+    """The operator on a Triton kernel."""
+    batch, heads, size, _ = inputs.scan_state.shape
+    groups, conv_weight, conv_state = inputs.x.shape[1], inputs.conv_weight, inputs.conv_state
+    x, B, C = (rows_of(tensor.flatten(1)) for tensor in (inputs.x, inputs.B, inputs.C))
     taps = 0 if conv_weight is None else conv_weight.shape[1]
-    channels = (2 * groups + heads) * size
-    if conv_weight is None:
-        new_conv_state = x.new_zeros(batch, 0, channels)
-    else:
-        new_conv_state = x.new_empty(batch, taps - 1, channels, dtype=torch.float32)
-        conv_state = conv_state.float().contiguous()
-    y = x.new_empty(batch, heads * size)
+    outputs = y, new_conv_state = text_step_outputs(inputs)
     text_step_kernel[(batch * heads,)](
-        scan_state,
-        conv_state,
+        inputs.scan_state,
+        None if conv_weight is None else conv_state.float().contiguous(),
         new_conv_state,
         x,
         B,
         C,
-        rate.contiguous(),
-        A_log,
-        D,
-        None if conv_weight is None else conv_weight.contiguous(),
-        conv_bias,
-        norm_weight,
-        None if z is None else z.contiguous(),
-        None if valid is None else valid.contiguous().view(torch.uint8),
+        inputs.rate.contiguous(),
+        inputs.A_log,
+        inputs.D,
+        contiguous(conv_weight),
+        inputs.conv_bias,
+        inputs.norm_weight,
+        contiguous(inputs.z),
+        as_bytes(inputs.valid),
         y,
         x.stride(0),
         B.stride(0),
         C.stride(0),
-        scale,
-        eps,
+        inputs.scale,
+        inputs.eps,
         HEADS=heads,
         RATIO=heads // groups,
         P=size,
         BLOCK_P=power_of_2(size),
         TAPS=taps,
         ROWS=power_of_2(max(taps, 1)),
-        HAS_BIAS=conv_bias is not None,
-        HAS_NORM=norm_weight is not None,
-        HAS_Z=z is not None,
-        HAS_VALID=valid is not None,
+        HAS_BIAS=inputs.conv_bias is not None,
+        HAS_NORM=inputs.norm_weight is not None,
+        HAS_Z=inputs.z is not None,
+        HAS_VALID=inputs.valid is not None,
         num_warps=WARPS[size > 64],
     )
-    return y, new_conv_state
+    return outputs

@@ -1,10 +1,10 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernel for the scan's scalars, one per token and head, that the other kernels multiply with.
 
-Letters and equations as in `scan_decays`; the axis of directions holds the forward one and, where there is
-vision, the backward one. Sums of steps are taken in float64 and rounded once, so that the same sum is the
-same number wherever it stands: added up in float32, in the order that a GPU chooses, two sums of 2,560 with
-nothing between them differ by 2e-4, and so does the weight of what was written there.
+Letters and equations as in `torch_engine.decays`; the axis of directions holds the forward one and,
+where there is vision, the reverse one. Sums of steps are taken in float64 and rounded once, so that the same
+sum is the same number wherever it stands: added up in float32, in the order that a GPU chooses, two sums of
+2,560 with nothing between them differ by 2e-4, and so does the weight of what was written there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...engine.launch import ceil_div, power_of_2
+from ...engine.launch import as_bytes, ceil_div, power_of_2
 from ...layout.segments import next_segment, openings_of, vision_mask
-from .tiles import as_bytes, decayed, token_rows
+from ..operator import ScanInputs
+from .tiles import decayed, token_rows
 
 HEADS_AT_ONCE = 16
 
@@ -31,9 +32,9 @@ class Scalars:
     dt: Tensor  # (B, K, H, C), 0 where masked
     sums: Tensor  # f and b of eq. (1)
     gates: Tensor | None  # on vision the gate and 1 less it, on text 1 and 0; None without any segment
-    read: Tensor  # what is left of the state that enters a chunk at token i, the gate left out
-    write: Tensor  # dt_j, and what is left of token j's write to the state that leaves
-    kept: Tensor  # (directions, B, K, H): what a chunk leaves of the state that enters it
+    read_decay: Tensor  # of the state that enters a chunk, until token i reads it; the gate left out
+    write_weight: Tensor  # dt_j times the decay of token j's write until the state leaves the chunk
+    chunk_decay: Tensor  # (directions, B, K, H): of a state that passes the chunk
     segment: Tensor | None  # (B, K, C) int32, -1 on text and where masked
     opens: Tensor | None  # (B, K + 1) int64: `next_segment`
     valid: Tensor | None  # (B, L) bytes
@@ -41,7 +42,7 @@ class Scalars:
     @property
     def gated_read(self) -> Tensor:
         """What a token's output takes of the state that enters its chunk."""
-        return self.read if self.gates is None else self.read * self.gates
+        return self.read_decay if self.gates is None else self.read_decay * self.gates
 
     def arguments(self) -> dict[str, Any]:
         """What kernels read for the pairs of a chunk, under the names that all of them give it."""
@@ -49,10 +50,10 @@ class Scalars:
         chunks, heads, chunk = self.sums.shape[2:]
         return {
             "DT": self.dt,
-            "FORWARD": self.sums[0],
-            "BACKWARD": self.sums[1] if both else None,
+            "FORWARD_SUM": self.sums[0],
+            "REVERSE_SUM": self.sums[1] if both else None,
             "FORWARD_GATE": self.gates[0] if both else None,
-            "BACKWARD_GATE": self.gates[1] if both else None,
+            "REVERSE_GATE": self.gates[1] if both else None,
             "SEGMENT": self.segment,
             "VALID": self.valid,
             "chunks": chunks,
@@ -63,8 +64,8 @@ class Scalars:
         }
 
     def by_direction(self, name: str, tensor: Tensor) -> dict[str, Tensor | None]:
-        """`tensor`, (directions, ...), as arguments FORWARD_name and BACKWARD_name."""
-        return {f"FORWARD_{name}": tensor[0], f"BACKWARD_{name}": tensor[1] if len(tensor) > 1 else None}
+        """`tensor`, (directions, ...), as arguments FORWARD_name and REVERSE_name."""
+        return {f"FORWARD_{name}": tensor[0], f"REVERSE_{name}": tensor[1] if len(tensor) > 1 else None}
 
 
 @triton.jit
@@ -82,33 +83,11 @@ def summed_steps(dt, rate):
 
 @triton.jit
 def scalars_kernel(
-    TIME_STEP,
-    A,
-    GATE,
-    IDS,
-    VALID,
-    OPENS,
-    DT,
-    SUMS,
-    GATES,
-    READ,
-    WRITE,
-    KEPT,
-    SEGMENT,
-    step_batch,
-    step_token,
-    step_head,
-    gate_batch,
-    gate_token,
-    gate_head,
-    length,
-    chunks,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    TIME_STEP, A, GATE, IDS, VALID, OPENS, DT, SUMS, GATES, READ_DECAY, WRITE_WEIGHT, CHUNK_DECAY, SEGMENT,
+    step_batch, step_token, step_head, gate_batch, gate_token, gate_head, length, chunks,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_VISION: tl.constexpr,
-):
+):  # fmt: skip
     """`scan_decays`, and the weights of reads and writes, for one chunk and a block of heads."""
     chunk = tl.program_id(0)
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -118,15 +97,15 @@ def scalars_kernel(
     real = (heads < HEADS)[None, :]
     dt = head_scalars(TIME_STEP, batch, step_batch, rows, step_token, heads, step_head, taken[:, None] & real)
     rate = tl.load(A + heads, mask=heads < HEADS, other=0.0).to(tl.float32)[None, :]
-    forward = summed_steps(dt, rate)
-    end = tl.sum(tl.where(place == CHUNK - 1, forward, 0.0), 0)
+    forward_sum = summed_steps(dt, rate)
+    end = tl.sum(tl.where(place == CHUNK - 1, forward_sum, 0.0), 0)
     at_chunk = (batch * chunks + chunk) * HEADS + heads
     at = at_chunk[None, :] * CHUNK + place
     tl.store(DT + at, dt, mask=real)
-    tl.store(SUMS + at, forward.to(tl.float32), mask=real)
-    tl.store(READ + at, decayed(forward.to(tl.float32)), mask=real)
-    tl.store(WRITE + at, decayed((end[None, :] - forward).to(tl.float32)) * dt, mask=real)
-    tl.store(KEPT + at_chunk, decayed(end.to(tl.float32)), mask=heads < HEADS)
+    tl.store(SUMS + at, forward_sum.to(tl.float32), mask=real)
+    tl.store(READ_DECAY + at, decayed(forward_sum.to(tl.float32)), mask=real)
+    tl.store(WRITE_WEIGHT + at, decayed((end[None, :] - forward_sum).to(tl.float32)) * dt, mask=real)
+    tl.store(CHUNK_DECAY + at_chunk, decayed(end.to(tl.float32)), mask=heads < HEADS)
     if HAS_VISION:
         beyond = tl.cast(tl.num_programs(2), tl.int64) * chunks * HEADS  # the next direction's chunks
         segment = tl.load(IDS + batch * length + rows, mask=taken, other=-1)[:, None]
@@ -139,19 +118,22 @@ def scalars_kernel(
         steps = head_scalars(
             TIME_STEP, batch, step_batch, preceding, step_token, heads, step_head, counted[:, None] & real
         )
-        backward = summed_steps(steps, rate)
+        reverse_sum = summed_steps(steps, rate)
         own = tl.where(is_vision, dt, 0.0).to(tl.float64) * rate.to(tl.float64)
-        end = tl.sum(tl.where(place == CHUNK - 1, backward + own, 0.0), 0)
+        end = tl.sum(tl.where(place == CHUNK - 1, reverse_sum + own, 0.0), 0)
         gate = head_scalars(GATE, batch, gate_batch, rows, gate_token, heads, gate_head, is_vision & real)
         tl.store(GATES + at, tl.where(is_vision, gate, 1.0), mask=real)
-        kept = tl.where(left == right, decayed(end.to(tl.float32)), 0.0)
-        tl.store(KEPT + beyond + at_chunk, kept, mask=heads < HEADS)
+        chunk_decay = tl.where(left == right, decayed(end.to(tl.float32)), 0.0)
+        tl.store(CHUNK_DECAY + beyond + at_chunk, chunk_decay, mask=heads < HEADS)
         at += beyond * CHUNK
-        tl.store(SUMS + at, backward.to(tl.float32), mask=real)
+        tl.store(SUMS + at, reverse_sum.to(tl.float32), mask=real)
         tl.store(GATES + at, tl.where(is_vision, 1.0 - gate, 0.0), mask=real)
-        read, write = decayed((end[None, :] - backward).to(tl.float32)), decayed(backward.to(tl.float32))
-        tl.store(READ + at, tl.where(segment == right, read, 0.0), mask=real)
-        tl.store(WRITE + at, tl.where(segment == left, write * dt, 0.0), mask=real)
+        read, write = (
+            decayed((end[None, :] - reverse_sum).to(tl.float32)),
+            decayed(reverse_sum.to(tl.float32)),
+        )
+        tl.store(READ_DECAY + at, tl.where(segment == right, read, 0.0), mask=real)
+        tl.store(WRITE_WEIGHT + at, tl.where(segment == left, write * dt, 0.0), mask=real)
 
 
 @triton.jit
@@ -164,22 +146,9 @@ def vision_before(IDS, VALID, batch, rows, length, CHUNK: tl.constexpr, HAS_VALI
     return rows, counted & (tl.load(IDS + batch * length + rows, mask=counted, other=-1) >= 0)
 
 
-def scan_scalars(
-    dt: Tensor,
-    A: Tensor,
-    gate: Tensor | None,
-    segment: Tensor | None,
-    valid: Tensor | None,
-    chunk: int,
-    openings: Tensor | None = None,
-) -> Scalars:
-    """Mask, pad with masked tokens, cut into chunks and sum: one launch, and what `next_segment` takes.
-
-    Args:
-        dt, gate: (B, L, H); A: (H,); segment: (B, L), None = one direction; valid: (B, L) bool, None = all.
-        chunk: tokens per chunk.
-        openings: `scan_masks.openings` of segment and valid; None = not known.
-    """
+def scan_scalars(inputs: ScanInputs, chunk: int) -> Scalars:
+    """Mask, pad with masked tokens, cut into chunks of so many tokens and sum, in one launch."""
+    dt, gate, segment = inputs.dt, inputs.gate, inputs.segment
     batch, length, heads = dt.shape
     chunks = ceil_div(length, chunk)
     directions = 1 if segment is None else 2
@@ -190,25 +159,25 @@ def scan_scalars(
     opens = None
     if segment is not None:
         segment = segment.to(torch.int64).contiguous()
-        if openings is None:
-            opens = next_segment(segment, vision_mask(segment, valid), chunk).contiguous()
+        if inputs.openings is None:
+            opens = next_segment(segment, vision_mask(segment, inputs.valid), chunk).contiguous()
         else:
-            opens = openings_of(openings, length, chunk).contiguous()
+            opens = openings_of(inputs.openings, length, chunk).contiguous()
     scalars = Scalars(
         dt=empty(batch, chunks, heads, chunk),
         sums=empty(directions, batch, chunks, heads, chunk),
         gates=None if segment is None else empty(directions, batch, chunks, heads, chunk),
-        read=empty(directions, batch, chunks, heads, chunk),
-        write=empty(directions, batch, chunks, heads, chunk),
-        kept=empty(directions, batch, chunks, heads),
+        read_decay=empty(directions, batch, chunks, heads, chunk),
+        write_weight=empty(directions, batch, chunks, heads, chunk),
+        chunk_decay=empty(directions, batch, chunks, heads),
         segment=None if segment is None else empty(batch, chunks, chunk).view(torch.int32),
         opens=opens,
-        valid=as_bytes(valid),
+        valid=as_bytes(inputs.valid),
     )
     block = min(HEADS_AT_ONCE, power_of_2(heads))
     scalars_kernel[(chunks, ceil_div(heads, block), batch)](
         dt,
-        A.contiguous(),
+        inputs.A.contiguous(),
         gate,
         segment,
         scalars.valid,
@@ -216,9 +185,9 @@ def scan_scalars(
         scalars.dt,
         scalars.sums,
         scalars.gates,
-        scalars.read,
-        scalars.write,
-        scalars.kept,
+        scalars.read_decay,
+        scalars.write_weight,
+        scalars.chunk_decay,
         scalars.segment,
         *dt.stride(),
         *((0, 0, 0) if gate is None else gate.stride()),
@@ -227,7 +196,7 @@ def scan_scalars(
         HEADS=heads,
         BLOCK=block,
         CHUNK=chunk,
-        HAS_VALID=valid is not None,
+        HAS_VALID=scalars.valid is not None,
         HAS_VISION=segment is not None,
     )
     return scalars

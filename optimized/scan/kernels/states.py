@@ -4,10 +4,10 @@
 Letters: B batch, L tokens, H heads, G groups, N state size, P head dim, K chunks of C tokens, R runs of
 chunks.
 
-    S(after chunk) = kept · S(before) + Σ_j weight_j left_j ⊗ right_j                                      (1)
+    S(after chunk) = decay · S(before) + Σ_j weight_j left_j ⊗ right_j                                     (1)
 
-with left, right, weight = B, x, write for the scan (eqs. (4), (5) of `chunked_scan`) and C, ȳ, read for its
-gradient (eq. (2) of `chunked_scan_backward`). A program takes chunks one after the other, for the heads of a
+with left, right, weight = B, x, write for the scan (eqs. (4), (5) of `torch_engine`) and C, ȳ, read for its
+gradient (eq. (2) of `torch_engine.backward`). A program takes chunks one after the other, for the heads of a
 group side by side where they share left and right. Where there are enough heads, rows and blocks of a state
 for a GPU, a program takes all chunks. Where there are not, runs of chunks go side by side: one sweep leaves
 what each run adds, `link_runs` joins them, a second sweep starts from the joined states. States are float32,
@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...engine.launch import ceil_div, power_of_2, shared_memory
-from .tiles import add_product, head_of, load_tile, rows_of, stride_arguments, tile_size, token_rows, warps
+from ...engine.launch import ceil_div, power_of_2, rows_of, shared_memory, stride_arguments, tile_size
+from .tiles import add_product, head_of, load_tile, token_rows, warps
 
 ENOUGH = 64  # programs of heads that share: without runs they take as long as a GPU full with a second sweep
 RUN = 32  # chunks one after the other, at most, in runs
@@ -40,44 +40,15 @@ LINKED = 512  # elements of a state that one program carries over the runs
 
 @triton.jit
 def sweep_kernel(
-    LEFT,
-    RIGHT,
-    WEIGHT,
-    KEPT,
-    VALID,
-    START,
-    ENTERING,
-    LEAVING,
-    RUN_KEPT,
-    PARTNER,
-    PRODUCT,
-    left_batch,
-    left_token,
-    left_head,
-    right_batch,
-    right_token,
-    right_head,
-    length,
-    chunks,
-    runs,
-    run_length,
-    batches,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BACKWARDS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    STARTS: tl.constexpr,
-    LEAVES: tl.constexpr,
-    HAS_PARTNER: tl.constexpr,
-):
-    """Eq. (1) over one run of some heads of a group in one direction, a block of N and P: `local_states` and
-    `carry` of `chunked_scan`. BACKWARDS is the direction that goes from right to left.
+    LEFT, RIGHT, WEIGHT, CHUNK_DECAY, VALID, START, ENTERING, LEAVING, RUN_DECAY, PARTNER, PRODUCT,
+    left_batch, left_token, left_head, right_batch, right_token, right_head,
+    length, chunks, runs, run_length, batches,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr, REVERSED: tl.constexpr,
+    HAS_VALID: tl.constexpr, STARTS: tl.constexpr, LEAVES: tl.constexpr, HAS_PARTNER: tl.constexpr,
+):  # fmt: skip
+    """Eq. (1) over one run of some heads of a group in one direction, a block of N and P: `edge_states` and
+    `carry` of `torch_engine.states`. REVERSED is the index of the direction that goes from right to left.
 
     Columns are BLOCK_P of P for each of BLOCK_H heads, side by side: what heads share is loaded once. A sweep
     that STARTS from given states stores what every chunk receives, another starts from nothing; one that
@@ -107,15 +78,17 @@ def sweep_kernel(
     state = tl.zeros([BLOCK_N, BLOCK_H * BLOCK_P], tl.float32)
     if STARTS:
         state = tl.load(START + at_run * (N * P) + tile, mask=inside, other=0.0)
-    run_kept = tl.full([BLOCK_H * BLOCK_P], 1.0, tl.float32)
+    run_decay = tl.full([BLOCK_H * BLOCK_P], 1.0, tl.float32)
     count = tl.minimum(run_length, chunks - run * run_length)
-    onwards = tl.where(direction == BACKWARDS, -1, 1)
-    chunk = run * run_length + tl.where(direction == BACKWARDS, count - 1, 0)
-    kept = tl.load(KEPT + (line * chunks + chunk) * HEADS + head, mask=member < RATIO, other=0.0)
+    onwards = tl.where(direction == REVERSED, -1, 1)
+    chunk = run * run_length + tl.where(direction == REVERSED, count - 1, 0)
+    decay = tl.load(CHUNK_DECAY + (line * chunks + chunk) * HEADS + head, mask=member < RATIO, other=0.0)
     for _ in range(0, count):
         at_chunk = (line * chunks + chunk) * HEADS
         following = tl.minimum(tl.maximum(chunk + onwards, 0), chunks - 1)  # a step ahead: a state waits
-        next_kept = tl.load(KEPT + (line * chunks + following) * HEADS + head, mask=member < RATIO, other=0.0)
+        next_decay = tl.load(
+            CHUNK_DECAY + (line * chunks + following) * HEADS + head, mask=member < RATIO, other=0.0
+        )
         if STARTS:
             entering = ENTERING + at_chunk * (N * P) + tile
             tl.store(entering, state.to(ENTERING.dtype.element_ty), mask=inside)
@@ -124,7 +97,7 @@ def sweep_kernel(
                 product = tl.sum(state * partner.to(tl.float32), 0).reshape(BLOCK_H, BLOCK_P)
                 where = (at_chunk + group * RATIO + members) * tl.num_programs(1) + tl.program_id(1)
                 tl.store(PRODUCT + where, tl.sum(product, 1), mask=members < RATIO)
-        run_kept *= kept
+        run_decay *= decay
         rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
         # The weights come first: their product takes the layout of what is loaded last, whole rows of P.
         weight = tl.load(WEIGHT + at_chunk * CHUNK + weights, mask=shared, other=0.0)
@@ -133,30 +106,23 @@ def sweep_kernel(
         right_tile = tl.load(right + rows[:, None, None] * right_token + columns_p, mask=where, other=0.0)
         weighed = (weight * right_tile.to(tl.float32)).to(right_tile.dtype)
         weighed = weighed.reshape(CHUNK, BLOCK_H * BLOCK_P)
-        state = add_product(tl.trans(left_tile), weighed, state * kept[None, :])
-        kept = next_kept
+        state = add_product(tl.trans(left_tile), weighed, state * decay[None, :])
+        decay = next_decay
         chunk += onwards
     if LEAVES:
         tl.store(LEAVING + at_run * (N * P) + tile, state, mask=inside)
     if not STARTS and tl.program_id(1) == 0:
-        tl.store(RUN_KEPT + at_run + head, run_kept, mask=(member < RATIO) & (place == 0))
+        tl.store(RUN_DECAY + at_run + head, run_decay, mask=(member < RATIO) & (place == 0))
 
 
 @triton.jit
 def link_kernel(
-    START,
-    STATES,
-    KEPT,
-    FINAL,
-    runs,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BACKWARDS: tl.constexpr,
+    START, STATES, CHUNK_DECAY, FINAL, runs,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
     HAS_START: tl.constexpr,
-):
-    """Replace what each run adds, in STATES, by the state that enters it: `carry` of `chunked_scan`, over
-    runs. Only the first direction has a START."""
+):  # fmt: skip
+    """Replace what each run adds, in STATES, by the state that enters it: `carry` of `torch_engine.states`,
+    over runs. Only the first direction has a START."""
     row = tl.cast(tl.program_id(0), tl.int64)  # of a row of the batch and a head
     direction = tl.program_id(2)
     line = direction * tl.cast(tl.num_programs(0), tl.int64) + row
@@ -166,12 +132,12 @@ def link_kernel(
     if HAS_START and direction == 0:
         state = tl.load(START + row * SIZE + place, mask=inside, other=0.0)
     for step in tl.range(0, runs, num_stages=4):
-        run = tl.where(direction == BACKWARDS, runs - 1 - step, step)
+        run = tl.where(direction == REVERSED, runs - 1 - step, step)
         at_run = (line // HEADS * runs + run) * HEADS + line % HEADS
         where = STATES + at_run * SIZE + place
         added = tl.load(where, mask=inside, other=0.0)
         tl.store(where, state, mask=inside)
-        state = state * tl.load(KEPT + at_run) + added
+        state = state * tl.load(CHUNK_DECAY + at_run) + added
     tl.store(FINAL + line * SIZE + place, state, mask=inside)
 
 
@@ -179,21 +145,21 @@ def sweep_states(
     left: Tensor,
     right: Tensor,
     weight: Tensor,
-    kept: Tensor,
+    chunk_decay: Tensor,
     valid: Tensor | None,
     start: Tensor | None,
     *,
-    turned: bool = False,
+    reverse: bool = False,
     partner: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Eq. (1) over all chunks, in one direction or both.
 
     Args:
         left: (B, L, H or G, N); right: (B, L, H or G, P), in one dtype.
-        weight: (directions, B, K, H, C) float32; kept: (directions, B, K, H) float32.
+        weight: (directions, B, K, H, C) float32; chunk_decay: (directions, B, K, H) float32.
         valid: (B, L) bytes; None = all.
         start: (B, H, N, P) float32, of the first direction; zeros if None.
-        turned: the first direction goes from the last chunk to the first; if not, the second does.
+        reverse: the first direction goes from the last chunk to the first; if not, the second does.
         partner: (directions, B, K, H, N, P), states to multiply with.
     Returns:
         (directions, B, K, H, N, P) in the dtype of `left`, what each chunk receives; (directions, B, H, N, P)
@@ -204,7 +170,7 @@ def sweep_states(
     sizes = (left.shape[-1], right.shape[-1])
     ratio = heads // left.shape[2]
     blocks = sweep_blocks(*sizes, ratio, left.dtype, partner is not None)
-    sweep = Sweep(rows_of(left), rows_of(right), weight, kept, valid, blocks, 0 if turned else 1)
+    sweep = Sweep(rows_of(left), rows_of(right), weight, chunk_decay, valid, blocks, 0 if reverse else 1)
     run = run_length(chunks, math.prod(sweep.grid(1)), ratio > 1)
     runs = ceil_div(chunks, run)
     entering = left.new_empty(directions, batch, chunks, heads, *sizes)
@@ -216,9 +182,9 @@ def sweep_states(
         product = sweep.launch(run, start=states, entering=entering, leaving=final, partner=partner)
         return entering, final, product
     states = left.new_empty(directions, batch, runs, heads, *sizes, dtype=torch.float32)
-    run_kept = kept.new_empty(directions, batch, runs, heads)
-    sweep.launch(run, leaving=states, run_kept=run_kept)
-    link_runs(states, run_kept, start, final, sweep.backwards)
+    run_decay = chunk_decay.new_empty(directions, batch, runs, heads)
+    sweep.launch(run, leaving=states, run_decay=run_decay)
+    link_runs(states, run_decay, start, final, sweep.reversed)
     return entering, final, sweep.launch(run, start=states, entering=entering, partner=partner)
 
 
@@ -229,10 +195,10 @@ class Sweep:
     left: Tensor
     right: Tensor
     weight: Tensor
-    kept: Tensor
+    chunk_decay: Tensor
     valid: Tensor | None
     blocks: tuple[int, int, int]  # `sweep_blocks`
-    backwards: int  # the direction that goes from the last chunk to the first
+    reversed: int  # index of the direction that goes from the last chunk to the first
 
     def grid(self, runs: int) -> tuple[int, int, int]:
         """Programs: groups, blocks of their heads and runs; blocks of N and P; rows of all directions."""
@@ -248,7 +214,7 @@ class Sweep:
         start: Tensor | None = None,
         entering: Tensor | None = None,
         leaving: Tensor | None = None,
-        run_kept: Tensor | None = None,
+        run_decay: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor | None:
         """Run `sweep_kernel`, `run` chunks a program; returns the inner products with `partner`, (directions,
@@ -262,12 +228,12 @@ class Sweep:
             self.left,
             self.right,
             self.weight,
-            self.kept,
+            self.chunk_decay,
             self.valid,
             start,
             entering,
             leaving,
-            run_kept,
+            run_decay,
             partner,
             product,
             **stride_arguments(left=self.left, right=self.right),
@@ -284,7 +250,7 @@ class Sweep:
             BLOCK_H=block_h,
             BLOCK_P=block_p,
             CHUNK=chunk,
-            BACKWARDS=self.backwards,
+            REVERSED=self.reversed,
             HAS_VALID=self.valid is not None,
             STARTS=start is not None,
             LEAVES=leaving is not None,
@@ -319,21 +285,21 @@ def sweep_blocks(
     return min(BLOCK_N[kind], tile_size(state)), heads, min(tile_size(head_dim), width // heads)
 
 
-def link_runs(states: Tensor, kept: Tensor, start: Tensor | None, final: Tensor, backwards: int) -> None:
+def link_runs(states: Tensor, run_decay: Tensor, start: Tensor | None, final: Tensor, reversed: int) -> None:
     """`link_kernel` over (directions, B, R, H, N, P) `states`, overwritten; `final` receives the rest."""
-    directions, batch, runs, heads = kept.shape
+    directions, batch, runs, heads = run_decay.shape
     size = states.shape[-2] * states.shape[-1]
     block = min(power_of_2(size), LINKED)
     start = None if start is None else start.to(torch.float32).contiguous()
     link_kernel[(batch * heads, ceil_div(size, block), directions)](
         start,
         states,
-        kept,
+        run_decay,
         final,
         runs,
         HEADS=heads,
         SIZE=size,
         BLOCK=block,
-        BACKWARDS=backwards,
+        REVERSED=reversed,
         HAS_START=start is not None,
     )

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...engine import say_once
-from ...engine.launch import power_of_2
+from ...engine.launch import tile_size
 
 CHUNKS = {torch.bfloat16: 128, torch.float32: 16}  # tokens between two states
 GRADIENT_CHUNKS = {torch.bfloat16: 64, torch.float32: 16}  # the same in the backward pass
@@ -65,7 +64,7 @@ def along(POINTER, at):
 @triton.jit
 def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
     """Where readers i and writers j, places of one chunk along either axis, are a pair of the forward and of
-    the backward direction."""
+    the reverse direction."""
     together = j >= i
     if HAS_VISION:
         together = together & (along(SEGMENT, at + i) == along(SEGMENT, at + j))
@@ -73,21 +72,21 @@ def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
 
 
 @triton.jit
-def pair_decay(i, j, FORWARD, BACKWARD, at_i, at_j, HAS_VISION: tl.constexpr):
+def pair_decay(i, j, FORWARD_SUM, REVERSE_SUM, at_i, at_j, HAS_VISION: tl.constexpr):
     """What is left of j's write when i reads, in whichever direction: the exponentials of eq. (2) of
     `chunked_scan`."""
-    exponent = along(FORWARD, at_i) - along(FORWARD, at_j)
+    exponent = along(FORWARD_SUM, at_i) - along(FORWARD_SUM, at_j)
     if HAS_VISION:
-        exponent = tl.where(j <= i, exponent, along(BACKWARD, at_j) - along(BACKWARD, at_i))
+        exponent = tl.where(j <= i, exponent, along(REVERSE_SUM, at_j) - along(REVERSE_SUM, at_i))
     return decayed(exponent)
 
 
 @triton.jit
-def pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at_i, HAS_VISION: tl.constexpr):
-    """gF_i [j≤i] + gB_i [j≥i, one segment] of eq. (2)."""
+def pair_gates(before, together, FORWARD_GATE, REVERSE_GATE, at_i, HAS_VISION: tl.constexpr):
+    """gF_i [j≤i] + gR_i [j≥i, one segment] of eq. (2)."""
     if HAS_VISION:
         gates = tl.where(before, along(FORWARD_GATE, at_i), 0.0)
-        return gates + tl.where(together, along(BACKWARD_GATE, at_i), 0.0)
+        return gates + tl.where(together, along(REVERSE_GATE, at_i), 0.0)
     else:
         return tl.where(before, 1.0, 0.0)
 
@@ -103,18 +102,9 @@ def gate_of(GATE, at, HAS_VISION: tl.constexpr):
 
 @triton.jit
 def pair_products(
-    left,
-    left_stride,
-    left_rows,
-    left_taken,
-    right,
-    right_stride,
-    right_rows,
-    right_taken,
-    SIZE: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    left, left_stride, left_rows, left_taken, right, right_stride, right_rows, right_taken,
+    SIZE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """left_i · right_j of two parts of a chunk, (ROWS, rows of `right`): never the transpose of a product."""
     total = tl.zeros([ROWS, right_rows.shape[0]], tl.float32)
     for start in range(0, SIZE, STEP):
@@ -133,20 +123,10 @@ def add_product(weights, tile, total):
 
 @triton.jit
 def state_products(
-    tokens,
-    stride,
-    rows,
-    taken,
-    STATE,
-    outer,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    INNER_STRIDE: tl.constexpr,
-    OUTER_STRIDE: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    tokens, stride, rows, taken, STATE, outer,
+    INNER: tl.constexpr, OUTER: tl.constexpr, INNER_STRIDE: tl.constexpr, OUTER_STRIDE: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Σ_inner tokens[i, inner] state[inner, outer], (ROWS, BLOCK_OUTER)."""
     total = tl.zeros([ROWS, BLOCK_OUTER], tl.float32)
     for start in range(0, INNER, STEP):
@@ -156,11 +136,6 @@ def state_products(
         where = STATE + inner[:, None] * INNER_STRIDE + outer[None, :] * OUTER_STRIDE
         total = tl.dot(tile, tl.load(where, mask=inside, other=0.0), total, input_precision="ieee")
     return total
-
-
-def tile_size(size: int) -> int:
-    """The power of two, at least 16, that holds `size`: what a matrix product of tiles takes."""
-    return max(16, power_of_2(size))
 
 
 def token_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -199,21 +174,3 @@ def half_step(size: int, dtype: torch.dtype) -> int:
 def warps(*sizes: int) -> int:
     """Warps of a program whose tiles are that wide."""
     return 8 if max(sizes) > 64 else 4
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """`tensor` with adjacent elements in its last axis; the other strides are free."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as kernels read it."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def stride_arguments(**tensors: Tensor) -> dict[str, int]:
-    """The strides of (B, L, heads, ·) tensors, as `x_batch`, `x_token`, `x_head` for x."""
-    axes = ("batch", "token", "head")
-    return {
-        f"{name}_{axis}": tensor.stride(i) for name, tensor in tensors.items() for i, axis in enumerate(axes)
-    }

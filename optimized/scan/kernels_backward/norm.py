@@ -1,7 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernel for the gradient of the norm of each head, which takes z̄ from token order into scan order.
 
-Letters and equations as in `scan_heads`.
+Letters and equations as in `torch_engine.norm`.
 """
 
 from __future__ import annotations
@@ -11,31 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...engine.launch import ceil_div, launching
-from ..kernels.tiles import head_of, load_tile, rows_of, stride_arguments, tile_size
+from ...engine.launch import ceil_div, contiguous, rows_of, stride_arguments, tile_size
+from ..kernels.tiles import head_of, load_tile
+from ..operator import ScanInputs
 
 ROWS = 32
 
 
 @triton.jit
 def norm_gradient_kernel(
-    Z_GRAD,
-    KEPT,
-    NORM,
-    ORDER,
-    Y_GRAD,
-    WEIGHT_GRAD,
-    z_batch,
-    z_token,
-    z_head,
-    length,
-    eps,
-    HEADS: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
+    Z_GRAD, Y, NORM, ORDER, Y_GRAD, WEIGHT_GRAD, z_batch, z_token, z_head, length, eps,
+    HEADS: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
-):
+):  # fmt: skip
     """Eq. (1), right, for a block of places of one head, and what it adds to w̄."""
     head = tl.program_id(0) % HEADS
     block = tl.program_id(0) // HEADS
@@ -50,7 +38,7 @@ def norm_gradient_kernel(
     base = head_of(Z_GRAD, batch, z_batch, head, z_head)
     z_grad = load_tile(base, token, z_token, columns, real, P).to(tl.float32)
     where = real[:, None] & (columns < P)[None, :]
-    y = tl.load(KEPT + place[:, None] * P + columns[None, :], mask=where, other=0.0).to(tl.float32)
+    y = tl.load(Y + place[:, None] * P + columns[None, :], mask=where, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(y * y, 1) / P + eps)
     weight = tl.load(NORM + head * P + columns, mask=columns < P, other=0.0).to(tl.float32)
     normed = y * scale[:, None]
@@ -62,11 +50,10 @@ def norm_gradient_kernel(
     tl.store(out, y_grad.to(Y_GRAD.dtype.element_ty), mask=where)
 
 
-@launching
-def norm_gradient(
-    z_grad: Tensor, y: Tensor, norm_weight: Tensor, order: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`scan_heads.norm_gradient` on a Triton kernel; partial sums are added in a fixed order."""
+def norm_backward(inputs: ScanInputs, y: Tensor, z_grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `norm_gradient_kernel`: the gradients of y, in its dtype and scan order, and of w (H·P,); partial
+    sums are added in a fixed order.
+    """
     z_grad = rows_of(z_grad)
     batch, length, heads, head_dim = y.shape
     blocks = ceil_div(length, ROWS)
@@ -75,18 +62,18 @@ def norm_gradient(
     norm_gradient_kernel[(heads * blocks, batch)](
         z_grad,
         y,
-        norm_weight.contiguous(),
-        None if order is None else order.contiguous(),
+        inputs.norm_weight.contiguous(),
+        contiguous(inputs.order),
         y_grad,
         parts,
         **stride_arguments(z=z_grad),
         length=length,
-        eps=eps,
+        eps=inputs.eps,
         HEADS=heads,
         P=head_dim,
         BLOCK_P=tile_size(head_dim),
         ROWS=ROWS,
-        HAS_ORDER=order is not None,
+        HAS_ORDER=inputs.order is not None,
         num_warps=4,
     )
     return y_grad, parts.sum(0)

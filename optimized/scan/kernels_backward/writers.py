@@ -1,8 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernel for what the writers of the scan owe: the gradients of x and of B, and the scalars of
-their pairs.
+"""Triton kernel for the write side of the scan's gradient: those of x and B, and the scalars of their pairs.
 
-Letters and equations as in `chunked_scan_backward`. A program loops over the heads that share a group, so
+Letters and equations as in `torch_engine.backward`. A program loops over the heads that share a group, so
 nothing is added atomically, and forms (C Bᵀ)ᵀ = B Cᵀ as a product of its own instead of transposing a result.
 """
 
@@ -13,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...engine.launch import contiguous, stride_arguments, tile_size
 from ..kernels.scalars import Scalars
 from ..kernels.tiles import (
     add_product,
@@ -25,8 +25,6 @@ from ..kernels.tiles import (
     pair_products,
     part_size,
     state_products,
-    stride_arguments,
-    tile_size,
     token_rows,
 )
 
@@ -35,88 +33,33 @@ WARPS = 8
 
 @triton.jit
 def through_state(
-    STATE,
-    WRITE,
-    PULLED,
-    k,
-    b_token,
-    v,
-    x_token,
-    rows,
-    taken,
-    columns_n,
-    columns_p,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    STEP_N: tl.constexpr,
-    STEP_P: tl.constexpr,
-    ROWS: tl.constexpr,
-    OF_X: tl.constexpr,
-):
-    """What tokens owe to the state that they leave, in one direction; for B, PULLED becomes B_jᵀ S̄ x_j."""
+    STATE, WRITE_WEIGHT, PRODUCT, k, b_token, v, x_token, rows, taken, columns_n, columns_p,
+    N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, STEP_N: tl.constexpr,
+    STEP_P: tl.constexpr, ROWS: tl.constexpr, OF_X: tl.constexpr,
+):  # fmt: skip
+    """The gradient of writes through the state that they leave, in one direction; for B, PRODUCT becomes
+    B_jᵀ S̄ x_j."""
     if OF_X:
         pulled = state_products(k, b_token, rows, taken, STATE, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS)
     else:
         pulled = state_products(v, x_token, rows, taken, STATE, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS)
         k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
-        tl.store(PULLED, tl.sum(pulled * k_tile, 1))
-    return pulled * tl.load(WRITE)[:, None]
+        tl.store(PRODUCT, tl.sum(pulled * k_tile, 1))
+    return pulled * tl.load(WRITE_WEIGHT)[:, None]
 
 
 @triton.jit
 def writer_kernel(
-    X,
-    B,
-    C,
-    Y_GRAD,
-    DT,
-    FORWARD,
-    BACKWARD,
-    FORWARD_GATE,
-    BACKWARD_GATE,
-    SEGMENT,
-    VALID,
-    FORWARD_WRITE,
-    BACKWARD_WRITE,
-    FORWARD_STATE,
-    BACKWARD_STATE,
-    D,
-    X_GRAD,
-    B_GRAD,
-    DT_GRAD,
-    FORWARD_PULLED,
-    BACKWARD_PULLED,
-    x_batch,
-    x_token,
-    x_head,
-    b_batch,
-    b_token,
-    b_head,
-    c_batch,
-    c_token,
-    c_head,
-    g_batch,
-    g_token,
-    g_head,
-    length,
-    chunks,
-    HEADS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    STEP_N: tl.constexpr,
-    STEP_P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_VISION: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
+    X, B, C, Y_GRAD, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, VALID,
+    FORWARD_WRITE_WEIGHT, REVERSE_WRITE_WEIGHT, FORWARD_STATE, REVERSE_STATE, D, X_GRAD, B_GRAD, DT_GRAD,
+    FORWARD_WRITE_PRODUCT, REVERSE_WRITE_PRODUCT,
+    x_batch, x_token, x_head, b_batch, b_token, b_head, c_batch, c_token, c_head, g_batch, g_token, g_head,
+    length, chunks,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, STEP_N: tl.constexpr, STEP_P: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_VISION: tl.constexpr, HAS_SKIP: tl.constexpr,
     OF_X: tl.constexpr,
-):
+):  # fmt: skip
     """The gradient of x or of B of a part of a chunk, head by head of a group: `inside_chunk` and
     `write_side` of the torch engine. The launch for B also stores the scalars."""
     groups = HEADS // RATIO
@@ -146,9 +89,9 @@ def writer_kernel(
             scores = pair_products(k, b_token, rows, taken, q, c_token, readers, seen, N, STEP_N, ROWS)
             before, together = pair_masks(i[None, :], j[:, None], SEGMENT, at_segment, HAS_VISION)
             decay = pair_decay(
-                i[None, :], j[:, None], FORWARD, BACKWARD, at_i[None, :], at[:, None], HAS_VISION
+                i[None, :], j[:, None], FORWARD_SUM, REVERSE_SUM, at_i[None, :], at[:, None], HAS_VISION
             )
-            decay *= pair_gates(before, together, FORWARD_GATE, BACKWARD_GATE, at_i[None, :], HAS_VISION)
+            decay *= pair_gates(before, together, FORWARD_GATE, REVERSE_GATE, at_i[None, :], HAS_VISION)
             if OF_X:
                 weights = scores * decay * dt[:, None]
                 if HAS_SKIP:
@@ -166,8 +109,8 @@ def writer_kernel(
             tl.store(DT_GRAD + at, dt_grad)
         total += through_state(
             FORWARD_STATE + at_chunk * (N * P),
-            FORWARD_WRITE + at,
-            FORWARD_PULLED + at,
+            FORWARD_WRITE_WEIGHT + at,
+            FORWARD_WRITE_PRODUCT + at,
             k,
             b_token,
             v,
@@ -187,9 +130,9 @@ def writer_kernel(
         )
         if HAS_VISION:
             total += through_state(
-                BACKWARD_STATE + at_chunk * (N * P),
-                BACKWARD_WRITE + at,
-                BACKWARD_PULLED + at,
+                REVERSE_STATE + at_chunk * (N * P),
+                REVERSE_WRITE_WEIGHT + at,
+                REVERSE_WRITE_PRODUCT + at,
                 k,
                 b_token,
                 v,
@@ -224,12 +167,12 @@ def write_gradients(
 
     Returns:
         X_GRAD (B, L, G, P), B_GRAD (B, L, G, N), and (B, K, H, C) float32, None for a direction that is not
-        there: DT_GRAD at fixed dt A, of pairs inside chunks; FORWARD_PULLED and BACKWARD_PULLED, B_jᵀ S̄ x_j,
-        the write weight left out.
+        there: DT_GRAD at fixed dt A, of pairs inside chunks; FORWARD_WRITE_PRODUCT and
+        REVERSE_WRITE_PRODUCT, B_jᵀ S̄ x_j, the write weight left out.
     """
     has_vision = scalars.gates is not None
-    results = {name: torch.empty_like(scalars.dt) for name in ("DT_GRAD", "FORWARD_PULLED")}
-    results["BACKWARD_PULLED"] = torch.empty_like(scalars.dt) if has_vision else None
+    results = {name: torch.empty_like(scalars.dt) for name in ("DT_GRAD", "FORWARD_WRITE_PRODUCT")}
+    results["REVERSE_WRITE_PRODUCT"] = torch.empty_like(scalars.dt) if has_vision else None
     results |= {"X_GRAD": x.new_empty(x.shape), "B_GRAD": B.new_empty(B.shape)}
     batch, chunks, heads, chunk = scalars.dt.shape
     groups, state, head_dim = x.shape[2], B.shape[3], x.shape[3]
@@ -242,11 +185,11 @@ def write_gradients(
             C,
             y_grad,
             **scalars.arguments(),
-            **scalars.by_direction("WRITE", scalars.write),
+            **scalars.by_direction("WRITE_WEIGHT", scalars.write_weight),
             **scalars.by_direction("STATE", state_grads),
             **stride_arguments(x=x, b=B, c=C, g=y_grad),
             **results,
-            D=D,
+            D=contiguous(D),
             length=x.shape[1],
             RATIO=heads // groups,
             N=state,

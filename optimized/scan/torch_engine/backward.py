@@ -1,11 +1,11 @@
-"""The gradient of `chunked_scan.forward`, slab by slab, with everything recomputed.
+"""The gradient of `forward.scanned`, slab by slab, with everything recomputed.
 
-Letters as in `chunked_scan`; ȳ is the gradient of y, and so on. With M = C Bᵀ, V = ȳ xᵀ, W of eq. (2) there
+Letters as in `torch_engine`; ȳ is the gradient of y, and so on. With M = C Bᵀ, V = ȳ xᵀ, W of eq. (2) there
 and T = M∘V∘(W without gates and dt):
 
     C̄ = (V∘W) B      B̄ = (V∘W)ᵀ C      x̄ = (M∘W)ᵀ ȳ        plus what passes through the states        (1)
     S̄_F(before) = e^{f_end} S̄_F(after) + Σ_i gF_i e^{f_i} C_i ⊗ ȳ_i       S̄_R alike, the other way      (2)
-    ā_k = Σ_{i≥k>j} U_ij,  U_ij = gF_i T_ij dt_j       for the backward direction  Σ_{i≤k<j} U_ij        (3)
+    ā_k = Σ_{i≥k>j} U_ij,  U_ij = gF_i T_ij dt_j       for the reverse direction  Σ_{i≤k<j} U_ij        (3)
 
 Eq. (3) sums the products that span token k, all of them direct: a difference of row and column sums, which is
 cheaper, loses what cancels, and a step so large that nothing spans it multiplies what is left. Writes to and
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout.segments import vision_mask
-from ...precision import without_autocast
-from .chunks import Chunks, Direction, cut, matrices
+from ..operator import ScanGrads, ScanInputs, ScanOutputs
+from .chunks import Chunks, Direction, Pairs, cut, matrices, pair_decays
 from .decays import join_tokens, reverse_cumsum, split_tokens, unsqueeze_like
 from .forward import add_skip
-from .pairs import Pairs, pair_decays
+from .norm import norm_backward
 from .states import edge_gradients, edge_states, writes
 
 
@@ -37,7 +37,7 @@ class Gradients:
     B: Tensor  # (B, K, C, G, N)
     C: Tensor  # (B, K, C, H, N)
     dt: Tensor  # (K, B, H, C), at fixed a = dt A, from inside the chunks
-    gate: Tensor  # (K, B, H, C), of gF minus gB, from inside: both come from one gate; on text anything
+    gate: Tensor  # (K, B, H, C), of gF minus gR, from inside: both come from one gate; on text anything
 
     @classmethod
     def room_for(cls, chunks: Chunks) -> Gradients:
@@ -61,7 +61,9 @@ class Passage:
     @classmethod
     def of(cls, side: Direction) -> Passage:
         """Nothing yet; what a slab without this direction leaves out stays 0."""
-        return cls(side, *(torch.zeros_like(side.reads) for _ in range(3)), torch.zeros_like(side.kept))
+        return cls(
+            side, *(torch.zeros_like(side.reads) for _ in range(3)), torch.zeros_like(side.chunk_decay)
+        )
 
     def decay_gradient(self, dt: Tensor) -> Tensor:
         """ā (K, B, H, C): eq. (3), and through the states what is read at or after a token and written before
@@ -87,45 +89,33 @@ def spanning(products: Tensor, reverse: bool) -> Tensor:
     return torch.matmul(products, 1 - rows).mul_(rows).sum(-2)
 
 
-@without_autocast
-def backward(
-    y_grad: Tensor,
-    final_grad: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    gate: Tensor | None,
-    segment: Tensor | None,
-    valid: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C, gate, D and initial_state, each in its accumulation dtype; eqs. (1) to
-    (3).
-    """
-    chunks = cut(x, dt, A, B, C, gate, segment, valid)
+def backward(inputs: ScanInputs, outputs: ScanOutputs, grads: ScanOutputs) -> ScanGrads:
+    """The gradients of the operator on the torch engine, each in its accumulation dtype; eqs. (1) to (3)."""
+    y_grad, weight_grad = norm_backward(inputs, outputs, grads)
+    x, valid, D = inputs.x, inputs.valid, inputs.D
+    chunks = cut(inputs)
     y_grad = cut_gradient(y_grad, chunks, valid)  # (K, B, H, C, P)
-    state_grads = [*edge_gradients(chunks, chunks.forward, y_grad, final_grad)][::-1]
-    edges = [zip(edge_states(chunks, chunks.forward, initial_state), state_grads, strict=True)]
-    if chunks.backward is not None:
-        states = reversed([*edge_states(chunks, chunks.backward)])
-        edges.append(zip(states, edge_gradients(chunks, chunks.backward, y_grad), strict=True))
-    grads, passages = Gradients.room_for(chunks), [Passage.of(side) for side in chunks.directions]
+    state_grads = [*edge_gradients(chunks, chunks.forward, y_grad, grads.final_state)][::-1]
+    edges = [zip(edge_states(chunks, chunks.forward, inputs.initial_state), state_grads, strict=True)]
+    if chunks.reverse is not None:
+        states = reversed([*edge_states(chunks, chunks.reverse)])
+        edges.append(zip(states, edge_gradients(chunks, chunks.reverse, y_grad), strict=True))
+    found, passages = Gradients.room_for(chunks), [Passage.of(side) for side in chunks.directions]
     for (where, slab), *each in zip(chunks.slabs, *edges, strict=True):
-        slab_gradients(grads, passages, where, slab, y_grad[where], each, D)
+        slab_gradients(found, passages, where, slab, y_grad[where], each, D)
     a_grad = decay_gradients(chunks, passages)
-    dt_grad = sum((each.written for each in passages), grads.dt) + a_grad * A.to(a_grad.dtype)[:, None]
-    return (
-        join_tokens(grads.x, x.shape[1]),
-        join_scalars(dt_grad, x.shape[1], valid),
-        (a_grad * chunks.dt).sum((0, 1, 3)),
-        join_tokens(grads.B, x.shape[1]),
-        join_tokens(grads.C, x.shape[1]),
-        None if gate is None else gate_gradient(grads, passages, x.shape[1], vision_mask(segment, valid)),
-        None if D is None else skip_gradient(chunks, y_grad),
-        None if initial_state is None else state_grads[0][0],
+    dt_grad = sum((each.written for each in passages), found.dt) + a_grad * inputs.A.to(a_grad.dtype)[:, None]
+    vision = vision_mask(inputs.segment, valid)
+    return ScanGrads(
+        x=join_tokens(found.x, x.shape[1]),
+        dt=join_scalars(dt_grad, x.shape[1], valid),
+        A=(a_grad * chunks.dt).sum((0, 1, 3)),
+        B=join_tokens(found.B, x.shape[1]),
+        C=join_tokens(found.C, x.shape[1]),
+        gate=None if vision is None else gate_gradient(found, passages, x.shape[1], vision),
+        D=None if D is None else skip_gradient(chunks, y_grad),
+        initial_state=None if inputs.initial_state is None else state_grads[0][0],
+        norm_weight=weight_grad,
     )
 
 
@@ -179,7 +169,7 @@ def slab_gradients(
         passage.read[where] = add_read(read_grad, slab, side, y_grad, entering)
         passage.written[where] = add_written(x_grad, write_grad, slab, side, leaving_grad)
         passed = torch.einsum("kbhnp,kbhnp->kbh", entering, leaving_grad)
-        passage.passed[where] = passed.mul_(side.kept)
+        passage.passed[where] = passed.mul_(side.chunk_decay)
     for room, grad in ((grads.x, x_grad), (grads.B, write_grad), (grads.C, read_grad)):
         room[:, where] = grad.permute(1, 0, 3, 2, 4)
 

@@ -1,4 +1,5 @@
-"""How the torch engine of the scan lays its tokens out: in chunks, what one product works on side by side.
+"""How the torch engine of the scan lays its tokens out: in chunks, what one product works on side by side;
+and the weights of the pairs of tokens of a chunk, one (C, C) matrix a head.
 
 Letters: B batch, L tokens, H heads, G groups, N state size, P head dim, K chunks of C tokens. Chunks come
 first, so that a slab, a run of chunks small enough for a processor's cache, is one block of memory for the
@@ -11,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from ...precision import accumulation_dtype
+from ....reference.numerics import accumulation_dtype
+from ..operator import ScanInputs
 from .decays import Decays, cut_tokens, scan_decays
 
 CHUNK = 64
@@ -28,7 +31,7 @@ class Direction:
     gate: Tensor  # its share of y, 0 where it takes no part; (K, B, 1, C) without any segment
     read: Tensor  # what is left, at a token, of the state that enters its chunk; the gate left out
     reach: Tensor  # what is left, where the state leaves the chunk, of a token's write; dt left out
-    kept: Tensor  # (K, B, H): what is left of a state that passes the chunk
+    chunk_decay: Tensor  # (K, B, H): what is left of a state that passes the chunk
     reads: Tensor  # read times gate
     writes: Tensor  # reach times dt
     sum: Tensor  # f or -b of `scan_decays`, whose difference s_i - s_j is the exponent of a pair ...
@@ -53,12 +56,12 @@ class Chunks:
     dt: Tensor  # (K, B, H, C)
     segment: Tensor | None  # (K, B, 1, C), -1 where masked; None without any segment
     forward: Direction
-    backward: Direction | None  # None without any segment, or in chunks of text
+    reverse: Direction | None  # None without any segment, or in chunks of text
 
     @property
     def directions(self) -> tuple[Direction, ...]:
-        """The forward one, and the backward one if there is one."""
-        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+        """The forward one, and the reverse one if there is one."""
+        return (self.forward,) if self.reverse is None else (self.forward, self.reverse)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -67,7 +70,7 @@ class Chunks:
 
     @cached_property
     def slabs(self) -> list[tuple[slice, Chunks]]:
-        """Runs of chunks whose score matrices fit the slab; text alone has no backward direction."""
+        """Runs of chunks whose score matrices fit the slab; text alone has no reverse direction."""
         count, batch, heads, chunk = self.C.shape[:4]
         elements = SLAB_ELEMENTS.get(self.C.device.type, 2**20)
         step = max(1, elements // (batch * heads * chunk * chunk))
@@ -75,10 +78,10 @@ class Chunks:
         return [(where, sliced(self, where).without_idle_direction()) for where in runs]
 
     def without_idle_direction(self) -> Chunks:
-        """Without the backward direction if all is text. Only on a CPU: it would wait for another device."""
+        """Without the reverse direction if all is text. Only on a CPU: it would wait for another device."""
         if self.segment is None or self.segment.device.type != "cpu" or bool((self.segment >= 0).any()):
             return self
-        return replace(self, backward=None)
+        return replace(self, reverse=None)
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """(K, B, H, rows, ·) -> (K·B·G, H/G·rows, ·): the heads of a group below each other."""
@@ -109,20 +112,12 @@ def slice_of(value, where: slice):
     return sliced(value, where) if isinstance(value, Direction) else value
 
 
-def cut(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    gate: Tensor | None,
-    segment: Tensor | None,
-    valid: Tensor | None,
-) -> Chunks:
+def cut(inputs: ScanInputs) -> Chunks:
     """Mask, pad with masked tokens and cut into chunks."""
-    dtype, chunk = accumulation_dtype(x.dtype), min(CHUNK, x.shape[1])
-    x, B, C = (cut_tokens(tensor, valid, chunk, dtype) for tensor in (x, B, C))
-    decays = scan_decays(dt, A, gate, segment, valid, chunk, dtype)
+    dtype, chunk = accumulation_dtype(inputs.x.dtype), min(CHUNK, inputs.x.shape[1])
+    tokens = (inputs.x, inputs.B, inputs.C)
+    x, B, C = (cut_tokens(tensor, inputs.valid, chunk, dtype) for tensor in tokens)
+    decays, segment = scan_decays(inputs, chunk, dtype), inputs.segment
     return Chunks(
         x=x.permute(1, 0, 3, 2, 4).contiguous(),
         B=B.permute(1, 0, 3, 4, 2).contiguous(),
@@ -130,21 +125,21 @@ def cut(
         dt=chunk_first(decays.dt),
         segment=None if segment is None else chunk_first(decays.segment),
         forward=forward_direction(decays),
-        backward=None if segment is None else backward_direction(decays),
+        reverse=None if segment is None else reverse_direction(decays),
     )
 
 
 def forward_direction(decays: Decays) -> Direction:
     """The scalars of the forward direction."""
-    read, reach, kept = decays.forward_read(), decays.forward_reach(), decays.forward_kept()
-    return direction(False, decays.dt, decays.forward_gate, read, reach, kept, *decays.forward_sum())
+    read, reach, chunk_decay = decays.forward_read(), decays.forward_reach(), decays.forward_chunk_decay()
+    return direction(False, decays.dt, decays.forward_gate, read, reach, chunk_decay, *decays.forward_sum())
 
 
-def backward_direction(decays: Decays) -> Direction:
-    """The scalars of the backward direction."""
-    read, reach, kept = decays.backward_read(), decays.backward_reach(), decays.backward_kept()
-    rounded, rest = decays.backward_sum()
-    return direction(True, decays.dt, decays.backward_gate, read, reach, kept, -rounded, -rest)
+def reverse_direction(decays: Decays) -> Direction:
+    """The scalars of the reverse direction."""
+    read, reach, chunk_decay = decays.reverse_read(), decays.reverse_reach(), decays.reverse_chunk_decay()
+    rounded, rest = decays.reverse_sum()
+    return direction(True, decays.dt, decays.reverse_gate, read, reach, chunk_decay, -rounded, -rest)
 
 
 def direction(
@@ -153,12 +148,12 @@ def direction(
     gate: Tensor,
     read: Tensor,
     reach: Tensor,
-    kept: Tensor,
+    chunk_decay: Tensor,
     rounded: Tensor,
     rest: Tensor,
 ) -> Direction:
     """A direction of scalars (B, K, ...)."""
-    scalars = gate, read, reach, kept, read * gate, reach * dt, rounded, rest
+    scalars = gate, read, reach, chunk_decay, read * gate, reach * dt, rounded, rest
     return Direction(reverse, *map(chunk_first, scalars))
 
 
@@ -167,6 +162,39 @@ def chunk_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).contiguous()
 
 
-def token_rows(tensor: Tensor, length: int) -> Tensor:
-    """(K, B, H or G, C, ·) -> (B, L, H or G, ·): the inverse of the cut."""
-    return tensor.permute(1, 0, 3, 2, *range(4, tensor.ndim)).flatten(1, 2)[:, :length]
+@dataclass(frozen=True)
+class Pairs:
+    """Which pairs meet, in the accumulation dtype."""
+
+    side: Tensor | None  # (K, B, 1, C, C): 1 if j < i, -1 if j > i and of one segment; None on text alone
+    gates: Tensor  # gF_i [j<i] + gR_i [j>i, one segment], (K, B, H, C, C); gF + gR = 1 and, on text, gF = 1
+
+    @classmethod
+    def of(cls, slab: Chunks) -> Pairs:
+        """The pairs of a slab. No later token is met by text, so gR may be 1 - gF everywhere."""
+        size = slab.C.shape[3]
+        earlier = slab.C.new_ones(size, size).tril_()  # and the token itself
+        if slab.reverse is None:
+            return cls(None, earlier)
+        together = slab.segment[..., :, None] == slab.segment[..., None, :]
+        later = (1 - earlier) * (together & (slab.segment >= 0)[..., None])
+        side = earlier.tril(-1) - later
+        later.diagonal(dim1=-2, dim2=-1).fill_(1)
+        return cls(side, torch.addcmul(later, slab.forward.gate[..., None], side))
+
+
+def pair_decays(slab: Chunks) -> Tensor:
+    """The exponentials of eq. (2), (K, B, H, C, C); where all is text, anything up to 1 above the diagonal.
+
+    f_i - f_j ≤ 0 for j ≤ i and ≥ 0 for j ≥ i, and b_j - b_i the other way round: the exponent is the lesser.
+    """
+    exponent = differences(slab.forward)
+    if slab.reverse is not None:
+        exponent = torch.minimum(exponent, differences(slab.reverse), out=exponent)
+    return exponent.clamp_max_(0).exp_()
+
+
+def differences(side: Direction) -> Tensor:
+    """s_i - s_j of sums in two parts, (K, B, H, C, C), see `scan_decays.two_part_sum`."""
+    rounded, rest = side.sum, side.rest
+    return (rounded[..., :, None] - rounded[..., None, :]).add_(rest[..., :, None]).sub_(rest[..., None, :])

@@ -6,7 +6,7 @@ token.
     f_i = Σ_{k≤i} a_k,  a = dt A          b_i = Σ_{k<i} a_k over vision only                              (1)
 
 The forward state that enters a chunk is read with e^{f_i} and written to with e^{f_end - f_j} dt_j; the
-backward state, which enters at its end, with e^{b_end - b_i} and e^{b_j} dt_j. All exponents are ≤ 0 and
+reverse state, which enters at its end, with e^{b_end - b_i} and e^{b_j} dt_j. All exponents are ≤ 0 and
 clamped there. One large step must not swallow the small ones after it: exponents are sums of the steps
 between, from the side that they end at, and where differences of sums stand for them, those of pairs, the
 sums have two parts. `scan_scalars` has the kernels' own.
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout.segments import next_segment, vision_mask
+from ..operator import ScanInputs
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Decays:
     dt: Tensor  # 0 where masked
     forward_step: Tensor  # a of eq. (1), float64
     forward_gate: Tensor  # the gate on vision, 1 on text; (B, K, 1, C) without any segment
-    backward_step: Tensor | None = None  # a over vision, 0 elsewhere, float64
-    backward_gate: Tensor | None = None  # 1 - gate on vision, 0 on text
+    reverse_step: Tensor | None = None  # a over vision, 0 elsewhere, float64
+    reverse_gate: Tensor | None = None  # 1 - gate on vision, 0 on text
     segment: Tensor | None = None  # (B, K, 1, C), -1 where masked
     opens: Tensor | None = (
         None  # (B, K+1): segment of the first vision token from each chunk's start on, or -1
@@ -41,70 +42,63 @@ class Decays:
         """e to a sum of steps, at most 1, in the accumulation dtype."""
         return exponent.to(self.dt.dtype).clamp_max(0).exp_()
 
-    def forward_kept(self) -> Tensor:
+    def forward_chunk_decay(self) -> Tensor:
         """e^{f_end}: what a chunk leaves of the state that enters it, (B, K, H)."""
         return self.exp(self.forward_step.sum(-1))
 
-    def backward_kept(self) -> Tensor:
+    def reverse_chunk_decay(self) -> Tensor:
         """e^{b_end}, 0 where another segment opens inside the chunk, (B, K, H)."""
         same = self.opens[:, 1:] == self.opens[:, :-1]
-        return self.exp(self.backward_step.sum(-1)) * same[..., None]
+        return self.exp(self.reverse_step.sum(-1)) * same[..., None]
 
     def forward_read(self) -> Tensor:
         """e^{f_i}, without the gate."""
         return self.exp(self.forward_step.cumsum(-1))
 
-    def backward_read(self) -> Tensor:
+    def reverse_read(self) -> Tensor:
         """e^{b_end - b_i}, without the gate, 0 outside the segment that enters at the chunk's end."""
         reads = self.segment == self.opens[:, 1:, None, None]
-        return self.exp(reverse_cumsum(self.backward_step)) * reads
+        return self.exp(reverse_cumsum(self.reverse_step)) * reads
 
     def forward_reach(self) -> Tensor:
         """e^{f_end - f_j}: what is left of token j's write at the end of its chunk."""
         return self.exp(F.pad(reverse_cumsum(self.forward_step)[..., 1:], (0, 1)))
 
-    def backward_reach(self) -> Tensor:
+    def reverse_reach(self) -> Tensor:
         """e^{b_j}: what is left at the chunk's start, 0 outside the segment that leaves there."""
         writes = self.segment == self.opens[:, :-1, None, None]
-        return self.exp(before(self.backward_step.cumsum(-1))) * writes
+        return self.exp(before(self.reverse_step.cumsum(-1))) * writes
 
     def forward_sum(self) -> tuple[Tensor, Tensor]:
         """f of eq. (1) in two parts, see `two_part_sum`."""
         return two_part_sum(self.forward_step, self.dt.dtype)
 
-    def backward_sum(self) -> tuple[Tensor, Tensor]:
+    def reverse_sum(self) -> tuple[Tensor, Tensor]:
         """b of eq. (1) in two parts."""
-        sums = two_part_sum(self.backward_step, self.dt.dtype)
+        sums = two_part_sum(self.reverse_step, self.dt.dtype)
         return before(sums[0]), before(sums[1])
 
 
-def scan_decays(
-    dt: Tensor,
-    A: Tensor,
-    gate: Tensor | None,
-    segment: Tensor | None,
-    valid: Tensor | None,
-    chunk: int,
-    dtype: torch.dtype,
-) -> Decays:
+def scan_decays(inputs: ScanInputs, chunk: int, dtype: torch.dtype) -> Decays:
     """Mask, pad with masked tokens and cut into chunks; the steps of eq. (1)."""
+    segment, valid = inputs.segment, inputs.valid
     vision = vision_mask(segment, valid)
 
     def scalars(tensor: Tensor, mask: Tensor | None, fill: float = 0) -> Tensor:
         return cut_tokens(tensor, mask, chunk, dtype, fill).transpose(2, 3).contiguous()
 
-    dt, A = scalars(dt, valid), A.to(dtype)
+    dt, A = scalars(inputs.dt, valid), inputs.A.to(dtype)
     step = dt.double() * A.double()[:, None]  # (B, K, H, C)
     if vision is None:
         return Decays(dt, step, torch.ones_like(dt[:, :, :1]))
     is_vision = split_tokens(vision, chunk, False)[:, :, None]  # (B, K, 1, C)
-    forward_gate = scalars(gate, vision, fill=1)
+    forward_gate = scalars(inputs.gate, vision, fill=1)
     return Decays(
         dt=dt,
         forward_step=step,
         forward_gate=forward_gate,
-        backward_step=step * is_vision,
-        backward_gate=(1 - forward_gate) * is_vision,
+        reverse_step=step * is_vision,
+        reverse_gate=(1 - forward_gate) * is_vision,
         segment=split_tokens(torch.where(vision, segment, -1), chunk, -1)[:, :, None],
         opens=next_segment(segment, vision, chunk),
     )

@@ -1,4 +1,4 @@
-"""What Flex-MA does with its scan: each head normed, tokens back in their order; the torch engine of both.
+"""What Flex-MA does with its scan: each head normed, tokens back in their order.
 
 Letters: B batch, L tokens, H heads, P head dim. With y the scan's output in scan order, ŷ the normed one, and
 z = w ŷ in token order:
@@ -11,77 +11,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....reference.numerics import rms_norm_per_head
-from ...layout.sorts import flat_order
-from ...precision import accumulation_dtype, without_autocast
-from . import forward as chunked_scan
+from ....reference.numerics import accumulation_dtype, rms_norm_per_head
+from ...layout.tokens import flat_order, gather_tokens
+from ..operator import ScanInputs, ScanOutputs, norm_dtype, scan_outputs
 
 
-@without_autocast
-def forward_heads(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    gate: Tensor | None,
-    segment: Tensor | None,
-    valid: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    order: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`chunked_scan.forward`, then eq. (1).
-
-    Args:
-        x, dt, A, B, C, gate, segment, valid, D, initial_state: as there, in scan order.
-        order: (B, L), the token at each place of the scan; None = they stand in their order.
-        norm_weight: (H·P,); None = no norm.
-        eps: ε.
-        keep: whether a gradient will be asked for.
-    Returns:
-        z (B, L, H, P) in token order and the final state (B, H, N, P); for the gradient y (B, L, H, P) in
-        `kept_dtype` and scan order, empty unless there is a norm and it is to be kept.
-    """
-    y, final_state = chunked_scan.forward(x, dt, A, B, C, gate, segment, valid, D, initial_state)
-    kept, z = y.new_empty(0, dtype=kept_dtype(y.dtype)), y
-    if norm_weight is not None:
-        z = rms_norm_per_head(y, norm_weight, eps)
-        kept = y.to(kept.dtype) if keep else kept
-    if order is not None:
-        z = torch.empty_like(z).flatten(0, 1).index_copy_(0, flat_order(order), z.flatten(0, 1)).view(z.shape)
-    return z, final_state, kept
+def normed(inputs: ScanInputs, y: Tensor, final_state: Tensor) -> ScanOutputs:
+    """Eq. (1), left, of the scan's outputs."""
+    saved, z = y.new_empty(0, dtype=norm_dtype(y.dtype)), y
+    if inputs.norm_weight is not None:
+        z = rms_norm_per_head(y, inputs.norm_weight, inputs.eps)
+        saved = y.to(saved.dtype) if inputs.save_y else saved
+    if inputs.order is not None:
+        order = flat_order(inputs.order)
+        z = torch.empty_like(z).flatten(0, 1).index_copy_(0, order, z.flatten(0, 1)).view(z.shape)
+    return ScanOutputs(z, final_state, saved)
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What y and its gradient are handed on in: a norm leaves them all but orthogonal, and float16, whose
-    scan runs in float32 on a GPU, would round their product away.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-@without_autocast
-def norm_gradient(
-    z_grad: Tensor, y: Tensor, norm_weight: Tensor, order: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def norm_backward(
+    inputs: ScanInputs, outputs: ScanOutputs, grads: ScanOutputs
+) -> tuple[Tensor, Tensor | None]:
     """Eq. (1), right: the gradients of y (B, L, H, P), in its dtype and scan order, and of w (H·P,).
 
-    σ is that of y as it was kept: with the one from before its rounding, ŷ would not have the length that
-    takes off all that w z̄ has along y, and beside that what is left may be small.
+    σ is computed from y as it was saved. σ of y before its rounding would not remove all of w z̄ along y, and
+    what remains may be small beside that.
     """
+    z_grad, y = in_scan_order(y_grad_of(inputs, grads), inputs.order), outputs.y_before_norm
+    if inputs.norm_weight is None:
+        return z_grad, None
     wide = y.to(accumulation_dtype(y.dtype))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    z_grad, normed = in_scan_order(z_grad, order).to(wide.dtype), wide * scale
-    weighed = z_grad * norm_weight.to(wide.dtype).view(y.shape[2:])
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + inputs.eps)
+    z_grad, normed = z_grad.to(wide.dtype), wide * scale
+    weighed = z_grad * inputs.norm_weight.to(wide.dtype).view(y.shape[2:])
     y_grad = scale * (weighed - normed * (normed * weighed).mean(-1, keepdim=True))
     return y_grad.to(y.dtype), (normed * z_grad).sum((0, 1)).flatten()
 
 
+def y_grad_of(inputs: ScanInputs, grads: ScanOutputs) -> Tensor:
+    """The gradient of the operator's y, in token order; zeros if nothing depends on it."""
+    return torch.zeros_like(scan_outputs(inputs).y) if grads.y is None else grads.y
+
+
 def in_scan_order(tensor: Tensor, order: Tensor | None) -> Tensor:
     """(B, L, ·, ·) in token order -> in scan order."""
-    if order is None:
-        return tensor
-    return tensor.reshape(-1, *tensor.shape[2:]).index_select(0, flat_order(order)).view(tensor.shape)
+    return tensor if order is None else gather_tokens(tensor, flat_order(order)).view(tensor.shape)

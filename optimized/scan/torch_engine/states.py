@@ -1,7 +1,7 @@
 """The states at the edges of the chunks, and their gradients, of the torch engine of the scan.
 
 Letters as in `chunk_layout`; equations as in `chunked_scan` and `chunked_scan_backward`. K chunks have K + 1
-edges. The forward state at edge k enters chunk k, the backward state at edge k + 1 does; each leaves at the
+edges. The forward state at edge k enters chunk k, the reverse state at edge k + 1 does; each leaves at the
 other edge. What a chunk adds is first put where it leaves, and then carried on in place. All goes slab by
 slab, while a processor's cache still holds what the last step has made: nobody who reads a slab's states in
 the order in which they come has to keep those of another.
@@ -64,14 +64,14 @@ def sweep(
 ) -> Iterator[Tensor | None]:
     """Carry a state from slab to slab, `reverse` from the end, once `fill` has put what each chunk adds."""
     for where, slab in reversed(chunks.slabs) if reverse else chunks.slabs:
-        side = slab.backward if direction.reverse else slab.forward
+        side = slab.reverse if direction.reverse else slab.forward
         if side is None:
-            state = None if state is None else state * direction.kept[where].prod(0)[..., None, None]
+            state = None if state is None else state * direction.chunk_decay[where].prod(0)[..., None, None]
             yield None
             continue
         edges = new_edges(slab)
         fill(where, slab, side, edges)
-        carry(edges, side.kept, state, reverse=reverse)
+        carry(edges, side.chunk_decay, state, reverse=reverse)
         state = edges[0 if reverse else -1]
         yield edges
 
@@ -93,16 +93,16 @@ def new_edges(slab: Chunks) -> Tensor:
     return slab.x.new_empty(count + 1, batch, heads, state, head_dim)
 
 
-def carry(edges: Tensor, kept: Tensor, start: Tensor | None, *, reverse: bool) -> None:
+def carry(edges: Tensor, chunk_decay: Tensor, start: Tensor | None, *, reverse: bool) -> None:
     """Run `s_{k+1} += kept_k s_k` from edge to edge, in place; `reverse`: from the last edge to the first.
 
     Args:
         edges: (K + 1, B, H, N, P): at each edge what the chunk before it has added; the first is overwritten.
-        kept: (K, B, H).
+        chunk_decay: (K, B, H).
         start: (B, H, N, P), for the first edge; zeros if None.
     """
     edge = edges.unbind(0)
-    factor = kept[..., None, None].unbind(0)
+    factor = chunk_decay[..., None, None].unbind(0)
     edge[-1 if reverse else 0].copy_(edges.new_zeros(()) if start is None else start)
     for k in reversed(range(len(factor))) if reverse else range(len(factor)):
         source, target = (k + 1, k) if reverse else (k, k + 1)

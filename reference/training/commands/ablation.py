@@ -8,57 +8,53 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..config import STAGES, Config
+from ..refusal import check
 from ..safety.atomic_writes import write_text
-from ..stages import STAGES
-from .command_line import check
+from .command_line import parse
 
-if TYPE_CHECKING:
-    from distill import Config
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "without stage i": {"stages": "ii,iii"},
-    "without stage ii": {"stages": "i,iii"},
-    "without stage iii": {"stages": "i,ii"},
-    "without Local-Swin": {"branches": "flex"},
-    "without Flex-MA": {"branches": "local"},
-    "without the backward scan": {"mixer": {"reverse_scan": False}},
-    "random instead of attention init": {"init": "random"},
-    "raster instead of Rotary-Major": {"mixer": {"rotary_major": False}},
+VARIANTS: dict[str, Callable[[Config], Config]] = {
+    "full": lambda base: base,
+    "without stage i": lambda base: with_stages(base, ("ii", "iii")),
+    "without stage ii": lambda base: with_stages(base, ("i", "iii")),
+    "without stage iii": lambda base: with_stages(base, ("i", "ii")),
+    "without Local-Swin": lambda base: with_start(base, branches="flex"),
+    "without Flex-MA": lambda base: with_start(base, branches="local"),
+    "without the reverse scan": lambda base: with_mixer(base, reverse_scan=False),
+    "random instead of attention init": lambda base: with_start(base, init="random"),
+    "raster instead of Rotary-Major": lambda base: with_mixer(base, rotary_major=False),
 }
 MEASURES = {"accuracy": "accuracy", "KL, nats": "kl", "same first choice": "agreement"}
 
 
-def ablate(arguments: list[str], parse: Callable[[list[str]], Config], run: Callable[[Config], Any]) -> str:
+def ablate(arguments: list[str], run: Callable[[Config], Any]) -> str:
     """Run all variants with all seeds; those that are done are taken over. Returns the table.
 
     Args:
         arguments: --seeds and --variants, and flags of a run for all of them.
-        parse: makes settings of flags.
         run: distils with settings and returns what `results.json` holds.
     """
     parser = ArgumentParser("distill.py ablate", add_help=False, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     own, others = parser.parse_known_args(arguments)
-    unknown = [name for name in own.variants.split(",") if name not in VARIANTS]
+    names = own.variants.split(",")
+    unknown = [name for name in names if name not in VARIANTS]
     check(not unknown, f"--variants must be among {sorted(VARIANTS)}", unknown)
     check(own.seeds >= 1, "--seeds must be at least 1", own.seeds)
-    base = parse(others)
-    base = replace(base, output=base.output if "--output" in others else "runs/ablation")
+    named = any(flag.split("=")[0] == "--output" for flag in others)
+    base = parse(others if named else [*others, "--output", "runs/ablation"])
     measured = {
-        name: [
-            last_row(varied_config(base, name, seed), run) for seed in range(base.seed, base.seed + own.seeds)
-        ]
-        for name in own.variants.split(",")
+        name: [last_row(variant_of(base, name, base.seed + offset), run) for offset in range(own.seeds)]
+        for name in names
     }
     folder = Path(base.output)
     table = table_of(measured)
@@ -69,30 +65,30 @@ def ablate(arguments: list[str], parse: Callable[[list[str]], Config], run: Call
     return table
 
 
-def varied_config(base: Config, name: str, seed: int) -> Config:
+def variant_of(base: Config, name: str, seed: int) -> Config:
     """The settings of one run of a variant."""
-    changes = dict(VARIANTS[name])
-    if "mixer" in changes:
-        changes["mixer"] = json.dumps(base.mixer_options | changes["mixer"])
-    if "stages" in changes:
-        kept = changes["stages"].split(",")
-        changes |= {"steps": ",".join(map(str, shared_out(base, kept))), "allow_missing_stage": True}
     folder = Path(base.output) / name.replace(" ", "_") / f"seed_{seed}"
-    return replace(base, **changes, seed=seed, output=str(folder), resume=True)
+    return replace(VARIANTS[name](base), seed=seed, output=str(folder), resume=True)
 
 
-def shared_out(base: Config, kept: list[str]) -> list[int]:
-    """Steps of the three stages where only some are kept, as many in all as before."""
-    steps = [base.steps_of(stage) for stage in STAGES]
-    own = sum(number for stage, number in zip(STAGES, steps, strict=True) if stage in kept)
-    wanted = [
-        round(number * sum(steps) / own) if stage in kept else 1
-        for stage, number in zip(STAGES, steps, strict=True)
-    ]
-    last = STAGES.index(kept[-1])
-    rest = sum(number for stage, number in zip(STAGES, wanted, strict=True) if stage in kept[:-1])
-    wanted[last] = sum(steps) - rest
-    return wanted
+def with_start(base: Config, **changes: Any) -> Config:
+    """The same with a student that starts as something else."""
+    return replace(base, student=replace(base.student, **changes))
+
+
+def with_mixer(base: Config, **options: Any) -> Config:
+    """The same with other options of M-MATE."""
+    return replace(base, mixer=replace(base.mixer, **options))
+
+
+def with_stages(base: Config, kept: Sequence[str]) -> Config:
+    """Some stages alone, with as many steps in all as before: those of the others in proportion."""
+    steps = {stage: base.of_stage(stage).steps for stage in STAGES}
+    whole, own = sum(steps.values()), sum(steps[stage] for stage in kept)
+    shared = {stage: round(steps[stage] * whole / own) for stage in kept[:-1]}
+    shared[kept[-1]] = whole - sum(shared.values())
+    stages = {f"stage_{stage}": replace(base.of_stage(stage), steps=count) for stage, count in shared.items()}
+    return replace(base, stages=tuple(kept), allow_missing_stage=True, **stages)
 
 
 def last_row(config: Config, run: Callable[[Config], Any]) -> dict[str, float]:
@@ -100,7 +96,7 @@ def last_row(config: Config, run: Callable[[Config], Any]) -> dict[str, float]:
     folder = Path(config.output)
     done = (folder / "student" / "config.json").is_file()
     results = json.loads((folder / "results.json").read_text()) if done else run(config)
-    row = results["rows"][f"stage {config.stage_list[-1]}"]
+    row = results["rows"][f"stage {config.stages[-1]}"]
     return {measure: row[measure] for measure in MEASURES.values()}
 
 

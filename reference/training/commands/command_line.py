@@ -1,56 +1,94 @@
-"""Flags from a dataclass, and mistakes of the user told without a traceback."""
+"""The command line and settings files as a `Config`.
+
+tyro makes flags, help and refusals of the dataclasses. A settings file is flags written down: it is read as
+if they had been given first, so one reader checks both.
+"""
 
 from __future__ import annotations
 
-import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
+import tyro
+import yaml
+
+from ..config import PRESETS, Config, check_settings
+from ..refusal import RefusedError, check
+
+__all__ = ["RefusedError", "check", "parse"]
 
 
-class RefusedError(ValueError):
-    """Something the user can put right; printed without a traceback."""
-
-
-def check(holds: Any, must: str, got: Any, hint: str = "") -> None:
-    """Raise `RefusedError("distill: must, got …; hint")` unless `holds`."""
-    if not holds:
-        raise RefusedError(f"distill: {must}, got {got}" + (f"; {hint}" if hint else ""))
-
-
-def numbers(flag: str, text: str) -> tuple[int, ...]:
-    """ "2,4,4" -> (2, 4, 4)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise RefusedError(f"distill: --{flag} must be whole numbers, like 4,8,8, got {text!r}") from None
-
-
-def from_json(flag: str, text: str) -> Any:
-    """The value of a flag that is given as JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RefusedError(f"distill: --{flag} must be JSON, got {text!r} ({error})") from None
-
-
-def parse_flags(settings: type, presets: dict[str, dict[str, Any]], arguments: list[str], about: str) -> Any:
-    """The command line as an instance of `settings`: a flag for every field, defaults from the preset,
-    unknown flags refused.
+def parse(arguments: list[str], about: str = "") -> Config:
+    """Settings from flags, over those of a file, over those of a preset.
 
     Args:
-        settings: a dataclass with a field `preset`.
-        presets: defaults by preset.
         arguments: the command line without the program.
         about: what --help says first.
+    Raises:
+        RefusedError: for a settings file that cannot be read.
+        SystemExit: for flags that do not exist or do not go together, told on stderr.
     """
-    parser = HfArgumentParser(settings, description=about, allow_abbrev=False)
-    preset = parser.parse_known_args(arguments)[0].preset
-    parser.set_defaults(**presets[preset])
+    arguments = expand_resume(arguments)
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--settings", default="")
+    known, _ = first.parse_known_args(arguments)
+    written = read_settings(Path(known.settings)) if known.settings else {}
+    preset = known.preset or written.get("preset") or "demo"
+    config = PRESETS.get(preset, PRESETS["demo"])  # a wrong name is refused below
+    if written:
+        config = read_flags(config, [*as_flags(written)], f"distill.py, settings of {known.settings}", about)
+    config = read_flags(config, arguments, "distill.py", about)
     try:
-        config, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        check_settings(config)
     except RefusedError as error:
-        parser.error(str(error))
-    if unknown:
-        parser.error(f"distill: flags must be among those of --help, got {' '.join(unknown)}")
+        print(error, file=sys.stderr)
+        sys.exit(2)
     return config
+
+
+def read_flags(defaults: Config, flags: list[str], program: str, about: str) -> Config:
+    """The settings that flags change."""
+    return tyro.cli(
+        Config, prog=program, description=about, args=flags, default=defaults, use_underscores=True
+    )
+
+
+def expand_resume(arguments: list[str]) -> list[str]:
+    """`--resume DIR` goes on in DIR with the settings that it was begun with."""
+    place = arguments.index("--resume") + 1 if "--resume" in arguments else len(arguments)
+    if place >= len(arguments) or arguments[place].startswith("-"):
+        return arguments
+    folder = Path(arguments[place])
+    kept = folder / "config.json"
+    check(
+        kept.is_file(), "--resume must be followed by the folder of a run", folder, "it holds no config.json"
+    )
+    own = ["--output", str(folder), "--settings", str(kept)]
+    return [*arguments[:place], *own, *arguments[place + 1 :]]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file; the latter is YAML, too."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise RefusedError(f"distill: --settings must be a YAML or JSON file, got {path}: {error}") from None
+    check(isinstance(settings, dict), "--settings must hold settings by name", f"{path}: {settings!r:.80}")
+    return settings
+
+
+def as_flags(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The flags that a settings file stands for."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from as_flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            yield f"--{prefix}{'' if value else 'no_'}{name}"
+        elif isinstance(value, list):
+            yield from (f"--{prefix}{name}", *map(str, value))
+        else:
+            yield f"--{prefix}{name}={value}"

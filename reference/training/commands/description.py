@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ...projections import COPIED_MODULES
+from ..config import Config
+from ..parameter_groups import ParameterGroup
 from ..stages import Stage
 from ..teacher_student import TeacherStudentMixer
-
-if TYPE_CHECKING:
-    from distill import Config
 
 STARTS = {
     "flex_ma.q_proj": "copied from the teacher's q_proj, makes C",
@@ -60,9 +58,9 @@ def about_stage(student: nn.Module, stage: Stage) -> Iterator[str]:
 
 def start_of(name: str, config: Config) -> str:
     """How a tensor of M-MATE was initialised."""
-    if config.branches != "both" and name.startswith("mix_proj"):
-        return f"pinned: {config.branches} alone"
-    if config.init == "random" and name.split(".")[-2] in COPIED_MODULES:
+    if config.student.branches != "both" and name.startswith("mix_proj"):
+        return f"pinned: {config.student.branches} alone"
+    if config.student.init == "random" and name.split(".")[-2] in COPIED_MODULES:
         return "at random"
     return next(start for prefix, start in STARTS.items() if name.startswith(prefix))
 
@@ -72,8 +70,8 @@ def part_of(name: str) -> str:
     if ".mixer." in name:
         return name.split(".mixer.")[1].split(".")[0]
     parts = {
-        "lora_": "LoRA",
-        "modules_to_save": "tuned MLPs",
+        ParameterGroup.ADAPTERS.value: "LoRA",
+        ParameterGroup.TUNED_MLPS.value: "tuned MLPs",
         ".attention.": "teacher's attention",
         ".visual.": "vision tower",
         ".mlp.": "MLPs",

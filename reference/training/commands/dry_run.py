@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ...prompts.chat_collator import IGNORED
-from ..data.conversations import ENDLESS, BrokenSampleError, Conversations, Mixture
+from ..data.conversations import ENDLESS, Conversations, Mixture
+from ..evaluation.held_out import OrComplaint
+from ..refusal import check
 from ..safety.memory import predict
-from ..stages import Stage
-from .command_line import check
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -26,25 +26,22 @@ class Survey(Dataset):
     """Samples as their sizes, or as what is wrong with them."""
 
     def __init__(self, data: Dataset, measure: Callable[[Any], dict[str, int]]) -> None:
-        self.data, self.measure = data, measure
+        self.samples, self.measure = OrComplaint(data), measure
         self.length = LOOKED_AT if len(data) >= ENDLESS else len(data)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, int] | str:
-        try:
-            return self.measure(self.data[index])
-        except BrokenSampleError as error:
-            return str(error)
+        item = self.samples[index]
+        return item if isinstance(item, str) else self.measure(item)
 
 
-def dry_run(run: Run, stages: list[Stage]) -> None:
+def dry_run(run: Run) -> None:
     """Check and describe; nothing is written.
 
     Args:
         run: opened.
-        stages: those to describe.
     Raises:
         RefusedError: if samples are broken and broken samples refuse a run.
     """
@@ -61,40 +58,40 @@ def dry_run(run: Run, stages: list[Stage]) -> None:
         longest = max(range(len(sizes)), key=lambda i: sizes[i]["tokens"], default=None)
         if longest is not None and (largest is None or sizes[longest]["tokens"] > largest[1]):
             largest = data, sizes[longest]["tokens"], sizes[longest]["index"]
-    refused = broken and run.config.on_broken == "refuse"
+    refused = broken and run.config.samples.on_broken == "refuse"
     check(not refused, "samples must be readable", f"{broken} that are not", "mend them, or --on_broken skip")
     check(largest, "data must hold samples", "none that can be read")
     data, _, index = largest
-    batch = run.encoder([data[index]] * run.config.batch_size)
-    run.say(f"the largest batch, {run.config.batch_size} times the longest sample:")
+    batch = run.encoder([data[index]] * run.config.optimizer.batch_size)
+    run.say(f"the largest batch, {run.config.optimizer.batch_size} times the longest sample:")
     for name, tensor in batch.items():
         run.say(f"  {name:20} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
-    describe_stages(run, stages, {name: tensor.to(run.device) for name, tensor in batch.items()})
+    describe_stages(run, run.on_device(batch))
 
 
-def describe_stages(run: Run, stages: list[Stage], batch: dict[str, torch.Tensor]) -> None:
-    """What each stage trains, and its memory on the largest batch: that of its hungriest route."""
-    for stage in stages:
-        if stage.lr_lora:
+def describe_stages(run: Run, batch: dict[str, torch.Tensor]) -> None:
+    """What each stage trains, and its memory on the largest batch: that of its hungriest objective."""
+    for stage in run.stages:
+        if stage.trains_mlps:
             run.add_adapters()
         run.set_free(stage)
         predictions = []
-        for route in stage.routes:
-            lesson = run.lesson(route)
+        for objective in stage.objectives:
+            lesson = run.lesson(objective)
             with run.autocast():
                 predictions.append(predict(lesson, batch))
             lesson.close()
         memory = max(predictions, key=lambda prediction: prediction.total)
-        run.say(f"stage {stage.name}, {run.config.steps_of(stage.name)} steps: memory {memory}")
+        run.say(f"stage {stage.name}, {run.config.of_stage(stage.name).steps} steps: memory {memory}")
 
 
 def parts(run: Run) -> Iterator[tuple[str, Dataset]]:
     """The data sets of a run, one by one, with what to call them."""
-    for title, data in (("training", run.training), ("held out", run.held_out)):
+    for title, data in (("training", run.training), ("held out", run.held_out.data)):
         several = [order.data for order in data.orders] if isinstance(data, Mixture) else [data]
         several = data.datasets if isinstance(data, ConcatDataset) else several
         for part in several:
-            name = part.rows.source if isinstance(part, Conversations) else run.config.data
+            name = part.rows.source if isinstance(part, Conversations) else " ".join(run.config.data)
             yield f"{title} data, {name}", part
 
 
@@ -109,16 +106,8 @@ def survey(run: Run, data: Dataset) -> tuple[list[dict[str, int]], list[str]]:
             "supervised": int((batch["labels"] != IGNORED).sum()),
         }
 
-    told = Survey(strict(data), measure)
-    found = list(DataLoader(told, 8, collate_fn=list, num_workers=run.config.workers))
+    told = Survey(data, measure)
+    found = list(DataLoader(told, 8, collate_fn=list, num_workers=run.config.samples.workers))
     flat = [result for results in found for result in results]
     sizes = [size | {"index": i} for i, size in enumerate(flat) if isinstance(size, dict)]
     return sizes, [result for result in flat if isinstance(result, str)]
-
-
-def strict(data: Dataset) -> Dataset:
-    """The same samples, broken ones refused: a survey wants to meet them all."""
-    if not isinstance(data, Conversations):
-        return data
-    options = (data.media.max_frames, data.media.max_pixels, data.lines, data.prepare)
-    return Conversations(data.rows, "refuse", *options)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ...checks import require
 from ...prompts.chat_collator import content_blocks
-from ..commands.command_line import RefusedError
-from .media import Media
+from ..refusal import RefusedError
+from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
+from .media import Media, shortened
 from .sources import JsonLines, Stream, Table, open_rows
 from .turns import read_turns
 
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 ENDLESS = 2**40  # samples counted where there is no end
 PIXELS_PER_TOKEN = 28 * 28  # of Qwen's vision towers; only to sort by rough length
 ATTEMPTS = 1000  # broken samples in a row that a stream may skip
-BLOCK = 1024  # places of a mixture drawn at once
+DRAWN = 1024  # places of a mixture drawn at once
+LONGEST = 600  # characters of what is wrong with a sample
 
 
 class BrokenSampleError(RefusedError):
@@ -49,7 +50,9 @@ class Conversations(Dataset):
         report: JSONL file that is told which samples were skipped, by every process.
     Raises:
         ValueError: if there is no such data set or it is empty.
-        BrokenSampleError: on access, for a sample that cannot be used.
+        MissingPackageError: for films where PyAV is not installed; of a stream, when the first one comes.
+        BrokenSampleError: on access, for a sample that cannot be used: whatever error its row, its pictures
+            or `prepare` raise.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Conversations(Dataset):
         every = range(ENDLESS if isinstance(self.rows, Stream) else len(self.rows))
         self.lines: Sequence[int] = every if lines is None else lines
         require(len(self.lines) > 0, "Conversations", f"{source} must hold conversations", "none")
+        self.require_film_decoder()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -80,8 +84,10 @@ class Conversations(Dataset):
             line = self.lines[(index + attempt) % len(self)]
             try:
                 return self.read(line)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                name, why = self.rows.name(line), f"{type(error).__name__}: {error}"
+            except MissingPackageError:
+                raise
+            except Exception as error:  # any error of a sample is that sample's
+                name, why = self.rows.name(line), shortened(f"{type(error).__name__}: {error}", LONGEST)
                 if self.on_broken == "refuse":
                     hint = "mend it, or skip broken samples (on_broken)"
                     raise BrokenSampleError(f"{name}: {why}; {hint}") from error
@@ -98,7 +104,7 @@ class Conversations(Dataset):
     def split(self, every: int) -> tuple[Conversations, Conversations]:
         """Hold out every `every`-th sample: (the rest, the held-out ones)."""
         held_out = list(self.lines[::every])
-        rest = [line for line in self.lines if line not in set(held_out)]
+        rest = [line for place, line in enumerate(self.lines) if place % every]
         must = "a data set must hold two samples to split"
         require(bool(rest), "Conversations", must, len(self.lines))
         options = (self.on_broken, self.media.max_frames, self.media.max_pixels)
@@ -111,9 +117,10 @@ class Conversations(Dataset):
         row = self.rows.row(line)
         messages = read_turns(row)
         for block in content_blocks(messages, "image"):
-            block["image"] = self.media.image(block["image"])
+            block["image"] = self.media.bounded(block).image(block["image"])
         for block in content_blocks(messages, "video"):
-            block |= self.media.video(block["video"], block.get("fps", row.get("fps")))
+            fps = block.get("fps", row.get("fps"))
+            block |= self.media.bounded(block).video(block["video"], fps)
         item = {"kind": str(row.get("kind") or "all"), "messages": messages, "name": self.rows.name(line)}
         return item if self.prepare is None else self.prepare(item)
 
@@ -122,21 +129,29 @@ class Conversations(Dataset):
         try:
             messages = read_turns(self.rows.row(self.lines[index]))
             text = sum(len(block["text"]) for block in content_blocks(messages, "text")) // 4
-            pictures = [block["image"] for block in content_blocks(messages, "image")]
-            videos = [block["video"] for block in content_blocks(messages, "video")]
-            frames = [v[i] for v in videos if isinstance(v, list) for i in self.media.kept(len(v))]
-            return text + sum(map(self._area, pictures + frames)) // PIXELS_PER_TOKEN
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            area = 0
+            for block in content_blocks(messages, "image"):
+                area += self.media.bounded(block).area(block["image"])
+            for block in content_blocks(messages, "video"):
+                media, frames = self.media.bounded(block), block["video"]
+                if isinstance(frames, list):  # a film would have to be decoded
+                    area += sum(media.area(frames[i]) for i in media.kept(len(frames)))
+            return text + area // PIXELS_PER_TOKEN
+        except Exception:
             return 0
 
-    def _area(self, source: Any) -> int:
-        """Pixels of an image, from the head of its file."""
-        if isinstance(source, Image.Image):
-            area = source.width * source.height
-        else:
-            with Image.open(self.media.file(source)[0]) as image:
-                area = image.width * image.height
-        return min(area, self.media.max_pixels or area)
+    def require_film_decoder(self) -> None:
+        """Refuse films without PyAV once, at the start, and not film by film."""
+        if has_film_decoder() or isinstance(self.rows, Stream) or not self.rows.may_hold("video"):
+            return
+        for line in self.lines:
+            try:
+                blocks = list(content_blocks(read_turns(self.rows.row(line)), "video"))
+                needed = any(self.media.needs_film_decoder(block["video"]) for block in blocks)
+            except Exception:  # a broken sample, named when its turn comes
+                continue
+            if needed:
+                raise MissingPackageError(f"{self.rows.name(line)}: {WITHOUT_PYAV}")
 
 
 class Mixture(Dataset):
@@ -165,7 +180,7 @@ class Mixture(Dataset):
 
     def draw(self, index: int) -> tuple[int, int]:
         """Which data set comes at `index`, and how many of its samples came before."""
-        block, place = divmod(index, BLOCK)
+        block, place = divmod(index, DRAWN)
         while len(self.drawn) <= block + 1:
             counts = torch.bincount(self._choices(len(self.drawn) - 1), minlength=len(self.orders))
             self.drawn.append(self.drawn[-1] + counts)
@@ -176,7 +191,7 @@ class Mixture(Dataset):
     def _choices(self, block: int) -> torch.Tensor:
         """The data sets at the places of a block."""
         generator = torch.Generator().manual_seed(hash((self.seed, block, 1)) % 2**63)
-        return torch.multinomial(self.weights, BLOCK, replacement=True, generator=generator)
+        return torch.multinomial(self.weights, DRAWN, replacement=True, generator=generator)
 
 
 class InOrder(Dataset):

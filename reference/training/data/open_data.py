@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
+from transformers import ProcessorMixin
 
 from ...demo import DigitsQuestions
 from ...prompts.chat_collator import ChatCollator
-from ..commands.command_line import RefusedError
+from ..config import Config, SampleSettings
+from ..refusal import RefusedError, check
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
 from .sources import open_rows
-
-if TYPE_CHECKING:
-    from distill import Config
 
 HELD_OUT = 20  # one sample in so many is held out unless --eval_data names others
 
 
 def open_data(
-    config: Config, encoder: ChatCollator, report: Path, world_size: int
+    config: Config, encoder: ChatCollator, report: Path | None, world_size: int
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out samples; held-out ones keep their messages.
 
@@ -33,11 +34,14 @@ def open_data(
     Raises:
         RefusedError: if there are no such data.
     """
-    if config.data == "demo":
+    if config.data == ("demo",):
         return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
     try:
-        sources, weights = zip(*map(parse_weight, config.data.split(",")), strict=True)
-        parts = [open_dataset(config, source, encoder.encode, report, config.streaming) for source in sources]
+        sources, weights = zip(*map(parse_weight, config.data), strict=True)
+        parts = [
+            open_dataset(config, source, encoder.encode, report, config.samples.streaming)
+            for source in sources
+        ]
         if config.eval_data:
             held_out = open_held_out(config, config.eval_data, encoder, report)
         else:
@@ -48,37 +52,54 @@ def open_data(
         raise RefusedError(str(error)) from error
     if len(parts) == 1:
         return parts[0], held_out[0] if len(held_out) == 1 else ConcatDataset(held_out)
-    group = config.batch_size * world_size if config.group_by_length else 0
+    group = config.optimizer.batch_size * world_size if config.samples.group_by_length else 0
     return Mixture(parts, weights, config.seed, group), ConcatDataset(held_out)
 
 
-def open_held_out(config: Config, names: str, encoder: ChatCollator, report: Path) -> list[Dataset]:
+def open_held_out(
+    config: Config, names: Sequence[str], encoder: ChatCollator, report: Path | None
+) -> list[Dataset]:
     """Data sets to measure on, as they stand; weights do not count."""
-    if names == "demo":
+    if names == ("demo",):
         return [DigitsQuestions("heldout", config.seed, ENDLESS)]
     try:
-        sources = [parse_weight(name)[0] for name in names.split(",")]
+        sources = [parse_weight(name)[0] for name in names]
         return [open_dataset(config, source, partial(with_tensors, encoder), report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
 
 def parse_weight(source: str) -> tuple[str, float]:
-    """ "a.jsonl@2" -> ("a.jsonl", 2.0); without a weight 1."""
-    name, _, weight = source.partition("@")
+    """ "a.jsonl@2" -> ("a.jsonl", 2.0); without a weight 1, and so for a file whose name holds an @.
+
+    Raises:
+        RefusedError: unless the weight is a finite number > 0.
+    """
+    name, at, weight = source.rpartition("@")
+    if not at or Path(source).exists() or "/" in weight:
+        return source, 1.0
     try:
-        return name, float(weight or 1)
+        number = float(weight)
     except ValueError:
-        raise RefusedError(f"distill: a weight in --data must be a number, got {weight!r}") from None
+        number = math.nan
+    must = "a weight in --data must be a finite number > 0"
+    hint = f"write {name}@2 to draw it twice as often, or leave @ out"
+    check(0 < number < math.inf, must, f"{weight!r} in {source}", hint)
+    return name, number
 
 
 def open_dataset(
-    config: Config, source: str, prepare: Any, report: Path, streaming: bool = False
+    config: Config, source: str, prepare: Any, report: Path | None, streaming: bool = False
 ) -> Conversations:
     """One data set of conversations."""
     rows = open_rows(source, streaming, config.seed)
-    options = (config.on_broken, config.max_frames, config.max_pixels)
+    options = (config.samples.on_broken, config.samples.max_frames, config.samples.max_pixels)
     return Conversations(rows, *options, prepare=prepare, report=report)
+
+
+def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:
+    """What makes tensors of samples."""
+    return ChatCollator(processor, supervise=settings.supervise, max_length=settings.max_length)
 
 
 def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +109,7 @@ def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:
 
 def in_order(config: Config, training: Dataset, samples: int, seen: int, world_size: int) -> InOrder:
     """The samples of a stage, after those that earlier stages have seen."""
-    endless = config.data == "demo" or isinstance(training, Mixture)  # in an order already
+    endless = config.data == ("demo",) or isinstance(training, Mixture)  # in an order already
     seed = None if endless else order_of(training, config.seed)
-    grouped = config.group_by_length and seed is not None
-    return InOrder(training, samples, seed, seen, config.batch_size * world_size if grouped else 0)
+    grouped = config.samples.group_by_length and seed is not None
+    return InOrder(training, samples, seed, seen, config.optimizer.batch_size * world_size if grouped else 0)

@@ -1,11 +1,14 @@
-"""Where the rows of a data set lie: a JSONL file, or whatever Hugging Face `datasets` reads without a script.
+"""Where the rows of a data set are: a file of JSON, or what Hugging Face `datasets` reads without a script.
 
     FILE.jsonl            one JSON object a line
-    FOLDER                what Dataset.save_to_disk wrote, or parquet, arrow, JSON or image files
+    FILE.json             an array of objects, as LLaVA's data come; or one object a line
+    FILE.parquet, .arrow  a table
+    FOLDER[:SPLIT]        what Dataset.save_to_disk wrote, or parquet, arrow, JSON or image files
     OWNER/NAME[:SPLIT]    a data set of the Hub
 
 Rows come as they are, images and videos undecoded, so that opening a row is cheap and a broken image breaks
-its own row only. Every row has a name, for the message that says it is broken.
+its own row only. Every row has a name, for the message that says it is broken; a stream gives the same rows
+the same names.
 """
 
 from __future__ import annotations
@@ -20,20 +23,37 @@ from typing import Any
 from ...checks import require
 
 REMEMBERED = 64  # rows that a stream can go back
+SPACE = " \t\r\n"
+# By the first bytes of a file; the last are those of what `datasets` saves.
+TABLES = {b"PAR1": "parquet", b"ARRO": "arrow", b"\xff\xff\xff\xff": "arrow"}
+LOCAL = (".jsonl", ".json", ".parquet", ".arrow")
+UNREADABLE = {
+    b"\x1f\x8b": "gzip; unpack it first",
+    b"\x28\xb5\x2f\xfd": "zstandard; unpack it first",
+    b"PK\x03\x04": "zip; unpack it first",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
 
 
 class JsonLines:
-    """Rows of a JSONL file, found by their place in it; empty lines do not count."""
+    """Rows of a file with one JSON object a line, found by their place in it; empty lines do not count."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.root, self.source = path, path.parent, str(path)
-        self.starts, self.numbers = array("q"), array("q")
+        self.starts, self.lengths, self.lines = array("q"), array("q"), array("q")
+        for start, length, line in self.find():
+            self.starts.append(start)
+            self.lengths.append(length)
+            self.lines.append(line)
+
+    def find(self) -> Iterator[tuple[int, int, int]]:
+        """Where each row starts and how long it is, in bytes, and its line."""
         place = 0
-        with path.open("rb") as file:
+        with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    self.starts.append(place)
-                    self.numbers.append(number)
+                    yield place, len(line), number
                 place += len(line)
 
     def __len__(self) -> int:
@@ -41,21 +61,86 @@ class JsonLines:
 
     def name(self, index: int) -> str:
         """What a row is called."""
-        return f"{self.path}, line {self.numbers[index]}"
+        return f"{self.path}, line {self.lines[index]}"
 
-    def row(self, index: int) -> Any:
-        """Parse one line."""
+    def bytes_of(self, index: int) -> bytes:
+        """One row, not parsed."""
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
-            return json.loads(file.readline())
+            return file.read(self.lengths[index])
+
+    def row(self, index: int) -> Any:
+        """Parse one row."""
+        return json.loads(self.bytes_of(index))
+
+    def may_hold(self, word: str) -> bool:
+        """Whether a word is anywhere in the file."""
+        with self.path.open("rb") as file:
+            return any(word.encode() in line for line in file)
+
+
+class JsonArray(JsonLines):
+    """Rows of a file that is one array of JSON objects.
+
+    Raises:
+        ValueError: if brackets and commas do not fit, as then nobody can say where the next row begins.
+    """
+
+    def find(self) -> Iterator[tuple[int, int, int]]:
+        """Where each row starts and how long it is, in bytes, and its line."""
+        # A byte that is not UTF-8 must break its own row alone.
+        text = self.path.read_bytes().decode("utf-8", "surrogateescape")
+        decoder, seen, start, line = json.JSONDecoder(), 0, 0, 1
+        at = after_space(text, 1 + len(text) - len(text.lstrip("\ufeff" + SPACE)))
+        while text[at : at + 1] not in ("]", ""):
+            try:
+                _, end = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                got = f"{type(error).__name__} after {line + text.count(chr(10), seen, at) - 1} lines"
+                must = f"{self.path} must be an array of objects"
+                raise ValueError(f"open_rows: {must}, got {got}: {error}") from None
+            start += size(text[seen:at])
+            line += text.count("\n", seen, at)
+            length = size(text[at:end])
+            yield start, length, line
+            start, line, seen = start + length, line + text.count("\n", at, end), end
+            at = after_space(text, end)
+            if text[at : at + 1] == ",":
+                at = after_space(text, at + 1)
+            elif text[at : at + 1] != "]":
+                break
+        rest = text[at:].strip(SPACE)
+        must = f"{self.path} must be an array of objects that ends with ]"
+        require(rest == "]", "open_rows", must, f"{rest[:20]!r} in line {line}")
+
+    def name(self, index: int) -> str:
+        """What a row is called: an array may be one line."""
+        return f"{self.path}, item {index + 1} (line {self.lines[index]})"
+
+
+def after_space(text: str, at: int) -> int:
+    """The next place at or after `at` that is no white space."""
+    while text[at : at + 1] and text[at] in SPACE:
+        at += 1
+    return at
+
+
+def size(text: str) -> int:
+    """Bytes of a text."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
 class Table:
-    """Rows of a Hugging Face data set that is on disk."""
+    """Rows of a Hugging Face data set that is on disk.
 
-    def __init__(self, source: str, data: Any) -> None:
-        self.source, self.data = source, data.cast(undecoded(data.features))
-        self.root = Path(source) if Path(source).is_dir() else Path()
+    Args:
+        source: what it is called.
+        data: a `datasets.Dataset`.
+        root: what relative paths are relative to.
+    """
+
+    def __init__(self, source: str, data: Any, root: Path) -> None:
+        self.source, self.data, self.root = source, data.cast(undecoded(data.features)), root
 
     def __len__(self) -> int:
         return len(self.data)
@@ -68,6 +153,10 @@ class Table:
         """Read one row."""
         return self.data[index]
 
+    def may_hold(self, word: str) -> bool:
+        """Whether a word is in the names of columns and fields."""
+        return word in repr(self.data.features)
+
 
 class Stream:
     """Rows that are read on the way, in a shuffled order: of a file, or of a Hugging Face data set.
@@ -77,7 +166,8 @@ class Stream:
 
     Args:
         source: as of `open_rows`.
-        data: a `datasets.IterableDataset` whose rows hold their `_number` in the source, beside the rest.
+        data: a `datasets.IterableDataset` whose rows are {"_name", "_bytes"}, not parsed yet, or hold their
+            `_number` in the source beside the rest.
         seed: of the order; None = as it stands.
         buffer: rows from which the next one is drawn.
         root: what relative paths are relative to.
@@ -91,16 +181,18 @@ class Stream:
 
     def name(self, index: int) -> str:
         """What a row is called."""
-        kind = "line" if self.source.endswith(".jsonl") else "row"
-        return f"{self.source}, {kind} {self.at(index)['_number']}"
+        row = self.at(index)
+        return row["_name"] if "_name" in row else f"{self.source}, row {row['_number']}"
 
     def row(self, index: int) -> Any:
         """Read on to a row of the order."""
-        row = {key: value for key, value in self.at(index).items() if key != "_number"}
-        return json.loads(row["line"]) if row.keys() == {"line"} else row
+        row = self.at(index)
+        if "_bytes" in row:
+            return json.loads(row["_bytes"])
+        return {key: value for key, value in row.items() if key != "_number"}
 
     def at(self, index: int) -> dict[str, Any]:
-        """The row at a place of the order, with its number in the source."""
+        """The row at a place of the order, with its name or number in the source."""
         if self.recent and index <= self.recent[-1][0]:
             for place, row in self.recent:
                 if place == index:
@@ -129,50 +221,118 @@ def open_rows(source: str, streaming: bool = False, seed: int | None = None) -> 
     """Open a data set.
 
     Args:
-        source: JSONL file, folder, or Hub id.
+        source: file, folder, or Hub id, as above.
         streaming: read it on the way instead of finding all rows first.
         seed: of a stream's order; None = as it stands.
     Raises:
-        ValueError: if there is nothing of that name, or it is empty.
+        ValueError: if there is nothing of that name, it is empty, or it cannot be read.
     """
-    path, where = Path(source), "open_rows"
-    if path.is_file():
+    path, split = path_and_split(source)
+    if path.is_file() and (kind := kind_of(path)) is not None:
+        require(not split, "open_rows", "a file must be named without a split", source)
         if streaming:
-            return Stream(source, stream_of_lines(path), path.parent, seed)
-        rows = JsonLines(path)
-        require(len(rows) > 0, where, f"{source} must hold conversations", "none")
+            must = f"{source} must hold conversations"
+            require(next(rows_of(str(path), kind), None) is not None, "open_rows", must, "none")
+            from datasets import IterableDataset
+
+            data = IterableDataset.from_generator(rows_of, gen_kwargs={"path": str(path), "kind": kind})
+            return Stream(source, data, path.parent, seed)
+        rows = kind(path)
+        require(len(rows) > 0, "open_rows", f"{source} must hold conversations", "none")
         return rows
-    looks_local = path.is_dir() or source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json")
-    require(
-        path.is_dir() or not looks_local, where, "a data set must be a file, a folder or a Hub id", source
-    )
+    is_local = path.exists()
+    looks_local = source.startswith((".", "/", "~")) or path.suffix in LOCAL
+    must = "a data set must be a file, a folder or a Hub id"
+    require(is_local or not looks_local, "open_rows", must, source)
+    root = path if path.is_dir() else path.parent if path.is_file() else Path()
+    try:
+        data = load(path, split, streaming)
+        if not streaming:
+            table = Table(source, data, root)
+        else:
+            data = data.decode(False).map(with_number, with_indices=True)
+    except Exception as error:  # whatever the readers of some twenty formats raise
+        must, got = f"{source} must be a data set that can be read", f"{type(error).__name__}: {error}"
+        raise ValueError(f"open_rows: {must}, got {got:.500}") from error
+    if streaming:
+        return Stream(source, data, root, seed)
+    require(len(table) > 0, "open_rows", f"{source} must hold conversations", "none")
+    return table
+
+
+def path_and_split(source: str) -> tuple[Path, str]:
+    """ "FOLDER:SPLIT" -> (FOLDER, SPLIT); a name that is there as it stands, colon and all, has no split."""
+    path = Path(source).expanduser()
+    name, _, split = source.rpartition(":")
+    return (path, "") if path.exists() or not name else (Path(name).expanduser(), split)
+
+
+def kind_of(path: Path) -> type[JsonLines] | None:
+    """How to read a file of JSON, by what it holds; None for a table.
+
+    Raises:
+        ValueError: if it is packed, in UTF-16, or one JSON object over several lines.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+        if head in TABLES:
+            return None
+        for magic, name in UNREADABLE.items():
+            must = f"{path} must be a file of JSON or a table"
+            require(not head.startswith(magic), "open_rows", must, name)
+        if path.suffix != ".json":
+            return JsonLines
+        file.seek(0)
+        first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    first = first.strip(b"\xef\xbb\xbf \t\r\n")
+    if first.startswith(b"["):
+        return JsonArray
+    try:
+        json.loads(first)
+    except ValueError:
+        try:
+            keys = sorted(json.loads(path.read_bytes()))
+        except (ValueError, TypeError, RecursionError):
+            return JsonLines  # whose rows are broken, each by itself
+        must = f"{path} must be an array of objects, or hold one object a line"
+        raise ValueError(f"open_rows: {must}, got one object with keys {keys}") from None
+    except RecursionError:
+        pass
+    return JsonLines
+
+
+def load(path: Path, split: str, streaming: bool) -> Any:
+    """A data set of Hugging Face's: from a table, a folder, or the Hub."""
     import datasets
 
-    if path.is_dir() and (path / "state.json").is_file():
-        data = datasets.load_from_disk(source)
-        data = data.to_iterable_dataset() if streaming else data
+    if path.is_file():
+        with path.open("rb") as file:
+            kind = TABLES[file.read(4)]
+        must = "a file must be named without a split"
+        require(not split, "open_rows", must, f"{path}:{split}")
+        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        return datasets.load_dataset(str(path), split=split or "train", streaming=streaming)
+    data = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        split = split or ("train" if "train" in data else "")
+        require(split in data, "open_rows", f"a split must be one of {sorted(data)}", repr(split))
+        data = data[split]
     else:
-        name, _, split = source.partition(":")
-        data = datasets.load_dataset(name, split=split or "train", streaming=streaming)
-    if streaming:
-        data = data.decode(False).map(with_number, with_indices=True)
-        return Stream(source, data, path if path.is_dir() else Path(), seed)
-    return Table(source, data)
+        require(split in ("", str(data.split)), "open_rows", f"the split must be {data.split}", repr(split))
+    return data.to_iterable_dataset() if streaming else data
 
 
-def stream_of_lines(path: Path) -> Any:
-    """The lines of a file as a `datasets.IterableDataset`, unparsed: a bad one must not end the rest."""
-    from datasets import IterableDataset
-
-    return IterableDataset.from_generator(lines_of, gen_kwargs={"path": str(path)})
-
-
-def lines_of(path: str) -> Iterator[dict[str, Any]]:
-    """{"line": text, "_number": from 1} of every line that is not empty."""
-    with open(path, encoding="utf-8") as file:
+def rows_of(path: str, kind: type[JsonLines]) -> Iterator[dict[str, Any]]:
+    """{"_name", "_bytes"} of every row of a file of JSON, unparsed: a bad one must not end the rest."""
+    if kind is not JsonLines:
+        rows = kind(Path(path))
+        yield from ({"_name": rows.name(i), "_bytes": rows.bytes_of(i)} for i in range(len(rows)))
+        return
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield {"line": line, "_number": number}
+                yield {"_name": f"{path}, line {number}", "_bytes": line}
 
 
 def with_number(row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -3,73 +3,90 @@
 Letters: m the mixing weight of M-MATE, g the gate of its scans, both in [0, 1].
 
     forward = m g        backward = m (1 - g)        local = 1 - m      means over vision tokens and heads (1)
-    error   = hidden_loss of the mixer's or the block's output, mean over groups of tokens                 (2)
+    error   = Σ ‖student - teacher‖² / Σ ‖teacher‖²    of the mixer's or the layer's output                (2)
+
+The sums of (2) run over all held-out tokens of a group, vision, text or answering; its mean over groups is
+given. So the number does not depend on how conversations fall into batches.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...numerics import full_precision_linear
+from ..safety.distributed_means import energies
 from ..teacher_student import Lesson
+from .scores import add_up
 
 WAYS = ("forward", "backward", "local")
+ERRORS = ("mixer_error", "layer_error")
 
 
 class LayerWatch:
-    """Listens to a lesson's layers while it is evaluated.
+    """Adds up what a lesson's layers do while it is evaluated.
 
     Args:
-        lesson: student with its teacher; `close` takes the hooks off.
+        lesson: student with its teacher.
     """
 
     def __init__(self, lesson: Lesson) -> None:
         self.lesson = lesson
-        self.vision: Tensor | None = None
-        self.sums: list[dict[str, float]] = [defaultdict(float) for _ in lesson.layers]
-        self.batches, self.tokens = 0, 0.0
-        self.hooks = [
-            layer.self_attn.mixer.register_forward_pre_hook(self._listen(index), with_kwargs=True)
-            for index, layer in enumerate(lesson.layers)
+        self.sums: dict[tuple, float] = defaultdict(float)
+
+    @contextmanager
+    def usage(self, vision: Tensor) -> Iterator[None]:
+        """Within, take eq. (1) from the student's pass; `vision` (B, L) bool says which tokens count."""
+        self.sums["vision",] += float(vision.sum())
+        layers = enumerate(self.lesson.layers)
+        hooks = [
+            layer.self_attn.mixer.register_forward_pre_hook(self._listen(index, vision), with_kwargs=True)
+            for index, layer in layers
         ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def look_at(self, vision: Tensor) -> None:
-        """Say which tokens (B, L) of the passes to come are vision."""
-        self.vision = vision
-        self.tokens += float(vision.sum())
-        self.batches += 1
-
-    def _listen(self, index: int):
+    def _listen(self, index: int, vision: Tensor):
         def hook(mixer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self.lesson.role != "student":
-                return
-            u = (args[0] if args else kwargs["hidden_states"])[self.vision]  # (tokens, D)
+            u = (args[0] if args else kwargs["hidden_states"])[vision]  # (tokens, D)
             mix = torch.sigmoid(full_precision_linear(u, mixer.mix_proj))  # (tokens, 1)
             gate = torch.sigmoid(full_precision_linear(u, mixer.flex_ma.scan_gate_proj))  # (tokens, H)
             shares = mix * gate, mix * (1 - gate), 1 - mix  # eq. (1)
             for way, share in zip(WAYS, shares, strict=True):
-                self.sums[index][way] += float(share.mean(-1).sum())
+                self.sums[way, index] += float(share.mean(-1).sum())
 
         return hook
 
-    def add_errors(self, name: str, pairs: list[dict[str, Tensor]], groups: list[Tensor]) -> None:
-        """Take eq. (2) of every layer from what the last passes left."""
-        for index, pair in enumerate(pairs):
-            losses = [self.lesson.hidden_loss(pair["student"], pair["teacher"], group) for group in groups]
-            self.sums[index][name] += float(torch.stack(losses).mean())
+    def add_errors(self, name: str, outputs: list[dict[str, Tensor]], masks: dict[str, Tensor]) -> None:
+        """Add the sums of eq. (2), of every layer, from what the last passes left."""
+        for index, output in enumerate(outputs):
+            sizes = energies([output["teacher"]], [*masks.values()]).tolist()
+            for (group, mask), size in zip(masks.items(), sizes, strict=True):
+                error = self.lesson.hidden_loss(output["student"], output["teacher"], mask)
+                self.sums["size", name, index, group] += size
+                self.sums["error", name, index, group] += float(error) * size
 
-    def close(self) -> list[dict[str, float]]:
-        """Take the hooks off; the means by layer: errors over batches, shares over vision tokens."""
-        for hook in self.hooks:
-            hook.remove()
-        return [self._means(layer, sums) for layer, sums in zip(self.lesson.layers, self.sums, strict=True)]
+    def layers(self) -> list[dict[str, float]]:
+        """Each layer's index, its errors, and its shares if there were vision tokens, over all processes."""
+        sums = add_up(self.sums)
+        return [self._of_layer(index, layer, sums) for index, layer in enumerate(self.lesson.layers)]
 
-    def _means(self, layer: nn.Module, sums: dict[str, float]) -> dict[str, float]:
-        means = {
-            name: total / (self.tokens if name in WAYS else self.batches) for name, total in sums.items()
-        }
-        return {"layer": layer.self_attn.mixer.layer_index} | means
+    def _of_layer(self, index: int, layer: nn.Module, sums: dict[tuple, float]) -> dict[str, float]:
+        row: dict[str, float] = {"layer": layer.self_attn.mixer.layer_index}
+        for name in ERRORS:
+            groups = [key[3] for key in sums if key[:3] == ("size", name, index) and sums[key] > 0]
+            errors = [
+                sums["error", name, index, group] / sums["size", name, index, group] for group in groups
+            ]
+            row[name] = sum(errors) / max(len(errors), 1)
+        if tokens := sums["vision",]:
+            row |= {way: sums[way, index] / tokens for way in WAYS}
+        return row

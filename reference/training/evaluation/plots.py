@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..metrics import read_metrics
+from ..progress import TERMS, read_metrics
 from .branch_usage import WAYS
 
 
@@ -20,7 +20,7 @@ def plot_losses(metrics: Path, image: Path) -> None:
     for place, stage in enumerate(stages, start=1):
         axis = figure.add_subplot(1, len(stages), place)
         lines = {line["step"]: line for line in logged if line["stage"] == stage}  # repeated after a resume
-        for term in ("loss", "mixer", "block", "logits"):
+        for term in TERMS:
             points = [(step, line[term]) for step, line in sorted(lines.items()) if term in line]
             if points:
                 axis.plot(*zip(*points, strict=True), label=term)
@@ -33,7 +33,7 @@ def plot_layers(rows: dict[str, dict[str, Any]], image: Path) -> None:
     """Draw, layer by layer, both hidden errors after each stage, and what the last student relies on."""
     students = {name: row["layers"] for name, row in rows.items() if "layers" in row}
     figure = Figure(figsize=(12, 3), layout="tight")
-    errors = (("mixer_error", "mixer, teacher's states"), ("block_error", "block, student's states"))
+    errors = (("mixer_error", "mixer, teacher's states"), ("layer_error", "layer, student's states"))
     for place, (error, title) in enumerate(errors, start=1):
         axis = figure.add_subplot(1, 3, place)
         for name, layers in students.items():

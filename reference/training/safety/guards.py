@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..commands.command_line import RefusedError
+from ..refusal import RefusedError
 from ..teacher_student import Lesson
 
 
@@ -41,20 +41,20 @@ def refuse_infinite_loss(lesson: Lesson, loss: Tensor, where: str, names: Sequen
 
 def first_infinite(lesson: Lesson) -> tuple[str, list[int]]:
     """The first thing that a pass left which is not finite, and its rows of the batch."""
-    for name, tensor in heard(lesson):
+    for name, tensor in outputs(lesson):
         rows = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if rows:
             return name, rows
     return "the logits", []
 
 
-def heard(lesson: Lesson) -> Iterator[tuple[str, Tensor]]:
+def outputs(lesson: Lesson) -> Iterator[tuple[str, Tensor]]:
     """What every layer gave in the last passes, by name, from the first layer to the last."""
-    for layer, block in zip(lesson.layers, lesson.blocks, strict=True):
+    for layer, of_layer in zip(lesson.layers, lesson.layer_outputs, strict=True):
         index = getattr(layer.self_attn.mixer, "layer_index", "?")
-        for role, tensor in layer.self_attn.heard.items():
+        for role, tensor in layer.self_attn.outputs.items():
             yield f"layer {index}, the {role}'s mixer", tensor
-        for role, tensor in block.items():
+        for role, tensor in of_layer.items():
             yield f"layer {index}, the {role}'s output", tensor
 
 

@@ -26,25 +26,23 @@ from linmu.optimized.scan.kernels import tiles as scan_tiles
 from linmu.optimized.sliding_window_attention import kernels as sliding
 from linmu.optimized.sliding_window_attention import kernels_backward as sliding_backward
 from linmu.optimized.sliding_window_attention import kernels_step as sliding_step
-from linmu.optimized.window_attention import (
-    held_backward as held_gradients,
-)
-from linmu.optimized.window_attention import (
-    kernels as window_kernels,
-)
-from linmu.optimized.window_attention import (
-    kernels_backward as window_gradients,
-)
+from linmu.optimized.window_attention import kernels as window_kernels
+from linmu.optimized.window_attention import kernels_backward as window_gradients
 
 # fmt: off
 FLOAT32 = {
-    "A", "A_GRAD", "BACKWARD", "BACKWARD_GATE", "BACKWARD_KEPT", "BACKWARD_PRODUCT",
-    "BACKWARD_PULLED", "BACKWARD_READ", "BACKWARD_SPANS", "BACKWARD_WRITE", "BACKWARD_WRITTEN", "BIAS_GRAD",
-    "D", "DELTA", "DELTA_AT", "DT", "DT_GRAD", "FACTOR", "FINAL", "FINAL_GRAD", "FORWARD",
-    "FORWARD_GATE", "FORWARD_KEPT", "FORWARD_PRODUCT", "FORWARD_PULLED", "FORWARD_READ",
-    "FORWARD_SPANS", "FORWARD_WRITE", "FORWARD_WRITTEN", "GATE", "GATES", "GATE_GRAD", "KEPT", "LEAVING",
-    "LSE", "LSE_AT", "NEW_STATE", "PAIR_DT", "PAIR_GATE", "PRODUCT", "READ", "RUN_KEPT",
-    "SKIP_GRAD", "START", "STATES", "SUMS", "TIME_STEP", "WEIGHT_GRAD", "WRITE",
+    "A", "A_GRAD", "BIAS_GRAD", "CHUNK_DECAY", "D", "DELTA", "DELTA_AT", "DT", "DT_GRAD", "FACTOR", "FINAL",
+    "FINAL_GRAD", "GATE", "GATES", "GATE_GRAD", "LEAVING", "LSE", "LSE_AT", "NEW_STATE", "PAIR_DT",
+    "PAIR_GATE", "PRODUCT", "READ_DECAY", "RUN_DECAY", "SKIP_GRAD", "START", "STATES", "SUMS", "TIME_STEP",
+    "WEIGHT_GRAD", "WRITE_WEIGHT",
+}
+FLOAT32 |= {
+    f"{direction}_{name}"
+    for direction in ("FORWARD", "REVERSE")
+    for name in (
+        "SUM", "GATE", "SPANS", "CHUNK_DECAY", "STATE_PRODUCT", "READ_DECAY", "READ_PRODUCT", "WRITE_WEIGHT",
+        "WRITE_PRODUCT",
+    )
 }
 # fmt: on
 INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS", "ROW"}
@@ -56,8 +54,8 @@ STRIDES = ("batch", "token", "head")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
-SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "KEEPS": True}
-SWEEP = {"BACKWARDS": 1, "STARTS": True, "LEAVES": True}
+SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "SAVES_Y": True}
+SWEEP = {"REVERSED": 1, "STARTS": True, "LEAVES": True}
 GRADIENT = {"gradient": True}
 CONV = {
     "CHANNELS": 4608,
@@ -111,7 +109,7 @@ KERNELS = {
     "link": (
         "scan.kernels.states",
         "link_kernel",
-        {"HEADS": 28, "BLOCK": 512, "BACKWARDS": 1, "HAS_START": True},
+        {"HEADS": 28, "BLOCK": 512, "REVERSED": 1, "HAS_START": True},
         4,
         3,
         {},
@@ -156,24 +154,24 @@ KERNELS = {
     "key_gradient": (
         "window_attention.kernels_backward",
         "key_gradient_kernel",
-        WINDOW,
+        WINDOW | {"ONE_WINDOW": False},
         window_gradients.KEY_GRADIENT,
         None,
         PLAN,
     ),
     "query_gradient_held": (
-        "window_attention.held_backward",
+        "window_attention.kernels_backward",
         "query_gradient_held_kernel",
         WINDOW,
-        held_gradients.QUERY_HELD,
+        window_gradients.QUERY_HELD,
         None,
         PLAN,
     ),
     "key_gradient_held": (
-        "window_attention.held_backward",
-        "key_gradient_held_kernel",
-        WINDOW | {"KEYS": held_gradients.ANY},
-        held_gradients.KEY_HELD,
+        "window_attention.kernels_backward",
+        "key_gradient_kernel",
+        WINDOW | {"KEYS": window_gradients.ANY, "ONE_WINDOW": True},
+        window_gradients.KEY_HELD,
         None,
         PLAN,
     ),
@@ -210,7 +208,7 @@ KERNELS = {
     "mix": ("elementwise.kernels", "mix_kernel", MIX, 4, 3, {"LOGIT": "*fp32"}),
     "mix_gradient": ("elementwise.kernels", "mix_gradient_kernel", MIX, 4, 3, MIX_POINTERS),
     "rope": (
-        "elementwise.rope_kernels",
+        "elementwise.kernels",
         "rope_kernel",
         ROPE,
         4,

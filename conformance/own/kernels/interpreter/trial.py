@@ -25,18 +25,9 @@ from linmu.optimized.layout import plan as window_plan
 from linmu.optimized.losses import kernels as loss_kernels
 from linmu.optimized.scan.kernels import states as scan_states
 from linmu.optimized.scan.kernels import tiles as scan_tiles
-from linmu.optimized.window_attention import (
-    held_backward as held_gradients,
-)
-from linmu.optimized.window_attention import (
-    kernels as window_kernels,
-)
-from linmu.optimized.window_attention import (
-    kernels_backward as window_gradients,
-)
-from linmu.optimized.window_attention import (
-    tiles as window_tiles,
-)
+from linmu.optimized.window_attention import kernels as window_kernels
+from linmu.optimized.window_attention import kernels_backward as window_gradients
+from linmu.optimized.window_attention import tiles as window_tiles
 
 from ....harness.cancellation import sizes_of_sums
 from ....harness.compare import assert_matches, cotangent
@@ -56,9 +47,11 @@ def shrink_blocks() -> None:
     window_plan.BLOCK = 32
     for table in (window_kernels.FORWARD, window_gradients.QUERY_GRADIENT, window_gradients.KEY_GRADIENT):
         table.update(dict.fromkeys(table, window_kernels.Tiles(16, 16, 4, 1)))
-    for table, rows in ((window_kernels.HELD, 32), (held_gradients.QUERY_HELD, 16)):
+    for table, rows in ((window_kernels.HELD, 32), (window_gradients.QUERY_HELD, 16)):
         table.update(dict.fromkeys(table, window_kernels.Tiles(rows, 64, 4, 1)))
-    held_gradients.KEY_HELD.update(dict.fromkeys(held_gradients.KEY_HELD, window_kernels.Tiles(16, 16, 4, 1)))
+    window_gradients.KEY_HELD.update(
+        dict.fromkeys(window_gradients.KEY_HELD, window_kernels.Tiles(16, 16, 4, 1))
+    )
     window_tiles.HELD_PROGRAMS, window_tiles.REST_PROGRAMS = 10, 1
 
 

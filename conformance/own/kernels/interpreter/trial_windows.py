@@ -14,65 +14,62 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from linmu.optimized.layout import plan as window_plan
-from linmu.optimized.window_attention import (
-    kernels as window_kernels,
-)
-from linmu.optimized.window_attention import (
-    kernels_backward as window_gradients,
-)
-from linmu.optimized.window_attention import (
-    torch_engine as batched_windows,
-)
+from linmu.optimized.layout.plan import window_plan
+from linmu.optimized.window_attention import kernels, kernels_backward, torch_engine
+from linmu.optimized.window_attention.operator import AttentionInputs, AttentionOutputs
 from linmu.optimized.window_attention.tiles import LOG2_E
 
 from ....harness.compare import assert_exact, assert_same
 from . import mend_bfloat16, mend_scalars, watch_memory
 from .trial import shrink_blocks, window_cases
 
-FORWARD = ("attend_kernel", "attend_held_kernel", slice(2))  # and which results are theirs
-KEYS = ("key_gradient_kernel", "key_gradient_held_kernel", slice(1, 3))
-QUERIES = ("query_gradient_kernel", "query_gradient_held_kernel", slice(1))
+PAIR = ("launch_held", "launch_rest")  # what launches the kernel for blocks of one window, and for the others
 
 
-def written(left_out: tuple[str, ...], call: Callable, *arguments) -> tuple[Tensor, ...]:
-    """What a pass writes without some of its kernels: NaN where no other writes."""
+def written(left_out: tuple[tuple[str, str], ...], call: Callable, *arguments) -> tuple[Tensor, ...]:
+    """What a pass writes without some launches, (launch, kernel): NaN where no other writes."""
     module = sys.modules[call.__module__]
-    kernels = [getattr(module, name) for name in left_out]
 
-    def others(launch: Callable) -> Callable:
+    def others(name: str) -> Callable:
+        launch, kernels = getattr(module, name), [getattr(module, of) for at, of in left_out if at == name]
         return lambda of, *rest, **named: None if of in kernels else launch(of, *rest, **named)
 
-    launches = {name: others(getattr(module, name)) for name in ("launch_held", "launch_rest")}
-    with mock.patch.multiple(module, **launches), watch_memory():
+    with mock.patch.multiple(module, **{name: others(name) for name in PAIR}), watch_memory():
         return call(*arguments)
 
 
 def shared(
-    case: str, kernels: tuple[str, str, slice], call: Callable, *arguments, idle: tuple[str, ...] = ()
+    case: str, launches: tuple[tuple[str, str], ...], own: slice, call: Callable, *arguments, idle: tuple = ()
 ) -> list[Tensor]:
-    """What two kernels give together, without the idle ones of their pass; raises unless each token is
+    """What two launches give together, without the idle ones of their pass; raises unless each token is
     written by one and not by the other."""
-    *names, own = kernels
-    one, other = (written((name, *idle), call, *arguments)[own] for name in names)
+    one, other = (written((launch, *idle), call, *arguments)[own] for launch in launches)
     for a, b in zip(one, other, strict=True):
-        assert_exact(a.isnan(), ~b.isnan(), case, f"places left to one of {names}")
+        assert_exact(a.isnan(), ~b.isnan(), case, f"places left to one of {launches}")
     return [a.where(~a.isnan(), b) for a, b in zip(one, other, strict=True)]
+
+
+def pair(held: str, rest: str) -> tuple[tuple[str, str], ...]:
+    """The launches of two kernels that share the tokens, in the order of the ones to leave out."""
+    return (("launch_rest", rest), ("launch_held", held))
 
 
 def main() -> None:
     """Raises unless each token's results are written once, and those of the torch engine."""
+    queries = pair("query_gradient_held_kernel", "query_gradient_kernel")
+    keys = pair("key_gradient_kernel", "key_gradient_kernel")
     for number, given in islice(enumerate(window_cases()), 1, None, 2):  # the others have nothing to share
         case, ids = f"case {number} of window_attention", given["window_id"]
-        q, k, v = (given[name].bfloat16() for name in "qkv")
-        plan = window_plan.window_plan(ids)
-        o, lse = shared(case, FORWARD, window_kernels.forward, q, k, v, *plan, 0.3)
-        wanted = batched_windows.forward(q, k, v, ids, 0.3)[1] * LOG2_E
+        inputs = AttentionInputs(*(given[name].bfloat16() for name in "qkv"), ids, *window_plan(ids), 0.3)
+        attend = pair("attend_held_kernel", "attend_kernel")
+        o, lse = shared(case, attend, slice(2), kernels.forward, inputs)
+        wanted = torch_engine.forward(inputs).lse * LOG2_E
         assert_exact(lse[ids < 0], wanted[ids < 0], case, "lse outside windows")
         assert_same({"lse": lse}, {"lse": wanted}, case)
-        backward = (window_gradients.backward, torch.randn_like(o), q, k, v, *plan, o, lse, 0.3)
-        shared(case, QUERIES, *backward, idle=KEYS[:2])  # which come after
-        shared(case, KEYS, *backward)
+        grads = AttentionOutputs(torch.randn_like(o), None)
+        backward = (kernels_backward.backward, inputs, AttentionOutputs(o, lse), grads)
+        shared(case, queries, slice(1), *backward, idle=keys)  # which come after
+        shared(case, keys, slice(1, 3), *backward)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""`distill.py evaluate`: a student's folder on conversations, beside its teacher if there is one.
+
+What a run measures with teacher and student in one model is measured here with two models apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from ...demo import TEACHER
+from ...prompts.processors import load_processor
+from ..config import Config
+from ..data.open_data import chat_collator, open_held_out
+from ..evaluation.held_out import HeldOut
+from ..evaluation.scores import Rows, Scores, table
+from ..refusal import RefusedError, check
+from ..teacher_student import supervised
+from .command_line import parse
+
+NO_TEACHER = "none"
+
+
+def evaluate_student(arguments: list[str]) -> Rows:
+    """Measure a student and print the table; nothing is written.
+
+    Args:
+        arguments: the student's folder, then flags of a run; `--data` is what it is measured on.
+    Returns:
+        rows of `Scores`, by model.
+    Raises:
+        RefusedError: for a folder that holds no student, and for data as a run does.
+    """
+    check(arguments and not arguments[0].startswith("-"), "evaluate must be followed by a folder", "none")
+    folder, *flags = arguments
+    check((Path(folder) / "config.json").is_file(), "evaluate must be given a student's folder", folder)
+    own_data = any(flag.split("=")[0] == "--data" for flag in flags) and "demo" not in flags
+    if own_data and not any(flag.split("=")[0] == "--teacher" for flag in flags):
+        flags += ["--teacher", NO_TEACHER]
+    config = parse(flags)
+    process = PartialState(cpu=config.cpu)
+    models = open_models(folder, config, process.device)
+    encoder = chat_collator(load_processor(folder, padding_side="right"), config.samples)
+    held_out = HeldOut(ConcatDataset(open_held_out(config, config.data, encoder, None)), encoder, config)
+    scores = Scores(importlib.import_module(f"linmu.{config.backend}").logit_loss)
+    batches = tqdm(held_out.batches(), desc="evaluate", unit="batch", disable=not process.is_main_process)
+    for kinds, batch in batches:
+        batch = {name: tensor.to(process.device) for name, tensor in batch.items()}
+        scores.add({name: ask(model, batch) for name, model in models.items()}, batch["labels"], kinds)
+    rows, broken = scores.rows(), held_out.broken()
+    check(rows, "--data must hold conversations that can be read", "none")
+    if process.is_main_process:
+        print(table(rows, "evaluated"))
+        for complaint in broken:
+            print(f"skipped {complaint}")
+        if broken:
+            print(f"skipped {len(broken)} broken samples")
+    return rows
+
+
+def open_models(folder: str, config: Config, device: torch.device) -> dict[str, PreTrainedModel]:
+    """Teacher, if there is one, and student, in the dtype asked for; what must be float32 stays so."""
+    dtype = getattr(torch, config.dtype)
+    try:
+        student = importlib.import_module(f"linmu.{config.backend}").load(folder, dtype=dtype)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    models = {"student": student}
+    if config.teacher != NO_TEACHER:
+        name = str(TEACHER) if config.teacher == "demo" else config.teacher
+        models = {"teacher": AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)} | models
+    return {name: model.to(device).eval() for name, model in models.items()}
+
+
+@torch.no_grad()
+def ask(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (B, n, V) of the positions that `supervised` gives."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    positions, _ = supervised(batch["labels"])
+    half = model.dtype == torch.bfloat16
+    with torch.autocast(model.device.type, model.dtype) if half else nullcontext():
+        return model(**inputs, use_cache=False, logits_to_keep=positions).logits

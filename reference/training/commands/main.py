@@ -1,0 +1,54 @@
+"""What `distill.py` and `python -m linmu.reference.training` do: read the command line, distil, and tell."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from ..config import Config, check_settings
+from ..refusal import RefusedError
+from ..run import Run
+from .ablation import ablate
+from .command_line import parse
+from .dry_run import dry_run
+from .evaluate import evaluate_student
+
+ABOUT = "Distil a vision-language model into LinMU, in three stages (LinMU, arXiv 2601.01322)."
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Do what the command line asks for; returns what it printed or wrote at the end.
+
+    Raises:
+        RefusedError: for what the user can put right.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["ablate"]:
+        return ablate(arguments[1:], distil)
+    if arguments[:1] == ["evaluate"]:
+        return evaluate_student(arguments[1:])
+    return distil(parse(arguments, ABOUT))
+
+
+def distil(config: Config) -> dict[str, Any]:
+    """Distil, or describe it; returns what `results.json` holds."""
+    check_settings(config)
+    run = Run(config)
+    if config.dry_run:
+        run.open()
+        dry_run(run)
+        return run.results
+    run.prepare()
+    for stage in run.stages:
+        run.teach(stage)
+    return run.finish()
+
+
+def run_command() -> None:
+    """`main`, with refusals told without a traceback."""
+    try:
+        main()
+    except RefusedError as error:
+        sys.exit(str(error))

@@ -1,0 +1,299 @@
+"""Every setting of a distillation, once: nested dataclasses, and the presets.
+
+Each setting is a flag of its name (`--max_pixels 200000`), those of the mixer and of a stage after a dot
+(`--stage_iii.learning_rate 1e-4`), and a key of a settings file. `commands/command_line.py` reads all three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from typing import Annotated, Any, Literal, get_type_hints
+
+import docstring_parser
+import tyro
+
+from ..config import TEACHER_SIZES, LinMUConfig
+from .refusal import check
+
+STAGES = ("i", "ii", "iii")
+StageName = Literal["i", "ii", "iii"]
+Whose = Literal["teacher", "student"]
+
+
+def mixer_options() -> type:
+    """A dataclass of what `LinMUConfig` leaves to choose; the teacher gives the sizes."""
+    types, help = get_type_hints(LinMUConfig), docstring_parser.parse(LinMUConfig.__doc__ or "").params
+    told = {name: param.description for param in help for name in param.arg_name.split(", ")}
+    chosen = [option for option in fields(LinMUConfig) if option.name not in TEACHER_SIZES]
+    members = [
+        (option.name, Annotated[types[option.name], tyro.conf.arg(help=told[option.name])], option.default)
+        for option in chosen
+    ]
+    options = make_dataclass("MixerOptions", members, frozen=True)
+    options.__doc__ = "Options of M-MATE, as of LinMUConfig."
+    return options
+
+
+MixerOptions: Any = mixer_options()
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How conversations are read."""
+
+    streaming: bool = False
+    """read --data on the way instead of listing all samples first"""
+    on_broken: Literal["refuse", "skip"] = "refuse"
+    """what to do about a sample that cannot be read; it is named either way"""
+    supervise: Literal["answers", "all"] = "answers"
+    """which text the logit loss is taken on: the assistant's answers, or all of it"""
+    max_length: int = 0
+    """bound on the tokens of a sample, a longer one is broken; 0 = none"""
+    max_pixels: int = 0
+    """bound on the pixels of one image or frame, to save memory; 0 = the processor's own"""
+    max_frames: int = 0
+    """bound on the frames of a video, evenly thinned; 0 = all"""
+    group_by_length: bool = False
+    """fill batches with samples of about one length, so that little is padded"""
+    workers: int = 0
+    """processes that prepare batches; 0 = the main one"""
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """What the student starts as."""
+
+    layers: tuple[int, ...] | None = None
+    """decoder layers to convert, by index; None = all"""
+    init: Literal["attention", "random"] = "attention"
+    """what Flex-MA and Local-Swin start from"""
+    branches: Literal["both", "flex", "local"] = "both"
+    """which branches of M-MATE there are"""
+    calibration_batches: int = 4
+    """batches that set Flex-MA's norms to the teacher's head outputs; 0 = leave at 1"""
+
+
+@dataclass(frozen=True)
+class MLPSettings:
+    """What stage iii does with the decoder's MLPs."""
+
+    tune: Literal["lora", "full", "none"] = "lora"
+    """adapters, all of the MLPs' weights, or nothing"""
+    mlp_learning_rate: float = 1e-3
+    """of adapters, or of the weights"""
+    lora_rank: int = 16
+    """of the adapters"""
+    lora_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """projections with adapters"""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """What a step of any stage is."""
+
+    batch_size: int = 16
+    """conversations per device and batch"""
+    gradient_accumulation: int = 1
+    """batches per step"""
+    gradient_checkpointing: bool = False
+    """recompute layers in the backward pass, to save memory"""
+    warmup: float = 0.05
+    """share of a stage's steps in which its learning rate rises"""
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """What is measured and kept on the way."""
+
+    eval_samples: int = 450
+    """held-out conversations to evaluate on"""
+    save_every: int = 100
+    """steps between checkpoints"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    report: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """where to watch the run, beside metrics.jsonl"""
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How fast a stage learns, and what: the loss is the weighted sum of three terms."""
+
+    steps: int = 100
+    """optimizer steps"""
+    learning_rate: float = 4e-4
+    """of M-MATE's tensors"""
+    learning_rate_new: float | None = None
+    """of those among them that were not copied from the teacher; None = the same"""
+    mixer: float = 0.0
+    """weight of the error of each mixer's output"""
+    layer: float = 0.0
+    """weight of the error of each decoder layer's output"""
+    logits: float = 0.0
+    """weight of the KL divergence from the teacher's logits"""
+    inputs: tuple[Whose, ...] = ("student",)
+    """whose hidden states go into the layers; of two, each for half of the steps"""
+    end_to_end: bool = False
+    """let gradients flow from layer to layer; needs the student's own hidden states"""
+    temperature: float = 1.0
+    """of the logits"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    preset: Literal["demo", "smoke", "vlm"] = "demo"
+    """defaults of all other flags: the bundled teacher, the same in a minute, or a real teacher on a GPU"""
+    settings: str = ""
+    """a YAML or JSON file of settings, named like the flags, those after a dot nested; flags win"""
+    teacher: str = "demo"
+    """'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model"""
+    data: tuple[str, ...] = ("demo",)
+    """'demo', or JSONL files, folders of data sets, OWNER/NAME[:SPLIT] on the Hub; a.jsonl@3 with a weight"""
+    eval_data: tuple[str, ...] = ()
+    """held-out conversations, named like --data; none = every 20th sample of --data"""
+    output: str = "runs/demo"
+    """folder of the run"""
+    stages: tuple[StageName, ...] = STAGES
+    """stages to run, in order"""
+    allow_missing_stage: bool = False
+    """start a stage although the one before it has not been run"""
+    dry_run: bool = False
+    """check all samples, say what would be trained, on what, in how much memory, and stop"""
+    resume: bool = False
+    """go on where the run in --output was killed; `--resume DIR` also takes DIR's own settings"""
+    overwrite: bool = False
+    """empty --output first, if a run wrote it"""
+    backend: Literal["reference", "optimized"] = "optimized"
+    """whose M-MATE runs: linmu.reference or linmu.optimized"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the teacher's weights; what is trained is kept in float32"""
+    seed: int = 0
+    """of data order, adapters and everything else drawn"""
+    cpu: bool = False
+    """stay on the CPU although there is a GPU"""
+    samples: tyro.conf.OmitArgPrefixes[SampleSettings] = field(default_factory=SampleSettings)
+    student: tyro.conf.OmitArgPrefixes[StudentSettings] = field(default_factory=StudentSettings)
+    mlps: tyro.conf.OmitArgPrefixes[MLPSettings] = field(default_factory=MLPSettings)
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerSettings] = field(default_factory=OptimizerSettings)
+    watch: tyro.conf.OmitArgPrefixes[WatchSettings] = field(default_factory=WatchSettings)
+    mixer: MixerOptions = field(default_factory=MixerOptions)
+    stage_i: StageSettings = field(default_factory=StageSettings)
+    stage_ii: StageSettings = field(default_factory=StageSettings)
+    stage_iii: StageSettings = field(default_factory=StageSettings)
+
+    def of_stage(self, name: str) -> StageSettings:
+        """The settings of a stage."""
+        return getattr(self, f"stage_{name}")
+
+
+UNPREFIXED = (
+    "samples",
+    "student",
+    "mlps",
+    "optimizer",
+    "watch",
+)  # groups whose settings are flags without a dot
+OF_ONE_CALL = ("settings", "dry_run", "resume", "overwrite")  # what is asked for once, and not kept
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What `config.json` keeps of a run: a settings file."""
+    settings = asdict(config)
+    for group in UNPREFIXED:
+        settings |= settings.pop(group)
+    return {name: value for name, value in settings.items() if name not in OF_ONE_CALL}
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        RefusedError: and says which.
+    """
+    in_order = tuple(stage for stage in STAGES if stage in config.stages)
+    check(config.stages == in_order and in_order, "--stages must be among i ii iii, in order, each once",
+          " ".join(config.stages))  # fmt: skip
+    for stage in STAGES:
+        check_stage(stage, config.of_stage(stage))
+    check(not (config.resume and config.overwrite), "--resume and --overwrite must not both be given", "both")
+    demo, given = config.data == ("demo",), " ".join(config.data)
+    check((config.teacher == "demo") == demo, "--teacher and --data must both be demo, or neither",
+          f"{config.teacher}, {given}")  # fmt: skip
+    check(config.data, "--data must name conversations", "nothing")
+    check(not demo or not config.eval_data, "--eval_data must come with --data FILE", config.eval_data)
+    grouped = config.samples.group_by_length
+    alike = "the bundled data, whose samples are all short"
+    check(not (grouped and demo), "--group_by_length must come with --data", alike)
+    check(
+        not config.samples.streaming or (config.eval_data and not grouped),
+        "--streaming must come with --eval_data, and without --group_by_length",
+        f"{config.eval_data}, {grouped}",
+    )
+    flat = settings_of(config)
+    for name in (
+        "batch_size",
+        "gradient_accumulation",
+        "lora_rank",
+        "eval_samples",
+        "save_every",
+        "log_every",
+    ):
+        check(flat[name] >= 1, f"--{name} must be at least 1", flat[name])
+    for name in ("max_length", "max_pixels", "max_frames", "workers", "calibration_batches"):
+        check(flat[name] >= 0, f"--{name} must be 0 or more", flat[name])
+
+
+def check_stage(name: str, stage: StageSettings) -> None:
+    """Refuse a stage that cannot be."""
+    flag = f"--stage_{name}"
+    check(stage.steps >= 1, f"{flag}.steps must be at least 1", stage.steps)
+    check(stage.inputs, f"{flag}.inputs must be teacher, student or both", "nothing")
+    alone = "teacher" in stage.inputs and (stage.logits or stage.end_to_end)
+    must = f"{flag}.logits and {flag}.end_to_end need {flag}.inputs student"
+    check(not alone, must, " ".join(stage.inputs))
+    check(stage.temperature > 0, f"{flag}.temperature must be positive", stage.temperature)
+
+
+DEMO = Config(
+    mixer=MixerOptions(window_thw=(2, 4, 4), scan_rope=True, output_gate=True),
+    stage_i=StageSettings(
+        steps=100, learning_rate=4e-3, learning_rate_new=1.2e-2, mixer=1.0, inputs=("teacher",)
+    ),
+    stage_ii=StageSettings(
+        steps=400,
+        learning_rate=2e-3,
+        learning_rate_new=6e-3,
+        mixer=1.0,
+        layer=0.5,
+        inputs=("teacher", "student"),
+    ),
+    stage_iii=StageSettings(steps=600, learning_rate=4e-4, layer=10.0, logits=1.0, end_to_end=True),
+)
+PRESETS = {
+    "demo": DEMO,
+    "smoke": replace(
+        DEMO,
+        preset="smoke",
+        stage_i=replace(DEMO.stage_i, steps=4),
+        stage_ii=replace(DEMO.stage_ii, steps=4),
+        stage_iii=replace(DEMO.stage_iii, steps=8),
+        student=StudentSettings(calibration_batches=1),
+        watch=WatchSettings(eval_samples=64, save_every=4, log_every=2),
+    ),
+    "vlm": replace(
+        DEMO,
+        preset="vlm",
+        output="runs/vlm",
+        dtype="bfloat16",
+        mixer=MixerOptions(scan_rope=True),
+        samples=SampleSettings(workers=4),
+        mlps=MLPSettings(mlp_learning_rate=1e-4),
+        optimizer=OptimizerSettings(batch_size=1, gradient_accumulation=16, gradient_checkpointing=True),
+        watch=WatchSettings(eval_samples=200, save_every=500),
+        stage_i=replace(DEMO.stage_i, steps=2000, learning_rate=2e-4, learning_rate_new=1e-3),
+        stage_ii=replace(DEMO.stage_ii, steps=2000, learning_rate=1e-4, learning_rate_new=5e-4),
+        stage_iii=replace(DEMO.stage_iii, steps=10000, learning_rate=5e-5, layer=0.3),
+    ),
+}
