@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and workers 
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
+from .harness import compare, operator_cases
 from .harness.backends import NAMES, OWN, Backend, load, machine, own_backends
 
 EXAMPLES = 20
 THOROUGH = 25  # times as many
+PROPERTY_OF = "linmu property of"  # of a test's user properties: (backend, name)
 BACKENDS = pytest.StashKey[list[Backend]]()
 
 
@@ -31,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--xfails", metavar="FILE", help="tests expected to fail: one `test-id reason` per line")
     group.addoption(
+        "--few-shapes",
+        action="store_true",
+        help="draw few shapes, for backends that compile for every one; masks and numbers vary as before",
+    )
+    group.addoption(
         "--thorough", action="store_true", help=f"{THOROUGH} times as many random cases, fresh ones"
     )
 
@@ -45,10 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
         "deadline": None,
         "database": None,
         "print_blob": False,
+        "phases": [phase for phase in Phase if phase is not Phase.explain],
         "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
     }
     settings.register_profile("default run", max_examples=EXAMPLES, derandomize=True, **common)
     settings.register_profile("thorough", max_examples=THOROUGH * EXAMPLES, **common)
+    if config.getoption("few_shapes"):
+        operator_cases.draw_few_shapes()
     settings.load_profile("thorough" if config.getoption("thorough") else "default run")
     torch.set_float32_matmul_precision("highest")  # float32 means IEEE on every side
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -68,15 +79,36 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for backend in config.stash[BACKENDS]:
-        if backend.missing:
-            line = f"{backend.name}: not implemented, so not tested: {', '.join(backend.missing)}"
-            terminalreporter.write_line(line, yellow=True)
+        if not backend.own:
+            terminalreporter.section(f"properties of {backend.name}")
+            for line in properties_table(backend, terminalreporter):
+                terminalreporter.write_line(line)
     reports = (report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome))
     rows = [value for report in reports for name, value in report.user_properties if name == "sm_90"]
     if rows:
         terminalreporter.section("kernels compiled for sm_90")
         for line in compiled_table(rows):
             terminalreporter.write_line(line)
+
+
+def properties_table(backend: Backend, terminalreporter: pytest.TerminalReporter) -> Iterator[str]:
+    """How many properties of each name were tried, how many passed, and what was not tested."""
+    counts: dict[str, Counter] = {name: Counter() for name in NAMES}
+    for outcome in ("passed", "failed", "error", "xfailed", "xpassed"):
+        for report in terminalreporter.getreports(outcome):
+            of = dict(report.user_properties).get(PROPERTY_OF)
+            if of is not None and of[0] == backend.name:
+                counts[of[1]][outcome] += 1
+    yield f"{'':20}{'tried':>8}{'passed':>8}{'failed':>8}"
+    for name, found in counts.items():
+        if name in backend.missing:
+            yield f"{name:20}  not implemented, so not tested"
+        elif name in backend.taken_over:
+            yield f"{name:20}  taken over from {getattr(backend.module, name).__module__}, so not tested"
+        else:
+            expected = f"  {found['xfailed']} expected to fail" if found["xfailed"] else ""
+            failed = found["failed"] + found["error"] + found["xpassed"]
+            yield f"{name:20}{found.total():>8}{found['passed']:>8}{failed:>8}{expected}"
 
 
 def compiled_table(rows: list) -> Iterator[str]:
@@ -104,23 +136,53 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Say which test runs, for the commands that reproduce a failure."""
+    backend, function = backend_of(item), getattr(item, "obj", None)
+    name = item.name.partition("[")[0]
+    module = item.module.__name__.partition("conformance.")[2] if hasattr(item, "module") else ""
+    of = backend.name if backend else ""
+    test = compare.RunningTest(module, name, item.name[len(name) :], of, hasattr(function, "check"))
+    compare.RUNNING.append(test)
+    try:
+        return (yield)
+    finally:
+        compare.RUNNING.pop()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        absent = missing_names(item)
-        if absent:
-            item.add_marker(pytest.mark.skip(reason=f"not implemented: {', '.join(absent)}"))
     if config.getoption("xfails"):
         mark_expected_failures(Path(config.getoption("xfails")), config, items)
+    left_out = [item for item in items if not is_tested(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if is_tested(item)]
+    for item in items:
+        backend = backend_of(item)
+        of = [name for name in needed_names(item) if backend and name not in backend.taken_over]
+        if of:
+            item.user_properties.append((PROPERTY_OF, (backend.name, of[0])))
 
 
-def missing_names(item: pytest.Item) -> list[str]:
-    """What the test needs and a third party's backend lacks; our own backends must have it all."""
+def backend_of(item: pytest.Item) -> Backend | None:
+    """The backend that a test runs on."""
     callspec = getattr(item, "callspec", None)
     backend = callspec.params.get("backend") if callspec else None
-    if not isinstance(backend, Backend) or backend.own:
-        return []
-    needed = {name for mark in item.iter_markers("needs") for name in mark.args}
-    return sorted(needed & set(backend.missing))
+    return backend if isinstance(backend, Backend) else None
+
+
+def needed_names(item: pytest.Item) -> list[str]:
+    """What the test needs of its backend."""
+    return [name for mark in item.iter_markers("needs") for name in mark.args]
+
+
+def is_tested(item: pytest.Item) -> bool:
+    """Whether a third party's backend has all that the test needs, some of it its own."""
+    backend, names = backend_of(item), needed_names(item)
+    if backend is None or backend.own or not names:
+        return True
+    return not set(names) & set(backend.missing) and not set(names) <= set(backend.taken_over)
 
 
 def mark_expected_failures(path: Path, config: pytest.Config, items: list[pytest.Item]) -> None:

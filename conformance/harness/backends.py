@@ -60,6 +60,14 @@ class Backend:
         return self.name
 
     @property
+    def taken_over(self) -> list[str]:
+        """Names that another one's backend took from this repository as they are: nothing of it is tested."""
+        if self.own:
+            return []
+        homes = {name: getattr(getattr(self.module, name, None), "__module__", "") or "" for name in NAMES}
+        return [name for name, home in homes.items() if home.startswith(OWN)]
+
+    @property
     def missing(self) -> list[str]:
         """Names of the interface that this backend does not export."""
         return [name for name in NAMES if not hasattr(self, name)]
@@ -70,7 +78,8 @@ class Backend:
         if hasattr(self.module, "get_engine") and self.own:
             engine = self.module.get_engine(self.device)
         absent = f"; not implemented: {', '.join(self.missing)}" if self.missing else ""
-        return f"{self.name} (engine: {engine}){absent}"
+        taken = f"; taken over, not tested: {', '.join(self.taken_over)}" if self.taken_over else ""
+        return f"{self.name} (engine: {engine}){absent}{taken}"
 
 
 def load(name: str) -> Backend:

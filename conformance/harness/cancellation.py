@@ -17,7 +17,7 @@ from .compare import PER_TOKEN, Results, cotangent
 DRAWS = 8
 
 
-def sizes_of_sums(run: Callable[[int], Results]) -> Results:
+def sizes_of_sums(run: Callable[[int], Results], also: tuple[str, ...] = ()) -> Results:
     """Twice the root of the summed squares of the terms of every gradient that has no tokens, by its name.
 
     With random signs for the tokens of the output, the mean of a sum's square is the sum of its terms'
@@ -25,9 +25,10 @@ def sizes_of_sums(run: Callable[[int], Results]) -> Results:
 
     Args:
         run: the function under test in float64, as `evaluate(..., draw=draw)`: draw -> its results.
+        also: results to be measured like these although they have tokens.
     """
     drawn = [run(draw) for draw in range(DRAWS)]
-    summed = [name for name in drawn[0] if is_summed(name)]
+    summed = [name for name in drawn[0] if is_summed(name) or name in also]
     return {
         name: 2 * torch.stack([results[name] for results in drawn]).square().mean(0).sqrt() for name in summed
     }
@@ -63,4 +64,25 @@ def sizes_in_attention(
     return {
         "grad q": torch.einsum("bhij,bjhn->bihn", terms, k.abs()),
         "grad k": of_keys.unflatten(2, (-1, ratio)).sum(3),
+    }
+
+
+def sizes_in_divergence(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> Results:
+    """The sums of the absolute terms of the divergence, p (|log p| + |log q|), and of its gradient, q + p.
+
+    Args:
+        student, teacher, mask, temperature: as for `logit_loss`, in float64; the cotangent is `evaluate`'s.
+    """
+    counted = torch.ones(student.shape[:2], dtype=torch.bool) if mask is None else mask
+    log_p, log_q = (
+        torch.where(counted[..., None], tensor / temperature, 0.0).log_softmax(-1)
+        for tensor in (teacher, student)
+    )
+    share = counted[..., None] / counted.sum().clamp_min(1)
+    asked = cotangent(student.new_empty(()), 0).abs()
+    return {
+        "loss": temperature**2 * (log_p.exp() * (log_p.abs() + log_q.abs()) * share).sum(),
+        "grad student": asked * temperature * (log_p.exp() + log_q.exp()) * share,
     }

@@ -13,11 +13,10 @@ that of the maximum.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +75,8 @@ def check_sized(check: Callable, name: str, sizes: Callable[[], Results] | None)
     try:
         check()
     except AssertionError:
-        size = None if sizes is None else sizes().get(name)
+        may_cancel = name.startswith("grad ") or name == "loss"
+        size = sizes().get(name) if sizes is not None and may_cancel else None
         if size is None:
             raise
         check(size=size)
@@ -229,29 +229,35 @@ def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report(line: str, case: Any) -> str:
-    """The finding, the case, and a command that runs this case alone."""
-    return f"{line}\n  case: {case!r}\n  reproduce: {reproduction(case)}"
+    """The finding, the case, and a command that runs this case alone, where it is known which test runs."""
+    command = f"\n  reproduce: {reproduction(RUNNING[-1], case)}" if RUNNING else ""
+    return f"{line}\n  case: {case!r}{command}"
 
 
-def reproduction(case: Any) -> str:
+@dataclass(frozen=True)
+class RunningTest:
+    """The test that runs: its module below `linmu.conformance`, its name, its parameters, its backend."""
+
+    module: str
+    name: str
+    parameters: str
+    backend: str
+    drawn: bool
+
+
+RUNNING: list[RunningTest] = []  # conftest.py puts it there
+
+
+def reproduction(test: RunningTest, case: Any) -> str:
     """The check of the running test on this case; a test without drawn cases is run as a whole."""
-    test_id = os.environ.get("PYTEST_CURRENT_TEST", "a_file.py::a_test[linmu.reference] (call)").rpartition(
-        " "
-    )[0]
-    file, _, test = test_id.partition("::")
-    name, _, backend = test.rstrip("]").partition("[")
-    if "-" in backend:
-        return f"python -m pytest '{test_id}'"
-    module = ".".join(Path(file).with_suffix("").parts[-2:])
-    sources = (
-        "harness.backends",
-        "harness.layouts",
-        "harness.module_cases",
-        "harness.operator_cases",
-        module,
-    )
-    names = "; ".join(f"from linmu.conformance.{source} import *" for source in sources)
-    return shell_quoted(f"{names}; {name}.check(load({backend!r}), {case!r})")
+    if not test.drawn:
+        plugin, name = "-p linmu.conformance.pytest_plugin --pyargs", f"linmu.conformance.{test.module}"
+        backend = f" --backend {test.backend}" if test.backend else ""
+        return f"{sys.executable} -m pytest {plugin} '{name}::{test.name}{test.parameters}'{backend}"
+    sources = ("backends", "layouts", "module_cases", "operator_cases")
+    modules = [*(f"harness.{source}" for source in sources), test.module]
+    names = "; ".join(f"from linmu.conformance.{module} import *" for module in modules)
+    return shell_quoted(f"{names}; {test.name}.check(load({test.backend!r}), {case!r})")
 
 
 def shell_quoted(code: str) -> str:

@@ -160,13 +160,14 @@ def rows_of_parts(draw: st.DrawFn) -> tuple[Part, ...]:
 
 
 @st.composite
-def layouts(draw: st.DrawFn, max_rows: int = 3) -> Layout:
-    """Rows of unequal length, padded left, right or on both sides."""
-    rows = draw(st.lists(rows_of_parts(), min_size=1, max_size=max_rows))
+def layouts(draw: st.DrawFn, max_rows: int = 3, few: bool = False) -> Layout:
+    """Rows of unequal length, padded left, right or on both sides; `few`: two rows of MAX_LENGTH tokens."""
+    rows = draw(st.lists(rows_of_parts(), min_size=2 if few else 1, max_size=2 if few else max_rows))
     lengths = [sum(len(part.cells()) for part in row) for row in rows]
+    longest = MAX_LENGTH if few else max(lengths)
     padded = []
     for row, length in zip(rows, lengths, strict=True):
-        free = max(lengths) - length
+        free = longest - length
         left = draw(st.sampled_from((0, free, free // 2)))
         around = ((Pad(left),) if left else ()), ((Pad(free - left),) if free - left else ())
         padded.append((*around[0], *row, *around[1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .compare import Results, evaluate
+from .compare import Results, evaluate, report
 from .layouts import Layout, layouts
 
 DTYPES = {  # name -> (dtype of x, B, C, u, q, k, v; dtype of dt, A, gate, D)
@@ -38,11 +39,26 @@ def property_of(*names: str, cases: st.SearchStrategy, share: float = 1.0) -> Ca
 
     def make_test(check: Callable) -> Callable:
         examples, drawn = max(1, round(share * settings().max_examples)), all_new(cases)
-        test = settings(max_examples=examples)(given(case=drawn)(check))
+        test = settings(max_examples=examples)(given(case=drawn)(explained(check)))
         test.check, test.cases, test.examples = check, drawn, examples
         return pytest.mark.needs(*names)(test)
 
     return make_test
+
+
+def explained(check: Callable) -> Callable:
+    """The check; what it raises says which case it was and how to run it again, if it does not yet."""
+
+    @wraps(check)
+    def run_check(backend: Any, case: Any) -> None:
+        try:
+            check(backend, case)
+        except Exception as error:
+            if "reproduce: " not in str(error):
+                error.add_note(report("", case))
+            raise
+
+    return run_check
 
 
 def all_new(case: st.SearchStrategy) -> st.SearchStrategy:
@@ -72,13 +88,18 @@ class Numbers:
 
 
 def row_mask(kind: str, batch: int, length: int, numbers: Numbers) -> Tensor | None:
-    """A mask: "none" (no mask), "all", "some" (holes anywhere), "left" or "right" (ragged padding)."""
+    """A mask: "none" (no mask), "all", "some" (holes anywhere), "left" or "right" (ragged padding), "tail".
+
+    The last three in seven tokens of every row, and a few others, are missing in a tail.
+    """
     if kind == "none":
         return None
     if kind == "all":
         return torch.ones(batch, length, dtype=torch.bool)
     if kind == "some":
         return numbers.some(batch, length)
+    if kind == "tail":
+        return numbers.some(batch, length, share=0.9) & (torch.arange(length) < length * 4 // 7)
     counts = torch.randint(0, length + 1, (batch, 1), generator=numbers.generator)
     position = torch.arange(length).expand(batch, length)
     return position >= length - counts if kind == "left" else position < counts
@@ -236,6 +257,7 @@ class ScanCase(Case):
     reverse: bool
     dtype: str
     seed: int
+    decay: float | None = None  # the same for all heads, in the place of a drawn one
 
     def inputs(self, draw: int = 0) -> dict[str, Any]:
         """All arguments by name; another `draw` gives other numbers and the same mask."""
@@ -262,6 +284,7 @@ class BidirectionalCase(Case):
     skip: bool
     dtype: str
     seed: int
+    decay: float | None = None  # the same for all heads, in the place of a drawn one
 
     def inputs(self, draw: int = 0) -> dict[str, Any]:
         """All arguments by name; another `draw` gives other numbers and the same layout."""
@@ -292,6 +315,8 @@ def scan_tensors(
     }
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     state = numbers.normal(batch, sizes.heads, sizes.state, sizes.head_dim, dtype=state_dtype)
+    if getattr(sizes, "decay", None) is not None:
+        tensors["A"] = torch.full_like(tensors["A"], sizes.decay)
     wanted = sizes.initial_state if initial_state is None else initial_state
     return {**tensors, "initial_state": state if wanted else None}
 
@@ -386,12 +411,14 @@ class WindowCase(Case):
     scale: float | None
     dtype: str
     seed: int
+    everywhere: bool = False  # no token is outside of all windows
 
     def inputs(self, draw: int = 0) -> dict[str, Any]:
         """All arguments by name; another `draw` gives other numbers and the same windows."""
         numbers, dtype = Numbers(self.seed + 7919 * draw), DTYPES[self.dtype][0]
         tokens = (self.batch, self.length)
-        ids = torch.randint(-1, self.windows, tokens, generator=Numbers(self.seed + 1).generator)
+        lowest = 0 if self.everywhere else -1
+        ids = torch.randint(lowest, self.windows, tokens, generator=Numbers(self.seed + 1).generator)
         return {
             "q": numbers.normal(*tokens, self.heads, self.state, dtype=dtype),
             "k": numbers.normal(*tokens, self.groups, self.state, dtype=dtype),
@@ -452,13 +479,42 @@ class LogitLossCase(LossCase):
 
 
 SEEDS = st.integers(0, 2**16)
-MASKS = st.sampled_from(("none", "all", "some", "left", "right"))
-BATCHES = st.integers(1, 3)
-COMPILED = torch.cuda.is_available()  # every size is another kernel to compile: fewer of them
-SMALL = st.sampled_from((3, 16) if COMPILED else (1, 2, 3, 5, 8))  # head dims and state sizes
-HEADS_GROUPS = st.sampled_from(
-    ((1, 1), (4, 2), (3, 1)) if COMPILED else ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (3, 3))
-)
+MASKS = st.sampled_from(("none", "all", "some", "left", "right", "tail"))
+MANY_SHAPES = {
+    "batch": (1, 2, 3),
+    "length": LENGTHS,
+    "size": (1, 2, 3, 5, 8),  # head dims and state sizes
+    "heads": ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (3, 3)),
+    "taps": (1, 2, 3, 4, 5),
+    "width": (1, 2, 7, 33),
+    "text_window": (1, 2, 3, 4, 5, 8, 17, 40),
+}
+SHAPES_ON_A_GPU = {
+    **MANY_SHAPES,
+    "size": (3, 16),
+    "heads": ((1, 1), (4, 2), (3, 1)),
+    "text_window": (1, 3, 8, 40),
+}
+FEW_SHAPES = {
+    "batch": (2,),
+    "length": (24, 1),
+    "size": (3,),
+    "heads": ((4, 2),),
+    "taps": (4,),
+    "width": (33,),
+    "text_window": (5,),
+}
+SHAPES = dict(SHAPES_ON_A_GPU if torch.cuda.is_available() else MANY_SHAPES)
+
+
+def draw_few_shapes() -> None:
+    """From now on draw few shapes, for backends that compile for every one."""
+    SHAPES.update(FEW_SHAPES)
+
+
+def sizes(name: str) -> st.SearchStrategy:
+    """One of the sizes of this name."""
+    return st.sampled_from(SHAPES[name])
 
 
 def dtypes(names: Iterable[str]) -> st.SearchStrategy[str]:
@@ -468,14 +524,14 @@ def dtypes(names: Iterable[str]) -> st.SearchStrategy[str]:
 
 @st.composite
 def scan_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> ScanCase:
-    heads, groups = draw(HEADS_GROUPS)
+    heads, groups = draw(sizes("heads"))
     drawn: Mapping[str, Any] = {
-        "batch": draw(BATCHES),
-        "length": draw(st.sampled_from(LENGTHS)),
+        "batch": draw(sizes("batch")),
+        "length": draw(sizes("length")),
         "heads": heads,
         "groups": groups,
-        "state": draw(SMALL),
-        "head_dim": draw(SMALL),
+        "state": draw(sizes("size")),
+        "head_dim": draw(sizes("size")),
         "mask": draw(MASKS),
         "initial_state": draw(st.booleans()),
         "reverse": draw(st.booleans()),
@@ -487,13 +543,13 @@ def scan_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> S
 
 @st.composite
 def bidirectional_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> BidirectionalCase:
-    heads, groups = draw(HEADS_GROUPS)
+    heads, groups = draw(sizes("heads"))
     drawn = {
-        "layout": draw(layouts()),
+        "layout": draw(layouts(few=SHAPES["batch"] == FEW_SHAPES["batch"])),
         "heads": heads,
         "groups": groups,
-        "state": draw(SMALL),
-        "head_dim": draw(SMALL),
+        "state": draw(sizes("size")),
+        "head_dim": draw(sizes("size")),
         "initial_state": draw(st.booleans()),
         "skip": draw(st.booleans()),
         "dtype": draw(dtypes(names)),
@@ -505,10 +561,10 @@ def bidirectional_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: 
 @st.composite
 def conv_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> ConvCase:
     drawn = {
-        "batch": draw(BATCHES),
-        "length": draw(st.sampled_from(LENGTHS)),
-        "channels": draw(SMALL),
-        "taps": draw(st.integers(1, 5)),
+        "batch": draw(sizes("batch")),
+        "length": draw(sizes("length")),
+        "channels": draw(sizes("size")),
+        "taps": draw(sizes("taps")),
         "bias": draw(st.booleans()),
         "mask": draw(MASKS),
         "initial_state": draw(st.booleans()),
@@ -520,14 +576,14 @@ def conv_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> C
 
 @st.composite
 def window_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> WindowCase:
-    heads, groups = draw(HEADS_GROUPS)
+    heads, groups = draw(sizes("heads"))
     drawn = {
-        "batch": draw(BATCHES),
-        "length": draw(st.sampled_from(LENGTHS)),
+        "batch": draw(sizes("batch")),
+        "length": draw(sizes("length")),
         "heads": heads,
         "groups": groups,
-        "state": draw(SMALL),
-        "head_dim": draw(SMALL),
+        "state": draw(sizes("size")),
+        "head_dim": draw(sizes("size")),
         "windows": draw(st.integers(0, 4)),
         "scale": draw(st.sampled_from((None, 0.3))),
         "dtype": draw(dtypes(names)),
@@ -538,13 +594,13 @@ def window_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) ->
 
 @st.composite
 def step_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> StepCase:
-    heads, groups = draw(HEADS_GROUPS)
+    heads, groups = draw(sizes("heads"))
     drawn = {
-        "batch": draw(BATCHES),
+        "batch": draw(sizes("batch")),
         "heads": heads,
         "groups": groups,
-        "state": draw(SMALL),
-        "head_dim": draw(SMALL),
+        "state": draw(sizes("size")),
+        "head_dim": draw(sizes("size")),
         "skip": draw(st.booleans()),
         "valid": draw(st.booleans()),
         "dtype": draw(dtypes(names)),
@@ -556,9 +612,9 @@ def step_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> S
 @st.composite
 def loss_cases(draw: st.DrawFn, kind: type[LossCase], names: Iterable[str] = EXACT, **fixed: Any) -> LossCase:
     drawn = {
-        "batch": draw(BATCHES),
-        "length": draw(st.sampled_from(LENGTHS)),
-        "width": draw(st.sampled_from((1, 2, 7, 33))),
+        "batch": draw(sizes("batch")),
+        "length": draw(sizes("length")),
+        "width": draw(sizes("width")),
         "mask": draw(MASKS),
         "temperature": draw(st.sampled_from((1.0, 2.0, 0.5))),
         "dtype": draw(dtypes(names)),

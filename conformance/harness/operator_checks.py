@@ -11,17 +11,23 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 from linmu import reference
 
-from .cancellation import sizes_in_attention, sizes_of_sums
+from .cancellation import sizes_in_attention, sizes_in_divergence, sizes_of_sums
 from .compare import Results, assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float
+from .large_cases import LARGE, check_large
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, fed, operator_of, property_of, run
 from .second_sliding_window import sizes_in_window
 
-SIZES = {"window_attention": sizes_in_attention, "sliding_window_attention": sizes_in_window}  # of gradients
+SIZES = {  # of terms that cancel
+    "window_attention": sizes_in_attention,
+    "sliding_window_attention": sizes_in_window,
+    "logit_loss": sizes_in_divergence,
+}
 HALF_AND_SINGLE = ("bfloat16", "float32")
 
 
@@ -44,8 +50,19 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_arguments_are_left_as_they_were": test(cases=exact)(check_arguments_are_left),
         "test_autocast_changes_nothing": test(cases=cases(HALF_AND_SINGLE))(check_autocast),
         "test_uninitialised_memory_is_never_read": test(cases=exact, share=0.5)(check_uninitialised_memory),
+        "test_sizes_that_people_run": large_cases_of(operator),
         "test_nothing_is_remembered_between_calls": test(cases=exact, share=0.5)(check_nothing_is_remembered),
     }
+
+
+def large_cases_of(operator: str) -> Callable:
+    """One test for each case of a size that people run."""
+
+    def check(backend: Any, case: Case) -> None:
+        check_large(backend, case)
+
+    cases = [pytest.param(case, id=name) for name, case in LARGE[operator].items()]
+    return pytest.mark.needs(operator)(pytest.mark.parametrize("case", cases)(check))
 
 
 def check_values_match(backend: Any, case: Case) -> None:
@@ -64,7 +81,7 @@ def check_matches_the_reference(
     """Within the bounds of `assert_matches`; gradients are those of the results `of`, of all if None."""
     truth = run(reference, widened(case), gradients, of)
     in_own_dtypes = run(reference, case, gradients, of)
-    sizes = partial(sizes_of_gradients, case, of) if gradients else None
+    sizes = partial(sizes_of_gradients, case, of)
     assert_matches(run(backend, case, gradients, of), truth, in_own_dtypes, case, sizes)
 
 
@@ -74,10 +91,10 @@ def widened(case: Case) -> ChangedCase:
 
 
 def sizes_of_gradients(case: Case, of: tuple[str, ...] | None = None) -> Results:
-    """The sizes of the terms that gradients sum over, where these may cancel."""
+    """The sizes of the terms that gradients, and the divergence, sum over, where these may cancel."""
     wide = widened(case)
     sizes = sizes_of_sums(lambda draw: run(reference, wide, True, of, draw))
-    return sizes | SIZES.get(case.operator, dict)(**wide.inputs())
+    return sizes | (SIZES[case.operator](**wide.inputs()) if case.operator in SIZES else {})
 
 
 def check_gradients_of_each_result_match(backend: Any, case: Case) -> None:
@@ -176,9 +193,9 @@ def check_nothing_is_remembered(backend: Any, case: Case) -> None:
     assert_same(run(backend, fixed, gradients=True), wanted_of_others, case)
     for name in case.masks:
         if first[name] is not None:
-            rolled = first[name].roll(1, 1)
-            wanted = run(backend, fixed.changed(**{name: rolled}))
-            first[name].copy_(rolled)
+            mirrored = first[name].flip(1)
+            wanted = run(backend, fixed.changed(**{name: mirrored}))
+            first[name].copy_(mirrored)
             assert_same(run(backend, fixed), wanted, case)
 
 

@@ -16,21 +16,7 @@ from torch import Tensor
 
 from linmu.reference import WindowState
 
-from .operator_cases import (
-    BATCHES,
-    COMPILED,
-    DTYPES,
-    EXACT,
-    HEADS_GROUPS,
-    LENGTHS,
-    MASKS,
-    SEEDS,
-    SMALL,
-    Case,
-    Numbers,
-    dtypes,
-    row_mask,
-)
+from .operator_cases import DTYPES, EXACT, MASKS, SEEDS, Case, Numbers, dtypes, row_mask, sizes
 
 STATE = ("initial_k", "initial_v", "present")
 
@@ -119,15 +105,15 @@ class SlidingWindowCase(Case):
 
 @st.composite
 def sliding_window_cases(draw: st.DrawFn, names: Iterable[str] = EXACT, **fixed: Any) -> SlidingWindowCase:
-    heads, groups = draw(HEADS_GROUPS)
+    heads, groups = draw(sizes("heads"))
     drawn = {
-        "batch": draw(BATCHES),
-        "length": draw(st.sampled_from(LENGTHS)),
+        "batch": draw(sizes("batch")),
+        "length": draw(sizes("length")),
         "heads": heads,
         "groups": groups,
-        "state": draw(SMALL),
-        "head_dim": draw(SMALL),
-        "window": draw(st.sampled_from((1, 3, 8, 40) if COMPILED else (1, 2, 3, 4, 5, 8, 17, 40))),
+        "state": draw(sizes("size")),
+        "head_dim": draw(sizes("size")),
+        "window": draw(sizes("text_window")),
         "asks": draw(MASKS),
         "valid": draw(MASKS),
         "packed": draw(st.booleans()),

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from ..conftest import mark_expected_failures, read_expected_failures
+from ..harness.compare import RunningTest, reproduction
 
 CONFORMANCE = Path(__file__).parents[1]
 FILE = "conformance/properties/test_layout.py"
+CONV = "conformance/properties/test_causal_conv.py"
 CUBE = FILE + "::test_the_four_orders_of_a_cube[their_kernels-{layer}-cells{layer}]"
 THIRD_PARTY = """
 import torch
@@ -22,6 +24,9 @@ from linmu.reference import inverse_order
 
 def scan_order(coords, layer_index):
     return torch.arange(coords.shape[1]).repeat(len(coords), 1)
+
+def causal_conv(u, weight, bias=None, *, mask=None, initial_state=None):
+    raise RuntimeError("not today")
 """
 EXPECTED = f"""# raster order only
 
@@ -43,7 +48,7 @@ def third_party(tmp_path_factory) -> Path:
 def report(third_party) -> str:
     """What one run of layout tests on that backend prints."""
     options = ["--backend", "their_kernels", "--xfails", str(third_party / "xfails.txt")]
-    chosen = ["-k", "cube or swins_rule or identity or sorting_plain_tuples", FILE]
+    chosen = ["-k", "cube or swins_rule or identity or plain_tuples or do_not_mix", FILE, CONV]
     path = os.pathsep.join((str(third_party), os.environ.get("PYTHONPATH", "")))
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options, *chosen],
@@ -57,12 +62,19 @@ def report(third_party) -> str:
 
 
 def test_the_header_says_what_runs_and_what_is_missing(report):
-    """And the summary says it again: what is not implemented is never silently passed."""
-    missing = "window_ids, selective_scan, bidirectional_scan, scan_step, window_attention, causal_conv"
-    assert f"linmu backend: their_kernels (engine: plain torch); not implemented: {missing}" in report
+    """And the summary says it again: what is not implemented, or not theirs, is never silently passed."""
+    missing = "window_ids, selective_scan, bidirectional_scan, scan_step, window_attention"
+    header = f"linmu backend: their_kernels (engine: plain torch); not implemented: {missing}"
+    assert header in report and "; taken over, not tested: inverse_order" in report
     assert "linmu backend: linmu.reference not tested" in report
-    assert f"their_kernels: not implemented, so not tested: {missing}" in report
-    assert re.search(r"SKIPPED \[6\] .*not implemented: window_ids", report)
+    summary = report[report.index("properties of their_kernels") :]
+    assert re.search(r"^window_ids +not implemented, so not tested", summary, re.MULTILINE)
+    taken_over = r"^inverse_order +taken over from linmu.reference.layout, so not tested"
+    assert re.search(taken_over, summary, re.MULTILINE)
+    tried, passed, failed, expected = re.search(
+        r"^scan_order +(\d+) +(\d+) +(\d+)  (\d+) expected to fail", summary, re.MULTILINE
+    ).groups()
+    assert (int(tried), int(expected)) == (int(passed) + int(failed) + int(expected), 1)
 
 
 def test_an_expected_failure_is_told_with_its_reason_and_must_fail(report):
@@ -75,11 +87,30 @@ def test_an_expected_failure_is_told_with_its_reason_and_must_fail(report):
 def test_a_failure_says_how_to_reproduce_it(report, third_party, monkeypatch):
     """The element, both values, the case, and a command that fails in the same way."""
     message = re.search(r"order of layer \d+: must be equal, at .* got \d+, expected \d+", report)[0]
-    command = re.search(r'reproduce: \S+ -c "(.*)"', report)[1]
-    assert "case: LayoutCase(" in report
+    command = re.search(r'reproduce: \S+ -c "(.*LayoutCase.*)"', report)[1]
+    assert "case: LayoutCase(" in report and "load('their_kernels')" in command
     monkeypatch.syspath_prepend(third_party)
     with pytest.raises(AssertionError, match=re.escape(message)):
         exec(command, {})
+
+
+def test_an_exception_says_how_to_reproduce_it(report, third_party, monkeypatch):
+    """The same of whatever else a backend raises."""
+    note = report[report.index("RuntimeError: not today") :]
+    assert "case: ConvCase(" in note
+    command = re.search(r'reproduce: \S+ -c "(.*)"', note)[1]
+    monkeypatch.syspath_prepend(third_party)
+    with pytest.raises(RuntimeError, match="not today"):
+        exec(command, {})
+
+
+def test_a_test_without_drawn_cases_is_reproduced_as_a_whole():
+    """By the name of its module, from any folder, on the same backend."""
+    test = "test_the_four_orders_of_a_cube"
+    running = RunningTest("properties.test_layout", test, "[mine-0]", "mine", drawn=False)
+    command = reproduction(running, None)
+    named = "linmu.conformance.properties.test_layout::test_the_four_orders_of_a_cube[mine-0]"
+    assert command.endswith(f"--pyargs '{named}' --backend mine")
 
 
 @pytest.mark.parametrize(

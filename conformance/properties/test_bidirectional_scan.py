@@ -13,6 +13,7 @@ from ..harness.layouts import LONG_PROMPTS, Layout, Vision
 from ..harness.operator_cases import (
     DTYPES,
     BidirectionalCase,
+    Numbers,
     bidirectional_cases,
     fed,
     gradients_of,
@@ -21,6 +22,12 @@ from ..harness.operator_cases import (
 )
 
 TOKENS = BidirectionalCase.tokens
+NUMBERINGS = (  # of segments: large, sparse, equal modulo 2^32, equal as float32 or float64
+    lambda i: 1000 - 7 * i,
+    lambda i: 2**33 + i * 2**32,
+    lambda i: 2**26 + i,
+    lambda i: 2**62 - i,
+)
 both = partial(property_of, "bidirectional_scan")
 
 globals().update(operator_checks.call_properties("bidirectional_scan", bidirectional_cases))
@@ -180,10 +187,60 @@ def test_the_result_does_not_depend_on_the_batch(backend, case: BidirectionalCas
 
 @both(cases=bidirectional_cases())
 def test_renumbering_the_segments_changes_nothing(backend, case: BidirectionalCase):
-    """Ids only say what belongs together: any numbers, in any order."""
-    numbers = [1000 - 7 * i for i in range(int(case.layout.segment.max()) + 1)]
-    renamed = case.changed(segment=case.layout.renumbered(numbers).segment)
-    assert_same(run(backend, renamed), run(backend, case), case)
+    """Ids only say what belongs together: any numbers, in any order, equal in their last or first bits."""
+    wanted = run(backend, case, gradients=True)
+    for number in NUMBERINGS:
+        numbers = [number(i) for i in range(int(case.layout.segment.max()) + 1)]
+        renamed = case.changed(segment=case.layout.renumbered(numbers).segment)
+        assert_same(run(backend, renamed, gradients=True), wanted, case)
+
+
+@both(cases=bidirectional_cases(("float64",)))
+def test_segments_of_rows_whose_ids_differ_by_a_thousand_are_apart(backend, case: BidirectionalCase):
+    """An id counts in its own row, whatever the rows beside it hold: no number joins row and id."""
+    rows = torch.arange(case.shape[0])[:, None]
+    segment = case.layout.segment
+    wanted = run(backend, case)
+    for stride in (1, 1000, 2**20):
+        apart = torch.where(segment >= 0, segment + stride * (case.shape[0] - rows), segment)
+        assert_same(run(backend, case.changed(segment=apart)), wanted, case)
+
+
+@both(cases=bidirectional_cases(DTYPES))
+def test_padding_inside_blocks_matches_the_reference(backend, case: BidirectionalCase):
+    """`valid` may have holes anywhere, on vision tokens too, which keep their segment's id."""
+    operator_checks.check_matches_the_reference(backend, with_holes(case))
+
+
+@both(cases=bidirectional_cases())
+def test_padding_inside_blocks_is_as_if_absent(backend, case: BidirectionalCase):
+    """The valid tokens alone give the same outputs and the same state."""
+    holed = with_holes(case)
+    together = run(backend, holed)
+    for row in range(case.shape[0]):
+        alone = holed.row(row)
+        given = alone.inputs()
+        kept = given["valid"][0]
+        if kept.any():
+            names = (*TOKENS, "segment", "valid")
+            short = alone.changed(**{name: given[name][:, kept] for name in names})
+            found = {"y": together["y"][row : row + 1, kept]}
+            found["final_state"] = together["final_state"][row : row + 1]
+            assert_same(found, run(backend, short), case)
+
+
+def with_holes(case: BidirectionalCase):
+    """The case with three tokens in ten not valid, wherever they are."""
+    holes = Numbers(case.seed + 11).some(*case.shape, share=0.7)
+    return case.changed(valid=case.layout.valid & holes)
+
+
+@both(cases=bidirectional_cases(("float64", "float32")))
+def test_almost_no_decay_matches_the_reference(backend, case: BidirectionalCase):
+    """|A| of 1e-7 and less, down to what float32 takes for none: gradients too, that of A included."""
+    A = case.inputs()["A"]
+    tiny = -(10.0 ** -torch.linspace(7, 30, len(A), dtype=torch.float64)).to(A)
+    operator_checks.check_matches_the_reference(backend, case.changed(A=tiny))
 
 
 @both(cases=bidirectional_cases())

@@ -98,6 +98,14 @@ def test_splitting_anywhere_changes_nothing(backend, case: ConvCase):
         assert_same(fed(partial(in_two, cut), case, gradients=True), whole, case)
 
 
+@conv(cases=conv_cases(("float16",), taps=3, bias=False))
+def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case: ConvCase):
+    """40,000 + 40,000 - 40,000: a partial sum overflows float16, the result does not."""
+    u = torch.full_like(case.inputs()["u"], 40_000)
+    weight = torch.tensor([1.0, -1.0, 1.0]).to(u).expand(case.channels, 3)
+    operator_checks.check_matches_the_reference(backend, case.changed(u=u, weight=weight), gradients=False)
+
+
 @conv(cases=conv_cases(channels=5))
 def test_channels_do_not_mix(backend, case: ConvCase):
     """Depthwise: permuting the channels permutes the result."""

@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from linmu import reference
+
 from ..harness import second_formulation
 from ..harness.compare import assert_exact
 from ..harness.layouts import Layout, Text, Vision, layouts
 from ..harness.operator_cases import property_of
+from ..harness.operator_checks import oddly_strided
 
 AXES = {0: (1, 2, 3), 1: (1, 3, 2), 2: (2, 3, 1), 3: (3, 2, 1)}  # columns of coords, most significant first
 
@@ -123,9 +126,11 @@ def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: 
         backend.scan_order(layout.coords, case.layer_index),
         backend.window_ids(layout.coords, *windows),
     )
-    renamed = layout.renumbered([1000 - 7 * i for i in range(int(layout.segment.max()) + 1)]).coords
-    assert_exact(backend.scan_order(renamed, case.layer_index), order, case, "order of renumbered segments")
-    assert_exact(partition(backend.window_ids(renamed, *windows)), partition(ids), case, "renumbered windows")
+    for number in (lambda i: 1000 - 7 * i, lambda i: 2**33 + i * 2**32, lambda i: 2**62 - i):
+        renamed = layout.renumbered([number(i) for i in range(int(layout.segment.max()) + 1)]).coords
+        assert_exact(backend.scan_order(renamed, case.layer_index), order, case, "order of other numbers")
+        found = partition(backend.window_ids(renamed, *windows))
+        assert_exact(found, partition(ids), case, "windows of other numbers")
     for row in range(layout.shape[0]):
         alone, one = layout.only(row).coords, slice(row, row + 1)
         assert_exact(
@@ -238,3 +243,76 @@ def test_the_shift_looks_at_every_segment_and_axis_by_itself(backend):
         for span in (slice(8), slice(8, 12), slice(12, 18))
     ]
     assert sizes == [[2, 2, 4], [4], [2, 4]]
+
+
+LARGE = {
+    "an image of 40 x 52": Layout(((Text(7), Vision(0, (1, 40, 52), "row"), Text(3)),)),
+    "a video and 3,000 tokens of text": Layout(((Text(3000), Vision(0, (9, 20, 20), "frame")),)),
+    "300 images": Layout((tuple(Vision(i, (1, 2, 3)) for i in reversed(range(300))),)),
+    "one axis of 2,100 cells": Layout(((Vision(0, (1, 1, 2100)),), (Vision(0, (2100, 1, 1)),))),
+    "300 rows": Layout(((Text(1), Vision(0, (1, 2, 2))),) * 300),
+}
+
+
+@pytest.mark.needs("scan_order", "inverse_order")
+@pytest.mark.parametrize("name", LARGE)
+def test_orders_of_the_sizes_that_people_run(backend, name):
+    """Thousands of cells, hundreds of segments and rows, in every order."""
+    coords = LARGE[name].coords
+    for layer in range(4):
+        order = backend.scan_order(coords, layer)
+        assert_exact(order, second_formulation.scan_order(coords, layer), name, f"order of layer {layer}")
+        position = torch.arange(order.shape[1]).expand_as(order)
+        assert_exact(order.gather(1, backend.inverse_order(order)), position, name, "order after inverse")
+
+
+@pytest.mark.needs("window_ids")
+@pytest.mark.parametrize("name", LARGE)
+def test_windows_of_the_sizes_that_people_run(backend, name):
+    """The same cells and segments in windows small and large, shifted or not."""
+    coords = LARGE[name].coords
+    for window in ((4, 8, 8), (1, 1, 1), (9, 40, 52)):
+        for shifted in (False, True):
+            found = backend.window_ids(coords, window, shifted)
+            wanted = reference.window_ids(coords, window, shifted)
+            assert_exact(first_seen(found), first_seen(wanted), name, f"windows {window}, shifted {shifted}")
+
+
+def first_seen(ids: torch.Tensor) -> torch.Tensor:
+    """Each id replaced by the place of its first token in the row, -1 left as it is."""
+    rows = []
+    for row in ids.tolist():
+        places: dict[int, int] = {-1: -1}
+        rows.append([places.setdefault(number, place) for place, number in enumerate(row)])
+    return torch.tensor(rows)
+
+
+@property_of("scan_order", "inverse_order", "window_ids", cases=CASES)
+def test_layouts_do_not_depend_on_strides_and_leave_their_arguments(backend, case: LayoutCase):
+    """Coordinates with gaps and their last axis first in memory; nothing is written to them."""
+    coords = case.layout.coords
+    strided, copy = oddly_strided(coords), coords.clone()
+    order = backend.scan_order(coords, case.layer_index)
+    assert_exact(backend.scan_order(strided, case.layer_index), order, case, "order of strided coords")
+    assert_exact(strided, copy, case, "coords after the call")
+    for name, call in (
+        ("window_ids", lambda given: backend.window_ids(given, case.window_thw, case.shifted)),
+        ("inverse_order", lambda given: backend.inverse_order(oddly_strided(order))),
+    ):
+        assert_exact(call(strided), call(coords), case, f"{name} of strided coords")
+    assert_exact(strided, copy, case, "coords after the call")
+
+
+@property_of("scan_order", "window_ids", cases=CASES)
+def test_layouts_are_not_remembered_between_calls(backend, case: LayoutCase):
+    """Other coordinates in the same memory have their own orders and windows."""
+    coords = case.layout.coords.clone()
+    others = torch.cat([coords[..., :1], coords[..., 1:].flip(-1)], dim=-1)
+    windows = (case.window_thw, case.shifted)
+    wanted = backend.scan_order(others, case.layer_index), backend.window_ids(others, *windows)
+    backend.scan_order(coords, case.layer_index)
+    backend.window_ids(coords, case.window_thw, case.shifted)
+    coords.copy_(others)
+    assert_exact(backend.scan_order(coords, case.layer_index), wanted[0], case, "order of changed coords")
+    found = backend.window_ids(coords, case.window_thw, case.shifted)
+    assert_exact(partition(found), partition(wanted[1]), case, "windows of changed coords")

@@ -171,6 +171,23 @@ def test_strong_decay_is_finite_and_forgets_everything(backend, case: ScanCase):
     assert_same({"y": found["y"]}, {"y": own_write.to(found["y"].dtype)}, case)
 
 
+@scan(cases=scan_cases(EXACT))
+def test_almost_no_decay_matches_the_reference(backend, case: ScanCase):
+    """|A| of 1e-7 and less, down to what float32 takes for none: gradients too, that of A included."""
+    A = case.inputs()["A"]
+    tiny = -(10.0 ** -torch.linspace(7, 30, len(A), dtype=torch.float64)).to(A)
+    operator_checks.check_matches_the_reference(backend, case.changed(A=tiny))
+
+
+@scan(cases=scan_cases(("float16", "mixed"), initial_state=False))
+def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case: ScanCase):
+    """x of 2,000 and steps of 100: their product overflows float16, the result does not."""
+    given = case.inputs()
+    x, small = quarters(given["x"], case.seed) * 1000, 2.0**-13
+    edge = case.changed(x=x, dt=torch.full_like(given["dt"], 100), B=given["B"] * small, C=given["C"] * small)
+    operator_checks.check_matches_the_reference(backend, edge, of=("y",))  # the state's gradient overflows
+
+
 @scan(cases=scan_cases(EXACT, mask="none"))
 def test_large_and_tiny_steps_are_finite(backend, case: ScanCase):
     """Steps of 1e-6 and 1e4 side by side overflow nothing, forward or backward."""

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..harness import operator_checks
-from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
+from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64, quarters
 from ..harness.layouts import Layout, Text
 from ..harness.operator_cases import (
     DTYPES,
@@ -79,6 +79,19 @@ def test_a_finished_row_may_hold_anything_and_gets_no_gradient(backend, case: St
     assert_same(run(backend, finished.changed(**spoilt), gradients=True), clean, case)
     for name in ("x", "dt", "B", "C"):
         assert_zero(clean[f"grad {name}"][1], case, f"grad {name} of the finished row")
+
+
+@step(cases=step_cases(("float16", "mixed")))
+def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case: StepCase):
+    """x of 2,000 and steps of 100: their product overflows float16, the result does not."""
+    given, small = case.inputs(), 2.0**-13
+    edge = case.changed(
+        x=quarters(given["x"], case.seed) * 1000,
+        dt=torch.full_like(given["dt"], 100),
+        B=given["B"] * small,
+        C=given["C"] * small,
+    )
+    operator_checks.check_matches_the_reference(backend, edge, of=("y",))  # the state's gradient overflows
 
 
 @step("bidirectional_scan", cases=bidirectional_cases(DTYPES, layout=Layout(((Text(7),), (Text(7),)))))

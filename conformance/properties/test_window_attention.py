@@ -67,10 +67,15 @@ def test_permuting_the_tokens_permutes_the_result(backend, case: WindowCase):
 
 @windows(cases=window_cases())
 def test_renumbering_the_windows_changes_nothing(backend, case: WindowCase):
-    """Ids only say what belongs together in one row: large, sparse ids, other ones in every row."""
-    ids = case.inputs()["window_id"]
-    sparse = torch.where(ids >= 0, 1_000_003 * (case.windows - ids) + torch.arange(case.batch)[:, None], ids)
-    assert_same(run(backend, case.changed(window_id=sparse)), run(backend, case), case)
+    """Ids only say what belongs together in one row: large, sparse, equal in their last or first bits."""
+    ids, wanted = case.inputs()["window_id"], run(backend, case)
+    for first, step in ((0, 1_000_003), (2**33, 2**32), (2**26, 1), (2**62, 1)):
+        renamed = torch.where(ids >= 0, first + step * (case.windows - ids), ids)
+        assert_same(run(backend, case.changed(window_id=renamed)), wanted, case)
+    rows = torch.arange(case.batch)[:, None]
+    for stride in (1, 1000, 2**20):  # no number joins row and id
+        apart = torch.where(ids >= 0, ids + stride * (case.batch - rows), ids)
+        assert_same(run(backend, case.changed(window_id=apart)), wanted, case)
 
 
 @windows(cases=window_cases())
@@ -112,6 +117,14 @@ def test_large_scores_are_finite(backend, case: WindowCase):
     """Scores far beyond the range of exp, forward and backward, where the softmax picks one token."""
     for name, tensor in run(backend, case.changed(scale=3000.0), gradients=True).items():
         assert torch.isfinite(tensor).all(), f"{name} must be finite: {case!r}"
+
+
+@windows(cases=window_cases(("float16", "bfloat16")))
+def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case: WindowCase):
+    """q and k of 300: their products, and their sum, overflow float16; the softmax does not care."""
+    given = case.inputs()
+    edge = case.changed(q=given["q"] * 300, k=given["k"] * 300, scale=1e-5)
+    operator_checks.check_matches_the_reference(backend, edge)
 
 
 @windows(cases=window_cases(batch=3))

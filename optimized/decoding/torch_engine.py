@@ -100,16 +100,16 @@ def project(inputs: ProjectionInputs) -> ProjectionOutputs:
 
 def text_step(inputs: TextStepInputs) -> TextStepOutputs:
     """Scale of C, convolution, dt and A, one step of the scan, norm and output gate."""
-    valid, wide = inputs.valid, inputs.scan_state.dtype
-    parts, scales = [inputs.x, inputs.B, inputs.C], [1.0, 1.0, inputs.scale]
+    valid, wide, parts = inputs.valid, inputs.scan_state.dtype, (inputs.x, inputs.B, inputs.C * inputs.scale)
+    xBC = torch.cat([part.flatten(1) for part in parts], dim=1)[:, None]
     if inputs.conv_weight is None:
-        x, B, C = (part * scale for part, scale in zip(parts, scales, strict=True))
-        conv_state = x.new_zeros(len(x), 0, sum(part[0].numel() for part in parts))
+        conv_state = xBC.new_zeros(len(xBC), 0, xBC.shape[2])
     else:
         mask = None if valid is None else valid[:, None]
         weights = (inputs.conv_weight, inputs.conv_bias, mask, inputs.conv_state)
-        outs, conv_state = conv.forward(ConvInputs([part[:, None] for part in parts], scales, *weights))
-        x, B, C = (out[:, 0] for out in outs)
+        (xBC,), conv_state = conv.forward(ConvInputs([xBC], [1.0], *weights))
+    split = xBC[:, 0].split([part[0].numel() for part in parts], dim=1)
+    x, B, C = (part.view(like.shape) for part, like in zip(split, parts, strict=True))
     dt, A = F.softplus(inputs.rate.to(wide)), -torch.exp(inputs.A_log.to(wide))
     y, scan_state = scan_step(StepInputs(inputs.scan_state, x, dt, A, B, C, inputs.D, valid))
     inputs.scan_state.copy_(scan_state)

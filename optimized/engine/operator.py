@@ -13,7 +13,7 @@ the first tensor.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
@@ -138,31 +138,38 @@ class Operator:
         """
         inputs, outputs = self.inputs, self.outputs
         of = outputs._fields if of is None else of
-        nothing = outputs(*[None] * len(outputs._fields))
+        results, kinds = schema_of(outputs), schema_of(inputs)
+        of_places, saved_places = ([outputs._fields.index(name) for name in names] for names in (of, saved))
+        grad_places = [inputs._fields.index(name) for name in grads._fields]
+        unread_places = [inputs._fields.index(name) for name in unread]
 
-        def arranged(given: tuple) -> tuple[NamedTuple, NamedTuple, NamedTuple]:
+        def arranged(given: Sequence) -> tuple[NamedTuple, NamedTuple, NamedTuple]:
             """The arguments of `backward`, from those of the registered operator."""
-            values = iter(given)
-            found = {name: next(values) for name in of}
-            kept = {name: next(values) for name in saved}
-            own = inputs(*values)
-            if unread:
-                own = own._replace(**dict.fromkeys(unread, found[of[0]]))
-            return own, nothing._replace(**kept), nothing._replace(**found)
+            found, kept = [None] * len(results), [None] * len(results)
+            for place, value in zip(of_places, given, strict=False):
+                found[place] = value
+            for place, value in zip(saved_places, given[len(of) :], strict=False):
+                kept[place] = value
+            own = list(given[len(of) + len(saved) :])
+            for place in unread_places:
+                own[place] = given[0]
+            return inputs._make(own), outputs._make(kept), outputs._make(found)
 
         def run(*given) -> list[Tensor]:
-            result, own = self.run(backward, *arranged(given)), arranged(given)[0]
-            names = [name for name in grads._fields if getattr(own, name) is not None]
-            found, wanted = (tensors_in(getattr(each, name) for name in names) for each in (result, own))
-            return [grad.to(like.dtype).contiguous() for grad, like in zip(found, wanted, strict=True)]
+            """The gradients of the inputs that are there, in the order of `grads`."""
+            own, kept, found = arranged(given)
+            result, wanted = [], []
+            for grad, place in zip(self.run(backward, own, kept, found), grad_places, strict=True):
+                if own[place] is not None:
+                    wanted += own[place] if isinstance(own[place], list) else [own[place]]
+                    result += grad if isinstance(grad, list) else [grad]
+            return [grad.to(like.dtype).contiguous() for grad, like in zip(result, wanted, strict=True)]
 
         def empty_grads(*given) -> list[Tensor]:
             own = arranged(given)[0]
-            return [
-                like.new_empty(like.shape) for like in tensors_in([getattr(own, n) for n in grads._fields])
-            ]
+            wanted = tensors_in(own[place] for place in grad_places)
+            return [like.new_empty(like.shape) for like in wanted]
 
-        kinds, results = schema_of(inputs), schema_of(outputs)
         arguments = [f"{OPTIONAL[results[name]]} {name}_grad" for name in of]
         arguments += [f"{results[name]} {name}_out" for name in saved]
         arguments += [f"{OPTIONAL[kind] if n in unread else kind} {n}" for n, kind in kinds.items()]
@@ -172,26 +179,27 @@ class Operator:
 
         def save(ctx, inputs: tuple, output) -> None:
             ctx.set_materialize_grads(False)
-            output = self.outputs(*output) if isinstance(output, tuple) else self.outputs(output)
-            own = self.inputs(*inputs)._replace(**dict.fromkeys(unread))
-            values = [*(getattr(output, name) for name in saved), *own]
+            output, own = output if isinstance(output, tuple) else (output,), list(inputs)
+            for place in unread_places:
+                own[place] = None
+            values = [*(output[place] for place in saved_places), *own]
             ctx.save_for_backward(*tensors_in(values))
             ctx.values = [without_tensors(value) for value in values]
 
         def gradients(ctx, *found) -> tuple:
             if not tensors_in(found):
-                return (None,) * len(inputs._fields)
-            found, tensors = outputs(*found), iter(ctx.saved_tensors)
-            given = [*(getattr(found, name) for name in of), *(with_tensors(v, tensors) for v in ctx.values)]
+                return (None,) * len(kinds)
+            tensors = iter(ctx.saved_tensors)
+            given = [*(found[place] for place in of_places), *(with_tensors(v, tensors) for v in ctx.values)]
             direct = not is_observed() and all(map(is_plain, given))
-            result, own = iter((run if direct else registered)(*given)), arranged(tuple(given))[0]
-            values = {name: getattr(own, name) for name in grads._fields}
-            by_name = {
-                name: [next(result) for _ in value] if isinstance(value, list) else next(result)
-                for name, value in values.items()
-                if value is not None
-            }
-            return tuple(by_name.get(name) for name in inputs._fields)
+            result = iter((run if direct else registered)(*given))
+            own, placed = given[len(of) + len(saved) :], [None] * len(kinds)
+            for place in grad_places:
+                if isinstance(own[place], list):
+                    placed[place] = [next(result) for _ in own[place]]
+                elif own[place] is not None or place in unread_places:
+                    placed[place] = next(result)
+            return tuple(placed)
 
         self.registered.register_autograd(gradients, setup_context=save)
 
@@ -211,19 +219,24 @@ def schema_of(fields: type[NamedTuple]) -> dict[str, str]:
 
 def tensors_in(values: Iterable) -> list[Tensor]:
     """The tensors among some values, those in lists too."""
-    lists = (value if isinstance(value, list | tuple) else (value,) for value in values)
-    return [value for each in lists for value in each if isinstance(value, Tensor)]
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value)
+    return found
 
 
 def without_tensors(value: Any) -> Any:
     """A value with SAVED in the place of tensors."""
-    if isinstance(value, list | tuple):
-        return [without_tensors(each) for each in value]
-    return SAVED if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return SAVED
+    return [without_tensors(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     """The inverse of `without_tensors`."""
-    if isinstance(value, list):
-        return [with_tensors(each, tensors) for each in value]
-    return next(tensors) if value is SAVED else value
+    if value is SAVED:
+        return next(tensors)
+    return [with_tensors(each, tensors) for each in value] if isinstance(value, list) else value

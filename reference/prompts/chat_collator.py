@@ -127,6 +127,9 @@ class ChatCollator:
     def _refuse_control_tokens(self, conversation: Sequence[Mapping[str, Any]]) -> None:
         """Text must not end a turn, open another, or pass for an image."""
         for block in content_blocks(conversation, "text"):
+            must = "a text must be Unicode that can be encoded"
+            halves = re.search(r"[\ud800-\udfff]", block["text"])
+            require(not halves, "ChatCollator", must, "half of a surrogate pair")
             if found := self.control_tokens.search(block["text"]):
                 must = "a text must hold no placeholder or other control token of the model"
                 hint = "take it out, or write it in other characters"

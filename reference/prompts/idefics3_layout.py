@@ -25,7 +25,7 @@ class Idefics3PromptLayout(PromptLayout):
         side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         pixels = inputs.get("pixel_values")
         whole = grid_coordinates(1, side, side)
-        count = 0 if pixels is None else int((input_ids == config.image_token_id).sum()) // len(whole)
+        count = 0 if pixels is None else int((pixels.flatten(2) != 0).any(-1).sum())  # others fill up rows
         tiles = assign_placeholders(input_ids, config.image_token_id, "image", [[whole]] * count)
         placements, item = [], 0
         for row, ids in enumerate(input_ids.tolist()):

@@ -158,7 +158,8 @@ def cache_slot(cache: Cache, layer_index: int) -> LinMUCacheLayer:
         where,
         f"layer {layer_index} of the cache must be unused or hold this model's state",
         "keys and values",
-        "do not share a cache between teacher and student",
+        "do not share a cache between teacher and student; prefix tuning, which makes up keys and values, is "
+        "not supported, prompt tuning and LoRA are",
     )
     cache.layers[layer_index] = LinMUCacheLayer()
     return cache.layers[layer_index]

@@ -58,6 +58,23 @@ class StudentGeneration:
                 types[input_ids == getattr(self.config, f"{modality}_token_id")] = number
         return types
 
+    def placements(self, input_ids: Tensor, inputs: dict[str, Any], past: int = 0) -> list[Placement]:
+        """Return the segments of a batch, where the prompts gave pictures: other placeholders are text.
+
+        Args:
+            input_ids: (B, L) int64; a placeholder may also be a token that was sampled.
+            inputs: the arguments of forward; `mm_token_type_ids` (B, L), 0 = text, tell the two apart.
+            past: how many of the tokens are looked at no more.
+        Raises:
+            ValueError: if placeholders and inputs do not fit.
+        """
+        types = inputs.get("mm_token_type_ids")
+        is_text = torch.arange(input_ids.shape[1], device=input_ids.device) < past
+        if types is not None and types.shape == input_ids.shape:
+            is_text = is_text | (types.to(input_ids.device) == 0)
+        ids = input_ids.masked_fill(is_text & (self.placeholder_types(input_ids) > 0), NO_TOKEN)
+        return self.prompt_layout.placements(self.config, ids, inputs)
+
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
         """Generate as Hugging Face does, with a cache of constant size.
 
@@ -103,14 +120,11 @@ class StudentGeneration:
     ) -> tuple[list[Placement], bool]:
         """Return the segments of a conversation, and whether only the new ones were given."""
         try:
-            return self.prompt_layout.placements(self.config, input_ids, kwargs), False
+            return self.placements(input_ids, kwargs), False
         except ValueError:
-            if not past:
-                raise
-            is_seen = torch.arange(input_ids.shape[1], device=input_ids.device) < past
-            new_ids = input_ids.masked_fill(is_seen, NO_TOKEN)
-            with suppress(ValueError):
-                return self.prompt_layout.placements(self.config, new_ids, kwargs), True
+            if past:
+                with suppress(ValueError):
+                    return self.placements(input_ids, kwargs, past), True
             raise
 
     def _positions(self, past: int, input_ids: Tensor, are_new: bool, kwargs: dict[str, Any]) -> Tensor:
@@ -128,10 +142,10 @@ class StudentGeneration:
         mask = kwargs["attention_mask"]
         names = inspect.signature(model.get_rope_index).parameters
         new = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        for name in ("attention_mask", "mm_token_type_ids"):
-            if name in new:
-                new[name] = new[name][:, past:]
-        new["input_ids"] = input_ids[:, past:]
+        types = kwargs.get("mm_token_type_ids")
+        types = self.placeholder_types(input_ids) if types is None else types
+        whole = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types}
+        new |= {name: value[:, past:] for name, value in whole.items() if name in names}
         vision, deltas = model.get_rope_index(**new)
         text = (mask.long().cumsum(-1) - 1).clamp(min=0)
         positions = text.expand(3, -1, -1).clone()
@@ -150,7 +164,7 @@ class StudentGeneration:
         pictures = {}
         if expand_size > 1 and input_ids is not None and self.has_vision(kwargs):
             layout = self.prompt_layout
-            placements = layout.placements(self.config, input_ids, kwargs)
+            placements = self.placements(input_ids, kwargs)
             layout.repeat_rows(self.config, placements, expand_size, kwargs)
             pictures = {name: kwargs.pop(name) for name in layout.argument_names if name in kwargs}
         input_ids, kwargs = super()._expand_inputs_for_generation(

@@ -61,6 +61,8 @@ class SelfAttentionAdapter:
         packing = [name for name in PACKING if unused.get(name) is not None]
         require(not packing, "SelfAttentionAdapter", "the batch must be padded, not packed", packing)
         cache = past_key_values if cache is None else cache
+        must, hint = "there must be no cache, as states cannot be exported", "export with use_cache=False"
+        require(cache is None or not torch.compiler.is_exporting(), "torch.export", must, "a cache", hint)
         slot = None if cache is None else cache_slot(cache, self.layer_index)
         y, state = super().forward(
             hidden_states,

@@ -47,6 +47,11 @@ TAKEN_AS_TEXT = (
     "[segment, t, y, x]."
 )
 
+NO_PICTURES = (
+    "A student got placeholder tokens of images or videos, and neither pictures nor linmu_coords: "
+    "it takes them as text."
+)
+
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the decoder layers of a teacher or student, PEFT's wrapping included; each has a `self_attn`."""
@@ -179,18 +184,37 @@ class LinMUModel(StudentGeneration):
                 logger.warning_once(TAKEN_AS_TEXT)
             return None
         tokens = input_ids if embeds is None else embeds
+        if torch.compiler.is_exporting():
+            must, hint = "a student's inputs must be text", "where pictures are depends on values"
+            is_text = coords is None and not self.has_vision(kwargs)
+            require(is_text, "torch.export", must, "pictures", hint)
+            return None
         if coords is None:
             where, must = type(self).__name__, "linmu_coords must come with inputs_embeds"
             hint = "-1 throughout for text; coords are (B, L, 4) [segment, t, y, x]"
             require(input_ids is not None, where, must, None, hint)
-            if not self.has_vision(kwargs):
-                return None  # text, whatever the ids: one that was sampled may be a placeholder's
-            placements = self.prompt_layout.placements(self.config, input_ids, kwargs)
-            if not placements:
-                return None
-            coords = placement_coords(placements, tokens.shape[:2], tokens.device)
-        coords = coords.to(tokens.device)
-        return self.linmu_backend.VisionLayout(coords) if bool((coords >= 0).any()) else None
+            coords = self.picture_coords(input_ids, kwargs)
+        if coords is None or not bool((coords >= 0).any()):
+            return None
+        return self.linmu_backend.VisionLayout(coords.to(tokens.device))
+
+    def picture_coords(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return (B, L, 4) of a forward's pictures; None = text, whatever the ids.
+
+        A placeholder may have been sampled. So one without a picture is an error only if token types say that
+        it stands for one; without types it is said.
+        """
+        is_prompt = input_ids.shape[1] > 1
+        if not self.has_vision(kwargs) and not (is_prompt and kwargs.get("mm_token_type_ids") is not None):
+            if (
+                is_prompt
+                and not torch.compiler.is_compiling()
+                and bool(self.placeholder_mask(input_ids).any())
+            ):
+                logger.warning_once(NO_PICTURES)
+            return None
+        placements = self.placements(input_ids, kwargs)
+        return placement_coords(placements, input_ids.shape, input_ids.device) if placements else None
 
     def placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""

@@ -44,7 +44,7 @@ def padding_mask(
         "padding_mask",
         "attention must be plain causal",
         "packed sequences or a sliding window",
-        "pad the batch instead, with an attention_mask",
+        "pad the batch instead, with an attention_mask; for torch.export pass one in any case",
     )
     compiled = torch.compiler.is_compiling()  # a graph cannot depend on what the mask holds
     if attention_mask is None or (not compiled and bool(attention_mask.all())):

@@ -6,6 +6,7 @@ Each setting is a flag of its name (`--max_pixels 200000`), those of the mixer a
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -150,7 +151,7 @@ class Config:
     teacher: str = "demo"
     """'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model"""
     data: tuple[str, ...] = ("demo",)
-    """'demo', or JSONL files, folders of data sets, OWNER/NAME[:SPLIT] on the Hub; a.jsonl@3 with a weight"""
+    """'demo', or files, FOLDER[:SPLIT], OWNER/NAME[:SPLIT] on the Hub; a.jsonl@3 with a weight"""
     eval_data: tuple[str, ...] = ()
     """held-out conversations, named like --data; none = every 20th sample of --data"""
     output: str = "runs/demo"
@@ -231,6 +232,8 @@ def check_settings(config: Config) -> None:
         "--streaming must come with --eval_data, and without --group_by_length",
         f"{config.eval_data}, {grouped}",
     )
+    warmup = config.optimizer.warmup
+    check(0 <= warmup <= 1, "--warmup must be a share of the steps, from 0 to 1", warmup)
     flat = settings_of(config)
     for name in (
         "batch_size",
@@ -253,6 +256,8 @@ def check_stage(name: str, stage: StageSettings) -> None:
     alone = "teacher" in stage.inputs and (stage.logits or stage.end_to_end)
     must = f"{flag}.logits and {flag}.end_to_end need {flag}.inputs student"
     check(not alone, must, " ".join(stage.inputs))
+    rates = [rate for rate in (stage.learning_rate, stage.learning_rate_new) if rate is not None]
+    check(all(0 <= rate < math.inf for rate in rates), f"{flag}.learning_rate must be 0 or more", rates)
     check(stage.temperature > 0, f"{flag}.temperature must be positive", stage.temperature)
 
 

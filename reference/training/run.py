@@ -6,6 +6,8 @@ import importlib
 import json
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,13 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import find_adapter_config_file
 
 from ..demo import TEACHER
 from ..prompts.processors import load_processor
 from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
-from .config import STAGES, Config, settings_of
+from .config import STAGES, Config
 from .data.conversations import InOrder, skipped
 from .data.open_data import chat_collator, in_order, open_data
 from .evaluation.evaluation import evaluate
@@ -39,16 +42,16 @@ from .evaluation.plots import plot_layers, plot_losses
 from .evaluation.scores import table
 from .parameter_groups import MIXER, MLPS, belongs
 from .progress import Progress
-from .refusal import check
-from .safety.atomic_writes import remove_folder, whole_file, whole_folder, write_text
+from .refusal import RefusedError, check
+from .run_folder import check_folder, claim_folder, taught_path
+from .safety.atomic_writes import whole_file, whole_folder, write_text
+from .safety.distributed_means import weights_on_every_process
 from .safety.memory import leave_inputs_alone, recompute_layers
 from .stage_trainer import StageTrainer, load_taught, taught_tensors
 from .stages import Stage, stage_of, steps_before
 from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .variants import peft_settings, start
 
-# settings that may change when a run goes on
-FREE = ("preset", "output", "stages", "allow_missing_stage", "workers", "report")
 ON_TEACHERS_STATES = Objective(mixer=1.0, inputs="teacher")
 
 
@@ -69,58 +72,49 @@ class Run:
         self.stages = [stage_of(name, config) for name in config.stages]
 
     def prepare(self) -> None:
-        """Claim the folder, open teacher and data, and measure the student before any training."""
+        """Open teacher and data, claim the folder, and measure the student before any training."""
+        self.open()
         if self.process.is_main_process:
-            self.claim_folder()
+            claim_folder(self.config)
         self.process.wait_for_everyone()
         if (self.folder / "results.json").is_file():
             self.results = json.loads((self.folder / "results.json").read_text())
-        self.open()
         self.calibrate()
         if "converted" not in self.results["rows"]:
             self.evaluate("converted")
         self.save_example()
 
     def open(self) -> None:
-        """Load the teacher, convert it, and open the data; nothing is written."""
+        """Look at the folder, load the teacher, convert it, and open the data; nothing is written.
+
+        Raises:
+            RefusedError: for whatever can be known to fail before anything is trained.
+        """
+        if self.process.is_main_process:
+            check_folder(self.config)
         set_seed(self.config.seed)
         self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
-        self.processor = load_processor(self.teacher, padding_side="right")
-        self.encoder = chat_collator(self.processor, self.config.samples)
+        with refused_as_teacher(self.teacher):
+            adapters = find_adapter_config_file(self.teacher)
+            must, hint = "--teacher must hold no adapters", "merge them first, by peft's merge_and_unload"
+            check(not adapters, must, adapters, hint)
+            self.processor = load_processor(self.teacher, padding_side="right")
+            self.encoder = chat_collator(self.processor, self.config.samples)
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
         self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.held_out = HeldOut(held_out, self.encoder, self.config)
-        self.student = self.convert(self.teacher)
+        with refused_as_teacher(self.teacher):
+            self.student = self.convert(self.teacher)
+        if any(stage.trains_mlps for stage in self.stages):
+            peft_settings(self.student, self.config.mlps)  # refused now, not in hours
         for line in about_student(self.student, self.config, self.device):
             self.say(line)
 
-    def claim_folder(self) -> None:
-        """Start a folder, or go on in one whose run had the same settings."""
-        path = self.folder / "config.json"
-        settings = json.loads(json.dumps(settings_of(self.config)))
-        if self.config.overwrite and path.is_file():
-            remove_folder(self.folder)
-        if path.is_file():
-            hint = "--resume goes on in it, --overwrite empties it, --output names another"
-            may_enter = self.config.resume or self.config.stages[0] != "i"
-            check(may_enter, "--output must be a folder without a run", self.folder, hint)
-            before = json.loads(path.read_text())
-            foreign = sorted(before.keys() ^ settings.keys())
-            must = f"{path} must hold the settings of a run of this version of linmu"
-            hint = "resume it with the version that began it, or start another with --output"
-            check(not foreign, must, f"others: {', '.join(foreign[:5])}", hint)
-            changed = [name for name, value in settings.items() if name not in FREE and before[name] != value]
-            got = f"other values of {changed}"
-            check(not changed, "a run must go on with the settings it began with", got,
-                  "--resume DIR takes them from DIR")  # fmt: skip
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=1))
-
     def convert(self, folder: str) -> PreTrainedModel:
         """Teacher -> student with the teacher beside it, all frozen, M-MATE in float32."""
-        dtype = getattr(torch, self.config.dtype)
-        teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
-        settings = self.config.student
+        settings, dtype = self.config.student, getattr(torch, self.config.dtype)
+        with weights_on_every_process():
+            teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
         student = self.backend.convert(teacher, asdict(self.config.mixer), layers=settings.layers)
         attach_teacher(student, teacher)
         student.requires_grad_(False)
@@ -187,7 +181,7 @@ class Run:
     def teach(self, stage: Stage) -> None:
         """Run one stage, or take over its result if it is done."""
         folder = self.folder / f"stage_{stage.name}"
-        done = folder / "taught.safetensors"
+        done = taught_path(self.config, stage.name)
         if not done.is_file():
             self.start_from_previous(stage)
         if stage.trains_mlps:
@@ -221,18 +215,11 @@ class Run:
         load_taught(self.student, done)
 
     def start_from_previous(self, stage: Stage) -> None:
-        """Load the stage before, which must be done."""
+        """Load the stage before; where it is missing, that has been allowed."""
         position = STAGES.index(stage.name)
-        if position == 0:
-            return
-        before = self.folder / f"stage_{STAGES[position - 1]}" / "taught.safetensors"
-        if before.is_file():
+        before = taught_path(self.config, STAGES[position - 1])
+        if position > 0 and before.is_file():
             load_taught(self.student, before)
-        hint = f"run --stages {STAGES[position - 1]} first, or give --allow_missing_stage"
-        allowed = before.is_file() or self.config.allow_missing_stage
-        check(
-            allowed, f"stage {stage.name} must start from stage {STAGES[position - 1]}", f"no {before}", hint
-        )
 
     def last_checkpoint(self, folder: Path) -> str | None:
         """Where a killed stage goes on."""
@@ -308,7 +295,8 @@ class Run:
             if found:
                 picture, self.question, self.answer = found
                 if self.process.is_main_process:
-                    picture.save(self.folder / "example.png")
+                    with whole_file(self.folder / "example.png") as part:
+                        picture.save(part, "PNG")
                 return
 
     def say_skipped(self) -> None:
@@ -329,8 +317,10 @@ class Run:
             with whole_folder(folder) as part:
                 student.save_pretrained(part)
                 self.processor.save_pretrained(part)
-            plot_losses(self.folder / "metrics.jsonl", self.folder / "loss.png")
-            plot_layers(self.results["rows"], self.folder / "layers.png")
+            with whole_file(self.folder / "loss.png") as part:
+                plot_losses(self.folder / "metrics.jsonl", part)
+            with whole_file(self.folder / "layers.png") as part:
+                plot_layers(self.results["rows"], part)
         self.say("\n" + table(self.results["rows"]))
         self.say_skipped()
         self.say(
@@ -343,6 +333,18 @@ class Run:
             command = ["python", "-m", "linmu.reference.demo.ask", str(folder), str(picture), self.question]
             self.say(f"  {shlex.join(command)}")
         return self.results
+
+
+@contextmanager
+def refused_as_teacher(name: str) -> Iterator[None]:
+    """Turn what is said of a teacher that cannot be opened or converted into a refusal that names it."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except (ValueError, OSError) as error:
+        must = "--teacher must be a model that can be converted"
+        raise RefusedError(f"distill: {must}, got {name}: {error}") from error
 
 
 def example_of(messages: list[dict[str, Any]]) -> tuple[Image.Image, str, str] | None:

@@ -7,6 +7,7 @@ have seen.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
@@ -60,6 +62,10 @@ class StageTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         where = f"stage {self.stage.name}, step {self.state.global_step + 1}"
         refuse_infinite_loss(self.model, loss, where, names, self.last_good())
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                # 0, as `with_gradient_anchor` has it: AdamW's momentum moves what this batch did not reach
+                parameter.grad = torch.zeros_like(parameter)
         if self.watched:
             refuse_idle_training(self.model, self.optimizer, where)
             self.watched = False
@@ -94,6 +100,19 @@ class StageTrainer(Trainer):
         kind, options = self.get_optimizer_cls_and_kwargs(self.args)
         self.optimizer = kind([{"params": group, "lr": rate} for rate, group in groups.items()], **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """A linear rise over the warm-up, then a cosine; the first step learns, and so does the last."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def share_of_rate(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = (step + 1 - warmup) / (num_training_steps + 1 - warmup)
+            return 0.5 * (1 + math.cos(math.pi * done))
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, share_of_rate)
+        return self.lr_scheduler
 
     def learning_rate(self, name: str) -> float:
         """Of a tensor: MLPs, M-MATE's own tensors and copied ones learn at different rates."""

@@ -26,9 +26,9 @@ def start(student: nn.Module, settings: StudentSettings) -> None:
             continue
         mixer = module.mixer
         if settings.init == "random":
-            for branch in (mixer.flex_ma, mixer.local_swin):
+            for branch in (mixer.flex_ma,) if mixer.config.text_only else (mixer.flex_ma, mixer.local_swin):
                 start_at_random(branch)
-        if settings.branches != "both":
+        if settings.branches != "both" and not mixer.config.text_only:
             mixer.mix_proj.weight.zero_()
             mixer.mix_proj.bias.fill_(PINNED if settings.branches == "flex" else -PINNED)
         if settings.branches == "local":  # text has no other branch: it is left to the residual stream

@@ -1,9 +1,9 @@
-"""Every code block of the README runs, and what it says about the tree is so.
+"""Every code block of every README runs, and what they say about the tree is so.
 
 The two installing commands run letter for letter, in a fresh clone and environment, in `.ci/run`; here they
-are only read. Every other block runs here: a file is written, Python is executed in one namespace from top to
-bottom, a shell command is run with the options appended that `SHORTER` names, a Hub name is replaced by the
-bundled teacher.
+are only read. Every other block runs here, each page on its own: a file is written, Python is executed in one
+namespace from top to bottom, a shell command is run with the options appended that `SHORTER` names, a Hub
+name is replaced by the bundled teacher. What cannot run here (it needs a GPU, or several machines) is `text`.
 """
 
 import json
@@ -25,6 +25,12 @@ from linmu.reference.prompts.chat_collator import content_blocks
 from linmu.reference.training.data.turns import read_turns
 
 ROOT = Path(__file__).resolve().parents[3]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".github", "conformance", "optimized", "reference", ".")
+    for path in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+    if "results" not in path.parts
+)
 README = (ROOT / "README.md").read_text()
 
 
@@ -50,17 +56,24 @@ def read_blocks(text: str) -> list[Block]:
 
 
 BLOCKS = read_blocks(README)
+LONGEST = 260  # lines of the first page: what is read in one sitting
 
 
 def blocks_marked(marker: str) -> list[Block]:
     return [block for block in BLOCKS if block.marker.startswith(marker)]
 
 
-def test_no_code_block_is_overlooked():
-    fences = [line for line in README.splitlines() if line.lstrip().startswith(("```", "~~~"))]
-    assert len(fences) == 2 * len(BLOCKS)
-    handled = {"bash", "python", "json", "text", "bibtex"}
-    assert [block for block in BLOCKS if block.language not in handled] == []
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_code_block_is_overlooked(page):
+    text = (ROOT / page).read_text()
+    fences = [line for line in text.splitlines() if line.lstrip().startswith(("```", "~~~"))]
+    assert len(fences) == 2 * len(read_blocks(text))
+    handled = {"bash", "python", "json", "yaml", "text", "bibtex"}
+    assert [block for block in read_blocks(text) if block.language not in handled] == []
 
 
 def test_ci_runs_exactly_the_two_commands_of_the_readme():
@@ -88,19 +101,23 @@ def test_each_command_makes_an_environment_installs_and_does_its_job(marker, job
     assert set(re.fullmatch(r"\.\[(.*)\]", editable[1])[1].split(",")) <= set(extras)
 
 
-def test_the_map_names_every_file_of_the_reference():
-    (tree_map,) = (block.source for block in BLOCKS if block.source.startswith("reference/"))
-    named = [line.split()[0] for line in tree_map.splitlines() if line]
-    assert [name for name in named if not (ROOT / name).exists()] == []
-    files = {f"reference/{path.name}" for path in (ROOT / "reference").glob("*.py")} - {
-        "reference/__init__.py"
-    }
-    assert sorted(files - set(named)) == []
+def test_the_tour_names_every_file_that_is_the_paper():
+    tour = (ROOT / "reference" / "README.md").read_text()
+    files = {path.name for path in (ROOT / "reference").glob("*.py")} - {"__init__.py"}
+    assert sorted(name for name in files if name not in tour) == []
 
 
-def test_every_relative_link_leads_to_a_file():
-    links = re.findall(r"\]\((?!https?://|#)([^)]+)\)", README)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_leads_to_a_file(page):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_that_is_written_down_exists(page):
+    folders = r"`((?:reference|optimized|conformance|\.github|\.ci)/[\w./-]*)`"
+    paths = re.findall(folders, (ROOT / page).read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_the_citation_names_the_paper_and_invents_no_author():
@@ -120,9 +137,11 @@ SHORTER = {
     "--seeds 1 --variants full",
     "torchrun --nproc_per_node 2 distill.py": f"--preset smoke {STEPS} --batch_size 1 --eval_samples 1 --cpu",
     "pytest conformance/": "-k inverse",
+    "pytest --pyargs linmu.conformance": "-k inverse",
     "python -m linmu.reference.student.convert": "",
     "python -m linmu.optimized.benchmark": "--only decode --lengths 320 --layers 1",
 }
+NOT_RUN = {".github/CONTRIBUTING.md": "it installs, and runs the whole suite"}
 HUB_TEACHER = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
@@ -165,22 +184,35 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_blocks_run_from_top_to_bottom(checkout):
+def run_page(page: str, folder: Path) -> dict[str, object]:
+    """Run every block of a page in `folder`; return the names that its Python blocks left."""
     names: dict[str, object] = {}
-    for block in BLOCKS:
+    for block in read_blocks((ROOT / page).read_text()):
         source = block.source.replace(HUB_TEACHER, str(TEACHER))
         if block.marker.startswith("file: "):
-            (checkout / block.marker.removeprefix("file: ")).write_text(source)
+            (folder / block.marker.removeprefix("file: ")).write_text(source)
         if block.language == "json":
-            make_pictures(source, checkout)
-        elif block.language == "bash" and not block.marker:
-            output = run_shell(source, checkout)
+            make_pictures(source, folder)
+        elif block.language == "bash" and not block.marker.startswith("ci: "):
+            output = run_shell(source, folder)
             if source.startswith("pytest"):
                 assert re.search(r"\b[1-9]\d* passed", output), output
         elif block.language == "python":
-            code = "\n" * block.line + source  # so that a traceback shows the README's line numbers
-            exec(compile(code, "README.md", "exec"), names)
-    assert names["tokens"].shape[1] > names["inputs"]["input_ids"].shape[1]
-    assert names["y"].shape == (1, 10, 4, 16)
-    assert names["final_state"].shape == (1, 4, 16, 16)
-    assert (checkout / "untrained" / "model.safetensors").is_file()
+            code = "\n" * block.line + source  # so that a traceback shows the page's line numbers
+            exec(compile(code, page, "exec"), names)
+    return names
+
+
+def has_code(page: str) -> bool:
+    """Whether there is anything to run on a page."""
+    return any(block.language in ("bash", "python") for block in read_blocks((ROOT / page).read_text()))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if has_code(page) and page not in NOT_RUN])
+def test_the_blocks_run_from_top_to_bottom(page, checkout):
+    names = run_page(page, checkout)
+    if page == "README.md":
+        assert names["tokens"].shape[1] > names["inputs"]["input_ids"].shape[1]
+        assert names["y"].shape == (1, 10, 4, 16)
+        assert names["final_state"].shape == (1, 4, 16, 16)
+        assert (checkout / "untrained" / "model.safetensors").is_file()

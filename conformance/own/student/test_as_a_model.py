@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from linmu import optimized, reference
@@ -193,3 +194,60 @@ def test_a_quantised_teacher_is_refused():
         ValueError, match=r"convert: teacher must not be quantised, got weights of \['torch.int8'\]"
     ):
         reference.convert(teacher)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_text_student_is_exported_and_what_cannot_be_says_so(package, strict):
+    student = shake_mixers(PACKAGES[package].convert(small_llama()))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    program = torch.export.export(student, (), inputs | {"use_cache": False}, strict=strict)
+    got = program.module()(**inputs, use_cache=False).logits
+    torch.testing.assert_close(got, logits_of(student, inputs), rtol=0, atol=1e-5)
+    with pytest.raises(Exception, match=r"torch.export: there must be no cache, as states cannot"):
+        torch.export.export(student, (), inputs | {"use_cache": True}, strict=strict)
+    pictures = PACKAGES[package].convert(build_teacher())
+    with pytest.raises(Exception, match=r"torch.export: a student's inputs must be text, got pictures"):
+        torch.export.export(pictures, (), every_kind() | {"use_cache": False}, strict=strict)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+def test_prefix_tuning_is_refused_by_name_and_prompt_tuning_works_for_text(family):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    model = peft.get_peft_model(
+        reference.convert(BUILDERS[family]().teacher), peft.PrefixTuningConfig(**settings)
+    )
+    with pytest.raises(ValueError, match="prefix tuning, which makes up keys and values, is not supported"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    student = reference.convert(small_llama())
+    model = peft.get_peft_model(student, peft.PromptTuningConfig(**settings))
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 7, 99)
+
+
+def test_the_any_to_any_pipeline_takes_a_student(tmp_path, monkeypatch):
+    monkeypatch.setenv(BACKEND_VARIABLE, "optimized")
+    pytest.importorskip("torchvision", reason="transformers' pipeline wants it")
+    tiny = BUILDERS["llava_onevision"]()
+    reference.convert(tiny.teacher).save_pretrained(tmp_path)
+    student = AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    asked = pipeline("any-to-any", model=student, processor=tiny.processor)
+    answer = asked(
+        text="see <image> now", images=tiny.picture("wide", 0), max_new_tokens=2, return_full_text=False
+    )
+    assert isinstance(answer[0]["generated_text"], str)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@torch.no_grad()
+def test_a_text_decoders_student_takes_vision_if_it_was_converted_for_it(package):
+    coords = torch.tensor([[[-1, -1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]]])
+    teacher, ids = small_llama(), torch.tensor([[5, 6, 7, 8, 9]])
+    embeds = teacher.get_input_embeddings()(ids)
+    student = shake_mixers(PACKAGES[package].convert(teacher, {"text_only": False}))
+    seen = student(inputs_embeds=embeds, linmu_coords=coords, use_cache=False).logits
+    assert (seen - logits_of(student, {"input_ids": ids})).abs().max() > 1e-3
+    for_text = PACKAGES[package].convert(teacher)
+    with pytest.raises(ValueError, match=r"FlexMA: layout must be None, .*text_only"):
+        for_text(inputs_embeds=embeds, linmu_coords=coords)

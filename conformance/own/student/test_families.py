@@ -95,7 +95,7 @@ def test_mixers_take_over_the_familys_attention(tiny):
     for index, mixer in mixers(student).items():
         attention = tiny.teacher.get_decoder().layers[index].self_attn
         given = dict(attention.named_parameters())
-        for branch in (mixer.flex_ma, mixer.local_swin):
+        for branch in (mixer.flex_ma, mixer.local_swin) if tiny.image else (mixer.flex_ma,):
             taken = dict(branch.named_parameters())
             assert given.keys() <= taken.keys()
             assert all(torch.equal(taken[name], given[name]) for name in given)
@@ -139,6 +139,52 @@ def test_a_second_turn_with_new_pictures_equals_the_whole_conversation(tiny, stu
         output = run(student, whole, **{CACHE_NAME: opening[CACHE_NAME]})
         wanted = uncached(tiny, student, whole, output.sequences)
         torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_a_second_turn_may_pass_its_new_pictures_alone(tiny, student):
+    """With the whole conversation's ids and mask, as the stock models take it."""
+    second, first = prompts(tiny)[:2]
+    for turn in [tiny.inputs(second, seed=1)] + ([tiny.video(2)] if tiny.video else []):
+        opening = run(student, tiny.inputs(first))
+        whole = joined(tiny, tiny.inputs(first), opening.sequences, turn)
+        like_ids = ("input_ids", "attention_mask", "mm_token_type_ids")
+        new = {name: whole[name] if name in like_ids else value for name, value in turn.items()}
+        new["attention_mask"] = whole["attention_mask"]
+        cache = {CACHE_NAME: opening[CACHE_NAME]}
+        output = run(student, {name: whole[name] if name in like_ids else new[name] for name in new}, **cache)
+        wanted = uncached(tiny, student, whole, output.sequences)
+        torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_a_first_turns_token_types_are_enough_to_continue(tiny, student):
+    first = tiny.inputs(prompts(tiny)[0])
+    opening = run(student, first)
+    pixels = [name for name in first if name.startswith("pixel")]
+    rest = {name: value for name, value in first.items() if name not in pixels or tiny.name == "idefics3"}
+    kept = {name: value for name, value in rest.items() if name in ("mm_token_type_ids", "image_grid_thw")}
+    whole = kept | {"input_ids": opening.sequences, "attention_mask": torch.ones_like(opening.sequences)}
+    output = run(student, whole, **{CACHE_NAME: opening[CACHE_NAME]})
+    wanted = uncached(tiny, student, first, output.sequences)[:, STEPS:]
+    torch.testing.assert_close(step_logits(output), wanted, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_placeholder_that_was_sampled_is_text(tiny, student):
+    """In a row without a picture, and in a batch beside rows that have one."""
+    if not tiny.image:
+        return
+    drawn = torch.tensor([[5, 6, tiny.teacher.config.image_token_id, 7]])
+    assert student.vision_layout(None, {"input_ids": drawn}) is None
+    zeros = {"mm_token_type_ids": torch.zeros_like(drawn)}
+    assert student.vision_layout(None, {"input_ids": drawn} | zeros) is None
+    with pytest.raises(ValueError, match="every run of image tokens must have a grid"):
+        student.vision_layout(None, {"input_ids": drawn, "mm_token_type_ids": zeros["mm_token_type_ids"] + 1})
+    settings = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": None}
+    others = [i for i in range(tiny.teacher.config.get_text_config().vocab_size) if i not in drawn[0, 2]]
+    for use_cache in (True, False):
+        only = {"suppress_tokens": others, "use_cache": use_cache}
+        output = student.generate(drawn[:, :2], attention_mask=torch.ones(1, 2), **settings | only)
+        assert (output[0, 2:] == drawn[0, 2]).all()
 
 
 def test_placeholders_are_where_the_layout_has_vision_or_a_newline(tiny, student):

@@ -308,3 +308,32 @@ def test_text_before_an_image_never_sees_it_and_no_block_sees_what_follows(conve
     changed = converted(**inputs | {"input_ids": longer}).logits
     assert torch.equal(changed[:, :20], wanted[:, :20])
     assert not torch.equal(changed[:, 20:], wanted[:, 20:])
+
+
+def test_a_row_that_drew_a_placeholder_does_not_take_another_rows_picture(converted):
+    """Its token type says that it is text."""
+    image = prompt([7, 8], picture(IMAGE, (1, 1, 1)), [9])
+    drawn = {"input_ids": torch.tensor([[7, 8, IMAGE, 9, 9, 9]])}
+    ids = torch.cat([drawn["input_ids"], image["input_ids"]])
+    types = torch.cat([torch.zeros(1, 6), image["mm_token_type_ids"]])
+    inputs = image | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
+    layout = converted.vision_layout(None, inputs)
+    assert layout.is_vision.tolist() == [[False] * 6, [False, False, False, True, False, False]]
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+@pytest.mark.parametrize("seconds", [torch.tensor([0.5]), [0.5]], ids=["tensor", "list"])
+def test_copies_of_a_row_keep_the_pace_of_its_video(converted, settings, seconds):
+    """Qwen2.5-VL's processor gives `second_per_grid_ts`, which stays when grids are encoded."""
+    inputs = video_prompt() | {"second_per_grid_ts": seconds}
+    torch.manual_seed(0)
+    output = run(converted, inputs, **settings)
+    for row, sequence in enumerate(output.sequences):
+        whole = inputs | {"input_ids": sequence[None], "attention_mask": torch.ones_like(sequence[None])}
+        types = torch.zeros_like(sequence[None])
+        types[:, : inputs["input_ids"].shape[1]] = inputs["mm_token_type_ids"]
+        with torch.no_grad():
+            wanted = converted(**whole | {"mm_token_type_ids": types}, use_cache=False).logits
+        if "num_beams" not in settings:
+            got = torch.stack(output.logits, dim=1)[row]
+            assert_logits(got, wanted[0, inputs["input_ids"].shape[1] - 1 : -1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from linmu.optimized import convert, load
+from linmu.reference.student.cache import CACHE_NAME
 from linmu.reference.student.families import FAMILIES, register_family
 
 from .tiny_checkpoint import shake, shake_mixers
@@ -147,6 +149,82 @@ def test_it_converts_generates_and_comes_back_like_any_other_family(student, tea
     assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is type(student)
 
 
+@torch.no_grad()
+def test_a_second_turn_works_where_forward_does_not_name_the_cache(student):
+    inputs = film()
+    options = {
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    first = student.generate(**inputs, **options)
+    ids = torch.cat([first.sequences, torch.tensor([[11, 12]])], dim=1)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    second = student.generate(**whole, **{CACHE_NAME: first[CACHE_NAME]}, **options)
+    longer = whole | {"input_ids": second.sequences, "attention_mask": torch.ones_like(second.sequences)}
+    wanted = student(**longer, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(second.logits, dim=1), wanted, rtol=0, atol=1e-4)
+
+
 def test_a_name_is_given_once(teacher):
     with pytest.raises(ValueError, match="register_family: name must be new, got llama"):
         register_family("llama", type(teacher), None)
+
+
+class HandWrittenConfig(PreTrainedConfig):
+    """As remote code writes it: an `__init__` of its own, parts made from dictionaries there."""
+
+    model_type = "hand_written"
+    sub_configs = {"text_config": Qwen2Config}  # noqa: RUF012 - Hugging Face's own form
+
+    def __init__(self, text_config=None, image_token_id=IMAGE, video_token_id=VIDEO, **kwargs):
+        given = text_config.to_dict() if isinstance(text_config, Qwen2Config) else text_config or {}
+        self.text_config = Qwen2Config(**given)
+        self.image_token_id, self.video_token_id = image_token_id, video_token_id
+        super().__init__(**kwargs)
+
+
+class HandWritten(NVILAForConditionalGeneration):
+    config_class = HandWrittenConfig
+
+
+class HandWrittenTextConfig(Qwen2Config):
+    """A text decoder's, whose arguments have other names than its attributes."""
+
+    model_type = "hand_written_text"
+
+    def __init__(self, width=32, **kwargs):
+        super().__init__(**{"hidden_size": width} | kwargs)
+
+
+class HandWrittenText(Qwen2ForCausalLM):
+    config_class = HandWrittenTextConfig
+
+
+def hand_written_teachers(nvila) -> dict[str, tuple[PreTrainedModel, Any]]:
+    text = TEXT | {"vocab_size": 64}
+    options = {name: value for name, value in text.items() if name != "hidden_size"}
+    torch.manual_seed(0)
+    return {
+        "hand_written": (HandWritten(HandWrittenConfig(Qwen2Config(**text))), nvila.NVILAPromptLayout()),
+        "hand_written_text": (HandWrittenText(HandWrittenTextConfig(TEXT["hidden_size"], **options)), None),
+    }
+
+
+@pytest.mark.parametrize("name", ["hand_written", "hand_written_text"])
+@torch.no_grad()
+def test_a_teacher_whose_configuration_has_an_init_of_its_own_is_converted(nvila, name, tmp_path):
+    teacher, layout = hand_written_teachers(nvila)[name]
+    type(teacher).get_decoder = lambda self: getattr(self, "llm", self).model
+    register_family(name, type(teacher), layout)
+    try:
+        inputs = film() if layout else {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+        assert torch.equal(convert(teacher.eval(), layers=[])(**inputs).logits, teacher(**inputs).logits)
+        student = shake_mixers(convert(teacher, layers=[0, 2]))
+        student.save_pretrained(tmp_path)
+        again = load(tmp_path)
+        assert again.config.linmu == student.config.linmu
+        assert torch.equal(again(**inputs).logits, student(**inputs).logits)
+    finally:
+        del FAMILIES[type(teacher)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from linmu.reference.demo import KINDS, TEACHER, DigitsQuestions, train_teacher
@@ -296,19 +297,34 @@ def test_the_stated_accuracy_is_reached_on_fresh_questions(teacher, processor):
 
 def test_one_forward_pass_says_what_generation_does(teacher, processor):
     items = DigitsQuestions("heldout", 5).__getitems__(range(24))
-    temporary_objective = answered(teacher, processor, items, batch_size=7).tolist()
+    right = answered(teacher, processor, items, batch_size=7).tolist()
     prompts = ChatCollator(processor, supervise="nothing")(items)
     tokens = teacher.generate(**prompts)[:, prompts["input_ids"].shape[1] :]
     said = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    assert temporary_objective == [text == texts(item)[1] for text, item in zip(said, items, strict=True)]
+    assert right == [text == texts(item)[1] for text, item in zip(said, items, strict=True)]
 
 
 def test_asking_about_one_picture_gives_the_answer_of_the_batch(teacher, processor):
-    from PIL import Image
-
     for item in DigitsQuestions("heldout", 6, kinds=("count", "moment")).__getitems__(range(6)):
         frames = [Image.fromarray(frame) for frame in pixels(item)]
         right = ask(teacher, processor, frames, texts(item)[0]) == texts(item)[1]
         assert right == bool(answered(teacher, processor, [item]))
     with pytest.raises(ValueError, match="at least one, of one size"):
         ask(teacher, processor, [], "Read row 1.")
+    with pytest.raises(ValueError, match="of one size"):
+        ask(teacher, processor, [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 16))], "Read row 1.")
+    with pytest.raises(ValueError, match="fps must be a finite number > 0, got 0"):
+        ask(teacher, processor, frames * 2, "Read row 1.", fps=0)
+
+
+def test_a_photograph_is_asked_about_upright(teacher, processor, tmp_path):
+    (item,) = DigitsQuestions("heldout", 3, kinds=("read",)).__getitems__([0])
+    upright = Image.fromarray(pixels(item)[0])
+    want = ask(teacher, processor, [upright], texts(item)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned to the right by a quarter when it is shown
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    for shown in (tmp_path / "phone.png", str(tmp_path / "phone.png"), Image.open(tmp_path / "phone.png")):
+        assert ask(teacher, processor, [shown], texts(item)[0]) == want == texts(item)[1]
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        ask(teacher, processor, ["gone.png"], "Read row 1.")

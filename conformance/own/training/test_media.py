@@ -115,6 +115,24 @@ def test_the_rate_of_an_animation_is_the_mean_over_the_whole(tmp_path, kind, nam
         assert np.array_equal(np.asarray(got), np.asarray(want))
 
 
+def test_the_picture_for_those_who_cannot_play_an_animation_is_no_frame(tmp_path):
+    path = tmp_path / "film.png"
+    corners().save(path, save_all=True, default_image=True, append_images=shades(3), duration=500)
+    for most in (0, 3):
+        video = Media(tmp_path, max_frames=most).video("film.png")
+        assert [frame.getpixel((0, 0))[0] for frame in video["video"]] == [0, 10, 20]
+        assert video["fps"] == 2.0
+
+
+@pytest.mark.parametrize("pause", [0, 20])
+def test_a_pause_of_nothing_is_shown_for_a_tenth_of_a_second(tmp_path, pause):
+    frames = shades(4)
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:], duration=[pause] * 4)
+    assert Media(tmp_path).video("film.gif")["fps"] == (50.0 if pause else 10.0)
+    frames[0].save(tmp_path / "pages.tiff", save_all=True, append_images=frames[1:])
+    assert Media(tmp_path).video("pages.tiff").keys() == {"video"}
+
+
 def test_the_rate_of_a_film_is_the_mean_over_the_whole(tmp_path):
     times = [*range(10), 30, 31, 50, 75]  # phones film with variable frame rates
     write_film(tmp_path / "film.mp4", shades(14), rate=10, times=times)

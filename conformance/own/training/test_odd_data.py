@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import base64
+import copy
 import importlib.util
 import json
+import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-import distill
 from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.chat_collator import GROUNDING, ChatCollator, control_tokens
 from linmu.reference.prompts.processors import load_processor
-from linmu.reference.training.data.conversations import Conversations, skipped
+from linmu.reference.training.commands.command_line import parse
+from linmu.reference.training.data.conversations import BrokenSampleError, Conversations, Mixture, skipped
 from linmu.reference.training.data.films import MissingPackageError
 from linmu.reference.training.data.open_data import open_data, parse_weight
-from linmu.reference.training.data.sources import open_rows
+from linmu.reference.training.data.sources import Stream, StreamEndedError, open_rows
 from linmu.reference.training.data.turns import read_turns
 from linmu.reference.training.refusal import RefusedError
 
@@ -228,7 +233,13 @@ ROWS = {name: ({"messages": messages}, says) for name, (messages, says) in REFUS
     "brackets without end": ("[" * 100_000, "RecursionError"),
     "a byte that is not UTF-8": (json.dumps(GOOD).encode().replace(b"W", b"\xff\xfe"), "UnicodeDecode"),
     "a number": ("7", "must be an object, got int|must be an object with messages, got int"),
-    "tools": (GOOD | {"tools": [{}]}, "must not come with tools"),
+    "tools": (GOOD | {"tools": [{}]}, "must hold its tools in its system turn"),
+    "an image and others": (GOOD | {"image": "a.png", "images": ["b.png"]}, "image or images, got both"),
+    "a kind that is a list": (GOOD | {"kind": ["a"]}, "kind must be a name"),
+    "a kind that is NaN": (GOOD | {"kind": float("nan")}, "kind must be a name, got nan"),
+    "half a character": (GOOD | {"image": "\ud83d.png"}, r"FileNotFoundError: .ud83d.png must exist"),
+    "half a character of text": ({"messages": [ASK | {"content": "\ud83d"}, SAY]}, "half of a surrogate"),
+    "a name of two lines": (GOOD | {"image": "a\nb\0.png"}, r"a.nb.x00.png must exist"),
     "a prompt alone": ({"prompt": "a"}, "a prompt and a completion, got keys"),
     "an fps of a row": (GOOD | {"video": "film.mp4", "fps": 0}, "got 0"),
     "a base64 image": (GOOD | {"image": "data:image/png;base64," + "A" * 400_000}, r"\(400022 characters\)"),
@@ -244,13 +255,72 @@ def test_an_odd_sample_is_named_or_skipped_and_streams_say_the_same(folder, coll
         with pytest.raises(ValueError, match=r"mine.jsonl, line 2: .*(" + says + ")") as caught:
             data[1]
         complaints.append(str(caught.value))
-        assert len(complaints[-1]) < 900
+        assert len(complaints[-1]) < 900 and complaints[-1].isprintable()
         report = folder / f"{streaming}.jsonl"
         data = Conversations(open_rows(str(path), streaming), "skip", prepare=collator.encode, report=report)
         assert [data[i]["name"][-6:] for i in (0, 1, 2)] == ["line 1", "line 3", "line 3"]
-        assert sum(skipped(report).values()) == 1
+        data[1]
+        assert sum(skipped(report).values()) == 1 == len(report.read_text().splitlines())
         assert streaming or data.rough_length(1) >= 0  # --group_by_length asks every sample
     assert complaints[0] == complaints[1]
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from(["a.png", "film.mp4", "<image>", "user", "assistant", "text", "image"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["type", "text", "image", "role", "content", "path", "url"]), inner),
+    max_leaves=6,
+)  # fmt: skip
+SAMPLES = [
+    {"messages": asked({"type": "image", "image": "a.png"}, TEXT), "kind": "x"},
+    {
+        "conversations": [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}],
+        "image": "a.png",
+    },
+    {"prompt": "a", "completion": "b", "videos": [["a.png", "a.png"]], "fps": 2.0, "system": "c"},
+]
+
+
+def parts_of(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The ways to all parts of a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield (*path, key)
+        yield from parts_of(part, (*path, key))
+
+
+@given(data=st.data(), sample=st.sampled_from(SAMPLES), junk=ANYTHING)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_stands_in_a_sample_it_is_read_or_named(tmp_path, collator, data, sample, junk):
+    for name in ("a", "a.png"):
+        corners().save(tmp_path / name, "PNG")
+    row = copy.deepcopy(sample)
+    *way, last = data.draw(st.sampled_from([*parts_of(row), ("images",), ("tools",), ("more",)]))
+    inner = row
+    for key in way:
+        inner = inner[key]
+    inner[last] = junk
+    rows = Conversations(str(write(tmp_path / "mine.jsonl", row)), prepare=collator.encode)
+    try:
+        tensors = rows[0]["tensors"]
+    except BrokenSampleError as error:
+        assert re.search(r"mine.jsonl, line 1: \w*Error: .* got|must exist", str(error)), error
+        assert str(error).isprintable() and len(str(error)) < 900
+    else:
+        learnt = tensors["labels"] != -100
+        assert learnt.any() and not learnt[tensors["mm_token_type_ids"] > 0].any()
+
+
+def test_a_kind_is_any_name(tmp_path):
+    for kind, name in ((0, "0"), (2, "2"), ("time", "time"), (None, "all"), ("", "all")):
+        assert Conversations(str(write(tmp_path / "mine.jsonl", GOOD | {"kind": kind})))[0]["kind"] == name
+
+
+def test_an_image_may_be_named_twice(folder):
+    for several in (["a.png"], "a.png", []):
+        image, _ = one_image(folder, {"messages": [ASK, SAY], "image": "a.png", "images": several or None})
+        assert image.size == corners().size
 
 
 def test_a_decompression_bomb_breaks_its_own_sample(folder, monkeypatch):
@@ -268,7 +338,7 @@ FILES = {
     "CRLF": (LINES + b"\r\n\r\n" + LINES + b"\r\n", [1, 3]),
     "no last line break": (LINES + b"\n" + LINES, [1, 2]),
     "blank lines": (b"\n \n\t\n" + LINES + b"\n\n" + LINES + b"\n\n", [4, 6]),
-    "separators of Unicode": (LINES.replace(b"good", "a\u2028b\x85c".encode()) + b"\n" + LINES, [1, 2]),
+    "separators of Unicode": (LINES.replace(b"What", "a\u2028b\x85c".encode()) + b"\n" + LINES, [1, 2]),
 }  # fmt: skip
 
 
@@ -392,10 +462,17 @@ def test_weights_are_finite_and_above_zero(tmp_path):
             parse_weight(f"a.jsonl@{weight}")
 
 
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+def test_a_mixture_refuses_such_weights_wherever_they_stand(weight):
+    for weights in ((1.0, weight), (weight, 1.0)):
+        with pytest.raises(ValueError, match="Mixture: weights must be finite numbers > 0"):
+            Mixture([range(3), range(3)], weights, seed=0)
+
+
 def test_a_run_refuses_bad_weights_and_names(folder, collator):
     write(folder / "a.jsonl", *[GOOD] * 3)
     for data in ("a.jsonl@0", "a.jsonl@nan", "gone.jsonl", "a.jsonl:train"):
-        config = distill.parse(["--teacher", str(TEACHER), "--data", str(folder / data)])
+        config = parse(["--teacher", str(TEACHER), "--data", str(folder / data)])
         with pytest.raises(RefusedError):
             open_data(config, collator, folder / "report.jsonl", 1)
 
@@ -441,6 +518,25 @@ def test_films_without_pyav_are_one_refusal_at_the_start(folder, on_broken, monk
         stream[4]
     data = Conversations(str(without), "skip")
     assert [len(data[i]["messages"][0]["content"][0].get("video", [])) for i in range(3)] == [0, 4, 2]
+
+
+def endless_trouble() -> Iterator[dict]:
+    """Two rows, and the connection is gone."""
+    yield GOOD | {"_number": 0}
+    yield GOOD | {"_number": 1}
+    raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize("on_broken", ["refuse", "skip"])
+def test_a_stream_that_breaks_off_ends_the_run_by_name(on_broken):
+    rows = Stream("OWNER/NAME", datasets.IterableDataset.from_generator(endless_trouble), Path())
+    data = Conversations(rows, on_broken)
+    assert data[1]["name"] == "OWNER/NAME, row 1"
+    for _ in range(2):
+        with pytest.raises(
+            StreamEndedError, match=r"OWNER/NAME must be readable on, got Conn.* after 2 rows"
+        ):
+            data[2]
 
 
 def test_every_control_token_is_refused_wherever_it_stands(collator):

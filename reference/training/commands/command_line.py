@@ -64,9 +64,7 @@ def expand_resume(arguments: list[str]) -> list[str]:
         return arguments
     folder = Path(arguments[place])
     kept = folder / "config.json"
-    check(
-        kept.is_file(), "--resume must be followed by the folder of a run", folder, "it holds no config.json"
-    )
+    check(kept.is_file(), "--resume must be followed by a run's folder, with a config.json", folder)
     own = ["--output", str(folder), "--settings", str(kept)]
     return [*arguments[:place], *own, *arguments[place + 1 :]]
 

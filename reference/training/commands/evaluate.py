@@ -23,6 +23,7 @@ from ..data.open_data import chat_collator, open_held_out
 from ..evaluation.held_out import HeldOut
 from ..evaluation.scores import Rows, Scores, table
 from ..refusal import RefusedError, check
+from ..safety.distributed_means import weights_on_every_process
 from ..teacher_student import supervised
 from .command_line import parse
 
@@ -70,13 +71,13 @@ def open_models(folder: str, config: Config, device: torch.device) -> dict[str, 
     """Teacher, if there is one, and student, in the dtype asked for; what must be float32 stays so."""
     dtype = getattr(torch, config.dtype)
     try:
-        student = importlib.import_module(f"linmu.{config.backend}").load(folder, dtype=dtype)
-    except ValueError as error:
-        raise RefusedError(str(error)) from None
-    models = {"student": student}
-    if config.teacher != NO_TEACHER:
-        name = str(TEACHER) if config.teacher == "demo" else config.teacher
-        models = {"teacher": AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)} | models
+        with weights_on_every_process():
+            models = {"student": importlib.import_module(f"linmu.{config.backend}").load(folder, dtype=dtype)}
+            if config.teacher != NO_TEACHER:
+                name = str(TEACHER) if config.teacher == "demo" else config.teacher
+                models = {"teacher": AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)} | models
+    except (ValueError, OSError) as error:
+        raise RefusedError(f"distill: evaluate must be given models that open, got {error}") from error
     return {name: model.to(device).eval() for name, model in models.items()}
 
 

@@ -1,0 +1,1 @@
+"""Rows to conversations to samples; README.md tells the formats."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from ...prompts.chat_collator import content_blocks
 from ..refusal import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
 from .media import Media, shortened
-from .sources import JsonLines, Stream, Table, open_rows
-from .turns import read_turns
+from .sources import JsonLines, Stream, StreamEndedError, Table, open_rows
+from .turns import kind_of, read_turns
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Conversations(Dataset):
     Raises:
         ValueError: if there is no such data set or it is empty.
         MissingPackageError: for films where PyAV is not installed; of a stream, when the first one comes.
+        StreamEndedError: on access, if a stream cannot be read on.
         BrokenSampleError: on access, for a sample that cannot be used: whatever error its row, its pictures
             or `prepare` raise.
     """
@@ -73,6 +75,7 @@ class Conversations(Dataset):
         self.media = Media(self.rows.root, max_pixels, max_frames)
         every = range(ENDLESS if isinstance(self.rows, Stream) else len(self.rows))
         self.lines: Sequence[int] = every if lines is None else lines
+        self.skipped: set[str] = set()
         require(len(self.lines) > 0, "Conversations", f"{source} must hold conversations", "none")
         self.require_film_decoder()
 
@@ -84,15 +87,17 @@ class Conversations(Dataset):
             line = self.lines[(index + attempt) % len(self)]
             try:
                 return self.read(line)
-            except MissingPackageError:
+            except (MissingPackageError, StreamEndedError):
                 raise
             except Exception as error:  # any error of a sample is that sample's
                 name, why = self.rows.name(line), shortened(f"{type(error).__name__}: {error}", LONGEST)
                 if self.on_broken == "refuse":
                     hint = "mend it, or skip broken samples (on_broken)"
                     raise BrokenSampleError(f"{name}: {why}; {hint}") from error
-                logger.warning("skipped %s: %s", name, why)
-                self.note(name, why)
+                if name not in self.skipped:  # once, however many epochs there are
+                    self.skipped.add(name)
+                    logger.warning("skipped %s: %s", name, why)
+                    self.note(name, why)
         raise BrokenSampleError(f"{self.rows.name(line)}: must not follow broken samples alone")
 
     def note(self, name: str, why: str) -> None:
@@ -121,7 +126,7 @@ class Conversations(Dataset):
         for block in content_blocks(messages, "video"):
             fps = block.get("fps", row.get("fps"))
             block |= self.media.bounded(block).video(block["video"], fps)
-        item = {"kind": str(row.get("kind") or "all"), "messages": messages, "name": self.rows.name(line)}
+        item = {"kind": kind_of(row), "messages": messages, "name": self.rows.name(line)}
         return item if self.prepare is None else self.prepare(item)
 
     def rough_length(self, index: int) -> int:
@@ -159,14 +164,15 @@ class Mixture(Dataset):
 
     Args:
         parts: the data sets.
-        weights: how often each is drawn, > 0, relative to each other.
+        weights: how often each is drawn, finite and > 0, relative to each other.
         seed: of the draws and of the orders.
         group: as of `InOrder`.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], seed: int, group: int = 0) -> None:
         require(len(parts) == len(weights), "Mixture", "every part must have a weight", len(weights))
-        require(min(weights) > 0, "Mixture", "weights must be positive", tuple(weights))
+        usable = all(0 < weight < math.inf for weight in weights)
+        require(usable, "Mixture", "weights must be finite numbers > 0", tuple(weights))
         self.orders = [InOrder(part, ENDLESS, order_of(part, seed), group=group) for part in parts]
         self.weights, self.seed = torch.tensor(weights, dtype=torch.float64), seed
         self.drawn: list[torch.Tensor] = [torch.zeros(len(parts), dtype=torch.int64)]  # before each block

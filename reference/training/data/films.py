@@ -22,7 +22,8 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 from ..refusal import RefusedError
 
 # What Pillow decodes of what is shown as a video: FFmpeg does not know all of these, nor all their pauses.
-PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "TIFF", "BMP")
+ANIMATIONS = ("GIF", "WEBP", "PNG")
+PICTURES = (*ANIMATIONS, "JPEG", "TIFF", "BMP")
 NO_PAUSE = Fraction(1, 10)  # seconds that browsers and FFmpeg show a frame for whose pause is 0
 WITHOUT_PYAV = "PyAV must be installed to decode films; pip install av, or list their frames"
 # How Pillow turns a frame upright, by the signs of its display matrix.
@@ -60,20 +61,20 @@ def is_picture(file: Path | io.BytesIO) -> bool:
 def frames_of_picture(file: Path | io.BytesIO) -> Iterator[Frame]:
     """The frames of an animated picture, each with its own pause; each must be used before the next.
 
-    A still one is a frame without a time.
+    A still one is a frame without a time, pages of a TIFF are several.
     """
     if isinstance(file, io.BytesIO):
         file.seek(0)
     with Image.open(file) as image:
-        start = Fraction(0) if getattr(image, "is_animated", False) else None
+        timed = getattr(image, "is_animated", False) and image.format in ANIMATIONS
+        start = Fraction(0) if timed else None
         for i, frame in enumerate(ImageSequence.Iterator(image)):
             frame.load()  # WebP tells the pause only then
             if i == 0 and getattr(image, "default_image", False):
                 continue  # of an APNG: shown by what cannot play it
-            pause = frame.info.get("duration")
-            pause = None if pause is None else Fraction(pause) / 1000 or NO_PAUSE
+            pause = Fraction(frame.info.get("duration") or 0) / 1000 or NO_PAUSE
             yield frame.copy, start, pause
-            start = None if start is None or pause is None else start + pause
+            start = start + pause if timed else None
 
 
 def frames_of_film(file: Path | io.BytesIO) -> Iterator[Frame]:

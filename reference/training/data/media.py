@@ -297,5 +297,6 @@ def what_is(file: Path | io.BytesIO, error: Exception) -> str:
 
 
 def shortened(text: str, most: int = SHOWN) -> str:
-    """A text for a message, cut if it is longer than `most`."""
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+    """A text for a message: on one line, printable on any terminal, cut if it is longer than `most`."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return shown if len(text) <= most else f"{shown}… ({len(text)} characters)"

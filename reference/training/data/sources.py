@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checks import require
+from ..refusal import RefusedError
 
 REMEMBERED = 64  # rows that a stream can go back
 SPACE = " \t\r\n"
@@ -34,6 +35,10 @@ UNREADABLE = {
     b"\xff\xfe": "UTF-16; save it as UTF-8",
     b"\xfe\xff": "UTF-16; save it as UTF-8",
 }
+
+
+class StreamEndedError(RefusedError):
+    """A stream that cannot be read on: no fault of a sample."""
 
 
 class JsonLines:
@@ -200,7 +205,13 @@ class Stream:
         if index < self.next or self.next == 0:
             self.next, self.rows = 0, self.endless()
         while self.next <= index:
-            self.recent.append((self.next, next(self.rows)))
+            try:
+                row = next(self.rows)
+            except Exception as error:  # a server that is gone, a file cut off: no row after it can be read
+                got, self.next = f"{type(error).__name__} after {self.next} rows: {error}", 0
+                must = f"Stream: {self.source} must be readable on"
+                raise StreamEndedError(f"{must}, got {got:.500}") from error
+            self.recent.append((self.next, row))
             self.next += 1
         return self.recent[-1][1]
 

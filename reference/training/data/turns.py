@@ -74,7 +74,7 @@ def turns_of(row: dict[str, Any]) -> list[Any]:
         raise ValueError(f"{must}, got keys {sorted(row)}")
     if row.get("tools"):
         raise ValueError(
-            "a sample must not come with tools, which are not read; write them into its system turn"
+            "a sample must hold its tools in its system turn, got tools beside, which are not read"
         )
     system = row.get("system")
     has_system = isinstance(given[0], dict) and "system" in (given[0].get("role"), given[0].get("from"))
@@ -84,6 +84,16 @@ def turns_of(row: dict[str, Any]) -> list[Any]:
 def listed_turns(given: Any, role: str) -> list[Any]:
     """TRL's prompt or completion as turns: a text is one turn."""
     return given if isinstance(given, list) else [{"role": role, "content": given}]
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """The name that a sample's results are listed by: `kind`, or "all"."""
+    kind = row.get("kind")
+    if kind in (None, ""):
+        return "all"
+    if not isinstance(kind, str | int) or isinstance(kind, bool) or not str(kind).isprintable():
+        raise ValueError(f"kind must be a name, got {kind!r:.40}")
+    return str(kind)
 
 
 def read_turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -161,17 +171,16 @@ def check_roles(roles: list[str]) -> None:
 def media_beside_messages(row: dict[str, Any], kind: str) -> list[Any]:
     """The images or videos that stand beside the messages."""
     several, one = row.get(f"{kind}s"), row.get(kind)
-    if several is not None:
-        return several if isinstance(several, list) else [several]
+    several = several if isinstance(several, list) else [] if several is None else [several]
     if one is None:
-        return []
+        return several
     # LLaVA-NeXT lists files under `image`; a list of numbers is the pixels of one, a `video` its frames
-    files = (
-        kind == "image"
-        and isinstance(one, list)
-        and not any(isinstance(part, list | int | float) for part in one)
-    )
-    return one if files else [one]
+    lists_files = kind == "image" and isinstance(one, list)
+    lists_files = lists_files and not any(isinstance(part, list | int | float) for part in one)
+    ones = one if lists_files else [one]
+    if several and several != ones:
+        raise ValueError(f"a sample must hold {kind} or {kind}s, got both")
+    return ones
 
 
 def placeholders(messages: Messages, kind: str) -> list[dict[str, Any]]:

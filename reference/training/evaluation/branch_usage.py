@@ -56,6 +56,8 @@ class LayerWatch:
 
     def _listen(self, index: int, vision: Tensor):
         def hook(mixer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if mixer.config.text_only:
+                return  # it has neither mix nor gate
             u = (args[0] if args else kwargs["hidden_states"])[vision]  # (tokens, D)
             mix = torch.sigmoid(full_precision_linear(u, mixer.mix_proj))  # (tokens, 1)
             gate = torch.sigmoid(full_precision_linear(u, mixer.flex_ma.scan_gate_proj))  # (tokens, H)

@@ -26,7 +26,7 @@ def plot_losses(metrics: Path, image: Path) -> None:
                 axis.plot(*zip(*points, strict=True), label=term)
         axis.set(title=f"stage {stage}", xlabel="step", yscale="log")
         axis.legend()
-    figure.savefig(image, dpi=120)
+    figure.savefig(image, dpi=120, format="png")
 
 
 def plot_layers(rows: dict[str, dict[str, Any]], image: Path) -> None:
@@ -53,4 +53,4 @@ def plot_layers(rows: dict[str, dict[str, Any]], image: Path) -> None:
     axis.legend()
     for axis in figure.axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(image, dpi=120)
+    figure.savefig(image, dpi=120, format="png")

@@ -1,4 +1,4 @@
-"""One mean over the batches of all processes, as one process would take it of the whole batch.
+"""Means over a global batch whose processes hold different numbers of tokens.
 
 Every process weighs its own mean by what it is taken over, tokens or the teacher's energy, relative to all:
 
@@ -10,16 +10,35 @@ of sums that one process computes. Processes may hold different numbers of token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+RAM_EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # read by transformers at each from_pretrained
+
 
 def processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def weights_on_every_process() -> Iterator[None]:
+    """Within, from_pretrained reads weights on every process. Launched for FSDP, transformers reads them on
+    the first alone, and the others' stay empty until accelerate shards the model; but a run converts,
+    calibrates and measures before that."""
+    before = os.environ.get(RAM_EFFICIENT_LOADING)
+    os.environ[RAM_EFFICIENT_LOADING] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[RAM_EFFICIENT_LOADING]
+        if before is not None:
+            os.environ[RAM_EFFICIENT_LOADING] = before
 
 
 def total(values: Tensor) -> Tensor:

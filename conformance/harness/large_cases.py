@@ -1,0 +1,244 @@
+"""Cases of the sizes that people run, and a truth for them that does not walk token by token.
+
+The truth is a second formulation in float64, in chunks where it would need L × L numbers; meta tests hold it
+against the reference. It is computed once a case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linmu import reference
+
+from . import second_formulation, second_sliding_window
+from .cancellation import is_summed, sizes_in_attention, sizes_in_divergence, sizes_of_sums
+from .compare import Results, assert_matches, evaluate, in_float64
+from .layouts import Layout, Pad, Text, Vision
+from .operator_cases import (
+    BidirectionalCase,
+    Case,
+    ConvCase,
+    HiddenLossCase,
+    LogitLossCase,
+    ScanCase,
+    StepCase,
+    WindowCase,
+    run,
+)
+from .sliding_window_cases import SlidingWindowCase
+
+CHUNK = 128
+
+
+def selective_scan(
+    x, dt, A, B, C, *, mask=None, initial_state=None, reverse=False, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """The scan as one matrix a chunk, the state handed over."""
+    state, outputs = initial_state, []
+    starts = range(0, x.shape[1], chunk)
+    for start in reversed(starts) if reverse else starts:
+        now = slice(start, start + chunk)
+        part = {"mask": None if mask is None else mask[:, now], "initial_state": state, "reverse": reverse}
+        y, state = second_formulation.selective_scan(x[:, now], dt[:, now], A, B[:, now], C[:, now], **part)
+        outputs.append(y)
+    return torch.cat(outputs[::-1] if reverse else outputs, dim=1), state
+
+
+def bidirectional_scan(
+    x, dt, A, B, C, *, gate, segment=None, valid=None, D=None, initial_state=None, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """A forward scan over the valid tokens and a masked reverse scan over the span of each segment."""
+    heads = C.shape[2]
+    valid = torch.ones(x.shape[:2], dtype=torch.bool) if valid is None else valid
+    y, state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state, chunk=chunk)
+    if segment is not None:
+        vision = (segment >= 0) & valid
+        rows = []
+        for row in range(x.shape[0]):
+            reverse = torch.zeros_like(y[row : row + 1])
+            for number in segment[row][vision[row]].unique():
+                own = vision[row] & (segment[row] == number)
+                places = own.nonzero().squeeze(-1)
+                span = slice(int(places[0]), int(places[-1]) + 1)
+                part = [tensor[row : row + 1, span] for tensor in (x, dt, B, C)]
+                of_span, _ = selective_scan(
+                    part[0], part[1], A, part[2], part[3], mask=own[None, span], reverse=True, chunk=chunk
+                )
+                reverse = reverse.clone()
+                reverse[:, span] += of_span
+            rows.append(reverse)
+        share = torch.where(vision[..., None], gate, torch.ones_like(gate))[..., None]
+        y = share * y + (1 - share) * torch.cat(rows)
+    if D is not None:
+        y = y + D[:, None] * second_formulation.heads_of(x, heads) * valid[..., None, None]
+    return y, state
+
+
+FORMULATIONS: dict[str, Callable] = {
+    "selective_scan": selective_scan,
+    "bidirectional_scan": bidirectional_scan,
+    "scan_step": reference.scan_step,
+    "window_attention": second_formulation.window_attention,
+    "sliding_window_attention": second_sliding_window.sliding_window_attention,
+    "causal_conv": second_formulation.causal_conv,
+    "hidden_loss": reference.hidden_loss,
+    "logit_loss": reference.logit_loss,
+}
+
+
+@cache
+def truth_of(case: Case, of: tuple[str, ...] | None = None, draw: int | None = None) -> Results:
+    """Results and gradients of the second formulation in float64."""
+    wide = in_float64(case.inputs())
+    formulation = case.flat(FORMULATIONS[case.operator])
+    return evaluate(formulation, wide, gradients=True, draw=draw, names=case.results, of=of)
+
+
+def rounded(case: Case, truth: Results) -> Results:
+    """The truth in the dtypes that results must have."""
+    given = case.inputs()
+    tokens = given["x" if "x" in given else "q" if "q" in given else "u" if "u" in given else "student"]
+    wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    found = {}
+    for name, tensor in truth.items():
+        if name.startswith("grad "):
+            dtype = given[name.removeprefix("grad ")].dtype
+        else:
+            dtype = wide if name in ("final_state", "state", "loss") else tokens.dtype
+            dtype = torch.bool if tensor.dtype == torch.bool else dtype
+        found[name] = tensor.to(dtype)
+    return found
+
+
+def check_large(backend: Any, case: Case) -> None:
+    """Values, and gradients of all results and of the first alone, against the second formulation."""
+    for of in (None, case.results[:1]) if len(case.results) > 1 else (None,):
+        truth = truth_of(case, of)
+        found = run(backend, case, gradients=True, of=of)
+        assert_matches(found, truth, rounded(case, truth), case, partial(sizes_of_terms, case, of))
+
+
+@cache
+def sizes_of_terms(case: Case, of: tuple[str, ...] | None = None) -> Results:
+    """As `operator_checks.sizes_of_gradients`, of the second formulation."""
+    formulas = {"window_attention": sizes_in_attention, "logit_loss": sizes_in_divergence}
+    formulas["sliding_window_attention"] = second_sliding_window.sizes_in_window
+    sizes = {}
+    if any(is_summed(f"grad {name}") for name in case.inputs()):
+        sizes = sizes_of_sums(lambda draw: truth_of.__wrapped__(case, of, draw))
+    if case.operator in formulas:
+        sizes |= formulas[case.operator](**in_float64(case.inputs()))
+    return sizes
+
+
+def scan(
+    length: int, heads: int, groups: int, state: int, head_dim: int, batch: int = 1, **fixed
+) -> ScanCase:
+    """A scan of this size, with an initial state."""
+    rest = {"mask": "none", "initial_state": True, "reverse": False, "dtype": "float32", "seed": length}
+    return ScanCase(batch, length, heads, groups, state, head_dim, **{**rest, **fixed})
+
+
+def both(rows: tuple, heads: int, groups: int, state: int, head_dim: int, **fixed) -> BidirectionalCase:
+    """Both directions over these rows, with an initial state and a skip."""
+    rest = {"initial_state": True, "skip": True, "dtype": "float32", "seed": state}
+    return BidirectionalCase(Layout(rows), heads, groups, state, head_dim, **{**rest, **fixed})
+
+
+def windows(
+    length: int, heads: int, groups: int, size: int, count: int, batch: int = 1, **fixed
+) -> WindowCase:
+    """Attention in `count` windows, with heads of `size` numbers."""
+    rest = {"scale": None, "dtype": "float32", "seed": length}
+    return WindowCase(batch, length, heads, groups, size, size, count, **{**rest, **fixed})
+
+
+def sliding(
+    length: int, heads: int, groups: int, size: int, window: int, batch: int = 1, **fixed
+) -> SlidingWindowCase:
+    """Attention in a sliding window, behind a state, with heads of `size` numbers."""
+    rest = {"asks": "none", "valid": "none", "packed": False, "initial_state": True, "scale": None}
+    rest |= {"dtype": "float32", "seed": length}
+    return SlidingWindowCase(batch, length, heads, groups, size, size, window, **{**rest, **fixed})
+
+
+MODEL_PROMPT = (
+    (Text(9), Vision(1, (1, 4, 6), "row"), Text(2), Vision(0, (2, 3, 4), "frame"), Text(11)),
+    (Pad(20), Vision(0, (1, 5, 5)), Vision(1, (1, 3, 4)), Text(17)),
+)
+LONG_IMAGE = ((Text(40), Vision(0, (1, 26, 27)), Text(29), Vision(1, (3, 10, 12), "frame"), Pad(130)),)
+LONG_TEXT = ((Vision(0, (1, 3, 5)), Text(2300), Vision(1, (1, 9, 30), "row"), Text(70)),)
+
+LARGE: dict[str, dict[str, Case]] = {
+    "selective_scan": {
+        "N=P=128": scan(70, 4, 2, 128, 128, batch=2),
+        "N=136 P=144, reverse": scan(33, 2, 1, 136, 144, reverse=True),
+        "N=P=128, mixed": scan(40, 4, 1, 128, 128, dtype="mixed", mask="some"),
+        "4,133 tokens, slow decay": scan(4133, 2, 1, 3, 5, decay=-1e-3),
+        "2,309 tokens, slow decay, reverse, masks": scan(
+            2309, 2, 2, 4, 3, batch=2, reverse=True, mask="some", decay=-1e-3
+        ),
+        "700 tokens, the last 300 masked": scan(700, 2, 1, 4, 4, mask="tail", decay=-1e-3),
+        "300 rows": scan(3, 2, 1, 3, 2, batch=300),
+        "272 heads": scan(3, 272, 68, 3, 2, mask="some"),
+    },
+    "bidirectional_scan": {
+        "N=P=128": both(MODEL_PROMPT, 4, 2, 128, 128),
+        "N=136 P=144": both((MODEL_PROMPT[0],), 2, 1, 136, 144),
+        "N=P=128, mixed": both((MODEL_PROMPT[1],), 4, 1, 128, 128, dtype="mixed"),
+        "702 tokens in an image, slow decay": both(LONG_IMAGE, 2, 1, 4, 5, decay=-1e-3),
+        "2,300 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
+        "272 heads": both(((Text(2), Vision(0, (1, 1, 3))),), 272, 68, 3, 2),
+        "300 rows": both(((Text(1), Vision(0, (1, 1, 3))),) * 300, 2, 1, 2, 3),
+    },
+    "scan_step": {
+        "N=P=128": StepCase(4, 8, 2, 128, 128, True, True, "float32", 1),
+        "N=136 P=144": StepCase(2, 4, 1, 136, 144, True, False, "float32", 2),
+        "N=P=128, mixed": StepCase(3, 4, 2, 128, 128, True, True, "mixed", 3),
+        "300 rows": StepCase(300, 2, 1, 3, 2, True, True, "float32", 4),
+        "272 heads": StepCase(2, 272, 68, 3, 2, True, True, "float32", 5),
+    },
+    "window_attention": {
+        "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2),
+        "N=P=144": windows(60, 4, 2, 144, 3, batch=2),
+        "N=P=128, bfloat16": windows(300, 4, 2, 128, 5, dtype="bfloat16"),
+        "2,200 tokens in one window": windows(2200, 1, 1, 3, 1, everywhere=True),
+        "2,200 tokens in 300 windows": windows(2200, 2, 1, 4, 300),
+        "272 heads": windows(20, 272, 68, 3, 2),
+        "300 rows": windows(4, 2, 1, 3, 2, batch=300),
+    },
+    "sliding_window_attention": {
+        "window of 129, N=P=144": sliding(300, 4, 2, 144, 129),
+        "N=P=128, bfloat16": sliding(260, 4, 2, 128, 128, dtype="bfloat16", asks="some"),
+        "2,200 tokens in a window of 1,000": sliding(2200, 1, 1, 3, 1000),
+        "2,200 tokens, padding": sliding(2200, 2, 1, 4, 70, valid="some", packed=True),
+        "272 heads": sliding(20, 272, 68, 3, 5),
+        "300 rows": sliding(4, 2, 1, 3, 3, batch=300, valid="left"),
+    },
+    "causal_conv": {
+        "5,003 channels": ConvCase(2, 9, 5003, 4, True, "some", True, "float32", 1),
+        "4,200 tokens": ConvCase(1, 4200, 20, 4, True, "none", True, "float32", 2),
+        "2,200 tokens, masks": ConvCase(2, 2200, 3, 4, True, "some", True, "float32", 3),
+        "700 tokens, the last 300 masked": ConvCase(1, 700, 5, 4, True, "tail", True, "float32", 4),
+        "bfloat16": ConvCase(1, 40, 2200, 4, True, "left", True, "bfloat16", 5),
+        "300 rows": ConvCase(300, 3, 4, 4, True, "some", True, "float32", 6),
+    },
+    "hidden_loss": {
+        "5,003 channels": HiddenLossCase(2, 10, 5003, "some", 1.0, "float32", 1),
+        "2,300 tokens": HiddenLossCase(1, 2300, 33, "some", 1.0, "float32", 2),
+        "300 rows, bfloat16": HiddenLossCase(300, 3, 20, "some", 1.0, "bfloat16", 3),
+        "2,300 tokens, the last third masked": HiddenLossCase(1, 2300, 7, "tail", 1.0, "float32", 4),
+    },
+    "logit_loss": {
+        "a vocabulary of 151,000": LogitLossCase(1, 3, 151_000, "some", 2.0, "float32", 1),
+        "a vocabulary of 70,000, bfloat16": LogitLossCase(1, 2, 70_000, "none", 1.0, "bfloat16", 2),
+        "2,300 tokens": LogitLossCase(1, 2300, 33, "some", 1.0, "float32", 3),
+        "300 rows": LogitLossCase(300, 3, 20, "some", 1.0, "float32", 4),
+        "2,300 tokens, the last third masked": LogitLossCase(1, 2300, 7, "tail", 1.0, "float32", 5),
+    },
+}

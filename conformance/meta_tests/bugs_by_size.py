@@ -1,0 +1,227 @@
+"""Bugs that begin at a size: everything is right up to it. Made from a table of arguments, axes and sizes.
+
+Letters of axes: B batch, L tokens, H heads, G groups, N state or head size of q and k, P head dim, K taps, W
+channels, width or vocabulary; "elements" counts the elements of the whole tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..harness.compare import in_float64
+from ..harness.large_cases import FORMULATIONS, LARGE
+from ..harness.operator_cases import Case
+from .planting import grow
+
+SCAN = {"x": "BLGP", "dt": "BLH", "A": "H", "B": "BLGN", "C": "BLHN", "initial_state": "BHNP"}
+SCANNED = {"y": "BLHP", "final_state": "BHNP"}
+AXES: dict[str, dict[str, str]] = {
+    "selective_scan": {**SCAN, "mask": "BL", **SCANNED},
+    "bidirectional_scan": {**SCAN, "gate": "BLH", "D": "H", "segment": "BL", "valid": "BL", **SCANNED},
+    "scan_step": {
+        "state": "BHNP", "x": "BGP", "dt": "BH", "A": "H", "B": "BGN", "C": "BHN", "D": "H", "valid": "B",
+        "y": "BHP", "new state": "BHNP",
+    },
+    "window_attention": {"q": "BLHN", "k": "BLGN", "v": "BLGP", "window_id": "BL", "o": "BLHP"},
+    "causal_conv": {
+        "u": "BLW", "weight": "WK", "bias": "W", "mask": "BL", "initial_state": "BKW", "out": "BLW",
+        "final_state": "BKW",
+    },
+    "hidden_loss": {"student": "BLW", "teacher": "BLW", "valid": "BL"},
+    "logit_loss": {"student": "BLW", "teacher": "BLW", "mask": "BL"},
+}  # fmt: skip
+
+# operator, argument or result, axis, sizes at which bugs begin, what happens there
+TABLE: tuple[tuple[str, str, str, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("selective_scan", "x", "P", (16, 64, 128), ("lost", "without gradient")),
+    ("selective_scan", "x", "L", (256, 2048), ("without gradient",)),
+    ("selective_scan", "dt", "L", (16, 256, 2048), ("without gradient",)),
+    ("selective_scan", "dt", "H", (64, 256), ("with twice the gradient",)),
+    ("selective_scan", "A", "H", (128, 256), ("lost", "without gradient")),
+    ("selective_scan", "B", "N", (16, 64, 128), ("lost", "without gradient")),
+    ("selective_scan", "C", "N", (16, 64, 128), ("lost", "with twice the gradient")),
+    ("selective_scan", "C", "elements", (65536,), ("without gradient",)),
+    ("selective_scan", "initial_state", "N", (64, 128), ("lost", "without gradient")),
+    ("selective_scan", "initial_state", "B", (256,), ("lost",)),
+    ("selective_scan", "mask", "L", (64, 256, 2048), ("ignored",)),
+    ("selective_scan", "y", "L", (256, 2048), ("lost", "without gradient")),
+    ("selective_scan", "y", "elements", (65536,), ("lost", "without gradient")),
+    ("selective_scan", "final_state", "P", (64, 128), ("lost", "without gradient")),
+    ("selective_scan", "memory", "L", (16, 64, 256, 2048), ("lost",)),
+    ("bidirectional_scan", "x", "P", (16, 64, 128), ("lost", "without gradient")),
+    ("bidirectional_scan", "dt", "L", (64, 256, 2048), ("without gradient",)),
+    ("bidirectional_scan", "A", "H", (16, 256), ("without gradient",)),
+    ("bidirectional_scan", "B", "N", (64, 128), ("lost", "without gradient")),
+    ("bidirectional_scan", "C", "N", (16, 128), ("lost", "without gradient")),
+    ("bidirectional_scan", "gate", "L", (256, 2048), ("lost", "without gradient")),
+    ("bidirectional_scan", "gate", "H", (64, 256), ("without gradient",)),
+    ("bidirectional_scan", "D", "H", (16, 256), ("lost", "without gradient")),
+    ("bidirectional_scan", "segment", "L", (256, 2048), ("lost",)),
+    ("bidirectional_scan", "segment", "B", (256,), ("lost",)),
+    ("bidirectional_scan", "valid", "L", (256,), ("ignored",)),
+    ("bidirectional_scan", "initial_state", "P", (64, 128), ("lost", "without gradient")),
+    ("bidirectional_scan", "y", "L", (256, 2048), ("lost", "without gradient")),
+    ("bidirectional_scan", "y", "elements", (65536,), ("lost",)),
+    ("bidirectional_scan", "final_state", "N", (64, 128), ("lost", "without gradient")),
+    ("bidirectional_scan", "memory", "L", (256, 2048), ("lost",)),
+    ("scan_step", "state", "N", (16, 64, 128), ("lost", "without gradient")),
+    ("scan_step", "state", "elements", (65536,), ("lost", "without gradient")),
+    ("scan_step", "x", "P", (64, 128), ("lost", "without gradient")),
+    ("scan_step", "dt", "B", (16, 256), ("without gradient",)),
+    ("scan_step", "B", "N", (64, 128), ("without gradient",)),
+    ("scan_step", "C", "N", (64, 128), ("lost", "without gradient")),
+    ("scan_step", "D", "H", (256,), ("lost", "without gradient")),
+    ("scan_step", "valid", "B", (256,), ("ignored",)),
+    ("scan_step", "y", "P", (64, 128), ("lost", "without gradient")),
+    ("scan_step", "new state", "P", (64, 128), ("lost", "without gradient")),
+    ("window_attention", "q", "N", (16, 64, 128), ("lost", "without gradient")),
+    ("window_attention", "k", "N", (64, 128), ("lost", "without gradient")),
+    ("window_attention", "k", "elements", (65536,), ("without gradient",)),
+    ("window_attention", "v", "P", (64, 128), ("lost", "without gradient")),
+    ("window_attention", "v", "L", (256, 2048), ("lost", "without gradient")),
+    ("window_attention", "window_id", "L", (256, 2048), ("lost",)),
+    ("window_attention", "window_id", "B", (256,), ("lost",)),
+    ("window_attention", "window", "L", (64, 256, 2048), ("lost",)),
+    ("window_attention", "o", "H", (16, 256), ("lost", "without gradient")),
+    ("window_attention", "o", "elements", (65536,), ("lost", "without gradient")),
+    ("causal_conv", "u", "W", (16, 64, 256, 2048), ("lost", "without gradient")),
+    ("causal_conv", "u", "L", (256, 2048), ("without gradient",)),
+    ("causal_conv", "u", "elements", (65536,), ("without gradient",)),
+    ("causal_conv", "weight", "W", (128, 2048), ("lost", "without gradient")),
+    ("causal_conv", "bias", "W", (256, 2048), ("lost", "without gradient")),
+    ("causal_conv", "mask", "L", (64, 256, 2048), ("ignored",)),
+    ("causal_conv", "initial_state", "W", (2048,), ("lost", "without gradient")),
+    ("causal_conv", "initial_state", "B", (256,), ("lost", "without gradient")),
+    ("causal_conv", "out", "L", (256, 2048), ("lost", "without gradient")),
+    ("causal_conv", "out", "elements", (65536,), ("lost",)),
+    ("causal_conv", "final_state", "W", (256, 2048), ("lost", "without gradient")),
+    ("hidden_loss", "student", "W", (16, 256, 2048), ("lost", "without gradient")),
+    ("hidden_loss", "student", "elements", (65536,), ("without gradient",)),
+    ("hidden_loss", "teacher", "L", (256, 2048), ("lost",)),
+    ("hidden_loss", "valid", "L", (256, 2048), ("ignored",)),
+    ("hidden_loss", "valid", "B", (256,), ("ignored",)),
+    ("logit_loss", "student", "W", (16, 2048, 65536), ("lost", "without gradient")),
+    ("logit_loss", "student", "L", (256, 2048), ("lost", "without gradient")),
+    ("logit_loss", "teacher", "W", (65536,), ("lost",)),
+    ("logit_loss", "mask", "L", (256, 2048), ("ignored",)),
+    ("logit_loss", "mask", "B", (256,), ("ignored",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SizeBug:
+    """One argument or result of an operator that goes wrong from an index on."""
+
+    operator: str
+    tensor: str
+    axis: str
+    start: int
+    how: str
+
+    def __str__(self) -> str:
+        return f"{self.operator}: {self.tensor} {self.how} from {self.axis} = {self.start} on"
+
+    def bites(self, case: Case) -> bool:
+        """Whether the case is large enough."""
+        given, letters = case.inputs(), AXES[self.operator]
+        sizes: dict[str, int] = {}
+        for name, axes in letters.items():
+            if isinstance(given.get(name), Tensor):
+                sizes |= dict(zip(axes, given[name].shape, strict=True))
+        if self.axis == "elements":
+            return math.prod(sizes[letter] for letter in letters[self.tensor]) > self.start
+        absent = self.tensor in given and given[self.tensor] is None
+        return not absent and sizes.get(self.axis, 0) > self.start
+
+    def change(self, tensor: Tensor) -> Tensor:
+        """The tensor as the bug has it."""
+        if self.axis == "elements":
+            keep = (torch.arange(tensor.numel()) < self.start).view(tensor.shape)
+        else:
+            axis = AXES[self.operator][self.tensor].index(self.axis)
+            keep = torch.arange(tensor.shape[axis]) < self.start
+            keep = keep.view(-1, *[1] * (tensor.ndim - 1 - axis))
+        if self.how == "without gradient":
+            return torch.where(keep, tensor, tensor.detach())
+        if self.how == "with twice the gradient":
+            return torch.where(keep, tensor, grow(tensor, 2))
+        lost = {torch.bool: True, torch.int64: -1}.get(tensor.dtype, 0)  # a mask that is ignored is True
+        return torch.where(keep, tensor, torch.full_like(tensor, lost))
+
+
+class BackendWithBug:
+    """The second formulation of one operator with one bug in it."""
+
+    def __init__(self, bug: SizeBug) -> None:
+        self.bug = bug
+        setattr(self, bug.operator, self.call)
+
+    def call(self, **given: Any) -> Any:
+        """The operator, its arguments and results changed."""
+        bug = self.bug
+        if given.get(bug.tensor) is not None:
+            given[bug.tensor] = bug.change(given[bug.tensor])
+        if bug.tensor == "memory":
+            return self.forgetful(**given)
+        if bug.tensor == "window":
+            given["window_id"] = first_of_each_window(given["window_id"], bug.start)
+        outputs = right(bug.operator, given)
+        names = {"y": 0, "o": 0, "out": 0, "final_state": 1, "new state": 1}
+        if bug.tensor not in names:
+            return outputs
+        if not isinstance(outputs, tuple):
+            return bug.change(outputs)
+        place = names[bug.tensor]
+        return tuple(bug.change(tensor) if i == place else tensor for i, tensor in enumerate(outputs))
+
+    def forgetful(self, **given: Any) -> Any:
+        """A scan whose state is lost after some tokens, as it is where chunks are not joined."""
+        shared = {"A", "D", "initial_state", "reverse"}
+        cut, reverse = self.bug.start, given.get("reverse", False)
+        tokens = {name for name, value in given.items() if name not in shared and value is not None}
+        parts = [
+            {name: value[:, span] if name in tokens else value for name, value in given.items()}
+            for span in (slice(0, cut), slice(cut, None))
+        ]
+        parts[0 if reverse else 1]["initial_state"] = None
+        (first, state), (second, other) = (right(self.bug.operator, part) for part in parts)
+        return torch.cat([first, second], dim=1), state if reverse else other
+
+
+def right(operator: str, given: dict[str, Any]) -> Any:
+    """The second formulation, inside in float64, its results in the dtypes of the operator."""
+    wide = in_float64(given)
+    outputs = FORMULATIONS[operator](**wide)
+    tokens = next(given[name] for name in ("x", "q", "u", "student") if name in given)
+    state = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    if isinstance(outputs, tuple):
+        return outputs[0].to(tokens.dtype), outputs[1].to(state)
+    return outputs.to(state if operator.endswith("loss") else tokens.dtype)
+
+
+def first_of_each_window(ids: Tensor, size: int) -> Tensor:
+    """Ids where a window has room for `size` tokens only; what comes later is in none."""
+    kept = ids.clone()
+    for row in kept:
+        for number in row.unique():
+            row[(row == number).nonzero().squeeze(-1)[size:]] = -1
+    return kept
+
+
+def bugs() -> Iterator[SizeBug]:
+    """Every line of the table, written out."""
+    for operator, tensor, axis, starts, hows in TABLE:
+        for start in starts:
+            for how in hows:
+                yield SizeBug(operator, tensor, axis, start, how)
+
+
+def cases_of(bug: SizeBug) -> Iterator[Case]:
+    """The large cases that can show it."""
+    return (case for case in LARGE[bug.operator].values() if bug.bites(case))

@@ -1,0 +1,312 @@
+"""Bugs in how an operator takes its arguments, planted in every operator, loss and step from one table.
+
+A bug receives the reference's operator first, then the arguments of a call by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..harness.compare import is_float
+from ..properties import (
+    test_bidirectional_scan,
+    test_causal_conv,
+    test_hidden_loss,
+    test_layout,
+    test_logit_loss,
+    test_scan,
+    test_scan_step,
+    test_window_attention,
+)
+from .planting import BUGS, Bug, planted
+
+FILES: dict[str, ModuleType] = {
+    "selective_scan": test_scan,
+    "bidirectional_scan": test_bidirectional_scan,
+    "scan_step": test_scan_step,
+    "window_attention": test_window_attention,
+    "causal_conv": test_causal_conv,
+    "hidden_loss": test_hidden_loss,
+    "logit_loss": test_logit_loss,
+}
+FIRST = {"scan_step": "x", "window_attention": "q", "causal_conv": "u"}  # the float argument that is meant
+MASKS = {  # the mask or the ids
+    "selective_scan": "mask",
+    "bidirectional_scan": "segment",
+    "scan_step": "valid",
+    "window_attention": "window_id",
+    "causal_conv": "mask",
+    "hidden_loss": "valid",
+    "logit_loss": "mask",
+}
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def first_of(operator: str) -> str:
+    """The name of the float argument that the bugs are about."""
+    return FIRST.get(operator, "student" if operator.endswith("loss") else "x")
+
+
+def each(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
+    """All results changed."""
+    return tuple(map(change, outputs)) if isinstance(outputs, tuple) else change(outputs)
+
+
+def writes_to_its_tokens(operator: str, reference: Callable, **given: Any) -> Outputs:
+    outputs = reference(**given)
+    given[first_of(operator)].data.mul_(1.5)
+    return outputs
+
+
+def writes_to_its_mask(operator: str, reference: Callable, **given: Any) -> Outputs:
+    mask = given[MASKS[operator]]
+    if mask is None:
+        return reference(**given)
+    outputs = reference(**{**given, MASKS[operator]: mask.clone()})
+    mask.data.copy_(torch.zeros_like(mask) if mask.dtype == torch.bool else mask + 1)
+    return outputs
+
+
+def takes_its_mask_for_contiguous(operator: str, reference: Callable, **given: Any) -> Outputs:
+    mask = given[MASKS[operator]]
+    if mask is not None:
+        given[MASKS[operator]] = mask.as_strided(mask.shape, torch.empty(mask.shape).stride())
+    return reference(**given)
+
+
+def takes_its_tokens_for_contiguous(operator: str, reference: Callable, **given: Any) -> Outputs:
+    tokens = given[first_of(operator)]
+    given[first_of(operator)] = tokens.as_strided(tokens.shape, torch.empty(tokens.shape).stride())
+    return reference(**given)
+
+
+def remembers_its_mask(operator: str, reference: Callable, **given: Any) -> Outputs:
+    mask = given[MASKS[operator]]
+    if mask is not None:
+        given[MASKS[operator]] = mask.__dict__.setdefault("remembered", mask.clone())
+    return reference(**given)
+
+
+def computes_otherwise_without_gradients(operator: str, reference: Callable, **given: Any) -> Outputs:
+    outputs = reference(**given)
+    return outputs if torch.is_grad_enabled() else each(outputs, lambda tensor: tensor * 1.01)
+
+
+def rounds_under_autocast(operator: str, reference: Callable, **given: Any) -> Outputs:
+    outputs = reference(**given)
+    if not torch.is_autocast_enabled("cpu"):
+        return outputs
+    return each(outputs, lambda tensor: tensor.bfloat16().to(tensor.dtype) * (1 + 2**-6))
+
+
+def reads_memory_that_was_not_written(operator: str, reference: Callable, **given: Any) -> Outputs:
+    return each(reference(**given), lambda tensor: tensor + 0 * torch.empty_like(tensor))
+
+
+def gives_gradients_only_if_all_are_asked_for(operator: str, reference: Callable, **given: Any) -> Outputs:
+    floats = {name: value for name, value in given.items() if is_float(value)}
+    if not all(value.requires_grad for value in floats.values()):
+        given |= {name: value.detach() for name, value in floats.items()}
+    return reference(**given)
+
+
+class NeedsBoth(torch.autograd.Function):
+    """Two results whose gradients are lost unless both have one."""
+
+    @staticmethod
+    def forward(ctx, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return first.clone(), second.clone()
+
+    @staticmethod
+    def backward(ctx, first: Tensor | None, second: Tensor | None):
+        if first is None or second is None:
+            return None, None
+        return first, second
+
+
+def gives_gradients_only_if_all_results_have_one(operator: str, reference: Callable, **given: Any) -> Outputs:
+    return NeedsBoth.apply(*reference(**given))
+
+
+KINDS: tuple[tuple[Callable, str, tuple[str, ...]], ...] = (
+    (writes_to_its_tokens, "test_arguments_are_left_as_they_were", tuple(FILES)),
+    (writes_to_its_mask, "test_arguments_are_left_as_they_were", tuple(FILES)),
+    (takes_its_tokens_for_contiguous, "test_strides_do_not_matter", tuple(FILES)),
+    (takes_its_mask_for_contiguous, "test_strides_do_not_matter", tuple(set(FILES) - {"scan_step"})),
+    (remembers_its_mask, "test_nothing_is_remembered_between_calls", tuple(set(FILES) - {"scan_step"})),
+    (computes_otherwise_without_gradients, "test_results_do_not_depend_on_grad_mode", tuple(FILES)),
+    (rounds_under_autocast, "test_autocast_changes_nothing", tuple(FILES)),
+    (reads_memory_that_was_not_written, "test_uninitialised_memory_is_never_read", tuple(FILES)),
+    (
+        gives_gradients_only_if_all_are_asked_for,
+        "test_one_gradient_alone_equals_its_share_of_all",
+        tuple(set(FILES) - {"hidden_loss", "logit_loss"}),  # a loss's teacher gets none anyway
+    ),
+    (
+        gives_gradients_only_if_all_results_have_one,
+        "test_the_gradient_of_each_result_alone_matches_the_reference",
+        ("selective_scan", "bidirectional_scan", "scan_step", "causal_conv"),
+    ),
+)
+for kind, test, operators in KINDS:
+    for operator in sorted(operators):
+        caught_by = (getattr(FILES[operator], test),)
+        BUGS.append(Bug(f"{operator}_{kind.__name__}", operator, partial(kind, operator), caught_by))
+
+
+def wrapped_to_32_bits(ids: Tensor) -> Tensor:
+    return ids.int().long()
+
+
+def rounded_to_float32(ids: Tensor) -> Tensor:
+    return ids.float().long()
+
+
+def rounded_to_float64(ids: Tensor) -> Tensor:
+    return ids.double().long()
+
+
+def packed_in_16_bits(ids: Tensor) -> Tensor:
+    return torch.where(ids >= 0, ids & 0xFFFF, ids)
+
+
+for change in (wrapped_to_32_bits, rounded_to_float32, rounded_to_float64, packed_in_16_bits):
+
+    def with_segments(change, reference, *, segment=None, **given):
+        return reference(segment=None if segment is None else change(segment), **given)
+
+    def with_windows(change, reference, *, window_id, **given):
+        return reference(window_id=change(window_id), **given)
+
+    segments = test_bidirectional_scan.test_renumbering_the_segments_changes_nothing
+    windows = test_window_attention.test_renumbering_the_windows_changes_nothing
+    for operator, broken, test in (
+        ("bidirectional_scan", with_segments, segments),
+        ("window_attention", with_windows, windows),
+    ):
+        name = f"ids_of_{operator}_are_{change.__name__}"
+        BUGS.append(Bug(name, operator, partial(broken, change), (test,)))
+
+
+@planted("window_ids", test_layout.test_numbers_neighbours_and_padding_do_not_change_the_layout)
+def segments_of_windows_are_wrapped_to_32_bits(reference, coords, *given):
+    low = torch.where(coords[..., :1] >= 0, coords[..., :1] & 0x7FFFFFFF, -1)
+    return reference(torch.cat([low, coords[..., 1:]], dim=-1), *given)
+
+
+@planted("scan_order", test_layout.test_numbers_neighbours_and_padding_do_not_change_the_layout)
+def segments_of_orders_are_wrapped_to_32_bits(reference, coords, *given):
+    low = torch.where(coords[..., :1] >= 0, coords[..., :1] & 0x7FFFFFFF, -1)
+    return reference(torch.cat([low, coords[..., 1:]], dim=-1), *given)
+
+
+@planted("window_attention", test_window_attention.test_renumbering_the_windows_changes_nothing)
+def rows_and_windows_are_joined_in_one_number(reference, *, q, k, v, window_id, **given):
+    batch, length = window_id.shape
+    rows = torch.arange(batch)[:, None]
+    joined = torch.where(window_id >= 0, window_id + 1000 * rows, -1)
+    q, k, v, joined = (tensor.reshape(1, batch * length, *tensor.shape[2:]) for tensor in (q, k, v, joined))
+    output = reference(q=q, k=k, v=v, window_id=joined, **given)
+    return output.reshape(batch, length, *output.shape[2:])
+
+
+@planted(
+    "bidirectional_scan",
+    test_bidirectional_scan.test_padding_inside_blocks_is_as_if_absent,
+    test_bidirectional_scan.test_padding_inside_blocks_matches_the_reference,
+)
+def padding_with_a_segments_id_takes_part(reference, *, segment=None, valid=None, **given):
+    if valid is not None and segment is not None:
+        valid = valid | (segment >= 0)
+    return reference(segment=segment, valid=valid, **given)
+
+
+@planted("selective_scan", test_scan.test_almost_no_decay_matches_the_reference)
+def small_rates_of_decay_are_clamped(reference, *, A, **given):
+    return reference(A=A.clamp(max=-1e-6), **given)
+
+
+@planted("selective_scan", test_scan.test_almost_no_decay_matches_the_reference)
+def small_rates_of_decay_get_no_gradient(reference, *, A, **given):
+    return reference(A=torch.where(A < -1e-6, A, A.detach()), **given)
+
+
+@planted("bidirectional_scan", test_bidirectional_scan.test_almost_no_decay_matches_the_reference)
+def small_rates_of_decay_get_no_gradient_in_both_directions(reference, *, A, **given):
+    return reference(A=torch.where(A < -1e-6, A, A.detach()), **given)
+
+
+def written_in_half(reference, *, x, dt, **given):
+    """x dt is formed in the dtype of x."""
+    y, state = reference(x=x, dt=dt, **given)
+    overflow = 0 * (x.detach().abs().amax() * dt.detach().amax().to(x.dtype))  # NaN if it does
+    return y + overflow, state
+
+
+planted("selective_scan", test_scan.test_numbers_at_the_edge_of_half_precision_match_the_reference)(
+    written_in_half
+)
+BUGS.append(
+    Bug(
+        "steps_are_written_in_half",
+        "scan_step",
+        written_in_half,
+        (test_scan_step.test_numbers_at_the_edge_of_half_precision_match_the_reference,),
+    )
+)
+
+
+@planted("causal_conv", test_causal_conv.test_numbers_at_the_edge_of_half_precision_match_the_reference)
+def taps_are_summed_in_half(reference, *, u, weight, **given):
+    out, state = reference(u=u, weight=weight, **given)
+    partial_sum = u[:, 1:] * weight[:, -1] - u[:, :-1] * weight[:, -2]
+    return out + 0 * partial_sum.abs().sum().to(u.dtype), state
+
+
+@planted(
+    "window_attention",
+    test_window_attention.test_numbers_at_the_edge_of_half_precision_match_the_reference,
+)
+def scores_are_formed_in_half(reference, *, q, k, **given):
+    longest = (q.detach().abs().amax() * k.detach().abs().amax()).to(q.dtype)
+    return reference(q=q, k=k, **given) + 0 * longest
+
+
+@planted("causal_conv", test_causal_conv.test_masked_tokens_give_zero_get_no_gradient_and_may_hold_anything)
+def masked_inputs_are_multiplied_by_zero(reference, *, u, mask=None, **given):
+    out, state = reference(u=u, mask=mask, **given)
+    return out + 0 * (u if mask is None else u * mask[..., None]).sum(1, keepdim=True), state
+
+
+@planted("hidden_loss", test_hidden_loss.test_tokens_that_do_not_count_may_hold_anything)
+def errors_are_multiplied_by_the_mask(reference, *, student, teacher, valid=None):
+    loss = reference(student=student, teacher=teacher, valid=valid)
+    weights = torch.ones(student.shape[:2]) if valid is None else valid
+    return loss + 0 * ((student - teacher).square().sum(-1) * weights).sum().to(loss.dtype)
+
+
+@planted("logit_loss", test_logit_loss.test_tokens_that_do_not_count_may_hold_anything)
+def divergences_are_multiplied_by_the_mask(reference, *, student, teacher, mask=None, temperature=1.0):
+    loss = reference(student=student, teacher=teacher, mask=mask, temperature=temperature)
+    weights = torch.ones(student.shape[:2]) if mask is None else mask
+    return loss + 0 * (student.logsumexp(-1) * weights).sum().to(loss.dtype)
+
+
+@planted("scan_step", test_scan_step.test_a_finished_row_may_hold_anything_and_gets_no_gradient)
+def finished_rows_are_multiplied_by_zero(reference, *, x, valid=None, **given):
+    y, state = reference(x=x, valid=valid, **given)
+    return y + 0 * (x if valid is None else x * valid[:, None, None]).sum(), state
+
+
+@planted("scan_step", test_scan_step.test_arguments_are_left_as_they_were)
+def the_step_overwrites_its_state(reference, *, state, **given):
+    y, new = reference(state=state, **given)
+    state.data.copy_(new.detach())
+    return y, new

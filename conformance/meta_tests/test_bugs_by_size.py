@@ -1,0 +1,61 @@
+"""Each bug that begins at a size is caught by the sizes that the default run tries."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from ..harness.compare import assert_close
+from ..harness.large_cases import FORMULATIONS, LARGE, check_large
+from ..harness.operator_cases import bidirectional_cases, fed, property_of, run, scan_cases
+from .bugs_by_size import BackendWithBug, bugs, cases_of, right
+
+BUGS = {str(bug): bug for bug in bugs()}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_that_begins_at_a_size_is_caught(name):
+    """By an assertion, in one of the cases that are large enough."""
+    bug = BUGS[name]
+    for case in cases_of(bug):
+        try:
+            check_large(BackendWithBug(bug), case)
+        except AssertionError:
+            return
+    pytest.fail(f"no large case notices: {bug}")
+
+
+def test_there_are_enough_bugs_of_every_size():
+    """Sixty at least, at every size, and for every operator, argument and result."""
+    found = list(BUGS.values())
+    assert len(found) >= 60
+    assert {bug.start for bug in found} >= {16, 64, 128, 256, 2048, 65536}
+    assert {bug.operator for bug in found} == set(LARGE)
+
+
+@pytest.mark.parametrize("operator", LARGE)
+def test_the_truth_passes_itself(operator):
+    """A backend that has no bug passes every large case."""
+    backend = SimpleNamespace(**{operator: lambda **given: right(operator, given)})
+    for case in LARGE[operator].values():
+        check_large(backend, case)
+
+
+@pytest.mark.trial_of_the_reference
+@property_of("selective_scan", cases=scan_cases(["float64"]))
+def test_the_truth_of_large_scans_equals_the_reference(backend, case):
+    """In chunks of five tokens."""
+    wanted = run(backend, case, gradients=True)
+    in_chunks = partial(FORMULATIONS["selective_scan"], chunk=5)
+    assert_close(fed(in_chunks, case, gradients=True), wanted, case, 1e-10)
+
+
+@pytest.mark.trial_of_the_reference
+@property_of("bidirectional_scan", cases=bidirectional_cases(["float64"]))
+def test_the_truth_of_large_prompts_equals_the_reference(backend, case):
+    """In chunks of five tokens."""
+    wanted = run(backend, case, gradients=True)
+    in_chunks = partial(FORMULATIONS["bidirectional_scan"], chunk=5)
+    assert_close(fed(in_chunks, case, gradients=True), wanted, case, 1e-10)

@@ -1,0 +1,244 @@
+"""What a run cannot do it refuses at its start, and --dry_run in the same words; others' files it leaves."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText
+
+from linmu.reference import convert
+from linmu.reference.demo import TEACHER
+from linmu.reference.training.commands.main import main
+from linmu.reference.training.config import MLPSettings
+from linmu.reference.training.progress import read_metrics
+from linmu.reference.training.refusal import RefusedError
+from linmu.reference.training.run import Run
+from linmu.reference.training.variants import peft_settings
+
+from ..student.tiny_families import BUILDERS
+from .own_data import BROKEN, flags, row, write
+
+pytestmark = pytest.mark.trial_of_the_reference
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write(tmp_path / "data", "d.jsonl", [row()] * 30)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A run of stage i; its data are beside it."""
+    folder = tmp_path_factory.mktemp("begun")
+    main([*flags(write(folder, "d.jsonl", [row()] * 30), folder / "run"), "--stages", "i"])
+    return folder
+
+
+@pytest.fixture
+def done(begun, tmp_path) -> Path:
+    """A copy of that run's folder."""
+    shutil.copytree(begun / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(*arguments: str) -> str:
+    """What a run and its dry run are refused with; the same, and at the start."""
+    said = []
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(RefusedError) as error:
+            main([*arguments, *more])
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    return said[0]
+
+
+# --- folders
+
+
+@pytest.mark.parametrize("what", ["a model", "an adapter", "somebody's student", "config of a list"])
+def test_overwrite_leaves_what_no_run_wrote(data, tmp_path, what):
+    folder = tmp_path / "mine"
+    if what == "a model":
+        shutil.copytree(TEACHER, folder)
+    elif what == "an adapter":
+        model = AutoModelForImageTextToText.from_pretrained(TEACHER)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+        (folder / "config.json").write_text((TEACHER / "config.json").read_text())
+    elif what == "somebody's student":
+        (folder / "student").mkdir(parents=True)
+        (folder / "student" / "notes.txt").write_text("mine")
+    else:
+        folder.mkdir()
+        (folder / "config.json").write_text("[1]")
+    before = contents(folder)
+    for more in ([], ["--overwrite"], ["--resume"]):
+        assert "which no run wrote" in refused(*flags(data, folder), *more)
+        assert contents(folder) == before
+
+
+def test_overwrite_deletes_a_run_and_nothing_beside_it(data):
+    """The run's folder being that of the data, and of other things."""
+    folder = data.parent
+    (folder / "notes").mkdir()
+    (folder / "notes" / "student.txt").write_text("mine")
+    before = contents(folder)
+    main([*flags(data, folder), "--stages", "i"])
+    (folder / "stage_i" / "checkpoint-1.part").mkdir()
+    main([*flags(data, folder), "--stages", "i", "--overwrite", "--seed", "7"])
+    assert {name: text for name, text in contents(folder).items() if name in before} == before
+    assert json.loads((folder / "config.json").read_text())["seed"] == 7
+    assert not (folder / "stage_i" / "checkpoint-1.part").exists()
+
+
+def test_a_run_of_an_older_version_may_be_overwritten_and_is_not_resumed(data, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    settings = {
+        "teacher": "demo",
+        "data": "demo",
+        "output": "x",
+        "stages": "i,ii,iii",
+        "backend": "optimized",
+    }
+    (folder / "config.json").write_text(json.dumps(settings | {"steps": "1,2,3", "mixer": "{}"}))
+    said = refused(*flags(data, folder), "--resume")
+    assert "must hold the settings of this version of linmu" in said and "the version that began it" in said
+    main([*flags(data, folder), "--stages", "i", "--overwrite"])
+
+
+@pytest.mark.parametrize("how", ["--resume DIR", "--resume"])
+def test_a_moved_run_goes_on(begun, done, how):
+    (done / "stage_i" / "taught.safetensors").unlink()
+    shutil.rmtree(done / "stage_i" / "checkpoint-1")
+    same = [*flags(begun / "d.jsonl", done), "--stages", "i"]
+    main(["--resume", str(done)] if how == "--resume DIR" else [*same, "--resume"])
+    name = "stage_i/taught.safetensors"
+    assert (done / name).read_bytes() == (begun / "run" / name).read_bytes()
+    assert (
+        read_metrics(done / "metrics.jsonl")[-1]["loss"]
+        == read_metrics(begun / "run/metrics.jsonl")[-1]["loss"]
+    )
+
+
+def test_a_run_with_other_settings_is_refused_and_named(begun, done):
+    said = refused(*flags(begun / "d.jsonl", done), "--stages", "i", "--resume", "--stage_ii.layer", "2")
+    assert "other values of ['stage_ii']" in said and "--resume DIR" in said
+    said = refused(*flags(begun / "d.jsonl", done), "--stages", "i")
+    assert "--output must be a folder without a run" in said
+
+
+def test_resume_of_no_run_is_refused(tmp_path):
+    with pytest.raises(RefusedError, match="--resume must be followed by a run's folder"):
+        main(["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "/proc/linmu"])
+def test_an_output_that_cannot_be_written_is_refused_and_named(data, tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    output = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run"}.get(place, place)
+    said = refused(*flags(data, Path(output)))
+    assert str(output) in said and "--output must be a folder that can be written" in said
+
+
+@contextmanager
+def room(size: int):
+    """Files may not grow beyond `size` bytes: what a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_at_the_last_save_names_the_student_and_loses_nothing(begun, done, monkeypatch):
+    shutil.rmtree(done / "student")
+    finish = Run.finish
+
+    def finish_without_room(self):
+        with room(300_000):
+            return finish(self)
+
+    monkeypatch.setattr(Run, "finish", finish_without_room)
+    says = rf"{done}/student must fit on its disk, got .*; make room there and go on with --resume"
+    with pytest.raises(RefusedError, match=says):
+        main(["--resume", str(done)])
+    assert not list(done.glob("student*"))
+    monkeypatch.undo()
+    main(["--resume", str(done)])
+    name = "student/model.safetensors"
+    assert (done / name).read_bytes() == (begun / "run" / name).read_bytes()
+
+
+# --- stages, teachers, data
+
+
+@pytest.mark.parametrize(("stages", "missing"), [(["ii"], "i"), (["i", "iii"], "ii"), (["iii"], "ii")])
+def test_a_stage_without_the_one_before_is_refused_before_any_other_runs(data, tmp_path, stages, missing):
+    said = refused(*flags(data, tmp_path / "run"), "--stages", *stages)
+    assert f"stage {stages[-1]} must start from stage {missing}" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", ["adapters alone", "beside the model's"])
+def test_a_teacher_with_adapters_is_refused(data, tmp_path, weights):
+    teacher = AutoModelForImageTextToText.from_pretrained(TEACHER)
+    shutil.copytree(TEACHER, tmp_path / "adapted")
+    if weights == "adapters alone":
+        (tmp_path / "adapted" / "model.safetensors").unlink()
+        (tmp_path / "adapted" / "config.json").unlink()
+    adapted = get_peft_model(teacher, LoraConfig(r=2, target_modules=["gate_proj", "down_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(TEACHER)
+    adapted.save_pretrained(tmp_path / "adapted")
+    said = refused(*flags(data, tmp_path / "run"), "--teacher", str(tmp_path / "adapted"))
+    assert "adapters" in said and "merge" in said
+
+
+@pytest.mark.parametrize("name", ["nowhere/at-all", "/nowhere"])
+def test_a_teacher_that_does_not_open_is_refused(data, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = refused(*flags(data, tmp_path / "run"), "--teacher", name)
+    assert "--teacher must be a model" in said and name in said
+
+
+def test_adapters_on_a_mixture_of_experts_are_refused_by_name():
+    student = convert(BUILDERS["qwen3_vl_moe"]().teacher)
+    says = r"--lora_targets must be among .*which has none.*--tune full or --tune none"
+    with pytest.raises(RefusedError, match=says):
+        peft_settings(student, MLPSettings())
+    assert len(peft_settings(student, MLPSettings(tune="full")).modules_to_save) == 3
+
+
+def test_adapters_that_a_teacher_has_no_place_for_are_refused_at_the_start(data, tmp_path):
+    said = refused(*flags(data, tmp_path / "run"), "--lora_targets", "experts")
+    assert "--lora_targets must be among the linear projections of" in said and "--tune full" in said
+
+
+@pytest.mark.parametrize("place", ["held out", "training"])
+def test_a_broken_sample_is_refused_by_both_in_the_same_words(tmp_path, place):
+    rows = [row()] * 30
+    rows[20 if place == "held out" else 21] = row(picture=BROKEN)
+    data = write(tmp_path, "d.jsonl", rows)
+    more = ["--stages", "i", "--stage_i.steps", "30"]
+    with pytest.raises(RefusedError) as error:
+        main([*flags(data, tmp_path / "run"), *more])
+    line = 21 if place == "held out" else 22
+    assert f"d.jsonl, line {line}: FileNotFoundError" in str(error.value)
+
+
+def test_the_first_step_of_a_stage_learns(begun):
+    from safetensors.torch import load_file
+
+    after = load_file(begun / "run" / "stage_i" / "taught.safetensors")
+    gates = [tensor for name, tensor in after.items() if "scan_gate_proj.weight" in name]
+    assert gates and all(bool(gate.any()) for gate in gates), "they start at 0"
