@@ -1,4 +1,4 @@
-"""The torch engine of sliding-window attention: blocks of valid tokens against two blocks of keys.
+"""The torch engine of sliding-window attention: blocks of valid tokens against the keys that they read.
 
 Letters: B batch, L tokens, M keys, W window, H query heads, G groups, N head dim of q and k, P head dim of v;
 C tokens a block.
@@ -6,8 +6,8 @@ C tokens a block.
     p_tj = exp(scale q_t·k_j - lse_t)        o_t = Σ_j p_tj v_j                                            (1)
     ḡ_tj = p_tj (ō_t·v_j - ō_t·o_t)        q̄ = scale ḡ k        k̄ = scale ḡᵀ q        v̄ = pᵀ ō          (2)
 
-Padding is left out first. Blocks of C >= W - 1 of the keys that remain read two blocks at most, their own and
-the one before, so that memory and time grow with M, never with its square.
+Padding is left out first. A block of C of the tokens that remain reads R <= C + W - 1 keys, its own and those
+before, so that memory and time grow with M, never with its square.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ...reference.numerics import accumulation_dtype
 from .operator import SlidingGrads, SlidingInputs, SlidingOutputs, StepInputs, StepOutputs
 
-BLOCK = 64  # tokens at least
+BLOCK = 64  # tokens at most
 SLAB_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of the scores of the blocks that are taken at once
 
 
@@ -31,8 +31,8 @@ class Blocks:
 
     Args:
         token: (B, n, C) int64, the tokens that ask; L where none does.
-        key: (B, n, 2C) int64, the keys of the block before and of its own; M where there is none.
-        seen: (B, n, C, 2C) bool, which of them a token reads.
+        key: (B, n, R) int64, the W - 1 keys before the block and its own; M where there is none.
+        seen: (B, n, C, R) bool, which of them a token reads.
     """
 
     token: Tensor
@@ -45,7 +45,7 @@ class Blocks:
         return rows.permute(0, 1, 3, 4, 2, 5).flatten(3, 4)
 
     def keys_of(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, M, G, ·) -> (B, n, G, 2C, ·) in `dtype`, 0 where there is no key."""
+        """(B, M, G, ·) -> (B, n, G, R, ·) in `dtype`, 0 where there is no key."""
         return gathered(tensor, self.key).to(dtype).transpose(2, 3)
 
     def write_tokens(self, rows: Tensor, tensor: Tensor) -> None:
@@ -54,10 +54,10 @@ class Blocks:
         tensor[row_numbers(self.token), self.token] = by_head.to(tensor.dtype)
 
     def add_keys(self, rows: Tensor, tensor: Tensor) -> None:
-        """Add (B, n, G, 2C, ·) to (B, M + 1, G, ·): a key as one before, and as one of its block."""
+        """Add (B, n, G, R, ·) to (B, M + 1, G, ·): C keys of every block at once, all of them different."""
         size = self.token.shape[2]
-        for half in (slice(None, size), slice(size, None)):
-            tensor[row_numbers(self.key), self.key[:, :, half]] += rows[:, :, :, half].transpose(2, 3)
+        for part in (slice(first, first + size) for first in range(0, self.key.shape[2], size)):
+            tensor[row_numbers(self.key), self.key[:, :, part]] += rows[:, :, :, part].transpose(2, 3)
 
 
 def row_numbers(index: Tensor) -> Tensor:
@@ -81,13 +81,13 @@ def blocks(inputs: SlidingInputs) -> Iterator[Blocks]:
     if valid is not None:
         order = (~valid).int().argsort(dim=1, stable=True)  # what is there comes first
         count = valid.sum(1)[:, None, None]
-    size = min(max(window - 1, BLOCK), keys)
+    size, reach = min(BLOCK, keys), min(window, keys) - 1
     total = -(-keys // size)
-    step = max(1, SLAB_ELEMENTS.get(device.type, 2**20) // (batch * heads * 2 * size * size))
+    step = max(1, SLAB_ELEMENTS.get(device.type, 2**20) // (batch * heads * size * (size + reach)))
     for first in range(0, total, step):
         start = torch.arange(first, min(first + step, total), device=device)[:, None] * size  # (n, 1)
         own = (start + torch.arange(size, device=device))[None]  # (1, n, C): as counted among those there
-        near = (start + torch.arange(-size, size, device=device))[None]  # (1, n, 2C)
+        near = (start + torch.arange(-reach, size, device=device))[None]  # (1, n, R)
         key, place = (places(order, nth, count) for nth in (near, own))
         token = torch.where(place < keys, place - (keys - length), -1)
         token = token.masked_fill(token < 0, length)  # tokens of the state ask nothing
@@ -145,7 +145,7 @@ def backward(inputs: SlidingInputs, outputs: SlidingOutputs, grads: SlidingOutpu
 
 
 def masked_scores(queries: Tensor, keys: Tensor, block: Blocks, scale: float) -> Tensor:
-    """scale q·k, (B, n, G, H/G·C, 2C); -inf where a token does not read a key."""
+    """scale q·k, (B, n, G, H/G·C, R); -inf where a token does not read a key."""
     scores = (queries @ keys.mT).mul_(scale)
     by_head = scores.unflatten(3, (-1, block.token.shape[2]))
     return by_head.masked_fill_(~block.seen[:, :, None, None], -torch.inf).flatten(3, 4)
