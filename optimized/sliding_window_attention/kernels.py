@@ -147,8 +147,8 @@ def attend_kernel(
     asking = taken_of(ASKS, batch, length, token, real, HAS_ASKS)
     place = token + (keys - length)
     low = lowest_read(LOW, batch, keys, place, asking, window, HAS_LOW)
-    first = tl.min(tl.where(asking, low, NOWHERE), 0)
     end = tl.max(tl.where(asking, place + 1, 0), 0)
+    first = tl.minimum(tl.min(tl.where(asking, low, NOWHERE), 0), end)  # prefetching adds to it: no overflow
     k = of_head(K, batch, k_batch, head // RATIO, k_head)
     v = of_head(V, batch, v_batch, head // RATIO, v_head)
     q_tile = tile_at(of_head(Q, batch, q_batch, head, q_head), token, q_token, columns_n, asking, N)

@@ -119,8 +119,8 @@ def query_gradient_kernel(
     asking = taken_of(ASKS, batch, length, token, real, HAS_ASKS)
     place = token + (keys - length)
     low = lowest_read(LOW, batch, keys, place, asking, window, HAS_LOW)
-    first = tl.min(tl.where(asking, low, NOWHERE), 0)
     end = tl.max(tl.where(asking, place + 1, 0), 0)
+    first = tl.minimum(tl.min(tl.where(asking, low, NOWHERE), 0), end)  # prefetching adds to it: no overflow
     k = K + batch * k_batch + tl.cast(head // RATIO, tl.int64) * k_head
     v = V + batch * v_batch + tl.cast(head // RATIO, tl.int64) * v_head
     q_tile = tile_at(
