@@ -22,8 +22,9 @@ from .flex_ma import FlexMA, FlexMAState
 from .layout import VisionLayout, inverse_order, scan_order, window_ids
 from .local_swin import LocalSwin
 from .losses import hidden_loss, logit_loss
-from .m_mate import MMATE
+from .m_mate import MMATE, MMATEState
 from .scan import bidirectional_scan, selective_scan
+from .sliding_window_attention import WindowState, sliding_window_attention
 from .window_attention import window_attention
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ __all__ = [
     "Lesson",
     "LinMUConfig",
     "LocalSwin",
+    "MMATEState",
     "Objective",
     "VisionLayout",
+    "WindowState",
     "attach_teacher",
     "bidirectional_scan",
     "calibrate_norms",
@@ -55,6 +58,7 @@ __all__ = [
     "scan_step",
     "selective_scan",
     "set_engine",
+    "sliding_window_attention",
     "window_attention",
     "window_ids",
 ]

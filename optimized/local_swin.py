@@ -1,22 +1,28 @@
-"""`reference/local_swin.py` on the fast window attention: same constructor, parameters, names and results.
+"""`reference/local_swin.py` on the fast attentions: same constructor, parameters, names and results.
 
-Letters: B batch, L tokens, D width. Text has no part in it: its tokens are left out before the projections.
+Letters: B batch, L tokens, D width, n tokens of vision. Without a text window, text has no part in it: its
+tokens are left out before the projections.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from linmu import reference
 
-from ..reference.checks import require, require_shape
+from ..reference.sliding_window_attention import DonatedWindowState, WindowState
 from .elementwise.torch_engine import local_rows
 from .engine import engine_of_block
-from .layout import VisionLayout, fast
+from .flex_ma import may_be_overwritten
+from .layout import VisionLayout, every_row, fast, own_rows
 from .projections import checked_angles, rotated
+from .sliding_window_attention import attend_spans, find_spans, sliding_window_attention, step_in_place
 from .window_attention import planned_attention
 
 __all__ = ["LocalSwin"]
+
+Angles = tuple[Tensor, Tensor] | None
 
 
 class LocalSwin(reference.LocalSwin):
@@ -25,31 +31,78 @@ class LocalSwin(reference.LocalSwin):
     def forward(
         self,
         hidden_states: Tensor,
-        layout: VisionLayout,
+        layout: VisionLayout | None = None,
         *,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """`linmu.reference.LocalSwin.forward`: arguments, result and errors are the same."""
+        valid: Tensor | None = None,
+        position_embeddings: Angles = None,
+        state: WindowState | None = None,
+    ) -> tuple[Tensor, WindowState | None]:
+        """`linmu.reference.LocalSwin.forward`: arguments, results and errors are the same."""
         engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
-        output, row = self.attend(hidden_states, layout, position_embeddings, engine)
-        return local_rows(output, row) * layout.is_vision[..., None]
+        output, row, state = self.attend(hidden_states, layout, valid, position_embeddings, state, engine)
+        return local_rows(output, row) * (row >= 0)[..., None], state
 
     def attend(
         self,
         hidden_states: Tensor,
-        layout: VisionLayout,
-        position_embeddings: tuple[Tensor, Tensor] | None,
+        layout: VisionLayout | None,
+        valid: Tensor | None,
+        position_embeddings: Angles,
+        state: WindowState | None,
         engine: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Eqs. (1) and (2) of the tokens of `VisionLayout.vision_tokens`, (..., D), and their `row`."""
-        require_shape("LocalSwin", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
-        got = f"{tuple(layout.coords.shape[:2])} for {tuple(hidden_states.shape[:2])}"
-        same = layout.coords.shape[:2] == hidden_states.shape[:2]
-        require(same, "LocalSwin", "layout must describe the same (B, L) as hidden_states", got)
-        tokens = fast(layout).vision_tokens(self.config.window_thw, self.layer_index)
+    ) -> tuple[Tensor, Tensor, WindowState | None]:
+        """Eqs. (1) to (3) of those tokens that have a part in it, (..., D); `row` (B, L) int64, where each
+        token stands among them, -1 = nowhere; and the state.
+        """
+        self.check_inputs(hidden_states, layout, valid)
+        layout = fast(layout)
         heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)  # what angles fit
         angles = checked_angles(heads, position_embeddings)
-        q, k, v = self.project_heads(tokens.gather(hidden_states))
-        q, k = (rotated(each, angles, tokens.token, engine) for each in (q, k))
-        output = planned_attention(q, k, v, tokens.window_id, tokens.plan, engine=engine)
-        return self.o_proj(output.flatten(2)), tokens.row
+        if not self.config.text_window:
+            tokens = layout.vision_tokens(self.config.window_thw, self.layer_index)
+            q, k, v = self.project_heads(tokens.gather(hidden_states))
+            q, k = (rotated(each, angles, tokens.token, engine) for each in (q, k))
+            output = planned_attention(q, k, v, tokens.window_id, tokens.plan, engine=engine)
+            return self.o_proj(output.flatten(2)), tokens.row, None
+        q, k, v = self.project_heads(hidden_states)
+        q, k = (rotated(each, angles, engine=engine) for each in (q, k))
+        output, state = self.attend_text(q, k, v, layout, valid, state, engine)
+        if layout is not None:
+            windows = (self.config.window_thw, self.layer_index)
+            ids, plan = layout.windows(*windows), layout.window_plan(*windows)
+            of_vision = planned_attention(q, k, v, ids, plan, engine=engine)
+            output = output + of_vision  # each is 0 where the other is not
+        row = every_row(output) if valid is None else own_rows(valid)
+        return self.o_proj(output.flatten(2)), row, state
+
+    def attend_text(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: VisionLayout | None,
+        valid: Tensor | None,
+        state: WindowState | None,
+        engine: str | None,
+    ) -> tuple[Tensor, WindowState]:
+        """Eq. (3) before W_o, (B, L, H, P), 0 on vision; and the state, overwritten if it was donated and one
+        token without a gradient comes.
+        """
+        window = self.config.text_window
+        one_token = layout is None and state is not None and q.shape[1] == 1 and window > 1
+        if one_token and not is_recorded(q, k, v, *state[:2]):
+            pairs = zip(state[:2], (k, v), strict=True)
+            if isinstance(state, DonatedWindowState) and all(
+                may_be_overwritten(s, t.dtype) for s, t in pairs
+            ):
+                return step_in_place(q, k, v, state, valid=valid, engine=engine)
+            return sliding_window_attention(q, k, v, window, valid=valid, initial_state=state)
+        asks = None if layout is None else ~layout.is_vision
+        present = None if state is None else state.present
+        spans = find_spans(window, q.shape[1], asks, valid, None, present)
+        return attend_spans(q, k, v, window, spans, initial_state=state, engine=engine)
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd follows what is computed of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

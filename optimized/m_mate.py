@@ -9,15 +9,16 @@ from torch import Tensor
 
 from linmu import reference
 
+from ..reference.m_mate import MMATEState
 from .elementwise.operator import MixInputs, mix_branches
 from .engine import engine_of_block
 from .engine.torch_state import has_no_hooks
-from .flex_ma import FlexMA, FlexMAState
-from .layout import VisionLayout, fast
+from .flex_ma import FlexMA
+from .layout import VisionLayout, every_row, fast, own_rows
 from .local_swin import LocalSwin
 from .projections import are_plain, narrow_products
 
-__all__ = ["MMATE"]
+__all__ = ["MMATE", "MMATEState"]
 
 
 class MMATE(reference.MMATE):
@@ -33,32 +34,37 @@ class MMATE(reference.MMATE):
         *,
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        state: FlexMAState | None = None,
-    ) -> tuple[Tensor, FlexMAState]:
+        state: MMATEState | None = None,
+    ) -> tuple[Tensor, MMATEState]:
         """`linmu.reference.MMATE.forward`: arguments, result and errors are the same.
 
         Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
         before it, would read and write as many bytes per token, and could not be adapted by branch.
         """
-        flex_ma, angles = self.flex_ma, position_embeddings
+        flex_ma, local_swin, angles = self.flex_ma, getattr(self, "local_swin", None), position_embeddings
+        before, window = (None, None) if state is None else (state.flex_ma, state.window)
         if layout is None or not self.runs_in_parts():
-            y, state = flex_ma(hidden_states, layout, valid=valid, position_embeddings=angles, state=state)
-            if layout is None:
-                return y, state
-            local = self.local_swin(hidden_states, layout, position_embeddings=angles)
-            (mix,), row, engine = (
-                narrow_products(hidden_states, [self.mix_proj]),
-                fast(layout).vision_row,
-                None,
-            )
+            given = {"valid": valid, "position_embeddings": angles}
+            y, after = flex_ma(hidden_states, layout, state=before, **given)
+            if layout is None and not self.config.text_window:
+                return y, MMATEState(*after, window)
+            local, window = local_swin(hidden_states, layout, state=window, **given)
+            (mix,), engine = narrow_products(hidden_states, [self.mix_proj]), None
+            row = self.mixed_rows(y, layout, valid)
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
             *rates, mix = narrow_products(hidden_states, linears)
-            y, state = flex_ma.heads(hidden_states, layout, valid, angles, state, engine, rates)
+            y, after = flex_ma.heads(hidden_states, layout, valid, angles, before, engine, rates)
             y = flex_ma.o_proj(y)
-            local, row = self.local_swin.attend(hidden_states, layout, angles, engine)
-        return mix_branches(MixInputs(y, local, mix, row, engine)), state
+            local, row, window = local_swin.attend(hidden_states, layout, valid, angles, window, engine)
+        return mix_branches(MixInputs(y, local, mix, row, engine)), MMATEState(*after, window)
+
+    def mixed_rows(self, y: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> Tensor:
+        """(B, L) int64: where each token stands in the flattened batch, -1 where only Flex-MA has a say."""
+        if not self.config.text_window:
+            return fast(layout).vision_row
+        return every_row(y) if valid is None else own_rows(valid)
 
     def runs_in_parts(self) -> bool:
         """Whether the branches may be run in parts, so that their narrow products read the hidden states

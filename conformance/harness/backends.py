@@ -24,6 +24,7 @@ OPERATORS = (
     "bidirectional_scan",
     "scan_step",
     "window_attention",
+    "sliding_window_attention",
     "causal_conv",
 )
 OPTIONAL = ("FlexMA", "LocalSwin", "MMATE", "hidden_loss", "logit_loss")

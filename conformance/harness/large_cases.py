@@ -15,7 +15,7 @@ from torch import Tensor
 
 from linmu import reference
 
-from . import second_formulation
+from . import second_formulation, second_sliding_window
 from .cancellation import is_summed, sizes_in_attention, sizes_in_divergence, sizes_of_sums
 from .compare import Results, assert_matches, evaluate, in_float64
 from .layouts import Layout, Pad, Text, Vision
@@ -30,6 +30,7 @@ from .operator_cases import (
     WindowCase,
     run,
 )
+from .sliding_window_cases import SlidingWindowCase
 
 CHUNK = 128
 
@@ -83,6 +84,7 @@ FORMULATIONS: dict[str, Callable] = {
     "bidirectional_scan": bidirectional_scan,
     "scan_step": reference.scan_step,
     "window_attention": second_formulation.window_attention,
+    "sliding_window_attention": second_sliding_window.sliding_window_attention,
     "causal_conv": second_formulation.causal_conv,
     "hidden_loss": reference.hidden_loss,
     "logit_loss": reference.logit_loss,
@@ -93,7 +95,7 @@ FORMULATIONS: dict[str, Callable] = {
 def truth_of(case: Case, of: tuple[str, ...] | None = None, draw: int | None = None) -> Results:
     """Results and gradients of the second formulation in float64."""
     wide = in_float64(case.inputs())
-    formulation = FORMULATIONS[case.operator]
+    formulation = case.flat(FORMULATIONS[case.operator])
     return evaluate(formulation, wide, gradients=True, draw=draw, names=case.results, of=of)
 
 
@@ -108,6 +110,7 @@ def rounded(case: Case, truth: Results) -> Results:
             dtype = given[name.removeprefix("grad ")].dtype
         else:
             dtype = wide if name in ("final_state", "state", "loss") else tokens.dtype
+            dtype = torch.bool if tensor.dtype == torch.bool else dtype
         found[name] = tensor.to(dtype)
     return found
 
@@ -124,6 +127,7 @@ def check_large(backend: Any, case: Case) -> None:
 def sizes_of_terms(case: Case, of: tuple[str, ...] | None = None) -> Results:
     """As `operator_checks.sizes_of_gradients`, of the second formulation."""
     formulas = {"window_attention": sizes_in_attention, "logit_loss": sizes_in_divergence}
+    formulas["sliding_window_attention"] = second_sliding_window.sizes_in_window
     sizes = {}
     if any(is_summed(f"grad {name}") for name in case.inputs()):
         sizes = sizes_of_sums(lambda draw: truth_of.__wrapped__(case, of, draw))
@@ -152,6 +156,15 @@ def windows(
     """Attention in `count` windows, with heads of `size` numbers."""
     rest = {"scale": None, "dtype": "float32", "seed": length}
     return WindowCase(batch, length, heads, groups, size, size, count, **{**rest, **fixed})
+
+
+def sliding(
+    length: int, heads: int, groups: int, size: int, window: int, batch: int = 1, **fixed
+) -> SlidingWindowCase:
+    """Attention in a sliding window, behind a state, with heads of `size` numbers."""
+    rest = {"asks": "none", "valid": "none", "packed": False, "initial_state": True, "scale": None}
+    rest |= {"dtype": "float32", "seed": length}
+    return SlidingWindowCase(batch, length, heads, groups, size, size, window, **{**rest, **fixed})
 
 
 MODEL_PROMPT = (
@@ -198,6 +211,14 @@ LARGE: dict[str, dict[str, Case]] = {
         "2,200 tokens in 300 windows": windows(2200, 2, 1, 4, 300),
         "272 heads": windows(20, 272, 68, 3, 2),
         "300 rows": windows(4, 2, 1, 3, 2, batch=300),
+    },
+    "sliding_window_attention": {
+        "window of 129, N=P=144": sliding(300, 4, 2, 144, 129),
+        "N=P=128, bfloat16": sliding(260, 4, 2, 128, 128, dtype="bfloat16", asks="some"),
+        "2,200 tokens in a window of 1,000": sliding(2200, 1, 1, 3, 1000),
+        "2,200 tokens, padding": sliding(2200, 2, 1, 4, 70, valid="some", packed=True),
+        "272 heads": sliding(20, 272, 68, 3, 5),
+        "300 rows": sliding(4, 2, 1, 3, 3, batch=300, valid="left"),
     },
     "causal_conv": {
         "5,003 channels": ConvCase(2, 9, 5003, 4, True, "some", True, "float32", 1),

@@ -13,12 +13,20 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from linmu.reference import LinMUConfig, VisionLayout, flex_ma, local_swin
+from linmu.reference import (
+    LinMUConfig,
+    VisionLayout,
+    WindowState,
+    flex_ma,
+    local_swin,
+    sliding_window_attention,
+)
 
 from .cancellation import sizes_of_sums
 from .compare import Results, assert_matches, cotangent
 from .layouts import Layout, Pad, Text, Vision, layouts
 from .operator_cases import DTYPES, EXACT, FEW_SHAPES, SEEDS, SHAPES, Numbers, dtypes
+from .second_sliding_window import pairs_and_rest
 
 WIDTH = 6
 IN_MODEL_DTYPE = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "z_proj")
@@ -57,7 +65,7 @@ class ModuleCase:
     def arguments(self, name: str) -> dict[str, Any]:
         """Keyword arguments of the forward of `name`, without the hidden states."""
         arguments = {"layout": self.vision_layout, "position_embeddings": self.position_embeddings()}
-        return arguments if name == "LocalSwin" else {**arguments, "valid": self.layout.valid}
+        return {**arguments, "valid": self.layout.valid}
 
     def with_options(self, **options: Any) -> ModuleCase:
         """The same case with other options of the configuration."""
@@ -112,11 +120,15 @@ def run(
 ) -> Results:
     """Outputs of a module by name: the output, and the state if there is one."""
     hidden_states = case.hidden_states() if hidden_states is None else hidden_states
-    outputs = module(hidden_states, **{**case.arguments(name), **changes})
-    if isinstance(outputs, Tensor):
-        return {"output": outputs}
-    output, state = outputs
-    return {"output": output, "conv state": state.conv, "scan state": state.scan}
+    return named(*module(hidden_states, **{**case.arguments(name), **changes}))
+
+
+def named(output: Tensor, state: Any) -> Results:
+    """The output of a module and the tensors of its state, of a branch or of both, by name."""
+    window = state if isinstance(state, WindowState) else getattr(state, "window", None)
+    parts = {part: getattr(state, part, None) for part in ("conv", "scan")}
+    parts |= {} if window is None else {f"window's {part}": getattr(window, part) for part in window._fields}
+    return {"output": output} | {f"{n} state": part for n, part in parts.items() if part is not None}
 
 
 def run_with_gradients(
@@ -182,16 +194,25 @@ def constant_factors() -> Iterator[None]:
         return y * factor * weight.view(y.shape[2:])
 
     def attention(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor) -> Tensor:
+        mates = (window_id[:, :, None] == window_id[:, None, :]) & (window_id >= 0)[:, :, None]
+        return among(mates, q, k, v)
+
+    def text(q: Tensor, k: Tensor, v: Tensor, window: int, *, asks=None, valid=None, initial_state=None):
+        seen, _ = pairs_and_rest(window, q.shape[1], len(q), asks, valid)
+        _, state = sliding_window_attention(q, k, v, window, asks=asks, valid=valid)
+        return among(seen, q, k, v), state
+
+    def among(mates: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ratio = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(ratio, dim=2), v.repeat_interleave(ratio, dim=2)
-        mates = (window_id[:, :, None] == window_id[:, None, :]) & (window_id >= 0)[:, :, None]
         scores = q.shape[3] ** -0.5 * torch.einsum("bihn,bjhn->bhij", q, k)
         scores = scores.masked_fill(~mates[:, None], -torch.inf)
         denominator = scores.detach().logsumexp(-1, keepdim=True).nan_to_num(neginf=0.0)
         return torch.einsum("bhij,bjhp->bihp", (scores - denominator).exp(), v)
 
     norm = mock.patch.object(flex_ma, "rms_norm_per_head", scaled)
-    with norm, mock.patch.object(local_swin, "window_attention", attention):
+    windows = mock.patch.object(local_swin, "window_attention", attention)
+    with norm, windows, mock.patch.object(local_swin, "sliding_window_attention", text):
         yield
 
 
@@ -247,6 +268,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> LinMUConfig:
         "output_bias": draw(st.booleans()),
         "qk_norm": draw(st.booleans()),
         "window_thw": draw(st.sampled_from(((1, 2, 2), (2, 1, 3), (4, 8, 8)))),
+        "text_window": draw(st.sampled_from((0, 3, 128, 1))),
         "conv_kernel": draw(st.sampled_from((4, 0, 1, 2))),
         "scan_rope": draw(st.booleans()),
         "output_gate": draw(st.booleans()),

@@ -14,7 +14,7 @@ from linmu.reference import VisionLayout
 
 from .compare import assert_exact, assert_same, assert_zero
 from .layouts import Layout
-from .module_cases import ModuleCase, check_module, large_cases, random_module, run
+from .module_cases import ModuleCase, check_module, large_cases, named, random_module, run
 
 STATES = ("conv state", "scan state")
 
@@ -67,7 +67,7 @@ def check_batch_mates_change_nothing(module: nn.Module, name: str, case: ModuleC
         one = slice(row, row + 1)
         angles = tuple(angle[one] for angle in case.position_embeddings())
         alone = {"layout": VisionLayout(case.layout.only(row).coords), "position_embeddings": angles}
-        alone |= {} if name == "LocalSwin" else {"valid": case.layout.valid[one]}
+        alone |= {"valid": case.layout.valid[one]}
         found = run(module, name, case, u[one], **alone)
         wanted = {key: result[one] for key, result in together.items()}
         assert_same(only_valid(found, case.layout.only(row)), only_valid(wanted, case.layout.only(row)), case)
@@ -79,11 +79,7 @@ def check_splitting_changes_nothing(module: nn.Module, name: str, case: ModuleCa
     for cut in case.layout.cuts()[::3]:
         first, state = module(u[:, :cut], **arguments_of(case, slice(0, cut)))
         second, state = module(u[:, cut:], **arguments_of(case, slice(cut, None)), state=state)
-        found = {
-            "output": torch.cat([first, second], dim=1),
-            "conv state": state.conv,
-            "scan state": state.scan,
-        }
+        found = named(torch.cat([first, second], dim=1), state)
         assert_same(only_valid(found, case.layout), only_valid(whole, case.layout), case)
 
 
@@ -95,15 +91,15 @@ def check_steps_equal_prefill(module: nn.Module, name: str, case: ModuleCase) ->
     valid[-1, 6:] = False
     whole = run(module, name, case, u, valid=valid)
     first, state = module(u[:, :3], position_embeddings=(cos[:, :3], sin[:, :3]))
-    outputs, sizes = [first], {(state.conv.shape, state.scan.shape)}
+    outputs, sizes = [first], {shapes_of(state)}
     for t in range(3, length):
         now = slice(t, t + 1)
         angles = (cos[:, now], sin[:, now])
         output, state = module(u[:, now], valid=valid[:, now], position_embeddings=angles, state=state)
         outputs.append(output)
-        sizes.add((state.conv.shape, state.scan.shape))
+        sizes.add(shapes_of(state))
     assert len(sizes) == 1, f"the state must not grow, got sizes {sizes}: {case!r}"
-    found = {"output": torch.cat(outputs, dim=1), "conv state": state.conv, "scan state": state.scan}
+    found = named(torch.cat(outputs, dim=1), state)
     kept = valid[..., None]
     for results in (found, whole):
         results["output"] = results["output"] * kept
@@ -124,12 +120,22 @@ def check_the_state_is_left(module: nn.Module, name: str, case: ModuleCase) -> N
     """A state that is handed over may be handed over again: nothing is written to it."""
     u, (cos, sin) = case.hidden_states(), case.position_embeddings()
     _, state = module(u[:, :-1], position_embeddings=(cos[:, :-1], sin[:, :-1]))
-    copies = [part.detach().clone() for part in state]
+    copies = [part.detach().clone() for part in tensors_of(state)]
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode:
             module(u[:, -1:], position_embeddings=(cos[:, -1:], sin[:, -1:]), state=state)
-    for part, copy in zip(state, copies, strict=True):
+    for part, copy in zip(tensors_of(state), copies, strict=True):
         assert_exact(part.detach(), copy, case, f"{name}'s state after the call")
+
+
+def tensors_of(state: Any) -> list:
+    """All tensors of a state."""
+    return [tensor for name, tensor in named(torch.empty(0), state).items() if name != "output"]
+
+
+def shapes_of(state: Any) -> tuple:
+    """Of every tensor of a state."""
+    return tuple(tensor.shape for tensor in tensors_of(state))
 
 
 def only_valid(results: dict, layout: Layout) -> dict:

@@ -118,6 +118,11 @@ class Case:
         """All arguments by name; another `draw` gives other numbers and the same masks."""
         raise NotImplementedError
 
+    @staticmethod
+    def flat(operator: Callable) -> Callable:
+        """The operator with tensors for whatever it takes and gives as a state of several."""
+        return operator
+
     @property
     def shape(self) -> tuple[int, int]:
         """(B, L)."""
@@ -184,7 +189,7 @@ class ChangedCase(Case):
     def __init__(self, case: Case, changes: Mapping[str, Any]) -> None:
         self.case, self.changes = case, dict(changes)
         self.operator, self.results = case.operator, case.results
-        self.tokens, self.masks, self.rows = case.tokens, case.masks, case.rows
+        self.tokens, self.masks, self.rows, self.flat = case.tokens, case.masks, case.rows, case.flat
 
     def inputs(self, draw: int = 0) -> dict[str, Any]:
         """The arguments of the case, then the changes."""
@@ -197,6 +202,11 @@ class ChangedCase(Case):
         return f"{self.case!r} with other {', '.join(self.changes)}"
 
 
+def operator_of(backend: Any, case: Case) -> Callable:
+    """The operator that the case is for, on the case's arguments and with its results."""
+    return case.flat(getattr(backend, case.operator))
+
+
 def run(
     backend: Any,
     case: Case,
@@ -206,15 +216,16 @@ def run(
 ) -> Results:
     """Call the case's operator: its results by name and, with `gradients`, "grad NAME" of every float
     argument, taken of the results `of`, of all if None; `draw` as in `evaluate`."""
-    operator = getattr(backend, case.operator)
-    return evaluate(operator, case.inputs(), gradients, draw=draw, names=case.results, of=of)
+    return evaluate(
+        operator_of(backend, case), case.inputs(), gradients, draw=draw, names=case.results, of=of
+    )
 
 
 def gradients_of(backend: Any, case: Case, pick: Callable[[Tensor], Tensor]) -> Results:
     """ "grad NAME" of every float argument, taken of a part of the first result that `pick` cuts out."""
 
     def part(**given: Any) -> Tensor:
-        outputs = getattr(backend, case.operator)(**given)
+        outputs = operator_of(backend, case)(**given)
         return pick(outputs[0] if isinstance(outputs, tuple) else outputs)
 
     found = evaluate(part, case.inputs(), gradients=True)
@@ -476,8 +487,14 @@ MANY_SHAPES = {
     "heads": ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (3, 3)),
     "taps": (1, 2, 3, 4, 5),
     "width": (1, 2, 7, 33),
+    "text_window": (1, 2, 3, 4, 5, 8, 17, 40),
 }
-SHAPES_ON_A_GPU = {**MANY_SHAPES, "size": (3, 16), "heads": ((1, 1), (4, 2), (3, 1))}
+SHAPES_ON_A_GPU = {
+    **MANY_SHAPES,
+    "size": (3, 16),
+    "heads": ((1, 1), (4, 2), (3, 1)),
+    "text_window": (1, 3, 8, 40),
+}
 FEW_SHAPES = {
     "batch": (2,),
     "length": (24, 1),
@@ -485,6 +502,7 @@ FEW_SHAPES = {
     "heads": ((4, 2),),
     "taps": (4,),
     "width": (33,),
+    "text_window": (5,),
 }
 SHAPES = dict(SHAPES_ON_A_GPU if torch.cuda.is_available() else MANY_SHAPES)
 

@@ -20,8 +20,14 @@ from linmu import reference
 from .cancellation import sizes_in_attention, sizes_in_divergence, sizes_of_sums
 from .compare import Results, assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float
 from .large_cases import LARGE, check_large
-from .operator_cases import DTYPES, EXACT, Case, ChangedCase, fed, property_of, run
+from .operator_cases import DTYPES, EXACT, Case, ChangedCase, fed, operator_of, property_of, run
+from .second_sliding_window import sizes_in_window
 
+SIZES = {  # of terms that cancel
+    "window_attention": sizes_in_attention,
+    "sliding_window_attention": sizes_in_window,
+    "logit_loss": sizes_in_divergence,
+}
 HALF_AND_SINGLE = ("bfloat16", "float32")
 
 
@@ -88,8 +94,7 @@ def sizes_of_gradients(case: Case, of: tuple[str, ...] | None = None) -> Results
     """The sizes of the terms that gradients, and the divergence, sum over, where these may cancel."""
     wide = widened(case)
     sizes = sizes_of_sums(lambda draw: run(reference, wide, True, of, draw))
-    formulas = {"window_attention": sizes_in_attention, "logit_loss": sizes_in_divergence}
-    return sizes | (formulas[case.operator](**wide.inputs()) if case.operator in formulas else {})
+    return sizes | (SIZES[case.operator](**wide.inputs()) if case.operator in SIZES else {})
 
 
 def check_gradients_of_each_result_match(backend: Any, case: Case) -> None:
@@ -107,7 +112,7 @@ def check_one_gradient_alone(backend: Any, case: Case) -> None:
         together = run(backend, case, gradients=True, of=(result,))
 
         def call(**one: Tensor) -> Any:
-            return getattr(backend, case.operator)(**{**given, **one})
+            return operator_of(backend, case)(**{**given, **one})
 
         alone = evaluate(call, {name: given[name]}, gradients=True, names=case.results, of=(result,))
         key = f"grad {name}"
@@ -136,7 +141,7 @@ def gradients_of_the_sum(backend: Any, case: Case) -> Results:
     """Gradients of the sum of all results, which autograd hands to the operator as expanded tensors."""
 
     def total(**given: Any) -> Tensor:
-        outputs = getattr(backend, case.operator)(**given)
+        outputs = operator_of(backend, case)(**given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return sum(output.to(torch.promote_types(output.dtype, torch.float32)).sum() for output in outputs)
 
@@ -158,7 +163,7 @@ def check_arguments_are_left(backend: Any, case: Case) -> None:
     given = case.inputs()
     copies = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
     with torch.no_grad():
-        getattr(backend, case.operator)(**given)
+        operator_of(backend, case)(**given)
     fixed = case.changed(**given)
     run(backend, fixed, gradients=True)
     for name, copy in copies.items():
@@ -171,7 +176,7 @@ def check_autocast(backend: Any, case: Case) -> None:
 
     def under_autocast(**given: Any) -> Any:  # the forward pass alone, as torch wants it
         with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-            return getattr(backend, case.operator)(**given)
+            return operator_of(backend, case)(**given)
 
     assert_same(fed(under_autocast, case, gradients=True), run(backend, case, gradients=True), case)
 

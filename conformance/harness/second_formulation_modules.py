@@ -14,6 +14,7 @@ from torch import Tensor
 from linmu.reference import LinMUConfig
 
 from . import second_formulation
+from .second_sliding_window import pairs_and_rest
 
 Parameters = Mapping[str, Tensor]
 Angles = tuple[Tensor, Tensor]
@@ -61,29 +62,32 @@ def flex_ma(
 
 
 def local_swin(
-    p: Parameters, u: Tensor, coords: Tensor, angles: Angles, config: LinMUConfig, layer_index
+    p: Parameters, u: Tensor, coords: Tensor, valid: Tensor, angles: Angles, config: LinMUConfig, layer_index
 ) -> Tensor:
-    """The teacher's attention over the whole row, under a mask of window mates."""
+    """The teacher's attention over the whole row, under a mask of window mates and of a text window."""
     q, k, v = projected(p, u, config)
     q, k = rotated(q, angles), rotated(k, angles)
     k, v = second_formulation.heads_of(k, config.heads), second_formulation.heads_of(v, config.heads)
     mates = second_formulation.same_window(coords, config.window_thw, layer_index % 2 == 1)
-    vision = (coords[..., 0] >= 0)[..., None]
+    vision, part = coords[..., 0] >= 0, coords[..., 0] >= 0
+    if config.text_window:
+        before, _ = pairs_and_rest(config.text_window, u.shape[1], len(u), ~vision, valid)
+        mates, part = mates | before, valid
     allowed = mates | torch.eye(u.shape[1], dtype=torch.bool)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None]).transpose(1, 2)
-    return linear(p, "o_proj", attended.flatten(2)) * vision
+    return linear(p, "o_proj", attended.flatten(2)) * part[..., None]
 
 
 def m_mate(
     p: Parameters, u: Tensor, coords: Tensor, valid: Tensor, angles: Angles, config, layer_index
 ) -> Tensor:
-    """An interpolation on vision, Flex-MA alone on text."""
+    """An interpolation; without a text window, Flex-MA alone on text."""
     flex = flex_ma(below(p, "flex_ma."), u, coords, valid, angles, config, layer_index)
-    local = local_swin(below(p, "local_swin."), u, coords, angles, config, layer_index)
+    local = local_swin(below(p, "local_swin."), u, coords, valid, angles, config, layer_index)
     mix = linear(p, "mix_proj", u).sigmoid()
-    vision = (coords[..., 0] >= 0)[..., None].to(u)
-    return flex + vision * (1 - mix) * (local - flex)
+    mixes = (valid if config.text_window else coords[..., 0] >= 0)[..., None].to(u)
+    return flex + mixes * (1 - mix) * (local - flex)
 
 
 def below(p: Parameters, prefix: str) -> dict[str, Tensor]:

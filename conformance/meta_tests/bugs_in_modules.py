@@ -97,13 +97,13 @@ def the_branch_never_shifts_its_windows(reference):
     return Broken
 
 
-@planted("LocalSwin", swin.test_text_gets_zero_and_gives_nothing)
+@planted("LocalSwin", swin.test_text_without_a_window_gets_zero_and_gives_nothing)
 def the_output_bias_reaches_text(reference):
     class Broken(reference):
         def forward(self, hidden_states, layout, **rest):
-            output = super().forward(hidden_states, layout, **rest)
+            output, state = super().forward(hidden_states, layout, **rest)
             bias = 0 if self.o_proj.bias is None else self.o_proj.bias
-            return torch.where(layout.is_vision[..., None], output, output + bias)
+            return torch.where(layout.is_vision[..., None], output, output + bias), state
 
     return Broken
 
@@ -111,21 +111,100 @@ def the_output_bias_reaches_text(reference):
 @planted("LocalSwin", swin.test_one_window_over_an_image_is_the_teachers_attention)
 def the_branch_attends_without_positions(reference):
     class Broken(reference):
-        def forward(self, hidden_states, layout, *, position_embeddings=None):
+        def forward(self, hidden_states, layout, *, position_embeddings=None, **rest):
             cos, sin = position_embeddings
             still = (torch.ones_like(cos), torch.zeros_like(sin))
-            return super().forward(hidden_states, layout, position_embeddings=still)
+            return super().forward(hidden_states, layout, position_embeddings=still, **rest)
 
     return Broken
 
 
-@planted("MMATE", mate.test_text_is_pinned_to_flex_ma)
+@planted("LocalSwin", swin.test_splitting_outside_blocks_changes_nothing, swin.test_steps_equal_prefill)
+def the_text_window_is_forgotten(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            return super().forward(hidden_states, layout, **rest)
+
+    return Broken
+
+
+@planted("LocalSwin", swin.test_splitting_outside_blocks_changes_nothing, swin.test_steps_equal_prefill)
+def the_text_window_is_never_moved(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            output, after = super().forward(hidden_states, layout, state=state, **rest)
+            return output, after if state is None else state
+
+    return Broken
+
+
+@planted("LocalSwin", swin.test_padding_changes_nothing)
+def padding_is_in_the_text_window(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, valid=None, **rest):
+            return super().forward(hidden_states, layout, **rest)
+
+    return Broken
+
+
+@planted(
+    "LocalSwin",
+    swin.test_local_swin_equals_its_second_formulation,
+    swin.test_a_token_sees_its_window_and_nothing_else,
+)
+def text_does_not_see_the_vision_before_it(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, valid=None, **rest):
+            output, _ = super().forward(hidden_states, layout, valid=valid, **rest)
+            text = torch.ones_like(layout.is_vision) if valid is None else valid
+            of_text, state = super().forward(hidden_states, layout, valid=text & ~layout.is_vision, **rest)
+            return torch.where(layout.is_vision[..., None], output, of_text), state
+
+    return Broken
+
+
+@planted("LocalSwin", swin.test_the_text_window_is_kept_in_the_dtype_of_the_model)
+def the_text_window_is_kept_in_float64(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, **rest):
+            output, state = super().forward(hidden_states, layout, **rest)
+            return output, state and state._replace(k=state.k.double())
+
+    return Broken
+
+
+@planted("MMATE", mate.test_text_without_a_window_is_pinned_to_flex_ma)
 def text_is_mixed_too(reference):
     class Broken(reference):
         def forward(self, hidden_states, layout=None, **rest):
             output, state = super().forward(hidden_states, layout, **rest)
             mix = self.mix_proj(hidden_states).sigmoid()
             return torch.where(layout.is_vision[..., None], output, (mix * output).to(output.dtype)), state
+
+    return Broken
+
+
+@planted(
+    "MMATE",
+    mate.test_the_mix_reaches_from_one_branch_to_the_other,
+    mate.test_m_mate_equals_its_second_formulation,
+)
+def text_takes_flex_ma_in_spite_of_its_window(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, **rest):
+            output, state = super().forward(hidden_states, layout, **rest)
+            flex, _ = self.flex_ma(hidden_states, layout, **rest)
+            return torch.where(layout.is_vision[..., None], output, flex), state
+
+    return Broken
+
+
+@planted("MMATE", mate.test_splitting_outside_blocks_changes_nothing, mate.test_steps_equal_prefill)
+def the_block_drops_the_text_window(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            state = None if state is None else state._replace(window=None)
+            return super().forward(hidden_states, layout, state=state, **rest)
 
     return Broken
 

@@ -11,6 +11,7 @@ from . import (
     bugs_in_modules,  # noqa: F401
     bugs_in_operators,  # noqa: F401
     bugs_in_scan,  # noqa: F401
+    bugs_in_sliding_window,  # noqa: F401
 )
 from .planting import BUGS, Bug, run_quietly
 

@@ -21,11 +21,15 @@ from ..harness.operator_cases import (
     WindowCase,
     bidirectional_cases,
     conv_cases,
+    fed,
     logit_loss_cases,
     property_of,
+    run,
     scan_cases,
     window_cases,
 )
+from ..harness.second_sliding_window import sliding_window_attention as by_mask
+from ..harness.sliding_window_cases import SlidingWindowCase, sliding_window_cases
 
 pytestmark = pytest.mark.trial_of_the_reference
 HALF = ("bfloat16", "float16", "mixed")
@@ -82,6 +86,13 @@ def test_window_attention_equals_masked_attention(backend, case: WindowCase):
     check_second_formulation(backend.window_attention, second_formulation.window_attention, case)
 
 
+@property_of("sliding_window_attention", cases=sliding_window_cases(["float64"]))
+def test_sliding_windows_equal_masked_attention(backend, case: SlidingWindowCase):
+    """`scaled_dot_product_attention` over state and row, under a mask from lists of what a row has seen."""
+    wanted = fed(case.flat(by_mask), case, gradients=True)
+    assert_close(run(backend, case, gradients=True), wanted, case, 1e-10)
+
+
 @property_of("causal_conv", cases=conv_cases(["float64"]))
 def test_causal_conv_equals_conv1d_on_the_tokens_that_are_there(backend, case: ConvCase):
     """`F.conv1d` over each row's valid tokens, pushed together."""
@@ -128,6 +139,17 @@ def test_gradients_of_window_attention_are_slopes(backend, case: WindowCase):
     check_gradients_against_differences(backend.window_attention, case.inputs())
 
 
+@property_of("sliding_window_attention", cases=sliding_window_cases(["float64"], length=7), share=0.3)
+def test_gradients_of_sliding_windows_are_slopes(backend, case: SlidingWindowCase):
+    """gradcheck: q, k, v and the initial state, through outputs and final state."""
+    operator = case.flat(backend.sliding_window_attention)
+
+    def floats(**given):
+        return operator(**given)[:3]
+
+    check_gradients_against_differences(floats, case.inputs())
+
+
 @property_of("causal_conv", cases=conv_cases(["float64"], length=7), share=0.3)
 def test_gradients_of_causal_conv_are_slopes(backend, case: ConvCase):
     """gradcheck: input, weight, bias and initial state."""
@@ -150,6 +172,16 @@ def test_bidirectional_scan_in_half_precision_rounds_once(backend, case: Bidirec
 def test_window_attention_in_half_precision_rounds_once(backend, case: WindowCase):
     """Softmax in float32."""
     check_one_rounding(backend.window_attention, case)
+
+
+@property_of("sliding_window_attention", cases=sliding_window_cases(HALF[:2]))
+def test_sliding_windows_in_half_precision_round_once(backend, case: SlidingWindowCase):
+    """Softmax in float32."""
+
+    def o(**given):
+        return case.flat(backend.sliding_window_attention)(**given)[0]
+
+    check_one_rounding(o, case)
 
 
 @property_of("causal_conv", cases=conv_cases(HALF[:2]))

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from linmu.reference import LinMUConfig, VisionLayout
+from linmu.reference import LinMUConfig, VisionLayout, WindowState
 
 from ..harness.layouts import Layout, Text, Vision
 from ..harness.module_cases import ModuleCase, initial
 from ..harness.operator_cases import BidirectionalCase, ConvCase, LossCase, ScanCase, WindowCase
+from ..harness.sliding_window_cases import STATE, SlidingWindowCase
 
 LAYOUT = Layout(((Text(1), Vision(0, (1, 1, 3)), Text(1)), (Text(5),)))
 SIZES = {"heads": 4, "groups": 2, "state": 3, "head_dim": 6, "dtype": "float32", "seed": 0}
@@ -40,6 +41,12 @@ VALID["scan_step"] = {
     "D": torch.ones(4),
     "valid": torch.tensor([True, False]),
 }
+
+SLIDING = SlidingWindowCase(
+    2, 5, window=3, asks="some", valid="left", packed=True, initial_state=True, scale=None, **SIZES
+).inputs()
+WINDOW_STATE = WindowState(*(SLIDING.pop(name) for name in STATE))
+VALID["sliding_window_attention"] = SLIDING | {"initial_state": WINDOW_STATE}
 
 
 def half_text() -> torch.Tensor:
@@ -111,6 +118,22 @@ WRONG: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("window_attention", {"v": torch.ones(2, 5, 2, 6).int()}, ("v", "float", "int32")),
     ("window_attention", {"window_id": torch.zeros(2, 5)}, ("window_id", "int64", "float32")),
     ("window_attention", {"window_id": torch.zeros(5, dtype=torch.int64)}, ("window_id", "B, L", "(5,)")),
+    ("sliding_window_attention", {"q": torch.randn(2, 5, 12)}, ("q", "B, L, H, N", "(2, 5, 12)")),
+    ("sliding_window_attention", {"k": torch.randn(2, 5, 2, 4)}, ("k", "B, L, G, N", "(2, 5, 2, 4)")),
+    ("sliding_window_attention", {"v": torch.randn(2, 5, 4, 6)}, ("v", "B, L, G, P", "(2, 5, 4, 6)")),
+    ("sliding_window_attention", {"v": torch.ones(2, 5, 2, 6).int()}, ("v", "float", "int32")),
+    ("sliding_window_attention", {"window": 0}, ("window", "at least 1", "0")),
+    ("sliding_window_attention", {"window": 2.5}, ("window", "int", "2.5")),
+    ("sliding_window_attention", {"asks": torch.ones(2, 4).bool()}, ("asks", "B, L", "(2, 4)")),
+    ("sliding_window_attention", {"valid": torch.ones(2, 5)}, ("valid", "bool", "float32")),
+    ("sliding_window_attention", {"sequence": torch.ones(2, 5).int()}, ("sequence", "int64", "int32")),
+    ("sliding_window_attention", {"initial_state": (1, 2, 3)}, ("initial_state", "WindowState", "tuple")),
+    ("sliding_window_attention", {"window": 4}, ("initial_state.k", "B, W-1, G, N", "(2, 2, 2, 3)")),
+    (
+        "sliding_window_attention",
+        {"initial_state": WINDOW_STATE._replace(present=torch.ones(2, 2))},
+        ("initial_state.present", "bool", "float32"),
+    ),
     ("causal_conv", {"u": torch.randn(5, 3)}, ("u", "B, L, channels", "(5, 3)")),
     ("causal_conv", {"weight": torch.randn(4, 4)}, ("weight", "channels, K", "(4, 4)")),
     ("causal_conv", {"weight": torch.randn(3, 1, 4)}, ("weight", "channels, K", "(3, 1, 4)")),

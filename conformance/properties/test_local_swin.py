@@ -1,4 +1,4 @@
-"""`LocalSwin`: the teacher's own attention, inside shifted windows of one segment."""
+"""`LocalSwin`: the teacher's own attention, in shifted windows of one segment and in a window of text."""
 
 from __future__ import annotations
 
@@ -24,11 +24,19 @@ from ..harness.module_cases import (
     run,
     run_with_gradients,
 )
-from ..harness.module_checks import check_batch_mates_change_nothing, large_cases_of
+from ..harness.module_checks import (
+    check_batch_mates_change_nothing,
+    check_padding_changes_nothing,
+    check_splitting_changes_nothing,
+    check_steps_equal_prefill,
+    large_cases_of,
+)
 from ..harness.operator_cases import DTYPES, property_of
+from ..harness.second_sliding_window import pairs_and_rest
 
 swin = partial(property_of, "LocalSwin", share=0.4)
 NAME = "LocalSwin"
+TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
 PROMPT = Layout(((Text(2), Vision(0, (1, 3, 3), "row"), Text(2)),))
 
 
@@ -41,24 +49,25 @@ def test_local_swin_and_gradients_match_the_reference(backend, case: ModuleCase)
 
 @swin(cases=module_cases(["float64"]), share=1.0)
 def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
-    """Attention over the whole row under a mask of window mates, to 1e-10."""
+    """Attention over the whole row under a mask of window mates and of the text window, to 1e-10."""
     module = random_module(backend, NAME, case)
     wanted = second_formulation_modules.local_swin(
         dict(module.named_parameters()),
         case.hidden_states(),
         case.layout.coords,
+        case.layout.valid,
         case.position_embeddings(),
         case.config,
         case.layer_index,
     )
-    assert_close(run(module, NAME, case), {"output": wanted}, case, 1e-10)
+    assert_close({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case, 1e-10)
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
 
 
-@swin(cases=module_cases(output_bias=True))
-def test_text_gets_zero_and_gives_nothing(backend, case: ModuleCase):
+@swin(cases=module_cases(output_bias=True, text_window=0))
+def test_text_without_a_window_gets_zero_and_gives_nothing(backend, case: ModuleCase):
     """Exactly, an output bias notwithstanding; no gradient reaches text or padding."""
     results = run_with_gradients(random_module(backend, NAME, case), NAME, case)
     text = case.layout.segment < 0
@@ -68,12 +77,15 @@ def test_text_gets_zero_and_gives_nothing(backend, case: ModuleCase):
 
 @swin(cases=module_cases(["float64"], layout=PROMPT))
 def test_a_token_sees_its_window_and_nothing_else(backend, case: ModuleCase):
-    """Every window mate, later ones too, and exactly zero elsewhere; odd layers are shifted."""
+    """Every window mate, odd layers shifted; from text the last tokens; exactly zero elsewhere."""
     module = random_module(backend, NAME, case)
     u = case.hidden_states().requires_grad_()
     output = run(module, NAME, case, u)["output"]
     shifted = case.layer_index % 2 == 1
     mates = second_formulation.same_window(case.layout.coords, case.config.window_thw, shifted)
+    if case.config.text_window:
+        text = case.layout.segment < 0
+        mates = mates | pairs_and_rest(case.config.text_window, u.shape[1], len(u), text)[0]
     for t in range(u.shape[1]):
         (found,) = torch.autograd.grad(output[:, t].sum(), u, retain_graph=True)
         assert_exact(found.abs().amax(-1) > 0, mates[:, t], case, f"tokens that token {t} reads")
@@ -108,7 +120,36 @@ def test_only_differences_of_angles_matter(backend, case: ModuleCase):
     cos, sin = case.position_embeddings()
     turn = torch.tensor(0.7, dtype=cos.dtype)
     turned = (cos * turn.cos() - sin * turn.sin(), sin * turn.cos() + cos * turn.sin())
-    assert_same(run(module, NAME, case, position_embeddings=turned), run(module, NAME, case), case, factor=10)
+    results = (run(module, NAME, case, **given) for given in ({"position_embeddings": turned}, {}))
+    assert_same(*({"output": result["output"]} for result in results), case, factor=10)
+
+
+@swin(cases=module_cases(text_window=3))
+def test_padding_changes_nothing(backend, case: ModuleCase):
+    """More of it on both sides, with anything in it: the text window counts valid tokens."""
+    check_padding_changes_nothing(random_module(backend, NAME, case), NAME, case)
+
+
+@swin(cases=module_cases(text_window=5), share=0.3)
+def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
+    """The text window is handed over; it may hold vision."""
+    check_splitting_changes_nothing(random_module(backend, NAME, case), NAME, case)
+
+
+@swin(cases=module_cases(layout=TEXT_ONLY, text_window=4), share=0.3)
+def test_steps_equal_prefill(backend, case: ModuleCase):
+    """Token by token, in a state whose size never changes."""
+    check_steps_equal_prefill(random_module(backend, NAME, case), NAME, case)
+
+
+@swin(cases=module_cases(("float32", "bfloat16"), text_window=128))
+def test_the_text_window_is_kept_in_the_dtype_of_the_model(backend, case: ModuleCase):
+    """Keys after RoPE, and values, of the last 127 valid tokens."""
+    state = run(random_module(backend, NAME, case), NAME, case)
+    counted = case.layout.valid.sum(1)
+    assert_exact(state["window's present state"].sum(1), counted, case, "tokens in the state")
+    for name in ("window's k state", "window's v state"):
+        assert state[name].dtype == case.torch_dtype and state[name].shape[1] == 127, f"{name}: {case!r}"
 
 
 @swin(cases=module_cases())

@@ -1,4 +1,4 @@
-"""`MMATE`: the two branches mixed on vision, Flex-MA alone on text; what a decoder layer sees."""
+"""`MMATE`: the two branches mixed, on text where it has a window; what a decoder layer sees."""
 
 from __future__ import annotations
 
@@ -71,8 +71,13 @@ def test_m_mate_equals_its_second_formulation(backend, case: ModuleCase):
     assert_close({"output": output * kept}, {"output": wanted * kept}, case, 1e-10)
 
 
-@mate("FlexMA", "LocalSwin", "MMATE", cases=module_cases())
-def test_text_is_pinned_to_flex_ma(backend, case: ModuleCase):
+def mixed_at(case: ModuleCase) -> torch.Tensor:
+    """(B, L, 1) bool: where Local-Swin has an output."""
+    return (case.layout.valid if case.config.text_window else case.layout.segment >= 0)[..., None]
+
+
+@mate("FlexMA", "LocalSwin", "MMATE", cases=module_cases(text_window=0))
+def test_text_without_a_window_is_pinned_to_flex_ma(backend, case: ModuleCase):
     """Bit for bit; the mix gets no gradient from text."""
     module = random_module(backend, NAME, case)
     flex, _ = branches(module, case)
@@ -86,21 +91,19 @@ def test_text_is_pinned_to_flex_ma(backend, case: ModuleCase):
 
 @mate(cases=module_cases())
 def test_m_mate_starts_half_and_half(backend, case: ModuleCase):
-    """m = ½ on every vision token, in every layer."""
+    """m = ½ wherever Local-Swin has an output, in every layer."""
     module = initial(backend, NAME, case)
     flex, local = branches(module, case)
-    vision = (case.layout.segment >= 0)[..., None]
-    wanted = torch.where(vision, (flex + local) / 2, flex)
+    wanted = torch.where(mixed_at(case), (flex + local) / 2, flex)
     assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
 
 
 @mate(cases=module_cases())
 def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase):
-    """m = 1 is Flex-MA, m = 0 is Local-Swin, on vision."""
+    """m = 1 is Flex-MA, m = 0 is Local-Swin, wherever that has an output."""
     module = random_module(backend, NAME, case)
     flex, local = branches(module, case)
-    vision = (case.layout.segment >= 0)[..., None]
-    for bias, wanted in ((1e4, flex), (-1e4, torch.where(vision, local, flex))):
+    for bias, wanted in ((1e4, flex), (-1e4, torch.where(mixed_at(case), local, flex))):
         with torch.no_grad():
             module.mix_proj.bias.fill_(bias)
         assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
@@ -155,9 +158,10 @@ def test_segment_numbers_change_nothing(backend, case: ModuleCase):
 
 @mate(cases=module_cases(layout=TEXT_ONLY))
 def test_no_layout_means_all_text(backend, case: ModuleCase):
-    """A text-only batch needs no coordinates and no angles, unless the scan is rotated."""
+    """A text-only batch needs no coordinates, and angles for a text window or a rotated scan alone."""
     module = random_module(backend, NAME, case)
-    bare = {} if case.config.scan_rope else {"position_embeddings": None}
+    rotates = case.config.scan_rope or case.config.text_window
+    bare = {} if rotates else {"position_embeddings": None}
     assert_same(run(module, NAME, case, layout=None, **bare), run(module, NAME, case), case)
 
 

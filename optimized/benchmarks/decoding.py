@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ...reference.student.cache import cache_slot
-from ..flex_ma import FlexMAState
+from ..m_mate import MMATEState
+from ..sliding_window_attention import WindowState
 from .cases import Case, LeftOutError, clear_memory, first_line, values_of
 from .kernels import OURS, Setting
 from .models import METHODS, Pair, attention_of, cache_bytes, fastest_attention, name_of
@@ -68,14 +69,19 @@ class StateCache(DynamicCache):
 
     def __init__(self, model: nn.Module, context: int, batch: int, setting: Setting) -> None:
         super().__init__(config=model.config.get_text_config(decoder=True))
-        self.held: list[FlexMAState] = []
+        self.held: list[MMATEState] = []
         for index, layer in enumerate(model.get_decoder().layers):
             config = layer.self_attn.config
             shapes = (
                 (batch, config.conv_kernel - 1, config.conv_channels),
                 (batch, config.heads, config.head_dim, config.head_dim),
             )
-            state = FlexMAState(*(random(shape, torch.float32, setting.device) for shape in shapes))
+            state = MMATEState(*(random(shape, torch.float32, setting.device) for shape in shapes))
+            if config.text_window:
+                near = (batch, config.text_window - 1, config.groups, config.head_dim)
+                kept = (random(near, setting.dtype, setting.device) for _ in range(2))
+                present = torch.ones(near[:2], dtype=torch.bool, device=setting.device)
+                state = state._replace(window=WindowState(*kept, present))
             cache_slot(self, index).store(state, context)
             self.held.append(state)
 
@@ -90,7 +96,7 @@ class StateCache(DynamicCache):
     def close(self) -> None:
         """Keep what the last step left."""
         for slot, state in zip(self.layers, self.held, strict=True):
-            for kept, new in zip(state, slot.state, strict=True):
+            for kept, new in zip(state.tensors, slot.state.tensors, strict=True):
                 kept.copy_(new)
 
     @property

@@ -290,7 +290,7 @@ def cache_bytes(cache: Any) -> int:
     total = 0
     for layer in cache.layers:
         state = getattr(layer, "state", None)
-        tensors = state if state is not None else (layer.keys, layer.values)
+        tensors = state.tensors if state is not None else (layer.keys, layer.values)
         total += sum(tensor.nbytes for tensor in tensors)
     return total
 

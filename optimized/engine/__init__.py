@@ -21,6 +21,7 @@ from .torch_state import is_observed
 
 ENGINES = ("triton", "torch")
 MAX_HEAD_DIM = 128  # larger tiles do not fit a multiprocessor's registers
+MAX_HEAD_DIMS = {"sliding_window_attention": 256}  # where they do
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores
 
 _forced: str | None = None
@@ -72,7 +73,8 @@ def choose_engine(operator: str, tensor: Tensor, *head_dims: int) -> str:
     wanted = wanted_engine()
     if wanted == "torch":
         return announced("torch", operator, "forced")
-    reason = obstacle(tensor.device, tensor.dtype, *head_dims)
+    most = MAX_HEAD_DIMS.get(operator, MAX_HEAD_DIM)
+    reason = obstacle(tensor.device, tensor.dtype, *head_dims, most=most)
     if reason is None:
         return announced("triton", operator, "tensors on", tensor.device)
     if wanted == "triton":
@@ -100,14 +102,16 @@ def engine_of_block(where: str, tensor: Tensor, head_dim: int) -> str | None:
     return choose_engine(where, tensor, head_dim)
 
 
-def obstacle(device: torch.device, dtype: torch.dtype = torch.float32, *head_dims: int) -> str | None:
+def obstacle(
+    device: torch.device, dtype: torch.dtype = torch.float32, *head_dims: int, most: int = MAX_HEAD_DIM
+) -> str | None:
     """Why the Triton kernels cannot take such a tensor, or None if they can."""
     if not has_triton():
         return "triton is not installed"
     if dtype == torch.float64:
         return "the kernels accumulate in float32, and float64 asks for more"
-    if head_dims and max(head_dims) > MAX_HEAD_DIM:
-        return f"the kernels hold head dims up to {MAX_HEAD_DIM}, not {max(head_dims)}"
+    if head_dims and max(head_dims) > most:
+        return f"the kernels hold head dims up to {most}, not {max(head_dims)}"
     if device.type == "cuda":
         gpu = properties(device)
         capability = (gpu.major, gpu.minor)

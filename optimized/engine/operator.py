@@ -84,10 +84,8 @@ class Operator:
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.forward, self.head_dims = forward, head_dims
         self.overwritten = [inputs._fields.index(each) for each in overwrites]
-        arguments = [
-            f"{'Tensor(a!)' if field in overwrites else kind} {field}"
-            for field, kind in schema_of(inputs).items()
-        ]
+        written = {field: f"Tensor({letter}!)" for field, letter in zip(overwrites, "abcdef", strict=False)}
+        arguments = [f"{written.get(field, kind)} {field}" for field, kind in schema_of(inputs).items()]
         returns = ", ".join(schema_of(outputs).values())
         returns = f"({returns})" if len(outputs._fields) > 1 else returns
         self.registered = torch.library.custom_op(

@@ -59,7 +59,13 @@ def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) 
 
 def own_rows(vision: Tensor) -> Tensor:
     """(B, L) bool -> int64: each token's place in the flattened batch, -1 where False."""
-    return torch.where(vision, torch.arange(vision.numel(), device=vision.device).view_as(vision), -1)
+    return torch.where(vision, every_row(vision), -1)
+
+
+def every_row(tensor: Tensor) -> Tensor:
+    """(B, L) int64: where each token of (B, L, ...) stands in the flattened batch."""
+    batch, length = tensor.shape[:2]
+    return torch.arange(batch * length, device=tensor.device).view(batch, length)
 
 
 @dataclass(frozen=True)

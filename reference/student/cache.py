@@ -1,10 +1,11 @@
 """What decoding keeps of a converted layer: one state of constant size, in a slot of Hugging Face's cache.
 
 A cache has a slot per decoder layer. Layers that stay attention keep their growing keys and values; a
-converted layer keeps a `FlexMAState` (conv (B, K-1, channels), scan (B, H, N, P), float32) and counts the
-tokens it has seen. A state's tensors belong to their slot alone, and the next token may overwrite them: to go
-on twice from one place, copy the cache (`copy.deepcopy`). Models call the cache by the name `CACHE_NAME`; a
-student takes either name.
+converted layer keeps an `MMATEState` and counts the tokens it has seen: conv (B, K-1, channels) and scan
+(B, H, N, P) in float32, and of the text window the last keys and values, (B, W-1, G, N) each, in the model's
+dtype. A state's tensors belong to their slot alone, and the next token may overwrite them: to go on twice
+from one place, copy the cache (`copy.deepcopy`). Models call the cache by the name `CACHE_NAME`; a student
+takes either name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ..checks import require
-from ..flex_ma import DonatedState, FlexMAState
+from ..m_mate import DonatedMMATEState, MMATEState
+from ..sliding_window_attention import DonatedWindowState, WindowState
 
 CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 _ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -34,16 +36,20 @@ class LinMUCacheLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: FlexMAState | None = None
+        self.state: MMATEState | None = None
         self.seen_tokens = 0
 
-    def donate(self) -> DonatedState | None:
+    def donate(self) -> DonatedMMATEState | None:
         """Hand out the state for in-place update; call `store` with the result. None before any token."""
-        return None if self.state is None else DonatedState(*self.state)
+        if self.state is None:
+            return None
+        conv, scan, window = self.state
+        return DonatedMMATEState(conv, scan, None if window is None else DonatedWindowState(*window))
 
-    def store(self, state: FlexMAState, new_tokens: int) -> None:
+    def store(self, state: MMATEState, new_tokens: int) -> None:
         """Take over the state after `new_tokens` more tokens: its tensors are the slot's from now on."""
-        self.state = state
+        window = None if state.window is None else WindowState(*state.window)
+        self.state = MMATEState(state.conv, state.scan, window)
         self.seen_tokens += new_tokens
         self.is_initialized = True
 
@@ -108,7 +114,9 @@ class LinMUCacheLayer(CacheLayerMixin):
 
     def _apply(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            self.state = FlexMAState(*(change(tensor) for tensor in self.state))
+            conv, scan, window = self.state
+            window = None if window is None else WindowState(*map(change, window))
+            self.state = MMATEState(change(conv), change(scan), window)
 
 
 def name_cache(kwargs: dict[str, Any]) -> Cache | None:

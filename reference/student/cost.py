@@ -1,13 +1,15 @@
 """What converting a teacher would change, by its configuration alone: parameters, cache, FLOPs. No weights.
 
-Letters: L tokens, D width, H heads, G groups, N = P head dim, K taps, W tokens of a window. Per layer:
+Letters: L tokens, D width, H heads, G groups, N = P head dim, K taps, W tokens of a window of vision, V of
+the text window. Per layer:
 
-    cache     attention  2·G·N·L in the weights' dtype     M-MATE  H·N·P + (K-1)·(2·G + H)·N, float32
+    cache     attention  2·G·N·L in the weights' dtype     M-MATE  H·N·P + (K-1)·(2·G + H)·N, float32,
+                                                                   and 2·G·N·(V-1) in the weights' dtype
     FLOPs per token, besides a multiplication and an addition for every weight of the decoder and its head:
               attention  2·H·N·L, half of the square, as it is causal
               M-MATE     10·H·N·P, a scan each way; 4·H·N·W; 2·K·(2·G + H)·N
 
-M-MATE's line is for vision tokens; text has one scan and no window.
+M-MATE's line is for vision tokens; text has one scan, and V in the place of W.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import LinMUConfig
-from .model import LinMUModel, decoder_layers, mixer_config, mixers
+from .model import LinMUModel, decoder_layers, mixer_config, mixers, saved_options
 
 LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 STATE_BYTES = 4  # float32
@@ -29,12 +31,13 @@ def describe(teacher: PreTrainedModel, student: LinMUModel) -> str:
     """Return a page about a teacher and the student that convert() made of it; the meta device will do."""
     attention = [layer.self_attn for layer in decoder_layers(teacher)]
     converted = mixers(student)
-    sizes = mixer_config(teacher.config, attention[0], student.config.linmu["options"])
+    sizes = mixer_config(teacher.config, attention[0], saved_options(student.config.linmu))
     before, after = count(teacher), count(student)
     lines = [
         f"{type(teacher).__name__} -> {type(student).__name__}",
         f"{len(converted)} of {len(attention)} decoder layers hold M-MATE: width {sizes.width}, "
-        f"{sizes.heads} heads, {sizes.groups} groups, head dim {sizes.head_dim}, window {sizes.window_thw}",
+        f"{sizes.heads} heads, {sizes.groups} groups, head dim {sizes.head_dim}, window {sizes.window_thw}, "
+        f"text window {sizes.text_window}",
         "",
         f"parameters: {before:,} before, {after:,} after, {after - before:,} added "
         f"({(after - before) / before:.1%}); {per_layer(converted):,} in each M-MATE, "
@@ -72,7 +75,8 @@ def cache_bytes(sizes: LinMUConfig, length: int, layers: int, converted: int, dt
     keys_values = 2 * sizes.groups * sizes.head_dim * length * dtype.itemsize
     taps = max(0, sizes.conv_kernel - 1)
     state = (sizes.heads * sizes.head_dim**2 + taps * sizes.conv_channels) * STATE_BYTES
-    return (layers - converted) * keys_values + converted * state
+    near = 2 * sizes.groups * sizes.head_dim * max(0, sizes.text_window - 1) * dtype.itemsize
+    return (layers - converted) * keys_values + converted * (state + near)
 
 
 def flops(model: PreTrainedModel, sizes: LinMUConfig, length: int, converted: int) -> int:

@@ -2,7 +2,7 @@
 
 A student is an own architecture, `linmu_<family>`: its `config.json` is the teacher's with one entry more,
 
-    "linmu": {"version": 1, "layers": [0, 1, ...], "options": {...}}
+    "linmu": {"version": 2, "layers": [0, 1, ...], "options": {...}}
 
 After `import linmu.reference` AutoConfig, the Auto class of the family's models and AutoProcessor open a
 student's folder. `register_family` adds a family, from here or from outside; nothing else needs to know it.

@@ -39,7 +39,8 @@ logger = logging.get_logger(__name__)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FLOAT32_PARAMETERS = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
-VERSION = 1
+VERSION = 2  # of `config.linmu`
+OPTIONS_BEFORE = {1: {"text_window": 0}}  # what a version says nothing of, as its students have it
 TAKEN_AS_TEXT = (
     "A text decoder's student got inputs_embeds without linmu_coords, so it takes every token as text. "
     "If there is vision among them, convert with {'text_only': False} and pass linmu_coords, (B, L, 4) "
@@ -109,7 +110,7 @@ class LinMUModel(StudentGeneration):
         adapter_class = as_self_attn(self.linmu_backend.MMATE)
         layers = decoder_layers(self)
         for index in config.linmu["layers"]:
-            sizes = mixer_config(config, layers[index].self_attn, config.linmu["options"])
+            sizes = mixer_config(config, layers[index].self_attn, saved_options(config.linmu))
             layers[index].self_attn = with_float32_parameters(adapter_class(sizes, index))
         super().set_attn_implementation(attention_by_part(config))
         self.post_init()
@@ -233,8 +234,13 @@ def check_settings(settings: dict[str, Any] | None) -> None:
     where, hint = "LinMUModel", "turn a vanilla model into a student with convert()"
     require(isinstance(settings, dict), where, "config.linmu must hold a student's settings", settings, hint)
     version = settings.get("version")
-    must = f"config.linmu['version'] must be {VERSION}"
-    require(version == VERSION, where, must, version, "upgrade linmu")
+    must = f"config.linmu['version'] must be among {[*OPTIONS_BEFORE, VERSION]}"
+    require(version in (*OPTIONS_BEFORE, VERSION), where, must, version, "upgrade linmu")
+
+
+def saved_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a configuration's `linmu`, with those that its version knew nothing of."""
+    return OPTIONS_BEFORE.get(settings["version"], {}) | settings["options"]
 
 
 def attention_by_part(config) -> dict[str, str] | str:

@@ -286,7 +286,7 @@ def test_a_chain_of_steps_gives_the_tokens_that_the_model_gives(method):
         cache = decoding.cache_of(pair, model, method, length, 2, SETTING)
         if method == "LinMU":
             for held, slot in zip(cache.held, output.past_key_values.layers, strict=True):
-                for kept, new in zip(held, slot.state, strict=True):
+                for kept, new in zip(held.tensors, slot.state.tensors, strict=True):
                     kept.copy_(new)
         else:
             for kept, layer in zip(cache.kept, output.past_key_values.layers, strict=True):

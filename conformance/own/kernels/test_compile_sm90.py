@@ -32,6 +32,10 @@ PRODUCTS = {
     "key_gradient": 4,
     "query_gradient_held": 3,
     "key_gradient_held": 4,
+    "sliding": 2,
+    "sliding_query": 5,
+    "sliding_key": 4,
+    "sliding_step": 2,
     "conv_forward": 0,
     "conv_backward": 0,
     "divergence": 0,
@@ -59,6 +63,8 @@ SCAN = (  # float16 goes through their float32 kernels
 )
 SIZES = {"bf16": (128, 64), "fp32": (128,)}  # float16 compiles as bfloat16 does: --thorough
 ALL_SIZES = dict.fromkeys(("bf16", "fp16", "fp32"), (128, 64, 32, 16))
+WIDE = {"bf16": (256, 128, 64), "fp32": (128,)}  # of sliding windows, whose kernels hold head dims up to 256
+ALL_WIDE = {dtype: (256, *sizes) for dtype, sizes in ALL_SIZES.items()}
 # Bytes spilled. The first on purpose: so two programs share a multiprocessor, and the kernel takes 1.25 ms
 # instead of 1.6 without spills (64k tokens, H=28, G=4, N=P=128, bfloat16, one H200, triton 3.6, 2026-11-24).
 # The second by IEEE products, which no tensor core computes. The others are outside the loop over pairs or
@@ -68,6 +74,9 @@ SPILLED = {("output", "bf16", 128): 32, ("writer_b", "fp32", 128): 40}
 SPILLED |= {("attend_held", "bf16", 64): 4, ("attend_held", "bf16", 32): 4}
 SPILLED |= {("key_gradient_held", "bf16", 128): 88, ("key_gradient_held", "fp16", 128): 88}
 SPILLED |= {("query_gradient_held", kind, size): 8 for kind in ("bf16", "fp16") for size in (128, 64)}
+# Head dims of 256, beyond the kernels' measure: a register, and IEEE products once more.
+SPILLED |= {("sliding_key", "bf16", 256): 4, ("sliding_key", "fp16", 256): 4}
+SPILLED |= {("sliding_query", "fp32", 256): 288}
 
 
 def compiled(kernel: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, dict[str, int]]]:
@@ -84,6 +93,8 @@ def sizes_of(kernel: str, thorough: bool) -> dict[str, tuple[int, ...]]:
     """The dtypes that a kernel runs in, and the sizes to compile it at."""
     left_out = {"fp32"} if kernel.endswith("_held") else {"fp16"} if kernel in SCAN else set()
     sizes = ALL_SIZES if thorough else SIZES
+    if kernel.startswith("sliding"):
+        sizes = ALL_WIDE if thorough else WIDE
     return {dtype: each for dtype, each in sizes.items() if dtype not in left_out}
 
 

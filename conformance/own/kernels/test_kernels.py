@@ -110,6 +110,14 @@ def test_pairs_of_kernels_of_windows_share_the_tokens_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_kernels_of_sliding_windows_equal_the_reference_in_the_interpreter(dtype):
+    """Forward, backward and one token: ragged tiles, padding, packed rows, states; twice the same."""
+    done = interpreted("trial_sliding_window", dtype)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linmu.optimized: triton engine" in done.stderr
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_offsets_may_exceed_two_to_the_31(operator):
     """64-bit addresses: an offset that wraps leaves its tensor, which the watch sees."""

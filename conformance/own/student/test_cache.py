@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from linmu.reference import FlexMAState, convert
+from linmu.reference import MMATEState, WindowState, convert
 from linmu.reference.student.cache import CACHE_NAMES, LinMUCacheLayer, cache_slot
 
 from .tiny_checkpoint import IMAGE, build_teacher, picture, prompt, shake_mixers, words
@@ -31,7 +31,8 @@ def filled(student, inputs) -> DynamicCache:
 
 
 def states(cache) -> list[Tensor]:
-    return [tensor for layer in cache.layers if isinstance(layer, LinMUCacheLayer) for tensor in layer.state]
+    slots = [layer for layer in cache.layers if isinstance(layer, LinMUCacheLayer)]
+    return [tensor for layer in slots for tensor in layer.state.tensors]
 
 
 def slot(rows: int = 3) -> LinMUCacheLayer:
@@ -39,15 +40,19 @@ def slot(rows: int = 3) -> LinMUCacheLayer:
     layer = LinMUCacheLayer()
     number = torch.arange(rows, dtype=torch.float32)
     conv, scan = number.view(-1, 1, 1).expand(-1, 3, 8), number.view(-1, 1, 1, 1).expand(-1, 2, 4, 4)
-    layer.store(FlexMAState(conv, scan), 5)
+    near = number.view(-1, 1, 1, 1).expand(-1, 6, 2, 4)
+    window = WindowState(near, near + 0.5, number[:, None] > torch.arange(6).flip(0))
+    layer.store(MMATEState(conv, scan, window), 5)
     return layer
 
 
 def rows_of(layer: LinMUCacheLayer) -> list[list[float]]:
-    return [tensor.flatten(1)[:, 0].tolist() for tensor in layer.state]
+    """The first number of every row, of each tensor; and how many tokens the window has."""
+    *tensors, present = layer.state.tensors
+    return [*(tensor.flatten(1)[:, 0].tolist() for tensor in tensors), present.sum(1).tolist()]
 
 
-def test_states_do_not_grow_and_are_float32_in_a_bfloat16_model(student, inputs):
+def test_states_do_not_grow_and_only_the_text_window_is_bfloat16_in_a_bfloat16_model(student, inputs):
     cache = filled(student, inputs)
     before = [(tensor.shape, tensor.dtype) for tensor in states(cache)]
     token = torch.tensor([words(1, 9)])
@@ -56,8 +61,8 @@ def test_states_do_not_grow_and_are_float32_in_a_bfloat16_model(student, inputs)
         with torch.no_grad():
             student(input_ids=token, past_key_values=cache, use_cache=True)
     assert [(tensor.shape, tensor.dtype) for tensor in states(cache)] == before
-    assert {dtype for _, dtype in before} == {torch.float32}
-    assert len(before) == 4  # two converted layers
+    kinds = [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.bool]
+    assert [dtype for _, dtype in before] == kinds * 2  # two converted layers
 
 
 def test_converted_layers_and_attention_share_one_cache(student, inputs):
@@ -78,15 +83,16 @@ def test_a_slot_answers_as_a_cache_layer():
 def test_beams_reorder_every_state():
     layer = slot()
     layer.reorder_cache(torch.tensor([2, 0, 0]))
-    assert rows_of(layer) == [[2, 0, 0]] * 2
+    assert rows_of(layer) == [[2, 0, 0]] * 3 + [[2.5, 0.5, 0.5], [2, 0, 0]]
 
 
 def test_rows_are_repeated_and_selected():
     layer = slot()
     layer.batch_repeat_interleave(2)
-    assert rows_of(layer) == [[0, 0, 1, 1, 2, 2]] * 2
+    twice = [0, 0, 1, 1, 2, 2]
+    assert rows_of(layer) == [twice] * 3 + [[row + 0.5 for row in twice], twice]
     layer.batch_select_indices(torch.tensor([1, 4]))
-    assert rows_of(layer) == [[0, 2]] * 2
+    assert rows_of(layer) == [[0, 2]] * 3 + [[0.5, 2.5], [0, 2]]
 
 
 def test_a_reset_cache_starts_anew(inputs):

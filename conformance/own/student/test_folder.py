@@ -67,7 +67,7 @@ def test_the_configuration_says_what_was_converted(teacher, family, tmp_path):
     student.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == f"linmu_{family}"
-    assert config["linmu"]["version"] == 1
+    assert config["linmu"]["version"] == 2
     assert config["linmu"]["layers"] == [0, 2]
     written = config["linmu"]["options"]
     assert written.keys() == LinMUConfig(width=4, heads=1, groups=1, head_dim=4).options().keys()
@@ -247,6 +247,20 @@ def test_a_folder_with_an_options_former_name_opens(teacher, tmp_path, reverse):
     assert torch.equal(logits_of(again, inputs), logits_of(student, inputs))
 
 
+def test_a_folder_of_version_1_opens_without_a_text_window(teacher, tmp_path):
+    student = shake_mixers(convert(teacher, {"text_window": 0}, layers=[0]))
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["linmu"]["version"] = 1
+    del config["linmu"]["options"]["text_window"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again, inputs = load(tmp_path), every_kind()
+    assert mixers(again)[0].config.text_window == 0 != LinMUConfig(6, 2, 1, 2).text_window
+    assert torch.equal(logits_of(again, inputs), logits_of(student, inputs))
+    again.save_pretrained(tmp_path)  # and once more, as it is
+    assert mixers(load(tmp_path))[0].config.text_window == 0
+
+
 def test_an_option_by_both_of_its_names_is_refused(teacher):
     with pytest.raises(ValueError, match=r"an option must have one of its two names, got .*backward_scan"):
         convert(teacher, {"reverse_scan": True, "backward_scan": False})
@@ -255,7 +269,7 @@ def test_an_option_by_both_of_its_names_is_refused(teacher):
 def test_a_folder_of_a_newer_version_is_refused(student, folder, tmp_path):
     student.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["linmu"]["version"] = 2
+    config["linmu"]["version"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="version'] must be 1, got 2; upgrade linmu"):
+    with pytest.raises(ValueError, match=r"version'] must be among \[1, 2\], got 3; upgrade linmu"):
         load(tmp_path)

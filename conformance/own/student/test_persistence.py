@@ -69,7 +69,7 @@ def test_a_folder_is_ready_for_the_hub(saved):
         "model.safetensors",
     ]
     config = json.loads((saved / "config.json").read_text())
-    assert config["linmu"]["version"] == 1
+    assert config["linmu"]["version"] == 2
     assert config["text_config"]["attention_dropout"].startswith("linmu.MMATE")
     assert config["linmu"]["attention_dropout"] == 0
     card = (saved / "README.md").read_text()

@@ -55,8 +55,7 @@ def test_every_stage_teaches_every_family(tiny, stage):
             mixers = [layer.self_attn.mixer for layer in lesson.layers]
             moved = {name for mixer in mixers for name, p in mixer.named_parameters() if p.grad is not None}
             branches = {name.split(".")[0] for name in moved}
-            assert "flex_ma" in branches, (kind, branches)
-            assert ("local_swin" in branches) == (kind != "text"), (kind, branches)
+            assert {"flex_ma", "local_swin", "mix_proj"} <= branches, (kind, branches)  # text has its window
         lesson.close()
 
 

@@ -23,6 +23,9 @@ from linmu.optimized.layout import plan as window_plan
 from linmu.optimized.scan.kernels import output as scan_output
 from linmu.optimized.scan.kernels import states as scan_states
 from linmu.optimized.scan.kernels import tiles as scan_tiles
+from linmu.optimized.sliding_window_attention import kernels as sliding
+from linmu.optimized.sliding_window_attention import kernels_backward as sliding_backward
+from linmu.optimized.sliding_window_attention import kernels_step as sliding_step
 from linmu.optimized.window_attention import kernels as window_kernels
 from linmu.optimized.window_attention import kernels_backward as window_gradients
 
@@ -44,7 +47,7 @@ FLOAT32 |= {
 # fmt: on
 INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS", "ROW"}
 INT32 = {"SEGMENT"}
-MASKS = {"VALID", "MASK"}
+MASKS = {"VALID", "MASK", "ASKS"}
 LINEAR = re.compile(r"tensor<(\d+)x(\d+)x[a-z0-9]+, #linear")  # tiles, not scalars of tokens
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
 STRIDES = ("batch", "token", "head")
@@ -73,7 +76,10 @@ TOKEN |= {"HAS_VALID": True}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
+SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
+SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "BLOCK_H": 16, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
+SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
@@ -169,6 +175,31 @@ KERNELS = {
         None,
         PLAN,
     ),
+    "sliding": ("sliding_window_attention.kernels", "attend_kernel", SLIDING, sliding.FORWARD, None, SPANS),
+    "sliding_query": (
+        "sliding_window_attention.kernels_backward",
+        "query_gradient_kernel",
+        SLIDING,
+        sliding_backward.QUERY_GRADIENT,
+        None,
+        SPANS,
+    ),
+    "sliding_key": (
+        "sliding_window_attention.kernels_backward",
+        "key_gradient_kernel",
+        SLIDING,
+        sliding_backward.KEY_GRADIENT,
+        None,
+        SPANS,
+    ),
+    "sliding_step": (
+        "sliding_window_attention.kernels_step",
+        "step_kernel",
+        SLIDING_STEP,
+        4,
+        2,
+        dict.fromkeys(("PRESENT", "NEXT"), "*u8"),
+    ),
     "conv_forward": ("causal_conv.kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("causal_conv.kernels_backward", "backward_kernel", CONV, 4, 3, {}),
     "divergence": ("losses.kernels", "divergence_kernel", LOSS, 8, 3, {"OUT": "*fp32"}),
@@ -214,6 +245,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
         known |= dict(zip(("BLOCK_N", "BLOCK_H", "BLOCK_P"), blocks, strict=True))
     elif chosen["kernel"] == "output_kernel":
         known |= scan_output.output_tiles(size, size, scanned, known["CHUNK"])[0]
+    elif "PLACES" in chosen:
+        known["COLUMNS"] = sliding_step.COLUMNS[kind]
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}
@@ -262,8 +295,9 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     """Registers, spilled bytes, shared memory and instructions of one kernel."""
     module, function, chosen, warps, stages, special = KERNELS[name]
     kernel = getattr(importlib.import_module(f"linmu.optimized.{module}"), function)
-    if isinstance(warps, dict):  # window attention's tiles, by dtype
-        chosen = chosen | {"tiles": warps[DTYPES[dtype]]}
+    if isinstance(warps, dict):  # window attention's tiles, by dtype, or by dtype and head dim
+        found = warps.get(DTYPES[dtype]) or warps[DTYPES[dtype], 128 if size <= 128 else 256]
+        chosen = chosen | {"tiles": found}
         warps, stages = chosen["tiles"].warps, chosen["tiles"].stages
     fixed = constants(size, dtype, chosen | {"kernel": function}, kernel.arg_names)
     types = signature(kernel.arg_names, dtype, fixed, special)

@@ -1,0 +1,115 @@
+"""`reference/sliding_window_attention.py`, fast, on the engine of the tensors.
+
+Letters: B batch, L tokens, W window, H query heads, G groups, N head dim of q and k, P head dim of v.
+
+spans             which tokens read which, once for all layers
+operator          registration, fakes, gradients
+torch_engine      blocks of tokens as matrix products; has the equations
+kernels           Triton: an online softmax over the keys of a tile of tokens
+kernels_backward  Triton: the gradients
+kernels_step      Triton: one token of decoding, the state shifted in its place
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...reference.sliding_window_attention import WindowState, check_sliding_window
+from .operator import SlidingInputs, StepInputs, attend, attend_step
+from .spans import Spans, find_spans
+
+__all__ = ["Spans", "WindowState", "attend_spans", "find_spans", "sliding_window_attention", "step_in_place"]
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    asks: Tensor | None = None,
+    valid: Tensor | None = None,
+    sequence: Tensor | None = None,
+    initial_state: WindowState | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, WindowState]:
+    """`linmu.reference.sliding_window_attention`: arguments, results and errors are the same."""
+    check_sliding_window("sliding_window_attention", q, k, v, window, asks, valid, sequence, initial_state)
+    one_token = initial_state is not None and window > 1 and q.shape[1] == 1
+    if one_token and not is_recorded(q, k, v, initial_state):
+        k_before, v_before, present = initial_state
+        own = WindowState(owned(k_before, k.dtype), owned(v_before, v.dtype), present)
+        return step_in_place(q, k, v, own, asks=asks, valid=valid, scale=scale)
+    present = None if initial_state is None else initial_state.present
+    spans = find_spans(window, q.shape[1], asks, valid, sequence, present)
+    return attend_spans(q, k, v, window, spans, initial_state=initial_state, scale=scale)
+
+
+def attend_spans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    spans: Spans,
+    *,
+    initial_state: WindowState | None = None,
+    scale: float | None = None,
+    engine: str | None = None,
+) -> tuple[Tensor, WindowState]:
+    """`sliding_window_attention` with its spans found before: they serve any number of layers and passes."""
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if initial_state is not None:
+        k = torch.cat([initial_state.k.to(k.dtype), k], dim=1)
+        v = torch.cat([initial_state.v.to(v.dtype), v], dim=1)
+    o, _ = attend(SlidingInputs(q, k, v, *spans[:4], window, scale, engine))
+    return o, state_after(k, v, spans.valid, spans.last, window)
+
+
+def state_after(k: Tensor, v: Tensor, valid: Tensor | None, last: Tensor | None, window: int) -> WindowState:
+    """The last W - 1 keys and values, in memory of their own."""
+    if last is not None:
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        present = last >= 0
+        k, v = (tensor[row, last.clamp_min(0)] for tensor in (k, v))
+    else:
+        missing = max(window - 1 - k.shape[1], 0)
+        kept = slice(k.shape[1] - (window - 1 - missing), None)
+        present = k.new_ones(k.shape[:2], dtype=torch.bool) if valid is None else valid
+        k, v = (F.pad(tensor[:, kept], (0, 0, 0, 0, missing, 0)) for tensor in (k, v))
+        present = F.pad(present[:, kept], (missing, 0))
+    there = present[..., None, None]
+    return WindowState(*(torch.where(there, tensor, tensor.new_zeros(())) for tensor in (k, v)), present)
+
+
+def step_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: WindowState,
+    *,
+    asks: Tensor | None = None,
+    valid: Tensor | None = None,
+    scale: float | None = None,
+    engine: str | None = None,
+) -> tuple[Tensor, WindowState]:
+    """`sliding_window_attention` of one token, without a gradient, that overwrites the state's k and v.
+
+    They must be contiguous and in the dtypes of k and v; the caller goes on with the state that is returned.
+    """
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    asks, valid = (None if mask is None else mask[:, 0] for mask in (asks, valid))
+    inputs = StepInputs(q[:, 0], k[:, 0], v[:, 0], *state, asks, valid, scale, engine)
+    o, present = attend_step(inputs)
+    return o[:, None], WindowState(state.k, state.v, present)
+
+
+def owned(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy."""
+    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def is_recorded(q: Tensor, k: Tensor, v: Tensor, state: WindowState) -> bool:
+    """Whether autograd follows the call."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.k, state.v))
