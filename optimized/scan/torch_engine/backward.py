@@ -137,14 +137,14 @@ def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 def decay_gradients(chunks: Chunks, passages: list[Passage]) -> Tensor:
     """ā of both directions, (K, B, H, C)."""
-    forward, *backward = (each.decay_gradient(chunks.dt) for each in passages)
-    return forward if not backward else forward.addcmul_(backward[0], chunks.segment >= 0)
+    forward, *reverse = (each.decay_gradient(chunks.dt) for each in passages)
+    return forward if not reverse else forward.addcmul_(reverse[0], chunks.segment >= 0)
 
 
 def gate_gradient(grads: Gradients, passages: list[Passage], length: int, vision: Tensor) -> Tensor:
     """The gradient of the gate, (B, L, H)."""
-    forward, backward = (each.read for each in passages)
-    return join_scalars(grads.gate + forward - backward, length, vision)
+    forward, reverse = (each.read for each in passages)
+    return join_scalars(grads.gate + forward - reverse, length, vision)
 
 
 def skip_gradient(chunks: Chunks, y_grad: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def slab_gradients(
 def inside_chunks(
     grads: Gradients, passages: list[Passage], where: slice, slab: Chunks, y_grad: Tensor, D: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """What tokens of one chunk owe each other, eq. (1): the gradients of x (K, B, G, C, P), B (K, B, G, C, N)
+    """What the pairs of tokens of one chunk give, eq. (1): the gradients of x (K, B, G, C, P), B (K, B, G, C, N)
     and C (K, B, H, C, N); those of the scalars are filled in.
     """
     groups = slab.x.shape[:3]
