@@ -286,7 +286,7 @@ class BidirectionalCase(Case):
         return {**scan, "gate": gate, "D": skip, "segment": self.layout.segment, "valid": self.layout.valid}
 
     def cuts(self) -> list[int]:
-        """Places to split the sequence where no block is cut."""
+        """Places to split the sequence where no span is cut."""
         return self.layout.cuts()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..properties import test_bidirectional_scan as both
-from .planting import blocks_filled, per_head, planted
+from .planting import per_head, planted, spans_filled
 
 
 @planted("bidirectional_scan", both.test_an_open_gate_gives_the_forward_scan_alone)
@@ -35,8 +35,8 @@ def the_reverse_scan_is_not_reset_between_segments(reference, *tensors, segment=
 
 
 @planted("bidirectional_scan", both.test_the_reverse_part_sees_its_own_segment_only)
-def text_inside_a_block_is_taken_for_vision(reference, *tensors, segment=None, **rest):
-    return reference(*tensors, segment=None if segment is None else blocks_filled(segment), **rest)
+def text_inside_a_span_is_taken_for_vision(reference, *tensors, segment=None, **rest):
+    return reference(*tensors, segment=None if segment is None else spans_filled(segment), **rest)
 
 
 @planted(
@@ -75,7 +75,7 @@ def text_between_frames_decays_the_reverse_state(reference, x, dt, A, B, C, *, s
         return reference(x, dt, A, B, C, segment=segment, **rest)
     y, state = reference(x, dt, A, B, C, segment=segment, **rest)
     text = (segment < 0)[..., None, None]
-    filled = reference(x * ~text, dt, A, B, C, segment=blocks_filled(segment), **rest)[0]
+    filled = reference(x * ~text, dt, A, B, C, segment=spans_filled(segment), **rest)[0]
     silent = reference(x * ~text, dt, A, B, C, segment=segment, **rest)[0]
     return torch.where(text, y, y + filled - silent), state
 

@@ -70,7 +70,7 @@ def test_a_step_without_a_gradient_matches_the_reference(backend, case: ModuleCa
 
 @flex(cases=module_cases(("float32", "mixed"), layout=TOKENS))
 def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
-    """A caller's own state is as it was, and gives the same again; a lent one gives the same, once."""
+    """A caller's own state is as it was, and gives the same again; a donated one gives the same, once."""
     module = random_module(backend, "FlexMA", case)
     state = prefilled(module, case)
     before = copy.deepcopy(state)
