@@ -48,6 +48,20 @@ def text_is_scanned_both_ways_as_well(reference, *tensors, segment=None, **rest)
     return reference(*tensors, segment=None if segment is None else segment + 1, **rest)
 
 
+@planted(
+    "bidirectional_scan",
+    both.test_a_shut_gate_gives_one_reverse_scan_per_segment,
+    both.test_values_match_the_reference,
+)
+def the_reverse_scan_has_the_wrong_sign(reference, *tensors, gate, segment=None, **rest):
+    y, state = reference(*tensors, gate=gate, segment=segment, **rest)
+    if segment is None:
+        return y, state
+    shut, _ = reference(*tensors, gate=torch.zeros_like(gate), segment=segment, **rest | {"D": None})
+    part = (1 - gate) * (segment >= 0)[..., None]
+    return y - (2 * part[..., None] * shut).to(y.dtype), state
+
+
 @planted("bidirectional_scan", both.test_a_shut_gate_gives_one_reverse_scan_per_segment)
 def the_reverse_scan_misses_the_token_itself(
     reference, x, dt, A, B, C, *, gate, segment=None, valid=None, **rest
