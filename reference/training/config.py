@@ -149,7 +149,7 @@ class Config:
     settings: str = ""
     """a YAML or JSON file of settings, named like the flags, those after a dot nested; flags win"""
     teacher: str = "demo"
-    """'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model"""
+    """'demo', a local folder, or a Hub id, of a family that LinMU supports"""
     data: tuple[str, ...] = ("demo",)
     """'demo', or files, FOLDER[:SPLIT], OWNER/NAME[:SPLIT] on the Hub; a.jsonl@3 with a weight"""
     eval_data: tuple[str, ...] = ()
