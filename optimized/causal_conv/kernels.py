@@ -105,9 +105,9 @@ def forward_kernel(
     tl.store(tile, out.to(OUT.dtype.element_ty), mask=real[:, None] & inside[None, :])
     if TAPS > 1:
         final = FINAL + batch * (TAPS - 1) * STATES + channel[None, :]
-        kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
-        last = (valid & (kept >= 0))[:, None] & inside[None, :]
-        tl.store(final + kept[:, None] * STATES, seen, mask=last)
+        slot = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+        last = (valid & (slot >= 0))[:, None] & inside[None, :]
+        tl.store(final + slot[:, None] * STATES, seen, mask=last)
         if tl.program_id(0) == 0:
             place = tl.arange(0, BEFORE)
             older = (place + count < TAPS - 1)[:, None] & inside[None, :]

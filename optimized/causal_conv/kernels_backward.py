@@ -81,9 +81,9 @@ def backward_kernel(
             SCALES,
         )
         tl.store(WEIGHT_GRAD + (part * TAPS + tap) * CHANNELS + channel, tl.sum(seen * grad, 0), mask=inside)
-    kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
-    among = valid & (kept >= 0)
-    tile = FINAL_GRAD + (batch * (TAPS - 1) + kept)[:, None] * CHANNELS + channel[None, :]
+    slot = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+    among = valid & (slot >= 0)
+    tile = FINAL_GRAD + (batch * (TAPS - 1) + slot)[:, None] * CHANNELS + channel[None, :]
     u_grad += tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0)
     if HAS_BIAS:
         tl.store(BIAS_GRAD + part * CHANNELS + channel, tl.sum(grad, 0), mask=inside)
@@ -161,7 +161,7 @@ def start_gradient(
             token = torch.full_like(row, rank) if index["PLACE"] is None else index["PLACE"][:, rank]
             reached = torch.where((count > rank)[:, None], out_grad[row, token].float(), 0)
             grad[:, place] += weight[:, place - rank].float() * reached
-        kept = place - count
-        passed = final_grad.float()[row, kept.clamp_min(0)]
-        grad[:, place] += torch.where((kept >= 0)[:, None], passed, 0)
+        slot = place - count
+        passed = final_grad.float()[row, slot.clamp_min(0)]
+        grad[:, place] += torch.where((slot >= 0)[:, None], passed, 0)
     return grad

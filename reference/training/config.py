@@ -47,7 +47,7 @@ class SampleSettings:
     on_broken: Literal["refuse", "skip"] = "refuse"
     """what to do about a sample that cannot be read; it is named either way"""
     supervise: Literal["answers", "all"] = "answers"
-    """which text the logit loss is taken on: the assistant's answers, or all of it"""
+    """which text has the logit loss: the assistant's answers, or all of it"""
     max_length: int = 0
     """bound on the tokens of a sample, a longer one is broken; 0 = none"""
     max_pixels: int = 0

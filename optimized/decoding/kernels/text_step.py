@@ -130,8 +130,8 @@ def convolved(
         weight = tl.load(WEIGHT + channel * TAPS + tap, mask=before | now, other=0.0).to(tl.float32)
         out = tl.sum(window * weight, 0)
         row = tap - tl.where(valid, 1, 0)  # where a row of the window stands in the new state
-        kept = (place < written)[None, :] & (row >= 0) & (row < TAPS - 1)
-        tl.store(NEXT + state + row * CHANNELS, window, mask=kept)
+        stored = (place < written)[None, :] & (row >= 0) & (row < TAPS - 1)
+        tl.store(NEXT + state + row * CHANNELS, window, mask=stored)
         if HAS_BIAS:
             out += tl.load(BIAS + shift + place, mask=inside, other=0.0).to(tl.float32)
     return tl.where(valid, out, 0.0)  # a row at rest may hold anything

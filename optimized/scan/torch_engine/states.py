@@ -1,10 +1,10 @@
 """The states at the edges of the chunks, and their gradients, of the torch engine of the scan.
 
-Letters as in `chunks`; equations as in `torch_engine` and its `backward`. K chunks have K + 1
-edges. The forward state at edge k enters chunk k, the reverse state at edge k + 1 does; each leaves at the
-other edge. What a chunk adds is first put where it leaves, and then carried on in place. All goes slab by
-slab, while a processor's cache still holds what the last step has made: nobody who reads a slab's states in
-the order in which they come has to keep those of another.
+Letters as in `chunks`; equations as in `torch_engine` and its `backward`. K chunks have K + 1 edges.
+The forward state at edge k enters chunk k, the reverse state at edge k + 1 does; each leaves at the other
+edge. What a chunk adds is first put where it leaves, and then carried on in place. All goes slab by slab,
+while a processor's cache still holds what the last step has made. A reader that takes slabs as they come
+holds the states of one slab at a time.
 """
 
 from __future__ import annotations
