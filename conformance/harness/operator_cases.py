@@ -62,9 +62,9 @@ def explained(check: Callable) -> Callable:
 
 
 def all_new(case: st.SearchStrategy) -> st.SearchStrategy:
-    """The same cases, without hypothesis copying parts of one into another, half of a short run otherwise.
+    """The same cases, in a unique list of one: hypothesis does not recombine parts of what is in there.
 
-    It leaves what is inside a unique collection alone.
+    Otherwise half of a short run would be parts of earlier cases.
     """
     return st.lists(case, min_size=1, max_size=1, unique=True).map(lambda cases: cases[0])
 

@@ -1,5 +1,5 @@
 """A token of text that needs no gradient: another route through Flex-MA with the same results, which
-overwrites the state of whoever lends it.
+overwrites a donated state.
 """
 
 from __future__ import annotations
