@@ -205,13 +205,13 @@ def run(
     draw: int | None = None,
 ) -> Results:
     """Call the case's operator: its results by name and, with `gradients`, "grad NAME" of every float
-    argument, taken of the results `of`, of all if None; `draw` as in `evaluate`."""
+    argument, for the results `of`, for all if None; `draw` as in `evaluate`."""
     operator = getattr(backend, case.operator)
     return evaluate(operator, case.inputs(), gradients, draw=draw, names=case.results, of=of)
 
 
 def gradients_of(backend: Any, case: Case, pick: Callable[[Tensor], Tensor]) -> Results:
-    """ "grad NAME" of every float argument, taken of a part of the first result that `pick` cuts out."""
+    """ "grad NAME" of every float argument, for a part of the first result that `pick` cuts out."""
 
     def part(**given: Any) -> Tensor:
         outputs = getattr(backend, case.operator)(**given)

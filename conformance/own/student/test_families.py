@@ -96,9 +96,9 @@ def test_mixers_take_over_the_familys_attention(tiny):
         attention = tiny.teacher.get_decoder().layers[index].self_attn
         given = dict(attention.named_parameters())
         for branch in (mixer.flex_ma, mixer.local_swin) if tiny.image else (mixer.flex_ma,):
-            taken = dict(branch.named_parameters())
-            assert given.keys() <= taken.keys()
-            assert all(torch.equal(taken[name], given[name]) for name in given)
+            copied = dict(branch.named_parameters())
+            assert given.keys() <= copied.keys()
+            assert all(torch.equal(copied[name], given[name]) for name in given)
 
 
 def test_every_step_of_generation_equals_the_uncached_forward(tiny, student):
