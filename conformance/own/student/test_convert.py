@@ -91,8 +91,8 @@ def test_the_teacher_is_left_as_it_was(family):
 
 def test_weights_that_stay_are_not_copied(teacher):
     student = convert(teacher, layers=[1])
-    given, copied = dict(teacher.named_parameters()), dict(student.named_parameters())
-    for name, parameter in copied.items():
+    given, found = dict(teacher.named_parameters()), dict(student.named_parameters())
+    for name, parameter in found.items():
         if "layers.1.self_attn" not in name or name.startswith("model.visual"):
             assert parameter.data_ptr() == given[name].data_ptr(), name
             assert parameter is not given[name]
