@@ -1,10 +1,10 @@
 """LinMU, fast: the public names of `linmu.reference`, the same results, less time.
 
 m_mate, flex_ma, local_swin, projections    the reference's modules on the operators below
-scan, causal_conv, window_attention, losses, layout    a folder an operator, of the reference's file name
+scan, causal_conv, window_attention, losses, layout    an operator each, under the reference's file name
 decoding, elementwise    one token of text; RoPE and the mix of the branches
 engine    Triton kernels or torch: which one runs, and how to force one
-student, training    a Hugging Face model on these modules, and its lessons
+student, training    a Hugging Face model on these modules, and its distillation
 
 README.md says how an operator is called and how to add a kernel.
 """

@@ -1,7 +1,7 @@
 """`reference/projections.py` with RoPE in one pass; the GEMMs are the library's.
 
-q, k and v stay three of them: a fourth of u's reads would be saved, 7 KB of the 60 KB that a token of width
-3584 moves there, against a copy of the weights, or against modules that can be adapted one by one.
+q, k and v stay three GEMMs. Joined in one they would read u once, which saves 7 KB of the 60 KB that a token
+of width 3584 moves there; but that takes a copy of the weights, or modules that cannot be adapted one by one.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ class Backend:
         if hasattr(self.module, "get_engine") and self.own:
             engine = self.module.get_engine(self.device)
         absent = f"; not implemented: {', '.join(self.missing)}" if self.missing else ""
-        taken = f"; taken over, not tested: {', '.join(self.taken_over)}" if self.taken_over else ""
-        return f"{self.name} (engine: {engine}){absent}{taken}"
+        copied = f"; taken over, not tested: {', '.join(self.taken_over)}" if self.taken_over else ""
+        return f"{self.name} (engine: {engine}){absent}{copied}"
 
 
 def load(name: str) -> Backend:

@@ -76,36 +76,36 @@ class Layout:
         rows = [[not isinstance(part, Pad) for part in row for _ in part.cells()] for row in self.rows]
         return torch.tensor(rows)
 
-    def blocks(self, row: int) -> list[tuple[int, int, int]]:
+    def spans(self, row: int) -> list[tuple[int, int, int]]:
         """(segment, first position, position after the last) of every segment of a row."""
-        spans, start = [], 0
+        found, start = [], 0
         for part in self.rows[row]:
             stop = start + len(part.cells())
             if isinstance(part, Vision):
-                spans.append((part.segment, start, stop))
+                found.append((part.segment, start, stop))
             start = stop
-        return spans
+        return found
 
     @cached_property
-    def block(self) -> Tensor:
-        """(B, L) int64: the segment whose block covers the token, text inside it included; -1 outside."""
+    def span(self) -> Tensor:
+        """(B, L) int64: the segment whose span covers the token, text inside it included; -1 outside."""
         covers = torch.full(self.shape, -1)
         for row in range(self.shape[0]):
-            for segment, start, stop in self.blocks(row):
+            for segment, start, stop in self.spans(row):
                 covers[row, start:stop] = segment
         return covers
 
     def cuts(self) -> list[int]:
-        """Positions c where splitting into [:c] and [c:] cuts no block of any row."""
-        inside = {c for row in range(self.shape[0]) for _, i, j in self.blocks(row) for c in range(i + 1, j)}
+        """Positions c where splitting into [:c] and [c:] cuts no span of any row."""
+        inside = {c for row in range(self.shape[0]) for _, i, j in self.spans(row) for c in range(i + 1, j)}
         return [c for c in range(1, self.shape[1]) if c not in inside]
 
     def sees(self) -> Tensor:
-        """(B, L, L) bool: whether token i may depend on token j, not after i or in the block of i."""
+        """(B, L, L) bool: whether token i may depend on token j, not after i or in the span of i."""
         position = torch.arange(self.shape[1])
         earlier = position[:, None] >= position[None, :]
-        same_block = (self.block[:, :, None] == self.block[:, None, :]) & (self.block >= 0)[:, :, None]
-        return (earlier | same_block) & self.valid[:, :, None] & self.valid[:, None, :]
+        same_span = (self.span[:, :, None] == self.span[:, None, :]) & (self.span >= 0)[:, :, None]
+        return (earlier | same_span) & self.valid[:, :, None] & self.valid[:, None, :]
 
     def only(self, row: int) -> Layout:
         """The layout of one row alone."""

@@ -74,7 +74,7 @@ def check_batch_mates_change_nothing(module: nn.Module, name: str, case: ModuleC
 
 
 def check_splitting_changes_nothing(module: nn.Module, name: str, case: ModuleCase) -> None:
-    """Two pieces, cut where no block is cut, the state handed over."""
+    """Two pieces, cut where no span is cut, the state handed over."""
     whole, u = run(module, name, case), case.hidden_states()
     for cut in case.layout.cuts()[::3]:
         first, state = module(u[:, :cut], **arguments_of(case, slice(0, cut)))

@@ -62,9 +62,9 @@ def explained(check: Callable) -> Callable:
 
 
 def all_new(case: st.SearchStrategy) -> st.SearchStrategy:
-    """The same cases, without hypothesis copying parts of one into another, half of a short run otherwise.
+    """The same cases, in a unique list of one: hypothesis does not recombine parts of what is in there.
 
-    It leaves what is inside a unique collection alone.
+    Otherwise half of a short run would be parts of earlier cases.
     """
     return st.lists(case, min_size=1, max_size=1, unique=True).map(lambda cases: cases[0])
 
@@ -215,14 +215,14 @@ def run(
     draw: int | None = None,
 ) -> Results:
     """Call the case's operator: its results by name and, with `gradients`, "grad NAME" of every float
-    argument, taken of the results `of`, of all if None; `draw` as in `evaluate`."""
+    argument, for the results `of`, for all if None; `draw` as in `evaluate`."""
     return evaluate(
         operator_of(backend, case), case.inputs(), gradients, draw=draw, names=case.results, of=of
     )
 
 
 def gradients_of(backend: Any, case: Case, pick: Callable[[Tensor], Tensor]) -> Results:
-    """ "grad NAME" of every float argument, taken of a part of the first result that `pick` cuts out."""
+    """ "grad NAME" of every float argument, for a part of the first result that `pick` cuts out."""
 
     def part(**given: Any) -> Tensor:
         outputs = operator_of(backend, case)(**given)
@@ -297,7 +297,7 @@ class BidirectionalCase(Case):
         return {**scan, "gate": gate, "D": skip, "segment": self.layout.segment, "valid": self.layout.valid}
 
     def cuts(self) -> list[int]:
-        """Places to split the sequence where no block is cut."""
+        """Places to split the sequence where no span is cut."""
         return self.layout.cuts()
 
 

@@ -46,7 +46,7 @@ def selective_scan(x, dt, A, B, C, *, mask=None, initial_state=None, reverse=Fal
 def bidirectional_scan(
     x, dt, A, B, C, *, gate, segment=None, valid=None, D=None, initial_state=None
 ) -> tuple[Tensor, Tensor]:
-    """Both directions as matrices; the backward one of all segments at once, by a mask on pairs of tokens."""
+    """Both directions as matrices; the reverse one of all segments at once, by a mask on pairs of tokens."""
     heads, length = C.shape[2], C.shape[1]
     valid = torch.ones(x.shape[:2], dtype=torch.bool) if valid is None else valid
     segment = torch.full(x.shape[:2], -1) if segment is None else segment
@@ -60,9 +60,9 @@ def bidirectional_scan(
     between = between.masked_fill(~(pairs & upper)[:, None], -math.inf)
     reads = torch.einsum("bthn,bshn->bhts", C, heads_of(B, heads))
     weights = reads * between.exp() * dt.transpose(1, 2)[:, :, None, :]
-    backward = torch.einsum("bhts,bshp->bthp", weights, heads_of(x, heads))
+    reverse = torch.einsum("bhts,bshp->bthp", weights, heads_of(x, heads))
     share = torch.where(vision[..., None], gate, torch.ones_like(gate))[..., None]
-    y = share * y + (1 - share) * backward
+    y = share * y + (1 - share) * reverse
     if D is not None:
         y = y + D[:, None] * heads_of(x, heads) * valid[..., None, None]
     return y, state

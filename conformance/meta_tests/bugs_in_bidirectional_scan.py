@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..properties import test_bidirectional_scan as both
-from .planting import blocks_filled, per_head, planted
+from .planting import per_head, planted, spans_filled
 
 
 @planted("bidirectional_scan", both.test_an_open_gate_gives_the_forward_scan_alone)
@@ -35,8 +35,8 @@ def the_reverse_scan_is_not_reset_between_segments(reference, *tensors, segment=
 
 
 @planted("bidirectional_scan", both.test_the_reverse_part_sees_its_own_segment_only)
-def text_inside_a_block_is_taken_for_vision(reference, *tensors, segment=None, **rest):
-    return reference(*tensors, segment=None if segment is None else blocks_filled(segment), **rest)
+def text_inside_a_span_is_taken_for_vision(reference, *tensors, segment=None, **rest):
+    return reference(*tensors, segment=None if segment is None else spans_filled(segment), **rest)
 
 
 @planted(
@@ -46,6 +46,20 @@ def text_inside_a_block_is_taken_for_vision(reference, *tensors, segment=None, *
 )
 def text_is_scanned_both_ways_as_well(reference, *tensors, segment=None, **rest):
     return reference(*tensors, segment=None if segment is None else segment + 1, **rest)
+
+
+@planted(
+    "bidirectional_scan",
+    both.test_a_shut_gate_gives_one_reverse_scan_per_segment,
+    both.test_values_match_the_reference,
+)
+def the_reverse_scan_has_the_wrong_sign(reference, *tensors, gate, segment=None, **rest):
+    y, state = reference(*tensors, gate=gate, segment=segment, **rest)
+    if segment is None:
+        return y, state
+    shut, _ = reference(*tensors, gate=torch.zeros_like(gate), segment=segment, **rest | {"D": None})
+    part = (1 - gate) * (segment >= 0)[..., None]
+    return y - (2 * part[..., None] * shut).to(y.dtype), state
 
 
 @planted("bidirectional_scan", both.test_a_shut_gate_gives_one_reverse_scan_per_segment)
@@ -75,7 +89,7 @@ def text_between_frames_decays_the_reverse_state(reference, x, dt, A, B, C, *, s
         return reference(x, dt, A, B, C, segment=segment, **rest)
     y, state = reference(x, dt, A, B, C, segment=segment, **rest)
     text = (segment < 0)[..., None, None]
-    filled = reference(x * ~text, dt, A, B, C, segment=blocks_filled(segment), **rest)[0]
+    filled = reference(x * ~text, dt, A, B, C, segment=spans_filled(segment), **rest)[0]
     silent = reference(x * ~text, dt, A, B, C, segment=segment, **rest)[0]
     return torch.where(text, y, y + filled - silent), state
 

@@ -64,8 +64,8 @@ def grow(tensor: Tensor, factor: float) -> Tensor:
     return tensor.detach() + factor * (tensor - tensor.detach())
 
 
-def blocks_filled(segment: Tensor) -> Tensor:
-    """segment with the text inside each block given the id of the block."""
+def spans_filled(segment: Tensor) -> Tensor:
+    """segment with the text inside each span given the id of its segment."""
     filled = segment.clone()
     for row in filled:
         for number in set(row.tolist()) - {-1}:

@@ -48,13 +48,13 @@ def forward_scan(backend, case) -> dict:
 
 @both(cases=bidirectional_cases(layout=LONG_PROMPTS), share=0.2)
 def test_long_prompts_match_the_reference(backend, case: BidirectionalCase):
-    """Blocks that begin and end in the middle of a chunk, and one longer than a chunk."""
+    """Spans that begin and end in the middle of a chunk, and one longer than a chunk."""
     operator_checks.check_matches_the_reference(backend, case)
 
 
 @both(cases=bidirectional_cases())
 def test_no_token_sees_past_the_end_of_its_block(backend, case: BidirectionalCase):
-    """What follows a block changes nothing in it, nor in text outside blocks before it."""
+    """What follows a span changes nothing in it, nor in text outside spans before it."""
     before = run(backend, case)["y"]
     for cut in case.cuts():
         after = run(backend, case.with_other_tokens_from(cut))["y"]

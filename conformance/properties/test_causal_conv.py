@@ -36,7 +36,7 @@ def test_convolution_never_sees_the_future(backend, case: ConvCase):
 
 @conv(cases=conv_cases(mask="some"))
 def test_masked_tokens_are_as_if_absent(backend, case: ConvCase):
-    """Skipped, not taken for zeros: the valid tokens alone give the same outputs and the same state."""
+    """Skipped, not treated as zeros: the valid tokens alone give the same outputs and the same state."""
     together = run(backend, case)
     for row in range(case.batch):
         alone = case.row(row)

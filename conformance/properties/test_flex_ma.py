@@ -67,7 +67,7 @@ def test_flex_ma_equals_its_second_formulation(backend, case: ModuleCase):
 
 @flex(cases=module_cases(["float64"]), share=0.2)
 def test_no_output_depends_on_what_its_block_does_not_see(backend, case: ModuleCase):
-    """Causality: exactly zero gradient from every token to what comes after it and after its block."""
+    """Causality: exactly zero gradient from every token to what comes after it and after its span."""
     check_causality(random_module(backend, NAME, case), NAME, case)
 
 

@@ -70,7 +70,7 @@ def test_scan_order_equals_sorting_plain_tuples(backend, case: LayoutCase):
 
 @orders()
 def test_scan_order_is_a_permutation_that_leaves_text_and_segments_in_place(backend, case: LayoutCase):
-    """Every token once; text stays; the tokens of a segment share out the positions they occupied."""
+    """Every token once; text stays; a segment's tokens are re-sorted among its own positions."""
     coords = case.layout.coords
     order = backend.scan_order(coords, case.layer_index)
     position = torch.arange(order.shape[1]).expand_as(order)

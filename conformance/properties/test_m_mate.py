@@ -111,7 +111,7 @@ def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase)
 
 @mate(cases=module_cases(["float64"]), share=0.2)
 def test_no_output_depends_on_what_its_block_does_not_see(backend, case: ModuleCase):
-    """Causality: exactly zero gradient from every token to what comes after it and after its block."""
+    """Causality: exactly zero gradient from every token to what comes after it and after its span."""
     check_causality(random_module(backend, NAME, case), NAME, case)
 
 

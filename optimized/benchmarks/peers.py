@@ -1,7 +1,7 @@
 """What a user would call today for a scan in both directions. None of it is installed with this package.
 
 Each peer computes `bidirectional_scan` of a `ScanProblem` as well as its interface allows. The prompt has one
-video in one piece, so the backward direction is a slice, not a gather: that favours the peers.
+video in one piece, so the reverse direction is a slice, not a gather: that favours the peers.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def fla_both_ways(problem: ScanProblem) -> Tensor:
     decay, inside, ends = problem.dt * problem.A, problem.prompt.inside, problem.prompt
     forward = chunk_simple_gla(problem.C, k, v, decay, scale=1.0)[0]
     flipped = [tensor[:, inside].flip(1) for tensor in (problem.C, k, v, decay)]
-    backward = chunk_simple_gla(*flipped, scale=1.0)[0].flip(1)
+    reverse = chunk_simple_gla(*flipped, scale=1.0)[0].flip(1)
     gate = problem.gate[:, inside, :, None].to(v.dtype)
-    mixed = gate * forward[:, inside] + (1 - gate) * backward
+    mixed = gate * forward[:, inside] + (1 - gate) * reverse
     return torch.cat([forward[:, : ends.start], mixed, forward[:, ends.start + ends.vision :]], 1)
 
 
@@ -93,7 +93,7 @@ def mamba_both_ways(problem: ScanProblem) -> Tensor:
         raise LeftOutError(f"left out: {reason}")
     x, B = repeated(problem)
     is_vision = problem.segment >= 0
-    dt = torch.where(is_vision[..., None], problem.dt, 0)  # text neither writes nor decays backwards
+    dt = torch.where(is_vision[..., None], problem.dt, 0)  # text neither writes nor decays in reverse
     both = [torch.cat([tensor, tensor.flip(1)]) for tensor in (x, B, problem.C)]
     dt = torch.cat([problem.dt, dt.flip(1)])
     y = mamba_chunk_scan_combined(both[0], dt, problem.A, both[1], both[2], chunk_size=MAMBA_CHUNK)

@@ -28,7 +28,7 @@ DEFINITIONS = {
         "tokens whose two directions share one product of C and B; bytes: every input and output "
         "once; backward counts twice the forward's FLOPs. The same counts stand for every method, "
         "causal attention excepted, which does another job. The prompt is one video of 80 % of the "
-        "tokens, in one piece, so that a peer's backward direction is a slice."
+        "tokens, in one piece, so that a peer's reverse direction is a slice."
     ),
     "windows": (
         "One call of `window_attention`, or one and its gradients, over whole windows of 4 × 8 × 8 "

@@ -26,13 +26,13 @@ ROWS, COLUMNS = 32, 64
 
 @triton.jit
 def input_of(
-    U, PLACE, ORDER, START, rank, taken, batch, u_batch, u_token, length, channel, scale,
+    U, PLACE, ORDER, START, rank, valid, batch, u_batch, u_token, length, channel, scale,
     CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_START: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """s of eq. (1) at some ranks, those of the state included, 0 where not taken: (ranks, channels)."""
+    """s of eq. (1) at some ranks, those of the state included, 0 where not valid: (ranks, channels)."""
     inside = (channel < CHANNELS)[None, :]
-    among = taken & (rank >= 0)
+    among = valid & (rank >= 0)
     where = rank
     if HAS_MASK:
         where = tl.load(PLACE + batch * length + where, mask=among, other=0)
@@ -43,7 +43,7 @@ def input_of(
     if SCALES:  # rounded as a tensor would be that holds the product
         seen = (seen * scale).to(U.dtype.element_ty).to(tl.float32)
     if HAS_START:
-        before = taken & (rank < 0)
+        before = valid & (rank < 0)
         tile = START + (batch * (TAPS - 1) + rank + TAPS - 1)[:, None] * STATES + channel[None, :]
         seen += tl.load(tile, mask=before[:, None] & inside, other=0.0)
     return seen
@@ -67,11 +67,11 @@ def forward_kernel(
     real = token < length
     inside = channel < CHANNELS
     rank = token
-    taken = real
+    valid = real
     count = tl.cast(length, tl.int64)
     if HAS_MASK:
         rank = tl.load(RANK + batch * length + token, mask=real, other=-1)
-        taken = rank >= 0
+        valid = rank >= 0
         count = tl.load(COUNT + batch)
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
     for tap in tl.static_range(TAPS):
@@ -81,7 +81,7 @@ def forward_kernel(
             ORDER,
             START,
             rank - (TAPS - 1) + tap,
-            taken,
+            valid,
             batch,
             u_batch,
             u_token,
@@ -100,14 +100,14 @@ def forward_kernel(
         out += seen * weight[None, :]
     if HAS_BIAS:
         out += tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    out = tl.where(taken[:, None], out, 0.0)
+    out = tl.where(valid[:, None], out, 0.0)
     tile = OUT + (batch * length + token)[:, None] * CHANNELS + channel[None, :]
     tl.store(tile, out.to(OUT.dtype.element_ty), mask=real[:, None] & inside[None, :])
     if TAPS > 1:
         final = FINAL + batch * (TAPS - 1) * STATES + channel[None, :]
-        kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
-        last = (taken & (kept >= 0))[:, None] & inside[None, :]
-        tl.store(final + kept[:, None] * STATES, seen, mask=last)
+        slot = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+        last = (valid & (slot >= 0))[:, None] & inside[None, :]
+        tl.store(final + slot[:, None] * STATES, seen, mask=last)
         if tl.program_id(0) == 0:
             place = tl.arange(0, BEFORE)
             older = (place + count < TAPS - 1)[:, None] & inside[None, :]

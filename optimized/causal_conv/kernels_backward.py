@@ -36,13 +36,13 @@ def backward_kernel(
     real = token < length
     inside = channel < CHANNELS
     rank = token
-    taken = real
+    valid = real
     count = tl.cast(length, tl.int64)
     if HAS_MASK:
         rank = tl.load(RANK + batch * length + token, mask=real, other=-1)
-        taken = rank >= 0
+        valid = rank >= 0
         count = tl.load(COUNT + batch)
-    both = taken[:, None] & inside[None, :]
+    both = valid[:, None] & inside[None, :]
     part = batch * tl.num_programs(0) + tl.program_id(0)
     grad = tl.load(
         OUT_GRAD + batch * g_batch + token[:, None] * g_token + channel[None, :], mask=both, other=0.0
@@ -52,7 +52,7 @@ def backward_kernel(
     for tap in range(TAPS):
         weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         later = rank + (TAPS - 1) - tap
-        among = taken & (later < count)
+        among = valid & (later < count)
         where = later
         if HAS_MASK:
             where = tl.load(PLACE + batch * length + later, mask=among, other=0)
@@ -65,7 +65,7 @@ def backward_kernel(
             ORDER,
             START,
             rank - (TAPS - 1) + tap,
-            taken,
+            valid,
             batch,
             u_batch,
             u_token,
@@ -81,13 +81,13 @@ def backward_kernel(
             SCALES,
         )
         tl.store(WEIGHT_GRAD + (part * TAPS + tap) * CHANNELS + channel, tl.sum(seen * grad, 0), mask=inside)
-    kept = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
-    among = taken & (kept >= 0)
-    tile = FINAL_GRAD + (batch * (TAPS - 1) + kept)[:, None] * CHANNELS + channel[None, :]
+    slot = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
+    among = valid & (slot >= 0)
+    tile = FINAL_GRAD + (batch * (TAPS - 1) + slot)[:, None] * CHANNELS + channel[None, :]
     u_grad += tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0)
     if HAS_BIAS:
         tl.store(BIAS_GRAD + part * CHANNELS + channel, tl.sum(grad, 0), mask=inside)
-    u_grad = tl.where(taken[:, None], u_grad, 0.0)
+    u_grad = tl.where(valid[:, None], u_grad, 0.0)
     if SCALES:
         u_grad = u_grad * scale
     if HAS_ORDER:
@@ -161,7 +161,7 @@ def start_gradient(
             token = torch.full_like(row, rank) if index["PLACE"] is None else index["PLACE"][:, rank]
             reached = torch.where((count > rank)[:, None], out_grad[row, token].float(), 0)
             grad[:, place] += weight[:, place - rank].float() * reached
-        kept = place - count
-        passed = final_grad.float()[row, kept.clamp_min(0)]
-        grad[:, place] += torch.where((kept >= 0)[:, None], passed, 0)
+        slot = place - count
+        passed = final_grad.float()[row, slot.clamp_min(0)]
+        grad[:, place] += torch.where((slot >= 0)[:, None], passed, 0)
     return grad

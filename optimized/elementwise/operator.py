@@ -107,7 +107,7 @@ class RotateInputs(NamedTuple):
         cos, sin: (B or 1, L, N).
         token: (n,) int64; x is (1, n, heads, N) then, the tokens at these places of a flattened batch, and
             the angles are those of its rows. None = x has all tokens.
-        backward: x is a gradient, to be taken back.
+        backward: x is a gradient of the rotated tensor; rotate it back.
         engine: "triton" or "torch"; None = by the tensors.
     """
 

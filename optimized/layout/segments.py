@@ -18,7 +18,7 @@ def vision_mask(segment: Tensor | None, valid: Tensor | None) -> Tensor | None:
 def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
     """The segment of the first vision token at or after the start of each chunk, and after the end.
 
-    A chunk's tokens of segment `next_segment[k + 1]` read the backward state that enters from its right;
+    A chunk's tokens of segment `next_segment[k + 1]` read the reverse state that enters from its right;
     those of segment `next_segment[k]` write to what leaves at its left; it passes through where the two are
     equal.
 

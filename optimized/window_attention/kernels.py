@@ -107,9 +107,9 @@ def attend_kernel(
             start, end, low, high = part_of_block(BLOCKS, BLOCK // ROWS * block + turn // RATIO, ROWS, BLOCK)
             place = start + tl.arange(0, ROWS)
             token, window = tokens_at(TOKEN, WINDOW, place, end)
-            taken = window >= 0
+            valid = window >= 0
             q_place = offsets(token, length, q_batch, q_token, FLAT)
-            q_tile = tile_at(Q + tl.cast(head, tl.int64) * q_head, q_place, columns_n, taken, N)
+            q_tile = tile_at(Q + tl.cast(head, tl.int64) * q_head, q_place, columns_n, valid, N)
             largest = tl.full([ROWS], -1e30, tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             out = tl.zeros([ROWS, BLOCK_P], tl.float32)
@@ -127,11 +127,11 @@ def attend_kernel(
                 v_tile = tile_at(v, offsets(other, length, v_batch, v_token, FLAT), columns_p, seen, P)
                 out = tl.dot(weights.to(v_tile.dtype), v_tile, out * shrink[:, None], input_precision="ieee")
                 largest = highest
-            total = tl.where(taken, total, 1.0)
+            total = tl.where(valid, total, 1.0)
             at = tl.cast(token, tl.int64) * HEADS + head
-            out = tl.where(taken[:, None], out / total[:, None], 0.0)
+            out = tl.where(valid[:, None], out / total[:, None], 0.0)
             store_tile(OUT + at * P, out, columns_p, place < end, P)
-            tl.store(LSE + at, tl.where(taken, largest + tl.log2(total), 0.0), mask=place < end)
+            tl.store(LSE + at, tl.where(valid, largest + tl.log2(total), 0.0), mask=place < end)
 
 
 def forward(inputs: AttentionInputs) -> AttentionOutputs:

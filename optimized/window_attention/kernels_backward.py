@@ -154,13 +154,13 @@ def query_gradient_kernel(
             start, end, low, high = part_of_block(BLOCKS, BLOCK // ROWS * block + turn // RATIO, ROWS, BLOCK)
             place = start + tl.arange(0, ROWS)
             token, window = tokens_at(TOKEN, WINDOW, place, end)
-            taken = window >= 0
+            valid = window >= 0
             at = tl.cast(token, tl.int64) * HEADS + head
             q_place = offsets(token, length, q_batch, q_token, FLAT)
             g_place = offsets(token, length, g_batch, g_token, FLAT)
-            g_tile = tile_at(O_GRAD + head * g_head, g_place, columns_p, taken, P)
-            lse = tl.load(LSE + at, mask=taken, other=0.0)
-            q_tile = tile_at(Q + head * q_head, q_place, columns_n, taken, N)
+            g_tile = tile_at(O_GRAD + head * g_head, g_place, columns_p, valid, P)
+            lse = tl.load(LSE + at, mask=valid, other=0.0)
+            q_tile = tile_at(Q + head * q_head, q_place, columns_n, valid, N)
             if FINE:  # ō·o as Σ_j p_ij ō_i·v_j: where keys have a mean, the rounding of o shows
                 delta = tl.zeros([ROWS], tl.float32)
                 for column in range(low, high, COLUMNS):
@@ -171,10 +171,10 @@ def query_gradient_kernel(
                     )  # fmt: skip
                     delta += tl.sum(tl.where(together, weights * target, 0.0), 1)
             else:
-                o_tile = tile_at(OUT, at * P, columns_p, taken, P)
+                o_tile = tile_at(OUT, at * P, columns_p, valid, P)
                 delta = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
-            tl.store(DELTA_AT + head * count + place, delta, mask=taken)
-            tl.store(LSE_AT + head * count + place, lse, mask=taken)
+            tl.store(DELTA_AT + head * count + place, delta, mask=valid)
+            tl.store(LSE_AT + head * count + place, lse, mask=valid)
             q_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
             for column in range(low, high, COLUMNS):
                 weights, target, together, k_tile = weighted_pairs(
@@ -211,15 +211,15 @@ def key_gradient_kernel(
             start, end, low, high = part_of_block(BLOCKS, BLOCK // ROWS * block + turn, ROWS, BLOCK)
             place = start + tl.arange(0, ROWS)
             if ONE_WINDOW:
-                taken = place < end
-                token = tl.load(TOKEN + place, mask=taken, other=0)
+                valid = place < end
+                token = tl.load(TOKEN + place, mask=valid, other=0)
             else:
                 token, window = tokens_at(TOKEN, WINDOW, place, end)
-                taken = window >= 0
+                valid = window >= 0
             k_place = offsets(token, length, k_batch, k_token, FLAT)
             v_place = offsets(token, length, v_batch, v_token, FLAT)
-            k_tile = tile_at(K + tl.cast(group, tl.int64) * k_head, k_place, columns_n, taken, N)
-            v_tile = tile_at(V + tl.cast(group, tl.int64) * v_head, v_place, columns_p, taken, P)
+            k_tile = tile_at(K + tl.cast(group, tl.int64) * k_head, k_place, columns_n, valid, N)
+            v_tile = tile_at(V + tl.cast(group, tl.int64) * v_head, v_place, columns_p, valid, P)
             k_grad = tl.zeros([ROWS, BLOCK_N], tl.float32)
             v_grad = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for pair in range(0, RATIO * tl.cdiv(high - low, COLUMNS)):

@@ -75,9 +75,9 @@ def offsets(token, length, batch_stride, token_stride, FLAT: tl.constexpr):
 
 
 @triton.jit
-def tile_at(base, offset, columns, taken, SIZE: tl.constexpr):
-    """A tile of gathered tokens, 0 where not taken; `columns` hold SIZE or more."""
-    where = taken[:, None]
+def tile_at(base, offset, columns, valid, SIZE: tl.constexpr):
+    """A tile of gathered tokens, 0 where not valid; `columns` hold SIZE or more."""
+    where = valid[:, None]
     if columns.shape[0] > SIZE:
         where = where & (columns < SIZE)[None, :]
     return tl.load(base + offset[:, None] + columns[None, :], mask=where, other=0.0)

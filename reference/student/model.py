@@ -1,4 +1,6 @@
-"""A Hugging Face model whose decoder layers hold M-MATE: its construction and forward; generate() is beside.
+"""A Hugging Face model whose decoder layers hold M-MATE: its construction and forward.
+
+generate() is in `generation.py`.
 
 Put before a family's class:  class LinMUQwen2VL...(LinMUModel, Qwen2VLForConditionalGeneration)
 

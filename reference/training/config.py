@@ -47,7 +47,7 @@ class SampleSettings:
     on_broken: Literal["refuse", "skip"] = "refuse"
     """what to do about a sample that cannot be read; it is named either way"""
     supervise: Literal["answers", "all"] = "answers"
-    """which text the logit loss is taken on: the assistant's answers, or all of it"""
+    """which text has the logit loss: the assistant's answers, or all of it"""
     max_length: int = 0
     """bound on the tokens of a sample, a longer one is broken; 0 = none"""
     max_pixels: int = 0
@@ -149,7 +149,7 @@ class Config:
     settings: str = ""
     """a YAML or JSON file of settings, named like the flags, those after a dot nested; flags win"""
     teacher: str = "demo"
-    """'demo', a local folder, or a Hub id of a Qwen2-VL or Qwen2.5-VL model"""
+    """'demo', a local folder, or a Hub id, of a family that LinMU supports"""
     data: tuple[str, ...] = ("demo",)
     """'demo', or files, FOLDER[:SPLIT], OWNER/NAME[:SPLIT] on the Hub; a.jsonl@3 with a weight"""
     eval_data: tuple[str, ...] = ()

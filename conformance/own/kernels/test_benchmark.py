@@ -144,7 +144,7 @@ def test_counts_equal_those_made_by_hand():
     """Two heads on one group, N = P = 4, ten tokens, eight of them vision, bfloat16."""
     small = Sizes(heads=2, groups=1, head_dim=4)
     # 64 columns of C Bᵀ and their product with x: 2·64·4 each; the state: 2·4·4 to write and to read, and on
-    # vision once more for the backward direction
+    # vision once more for the reverse direction
     flops = 2 * (10 * (2 * 64 * 4 + 2 * 64 * 4 + 2 * 16 + 2 * 16) + 8 * (2 * 16 + 2 * 16))
     x, B, C, dt, gate, segment, y = 80, 80, 160, 80, 80, 80, 160
     forward = scan_counts(small, 10, 8, 2, backward=False)

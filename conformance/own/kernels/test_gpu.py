@@ -117,7 +117,7 @@ def test_results_may_exceed_two_to_the_31(whole_gpu):
 
 
 def test_a_gradient_of_logits_may_exceed_two_to_the_31(whole_gpu):
-    """P1: (B, L, V) of a real vocabulary; the last tokens' gradient is what they alone get."""
+    """(B, L, V) of a real vocabulary; the last tokens' gradient is what they alone get."""
     length, size, tail = 14_300, 151_936, 5
     generator = torch.Generator("cuda").manual_seed(0)
     student, teacher = (

@@ -1,8 +1,8 @@
 """The Triton kernels, run by Triton's interpreter on the CPU, equal the reference: values, states, every
 gradient.
 
-Guards P1 (offsets that wrap), P3 to P7 (exponents, ragged tails, masks), P9 (initial states), P11 (groups),
-P17 (dtypes), P19 (memory) and P23 (undefined values). Each operator runs in a process of its own:
+Guards against offsets that wrap, exponents that overflow, ragged tails, masks, initial states, groups,
+dtypes, reads out of bounds and undefined values. Each operator runs in a process of its own:
 TRITON_INTERPRET is read when kernels are defined.
 """
 

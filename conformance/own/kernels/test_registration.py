@@ -1,4 +1,4 @@
-"""A registered operator is gone round only where nobody looks on, and gives the same tensors either way."""
+"""A registered operator is bypassed only where nothing observes a call, with the same tensors either way."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_block_gives_the_same_tensors_either_way(long_way):
 
 
 def test_gradients_are_the_same_whichever_way_the_backward_pass_takes(long_way):
-    """Inside autograd's own backward pass nobody looks on."""
+    """Inside autograd's own backward pass nothing observes a call."""
     given = arguments("bidirectional_scan", "float32", heads=4, groups=2, head_dim=6, length=50, device="cpu")
     floats = {name: given[name].detach().requires_grad_() for name in ("x", "dt", "A", "B", "C", "gate", "D")}
 
@@ -202,4 +202,4 @@ def test_autograd_is_told_of_what_an_operator_overwrites():
     assert state.scan._version > before
     with torch.inference_mode():
         _, state = layer(prompt)
-        layer(token, state=DonatedState(*state))  # whose versions nobody counts
+        layer(token, state=DonatedState(*state))  # whose versions autograd does not count

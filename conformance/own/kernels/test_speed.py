@@ -64,8 +64,8 @@ def measured(length: int) -> tuple[float, float]:
     """Seconds (the fastest of three) and peak memory in MB above an idle process, in a process of its own."""
     command = [sys.executable, "-m", "linmu.conformance.own.kernels.test_speed", str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    taken, memory = map(float, done.stdout.split())
-    return taken, memory
+    elapsed, memory = map(float, done.stdout.split())
+    return elapsed, memory
 
 
 def test_time_and_memory_grow_in_proportion_to_the_length(request):
@@ -87,8 +87,8 @@ def main(length: int) -> None:
     seconds(optimized.bidirectional_scan, arguments(256))
     before = peak_memory()
     given = arguments(length)
-    taken = min(seconds(optimized.bidirectional_scan, given) for _ in range(3))
-    print(taken, peak_memory() - before)
+    elapsed = min(seconds(optimized.bidirectional_scan, given) for _ in range(3))
+    print(elapsed, peak_memory() - before)
 
 
 def peak_memory() -> float:

@@ -1,5 +1,5 @@
 """A token of text that needs no gradient: another route through Flex-MA with the same results, which
-overwrites the state of whoever lends it.
+overwrites a donated state.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_a_step_without_a_gradient_matches_the_reference(backend, case: ModuleCa
 
 @flex(cases=module_cases(("float32", "mixed"), layout=TOKENS))
 def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
-    """A caller's own state is as it was, and gives the same again; a lent one gives the same, once."""
+    """A caller's own state is as it was, and gives the same again; a donated one gives the same, once."""
     module = random_module(backend, "FlexMA", case)
     state = prefilled(module, case)
     before = copy.deepcopy(state)

@@ -62,10 +62,10 @@ def test_both_branches_start_from_the_attentions_weights_and_biases(teacher):
         attention = decoder_layers(teacher)[index].self_attn
         for branch in (mixer.flex_ma, mixer.local_swin):
             for name in PROJECTIONS:
-                given, taken = (dict(getattr(m, name).named_parameters()) for m in (attention, branch))
-                assert given.keys() == taken.keys()
-                assert all(torch.equal(given[key], taken[key]) for key in given)
-                assert ("bias" in taken) == (name != "o_proj")
+                given, copied = (dict(getattr(m, name).named_parameters()) for m in (attention, branch))
+                assert given.keys() == copied.keys()
+                assert all(torch.equal(given[key], copied[key]) for key in given)
+                assert ("bias" in copied) == (name != "o_proj")
     assert all(attention.q_proj.bias.abs().max() > 0 for attention in (decoder_layers(teacher)[0].self_attn,))
 
 
@@ -91,8 +91,8 @@ def test_the_teacher_is_left_as_it_was(family):
 
 def test_weights_that_stay_are_not_copied(teacher):
     student = convert(teacher, layers=[1])
-    given, taken = dict(teacher.named_parameters()), dict(student.named_parameters())
-    for name, parameter in taken.items():
+    given, found = dict(teacher.named_parameters()), dict(student.named_parameters())
+    for name, parameter in found.items():
         if "layers.1.self_attn" not in name or name.startswith("model.visual"):
             assert parameter.data_ptr() == given[name].data_ptr(), name
             assert parameter is not given[name]

@@ -96,9 +96,9 @@ def test_mixers_take_over_the_familys_attention(tiny):
         attention = tiny.teacher.get_decoder().layers[index].self_attn
         given = dict(attention.named_parameters())
         for branch in (mixer.flex_ma, mixer.local_swin) if tiny.image else (mixer.flex_ma,):
-            taken = dict(branch.named_parameters())
-            assert given.keys() <= taken.keys()
-            assert all(torch.equal(taken[name], given[name]) for name in given)
+            copied = dict(branch.named_parameters())
+            assert given.keys() <= copied.keys()
+            assert all(torch.equal(copied[name], given[name]) for name in given)
 
 
 def test_every_step_of_generation_equals_the_uncached_forward(tiny, student):
@@ -200,7 +200,7 @@ def test_placeholders_are_where_the_layout_has_vision_or_a_newline(tiny, student
         assert (newlines > 0) == (tiny.name == "llava_onevision")
 
 
-def test_a_prompt_is_read_in_chunks_that_cut_no_block(tiny, student):
+def test_a_prompt_is_read_in_chunks_that_cut_no_span(tiny, student):
     """Older transformers, which would lose the pictures of later chunks, refuse all chunks but of text."""
     inputs = tiny.inputs("see {tall} now" if tiny.image else "a longer prompt of text")
     is_picture = inputs["input_ids"][0] == getattr(tiny.teacher.config, "image_token_id", -1)

@@ -214,7 +214,7 @@ def chunk(inputs: dict[str, Tensor], start: int, end: int, positions: Tensor) ->
 
 
 @torch.no_grad()
-def test_prefill_split_outside_the_blocks_equals_prefill_in_one_piece(student):
+def test_prefill_split_outside_the_spans_equals_prefill_in_one_piece(student):
     inputs = image_prompt()
     grids = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     whole = student(**inputs, use_cache=False).logits
@@ -230,7 +230,7 @@ def test_prefill_split_outside_the_blocks_equals_prefill_in_one_piece(student):
 
 
 @torch.no_grad()
-def test_a_forward_that_ends_inside_a_block_is_refused(converted):
+def test_a_forward_that_ends_inside_a_span_is_refused(converted):
     inputs = image_prompt()
     grids = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     positions, _ = converted.model.get_rope_index(**inputs)
@@ -281,12 +281,12 @@ def test_embeddings_need_coordinates_and_then_give_the_same_logits(converted):
 def test_given_coordinates_replace_the_grids(converted):
     inputs = image_prompt()
     coords = torch.full((*inputs["input_ids"].shape, 4), -1)
-    block = inputs["input_ids"][0] == IMAGE
-    coords[0, block, 0], coords[0, block, 1] = 7, 0
-    coords[0, block, 2:] = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    image = inputs["input_ids"][0] == IMAGE
+    coords[0, image, 0], coords[0, image, 1] = 7, 0
+    coords[0, image, 2:] = torch.cartesian_prod(torch.arange(3), torch.arange(4))
     wanted = converted(**inputs).logits
     assert_logits(converted(**inputs, linmu_coords=coords).logits, wanted)
-    coords[0, block, 2:] = coords[0, block, 2:].flip(0)
+    coords[0, image, 2:] = coords[0, image, 2:].flip(0)
     assert (converted(**inputs, linmu_coords=coords).logits - wanted).abs().max() > 1e-2
 
 
@@ -298,7 +298,7 @@ def test_pictures_without_grids_are_refused(converted):
 
 
 @torch.no_grad()
-def test_text_before_an_image_never_sees_it_and_no_block_sees_what_follows(converted):
+def test_text_before_an_image_never_sees_it_and_no_span_sees_what_follows(converted):
     inputs = image_prompt()
     wanted = converted(**inputs).logits
     repainted = inputs | {"pixel_values": inputs["pixel_values"].flip(0)}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from linmu.reference.training.commands.main import main
-from linmu.reference.training.safety import atomic_writes as whole_writes
+from linmu.reference.training.safety import atomic_writes
 from linmu.reference.training.safety.atomic_writes import whole_file, whole_folder
 from linmu.reference.training.safety.guards import TrainingStoppedError
 from linmu.reference.training.stage_trainer import StageTrainer
@@ -87,7 +87,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_unbroken_one
             assert left(folder) == left(unbroken)
             if kills >= wanted:
                 return
-            whole_writes.remove_folder(folder)
+            atomic_writes.remove_folder(folder)
 
 
 def test_a_run_killed_while_it_writes_loses_nothing(unbroken, tmp_path, pytestconfig):

@@ -79,9 +79,9 @@ def test_results_say_what_every_layer_relies_on_and_how_far_it_is(watched):
             mean = sum(layer[error] for layer in layers) / len(layers)
             assert mean == pytest.approx(rows[name][error], rel=1e-5)
         for layer in layers:
-            assert layer["forward"] + layer["backward"] + layer["local"] == pytest.approx(1)
+            assert layer["forward"] + layer["reverse"] + layer["local"] == pytest.approx(1)
     start = rows["converted"]["layers"][0]
-    assert (start["forward"], start["backward"], start["local"]) == pytest.approx((0.25, 0.25, 0.5))
+    assert (start["forward"], start["reverse"], start["local"]) == pytest.approx((0.25, 0.25, 0.5))
 
 
 def test_reliance_is_the_mean_of_the_gates_over_vision_tokens():
@@ -102,18 +102,18 @@ def test_reliance_is_the_mean_of_the_gates_over_vision_tokens():
         row = evaluate(lesson, [(["a"] * len(labels), inputs | {"labels": labels})], torch.device("cpu"))
     hook.remove()
     got = row["student"]["layers"][1]
-    forward, backward, local, tokens = 0.0, 0.0, 0.0, 0
+    forward, reverse, local, tokens = 0.0, 0.0, 0.0, 0
     for b, t in lesson.vision_tokens(inputs).nonzero().tolist():
         u = seen["u"][b, t]
         mix = torch.sigmoid(layer.mix_proj.weight.float() @ u + layer.mix_proj.bias).item()
         gate = torch.sigmoid(layer.flex_ma.scan_gate_proj.weight @ u + layer.flex_ma.scan_gate_proj.bias)
         for g in gate.tolist():
-            forward, backward, local = forward + mix * g, backward + mix * (1 - g), local + 1 - mix
+            forward, reverse, local = forward + mix * g, reverse + mix * (1 - g), local + 1 - mix
             tokens += 1
     assert got["forward"] == pytest.approx(forward / tokens, rel=1e-4)
-    assert got["backward"] == pytest.approx(backward / tokens, rel=1e-4)
+    assert got["reverse"] == pytest.approx(reverse / tokens, rel=1e-4)
     assert got["local"] == pytest.approx(local / tokens, rel=1e-4)
-    assert abs(got["forward"] - got["backward"]) > 1e-4
+    assert abs(got["forward"] - got["reverse"]) > 1e-4
 
 
 def test_metrics_survive_a_line_cut_short_and_forget_what_is_done_again(tmp_path):

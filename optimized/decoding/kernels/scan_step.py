@@ -35,11 +35,11 @@ def step_kernel(
     )
     dt = tl.load(DT + at).to(tl.float32)
     if HAS_VALID:  # a row at rest may hold anything
-        taken = tl.load(VALID + batch) != 0
-        x = tl.where(taken, x, 0.0)
-        b = tl.where(taken, b, 0.0)
-        c = tl.where(taken, c, 0.0)
-        dt = tl.where(taken, dt, 0.0)
+        valid = tl.load(VALID + batch) != 0
+        x = tl.where(valid, x, 0.0)
+        b = tl.where(valid, b, 0.0)
+        c = tl.where(valid, c, 0.0)
+        dt = tl.where(valid, dt, 0.0)
     decay = tl.exp(dt * tl.load(A + head).to(tl.float32))
     tile = at * (N * P) + n[:, None] * P + p[None, :]
     inside = (n < N)[:, None] & (p < P)[None, :]

@@ -110,7 +110,7 @@ def softplus(rate):
 
 @triton.jit
 def convolved(
-    TOKENS, START, NEXT, WEIGHT, BIAS, place, shift, factor, end, written, batch, taken,
+    TOKENS, START, NEXT, WEIGHT, BIAS, place, shift, factor, end, written, batch, valid,
     CHANNELS: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Eq. (2) at `place`s before `end` of x, B or C, whose first channel is `shift`; the new state at those
@@ -129,12 +129,12 @@ def convolved(
         window += tl.load(TOKENS + place[None, :] + tap * 0, mask=now, other=0.0).to(tl.float32) * factor
         weight = tl.load(WEIGHT + channel * TAPS + tap, mask=before | now, other=0.0).to(tl.float32)
         out = tl.sum(window * weight, 0)
-        row = tap - tl.where(taken, 1, 0)  # where a row of the window stands in the new state
-        kept = (place < written)[None, :] & (row >= 0) & (row < TAPS - 1)
-        tl.store(NEXT + state + row * CHANNELS, window, mask=kept)
+        row = tap - tl.where(valid, 1, 0)  # where a row of the window stands in the new state
+        stored = (place < written)[None, :] & (row >= 0) & (row < TAPS - 1)
+        tl.store(NEXT + state + row * CHANNELS, window, mask=stored)
         if HAS_BIAS:
             out += tl.load(BIAS + shift + place, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(taken, out, 0.0)  # a row at rest may hold anything
+    return tl.where(valid, out, 0.0)  # a row at rest may hold anything
 
 
 @triton.jit
@@ -154,26 +154,26 @@ def text_step_kernel(
     n, p = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P)
     at = batch * HEADS + head
     tile = STATE + at * (P * P) + n[:, None] * P + p[None, :]
-    taken = batch >= 0
+    valid = batch >= 0
     if HAS_VALID:
-        taken = tl.load(VALID + batch) != 0
+        valid = tl.load(VALID + batch) != 0
     own, last = group * P, (group + 1) * P
     written = tl.where(head % RATIO == 0, last, 0)  # the first head of a group writes its state
     x = convolved(
-        X + batch * x_batch, START, NEXT, WEIGHT, BIAS, own + p, 0, 1.0, last, written, batch, taken,
+        X + batch * x_batch, START, NEXT, WEIGHT, BIAS, own + p, 0, 1.0, last, written, batch, valid,
         channels, TAPS, ROWS, HAS_BIAS,
     )  # fmt: skip
     b = convolved(
         B + batch * b_batch, START, NEXT, WEIGHT, BIAS, own + n, grouped, 1.0, last, written, batch,
-        taken, channels, TAPS, ROWS, HAS_BIAS,
+        valid, channels, TAPS, ROWS, HAS_BIAS,
     )  # fmt: skip
     c = convolved(
         C + batch * c_batch, START, NEXT, WEIGHT, BIAS, head * P + n, 2 * grouped, scale, (head + 1) * P,
-        (head + 1) * P, batch, taken, channels, TAPS, ROWS, HAS_BIAS,
+        (head + 1) * P, batch, valid, channels, TAPS, ROWS, HAS_BIAS,
     )  # fmt: skip
-    dt = tl.where(taken, softplus(tl.load(RATE + at).to(tl.float32)), 0.0)
+    dt = tl.where(valid, softplus(tl.load(RATE + at).to(tl.float32)), 0.0)
     decay = tl.exp(-dt * tl.exp(tl.load(A_LOG + head).to(tl.float32)))
-    decay = tl.where(taken, decay, 1.0)
+    decay = tl.where(valid, decay, 1.0)
     if P == BLOCK_P:  # without a mask the tile's addresses take one register
         state = tl.load(tile)
     else:
@@ -192,7 +192,7 @@ def text_step_kernel(
     if HAS_Z:
         z = tl.load(Z + at * P + p, mask=real, other=0.0).to(tl.float32)
         y = y * z / (1.0 + tl.exp(-z))
-    y = tl.where(taken, y, 0.0)
+    y = tl.where(valid, y, 0.0)
     tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=real)
 
 

@@ -59,7 +59,7 @@ def output_kernel(
     at_chunk = (batch * chunks + chunk) * HEADS + head
     i = part * ROWS + tl.arange(0, ROWS)
     at = at_chunk * CHUNK + i
-    rows, taken = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
+    rows, valid = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
     q = head_of(C, batch, c_batch, head, c_head)
     k = head_of(B, batch, b_batch, head // RATIO, b_head)
     v = head_of(X, batch, x_batch, head // RATIO, x_head)
@@ -67,7 +67,7 @@ def output_kernel(
     y = tl.zeros([ROWS, BLOCK_P], tl.float32)
     if HELD:  # loads of what is used after the pairs, while nothing else waits
         columns_n = tl.arange(0, STEP)
-        held_q = load_tile(q, rows, c_token, columns_n, taken, N)
+        held_q = load_tile(q, rows, c_token, columns_n, valid, N)
         held_forward = load_tile(forward_state, columns_n, P, columns, columns_n < N, P)
         if HAS_VISION:
             held_reverse = load_tile(
@@ -78,7 +78,7 @@ def output_kernel(
         j = other + tl.arange(0, COLUMNS)
         at_j = at_chunk * CHUNK + j
         writers, written = token_rows(VALID, batch, chunk * CHUNK + other, length, COLUMNS, HAS_VALID)
-        weights = pair_products(q, c_token, rows, taken, k, b_token, writers, written, N, STEP, ROWS)
+        weights = pair_products(q, c_token, rows, valid, k, b_token, writers, written, N, STEP, ROWS)
         weights *= pair_decay(
             i[:, None], j[None, :], FORWARD_SUM, REVERSE_SUM, at[:, None], at_j[None, :], HAS_VISION
         )
@@ -93,7 +93,7 @@ def output_kernel(
         pulled = tl.dot(held_q, held_forward, input_precision="ieee")
     else:
         pulled = state_products(
-            q, c_token, rows, taken, forward_state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS
+            q, c_token, rows, valid, forward_state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS
         )
     y += pulled * read[:, None]
     if HAS_VISION:
@@ -102,7 +102,7 @@ def output_kernel(
             pulled = tl.dot(held_q, held_reverse, input_precision="ieee")
         else:
             state = REVERSE_STATE + at_chunk * (N * P)
-            pulled = state_products(q, c_token, rows, taken, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
+            pulled = state_products(q, c_token, rows, valid, state, columns, N, P, P, 1, BLOCK_P, STEP, ROWS)
         y += pulled * read[:, None]
     real = rows < length
     where = real[:, None] & (columns < P)[None, :]

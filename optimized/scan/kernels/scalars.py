@@ -2,7 +2,7 @@
 """Triton kernel for the scan's scalars, one per token and head, that the other kernels multiply with.
 
 Letters and equations as in `torch_engine.decays`; the axis of directions holds the forward one and,
-where there is vision, the reverse one. Sums of steps are taken in float64 and rounded once, so that the same
+where there is vision, the reverse one. Sums of steps are made in float64 and rounded once, so that the same
 sum is the same number wherever it stands: added up in float32, in the order that a GPU chooses, two sums of
 2,560 with nothing between them differ by 2e-4, and so does the weight of what was written there.
 """
@@ -93,9 +93,9 @@ def scalars_kernel(
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.cast(tl.program_id(2), tl.int64)
     place = tl.arange(0, CHUNK)[:, None]
-    rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
+    rows, valid = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
     real = (heads < HEADS)[None, :]
-    dt = head_scalars(TIME_STEP, batch, step_batch, rows, step_token, heads, step_head, taken[:, None] & real)
+    dt = head_scalars(TIME_STEP, batch, step_batch, rows, step_token, heads, step_head, valid[:, None] & real)
     rate = tl.load(A + heads, mask=heads < HEADS, other=0.0).to(tl.float32)[None, :]
     forward_sum = summed_steps(dt, rate)
     end = tl.sum(tl.where(place == CHUNK - 1, forward_sum, 0.0), 0)
@@ -108,7 +108,7 @@ def scalars_kernel(
     tl.store(CHUNK_DECAY + at_chunk, decayed(end.to(tl.float32)), mask=heads < HEADS)
     if HAS_VISION:
         beyond = tl.cast(tl.num_programs(2), tl.int64) * chunks * HEADS  # the next direction's chunks
-        segment = tl.load(IDS + batch * length + rows, mask=taken, other=-1)[:, None]
+        segment = tl.load(IDS + batch * length + rows, mask=valid, other=-1)[:, None]
         is_vision = segment >= 0
         if tl.program_id(1) == 0:
             tl.store(SEGMENT + (batch * chunks + chunk) * CHUNK + place, segment.to(tl.int32))

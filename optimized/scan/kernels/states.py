@@ -98,11 +98,11 @@ def sweep_kernel(
                 where = (at_chunk + group * RATIO + members) * tl.num_programs(1) + tl.program_id(1)
                 tl.store(PRODUCT + where, tl.sum(product, 1), mask=members < RATIO)
         run_decay *= decay
-        rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
+        rows, valid = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
         # The weights come first: their product takes the layout of what is loaded last, whole rows of P.
         weight = tl.load(WEIGHT + at_chunk * CHUNK + weights, mask=shared, other=0.0)
-        left_tile = load_tile(left, rows, left_token, columns_n, taken, N)
-        where = taken[:, None, None] & (columns_p < P)
+        left_tile = load_tile(left, rows, left_token, columns_n, valid, N)
+        where = valid[:, None, None] & (columns_p < P)
         right_tile = tl.load(right + rows[:, None, None] * right_token + columns_p, mask=where, other=0.0)
         weighed = (weight * right_tile.to(tl.float32)).to(right_tile.dtype)
         weighed = weighed.reshape(CHUNK, BLOCK_H * BLOCK_P)

@@ -1,7 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """What the scan's Triton kernels share: tiles of tokens, the weights of pairs, products over long axes.
 
-Letters and equations as in `chunked_scan`. A chunk has parts of ROWS tokens, which are what a program holds
+Letters and equations as in `torch_engine`. A chunk has parts of ROWS tokens, which are what a program holds
 at once. Products take the tokens as they are: bfloat16 ones by tensor cores, with weights and states rounded
 to bfloat16 as factors and float32 sums; float32 ones in IEEE float32. They take a step of N or P after the
 other, so that no tile outgrows the registers.
@@ -39,10 +39,10 @@ def head_of(TOKENS, batch, batch_stride, head, head_stride):
 def token_rows(VALID, batch, first, length, COUNT: tl.constexpr, HAS_VALID: tl.constexpr):
     """COUNT tokens from `first` on, in int64, and which of them take part."""
     rows = tl.cast(first, tl.int64) + tl.arange(0, COUNT)
-    taken = rows < length
+    valid = rows < length
     if HAS_VALID:
-        taken = taken & (tl.load(VALID + batch * length + rows, mask=taken, other=0) != 0)
-    return rows, taken
+        valid = valid & (tl.load(VALID + batch * length + rows, mask=valid, other=0) != 0)
+    return rows, valid
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
 @triton.jit
 def pair_decay(i, j, FORWARD_SUM, REVERSE_SUM, at_i, at_j, HAS_VISION: tl.constexpr):
     """What is left of j's write when i reads, in whichever direction: the exponentials of eq. (2) of
-    `chunked_scan`."""
+    `torch_engine`."""
     exponent = along(FORWARD_SUM, at_i) - along(FORWARD_SUM, at_j)
     if HAS_VISION:
         exponent = tl.where(j <= i, exponent, along(REVERSE_SUM, at_j) - along(REVERSE_SUM, at_i))
@@ -123,7 +123,7 @@ def add_product(weights, tile, total):
 
 @triton.jit
 def state_products(
-    tokens, stride, rows, taken, STATE, outer,
+    tokens, stride, rows, valid, STATE, outer,
     INNER: tl.constexpr, OUTER: tl.constexpr, INNER_STRIDE: tl.constexpr, OUTER_STRIDE: tl.constexpr,
     BLOCK_OUTER: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def state_products(
     total = tl.zeros([ROWS, BLOCK_OUTER], tl.float32)
     for start in range(0, INNER, STEP):
         inner = start + tl.arange(0, STEP)
-        tile = load_tile(tokens, rows, stride, inner, taken, INNER)
+        tile = load_tile(tokens, rows, stride, inner, valid, INNER)
         inside = (inner < INNER)[:, None] & (outer < OUTER)[None, :]
         where = STATE + inner[:, None] * INNER_STRIDE + outer[None, :] * OUTER_STRIDE
         total = tl.dot(tile, tl.load(where, mask=inside, other=0.0), total, input_precision="ieee")

@@ -1,6 +1,6 @@
 """The Triton engine of the scan, backward: norm, states both ways, readers, writers, at last the scalars.
 
-Equations as in `torch_engine.backward`. Chunks, scalars and states are made again, as in the forward pass.
+Equations as in `torch_engine.backward`. Chunks, scalars and states are recomputed as in the forward pass.
 """
 
 from __future__ import annotations

@@ -50,31 +50,31 @@ def reader_kernel(
     at_chunk = (batch * chunks + chunk) * HEADS + head
     place = tl.arange(0, CHUNK)
     at = at_chunk * CHUNK + place
-    rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
+    rows, valid = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
     q = head_of(C, batch, c_batch, head, c_head)
     k = head_of(B, batch, b_batch, head // RATIO, b_head)
     v = head_of(X, batch, x_batch, head // RATIO, x_head)
     grad = head_of(Y_GRAD, batch, g_batch, head, g_head)
-    q_tile = load_tile(q, rows, c_token, columns, taken, N).to(tl.float32)
+    q_tile = load_tile(q, rows, c_token, columns, valid, N).to(tl.float32)
     state = FORWARD_STATE + at_chunk * (N * P)
-    pulled = state_products(grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK)
+    pulled = state_products(grad, g_token, rows, valid, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK)
     read = tl.load(FORWARD_READ_DECAY + at)
     tl.store(FORWARD_READ_PRODUCT + at, tl.sum(pulled * q_tile, 1) * read)
     c_grad = pulled * (read * gate_of(FORWARD_GATE, at, HAS_VISION))[:, None]
     if HAS_VISION:
         state = REVERSE_STATE + at_chunk * (N * P)
         pulled = state_products(
-            grad, g_token, rows, taken, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK
+            grad, g_token, rows, valid, state, columns, P, N, 1, P, BLOCK_N, STEP_P, CHUNK
         )
         read = tl.load(REVERSE_READ_DECAY + at)
         tl.store(REVERSE_READ_PRODUCT + at, tl.sum(pulled * q_tile, 1) * read)
         c_grad += pulled * (read * tl.load(REVERSE_GATE + at))[:, None]
     i, j = place[:, None], place[None, :]
-    target = pair_products(grad, g_token, rows, taken, v, x_token, rows, taken, P, STEP_P, CHUNK)
+    target = pair_products(grad, g_token, rows, valid, v, x_token, rows, valid, P, STEP_P, CHUNK)
     tl.store(SKIP_GRAD + at, tl.sum(tl.where(i == j, target, 0.0), 1))
     target *= pair_decay(i, j, FORWARD_SUM, REVERSE_SUM, at[:, None], at[None, :], HAS_VISION)
     target *= tl.load(DT + at)[None, :]
-    spent = target * pair_products(q, c_token, rows, taken, k, b_token, rows, taken, N, STEP_N, CHUNK)
+    spent = target * pair_products(q, c_token, rows, valid, k, b_token, rows, valid, N, STEP_N, CHUNK)
     before, together = pair_masks(i, j, SEGMENT, (batch * chunks + chunk) * CHUNK, HAS_VISION)
     if HAS_VISION:
         gate_grad = tl.where(before, spent, 0.0) - tl.where(together, spent, 0.0)
@@ -90,7 +90,7 @@ def reader_kernel(
         spans = tl.sum(tl.where(j > i, passed, 0.0), 0)  # k = j - 1
         tl.store(REVERSE_SPANS + at - 1, spans, mask=place > 0)
         tl.store(REVERSE_SPANS + at, tl.zeros([CHUNK], tl.float32), mask=place == CHUNK - 1)
-    c_grad = add_product(target * gates, load_tile(k, rows, b_token, columns, taken, N), c_grad)
+    c_grad = add_product(target * gates, load_tile(k, rows, b_token, columns, valid, N), c_grad)
     out = C_GRAD + ((batch * length + rows) * HEADS + head)[:, None] * N + columns[None, :]
     where = (rows < length)[:, None] & (columns < N)[None, :]
     tl.store(out, c_grad.to(C_GRAD.dtype.element_ty), mask=where)

@@ -1,7 +1,7 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernel for the gradients of the scan's scalars: dt, A and the gate.
 
-Letters and equations as in `torch_engine.backward`; every sum is taken as there.
+Letters and equations as in `torch_engine.backward`; every sum is as there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rates_kernel(
     heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch = tl.cast(tl.program_id(2), tl.int64)
     place = tl.arange(0, CHUNK)[:, None]
-    rows, taken = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
+    rows, valid = token_rows(VALID, batch, chunk * CHUNK, length, CHUNK, HAS_VALID)
     inside = heads < HEADS
     real = inside[None, :]
     at_chunk = (batch * chunks + chunk) * HEADS + heads
@@ -81,7 +81,7 @@ def rates_kernel(
         tl.store(GATE_GRAD + out, tl.where(segment >= 0, gate_grad, 0.0), mask=where)
     tl.store(A_GRAD + at_chunk, tl.sum(rate * dt, 0), mask=inside)
     dt_grad += rate * tl.load(A + heads, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(DT_GRAD + out, tl.where(taken[:, None], dt_grad, 0.0), mask=where)
+    tl.store(DT_GRAD + out, tl.where(valid[:, None], dt_grad, 0.0), mask=where)
 
 
 def scalar_gradients(

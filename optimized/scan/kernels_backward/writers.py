@@ -33,17 +33,17 @@ WARPS = 8
 
 @triton.jit
 def through_state(
-    STATE, WRITE_WEIGHT, PRODUCT, k, b_token, v, x_token, rows, taken, columns_n, columns_p,
+    STATE, WRITE_WEIGHT, PRODUCT, k, b_token, v, x_token, rows, valid, columns_n, columns_p,
     N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, STEP_N: tl.constexpr,
     STEP_P: tl.constexpr, ROWS: tl.constexpr, OF_X: tl.constexpr,
 ):  # fmt: skip
     """The gradient of writes through the state that they leave, in one direction; for B, PRODUCT becomes
     B_jᵀ S̄ x_j."""
     if OF_X:
-        pulled = state_products(k, b_token, rows, taken, STATE, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS)
+        pulled = state_products(k, b_token, rows, valid, STATE, columns_p, N, P, P, 1, BLOCK_P, STEP_N, ROWS)
     else:
-        pulled = state_products(v, x_token, rows, taken, STATE, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS)
-        k_tile = load_tile(k, rows, b_token, columns_n, taken, N).to(tl.float32)
+        pulled = state_products(v, x_token, rows, valid, STATE, columns_n, P, N, 1, P, BLOCK_N, STEP_P, ROWS)
+        k_tile = load_tile(k, rows, b_token, columns_n, valid, N).to(tl.float32)
         tl.store(PRODUCT, tl.sum(pulled * k_tile, 1))
     return pulled * tl.load(WRITE_WEIGHT)[:, None]
 
@@ -69,7 +69,7 @@ def writer_kernel(
     batch = tl.cast(tl.program_id(1), tl.int64)
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     j = part * ROWS + tl.arange(0, ROWS)
-    rows, taken = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
+    rows, valid = token_rows(VALID, batch, chunk * CHUNK + part * ROWS, length, ROWS, HAS_VALID)
     k = head_of(B, batch, b_batch, group, b_head)
     v = head_of(X, batch, x_batch, group, x_head)
     at_segment = (batch * chunks + chunk) * CHUNK
@@ -86,7 +86,7 @@ def writer_kernel(
             i = other * ROWS + tl.arange(0, ROWS)
             at_i = at_chunk * CHUNK + i
             readers, seen = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
-            scores = pair_products(k, b_token, rows, taken, q, c_token, readers, seen, N, STEP_N, ROWS)
+            scores = pair_products(k, b_token, rows, valid, q, c_token, readers, seen, N, STEP_N, ROWS)
             before, together = pair_masks(i[None, :], j[:, None], SEGMENT, at_segment, HAS_VISION)
             decay = pair_decay(
                 i[None, :], j[:, None], FORWARD_SUM, REVERSE_SUM, at_i[None, :], at[:, None], HAS_VISION
@@ -100,7 +100,7 @@ def writer_kernel(
                 total = add_product(weights, grad_tile, total)
             else:
                 target = decay * pair_products(
-                    v, x_token, rows, taken, grad, g_token, readers, seen, P, STEP_P, ROWS
+                    v, x_token, rows, valid, grad, g_token, readers, seen, P, STEP_P, ROWS
                 )
                 q_tile = load_tile(q, readers, c_token, columns_n, seen, N)
                 total = add_product(target * dt[:, None], q_tile, total)
@@ -116,7 +116,7 @@ def writer_kernel(
             v,
             x_token,
             rows,
-            taken,
+            valid,
             columns_n,
             columns_p,
             N,
@@ -138,7 +138,7 @@ def writer_kernel(
                 v,
                 x_token,
                 rows,
-                taken,
+                valid,
                 columns_n,
                 columns_p,
                 N,

@@ -13,7 +13,7 @@ it.
 gF is the gate on vision and 1 on text, gR is 1 - gate on vision and 0 on text: one C Bᵀ serves both
 directions, the forward weights below its diagonal, the reverse weights above. All exponents are differences
 ≤ 0 and clamped there. This is Mamba2's chunked form (arXiv 2405.21060, section 6) of `reference/scan.py`,
-eqs. (1) to (3). Time and memory are linear in L; work goes through slabs of chunks small enough for a
+eqs. (1) to (4). Time and memory are linear in L; work goes through slabs of chunks small enough for a
 processor's cache.
 
 forward     eq. (3), then the norm and the order       norm     each head's, both passes

@@ -55,7 +55,7 @@ class Passage:
     side: Direction
     read: Tensor  # (K, B, H, C): ȳ_i · read_i Sᵀ C_i, the gate left out
     written: Tensor  # (K, B, H, C): reach_j B_jᵀ S̄ x_j, without dt
-    spanning: Tensor  # (K, B, H, C): eq. (3)
+    crossing: Tensor  # (K, B, H, C): eq. (3), of the pairs on both sides of a token
     passed: Tensor  # (K, B, H): what passes the chunk
 
     @classmethod
@@ -67,18 +67,18 @@ class Passage:
 
     def decay_gradient(self, dt: Tensor) -> Tensor:
         """ā (K, B, H, C): eq. (3), and through the states what is read at or after a token and written before
-        it, along the direction, and what passes the chunk. Sums without the token's own are shifted ones: its
-        own taken off would leave the rounding of a large one.
+        it, along the direction, and what passes the chunk. Sums without the token's own product are shifted
+        ones: subtracting it from the whole sum would leave the rounding of a large one.
         """
         read, written = self.read * self.side.gate, self.written * dt
         if self.side.reverse:
             through = read.cumsum(-1) + F.pad(reverse_cumsum(written)[..., 1:], (0, 1))
         else:
             through = reverse_cumsum(read) + F.pad(written.cumsum(-1)[..., :-1], (1, 0))
-        return self.spanning + through + self.passed[..., None]
+        return self.crossing + through + self.passed[..., None]
 
 
-def spanning(products: Tensor, reverse: bool) -> Tensor:
+def crossing(products: Tensor, reverse: bool) -> Tensor:
     """Eq. (3) of one direction, (K, B, H, C, C) -> (K, B, H, C).
 
     The inner sums are a product with ones, at row i and column k: of the columns before k, or after it. The
@@ -137,14 +137,14 @@ def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 def decay_gradients(chunks: Chunks, passages: list[Passage]) -> Tensor:
     """ā of both directions, (K, B, H, C)."""
-    forward, *backward = (each.decay_gradient(chunks.dt) for each in passages)
-    return forward if not backward else forward.addcmul_(backward[0], chunks.segment >= 0)
+    forward, *reverse = (each.decay_gradient(chunks.dt) for each in passages)
+    return forward if not reverse else forward.addcmul_(reverse[0], chunks.segment >= 0)
 
 
 def gate_gradient(grads: Gradients, passages: list[Passage], length: int, vision: Tensor) -> Tensor:
     """The gradient of the gate, (B, L, H)."""
-    forward, backward = (each.read for each in passages)
-    return join_scalars(grads.gate + forward - backward, length, vision)
+    forward, reverse = (each.read for each in passages)
+    return join_scalars(grads.gate + forward - reverse, length, vision)
 
 
 def skip_gradient(chunks: Chunks, y_grad: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ def slab_gradients(
 def inside_chunks(
     grads: Gradients, passages: list[Passage], where: slice, slab: Chunks, y_grad: Tensor, D: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """What tokens of one chunk owe each other, eq. (1): the gradients of x (K, B, G, C, P), B (K, B, G, C, N)
-    and C (K, B, H, C, N); those of the scalars are filled in.
+    """Eq. (1) inside chunks: the gradients of x (K, B, G, C, P), B (K, B, G, C, N) and C (K, B, H, C, N);
+    those of the scalars are filled in.
     """
     groups = slab.x.shape[:3]
     pairs, decays = Pairs.of(slab), pair_decays(slab)
@@ -209,7 +209,7 @@ def through_decays(
     grads.dt[where] = products.mul_(pairs.gates).sum(-2)
     products.mul_(dt)  # U
     for side, passage in zip(slab.directions, passages, strict=False):
-        passage.spanning[where] = spanning(products, side.reverse)
+        passage.crossing[where] = crossing(products, side.reverse)
 
 
 def add_read(read_grad: Tensor, slab: Chunks, side: Direction, y_grad: Tensor, state: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ The forward state that enters a chunk is read with e^{f_i} and written to with e
 reverse state, which enters at its end, with e^{b_end - b_i} and e^{b_j} dt_j. All exponents are ≤ 0 and
 clamped there. One large step must not swallow the small ones after it: exponents are sums of the steps
 between, from the side that they end at, and where differences of sums stand for them, those of pairs, the
-sums have two parts. `scan_scalars` has the kernels' own.
+sums have two parts. The kernels' own scalars: `kernels/scalars.py`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def scan_decays(inputs: ScanInputs, chunk: int, dtype: torch.dtype) -> Decays:
 
 def two_part_sum(step: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The running sum of float64 steps over a chunk as a rounded one and the rest, both in `dtype`: rounded
-    sums may be taken off each other, which leaves no more than their last digit, and the rests follow.
+    sums may be subtracted from each other, which leaves no more than their last digit, and the rests follow.
 
     Multiples of a unit are summed without any rounding: 2^45 of them make the largest step, and a chunk has
     at most 2^7. What is left of each step is summed apart.

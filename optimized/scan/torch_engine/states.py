@@ -1,10 +1,10 @@
 """The states at the edges of the chunks, and their gradients, of the torch engine of the scan.
 
-Letters as in `chunk_layout`; equations as in `chunked_scan` and `chunked_scan_backward`. K chunks have K + 1
-edges. The forward state at edge k enters chunk k, the reverse state at edge k + 1 does; each leaves at the
-other edge. What a chunk adds is first put where it leaves, and then carried on in place. All goes slab by
-slab, while a processor's cache still holds what the last step has made: nobody who reads a slab's states in
-the order in which they come has to keep those of another.
+Letters as in `chunks`; equations as in `torch_engine` and its `backward`. K chunks have K + 1 edges.
+The forward state at edge k enters chunk k, the reverse state at edge k + 1 does; each leaves at the other
+edge. What a chunk adds is first put where it leaves, and then carried on in place. All goes slab by slab,
+while a processor's cache still holds what the last step has made. A reader that takes slabs as they come
+holds the states of one slab at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Fill = Callable[[slice, Chunks, Direction, Tensor], object]
 
 
 def edge_states(chunks: Chunks, direction: Direction, start: Tensor | None = None) -> Iterator[Tensor | None]:
-    """Eqs. (4) and (5) of `chunked_scan`: the states at the edges of each slab, in the direction's order.
+    """Eqs. (4) and (5) of `torch_engine`: the states at the edges of each slab, in the direction's order.
 
     Args:
         chunks: all of them.
@@ -40,7 +40,7 @@ def edge_states(chunks: Chunks, direction: Direction, start: Tensor | None = Non
 def edge_gradients(
     chunks: Chunks, direction: Direction, y_grad: Tensor, final_grad: Tensor | None = None
 ) -> Iterator[Tensor | None]:
-    """Eq. (2) of `chunked_scan_backward`: the gradients of the states at the edges of each slab, against the
+    """Eq. (2) of `torch_engine.backward`: the gradients of the states at the edges of each slab, against the
     direction's order.
 
     Args:

@@ -21,7 +21,7 @@ STARTS = {
     "flex_ma.o_proj": "copied from the teacher's o_proj",
     "local_swin": "copied from the teacher",
     "flex_ma.dt_proj": "weight 0, bias so that dt = 1",
-    "flex_ma.scan_gate_proj": "0: forward and backward scan weigh the same",
+    "flex_ma.scan_gate_proj": "0: forward and reverse scan weigh the same",
     "flex_ma.A_log": "half-lives log-spaced over the heads",
     "flex_ma.D": "0: no skip",
     "flex_ma.conv": "identity",

@@ -1,4 +1,4 @@
-"""What a run is taught on and measured on, from the flags that say so."""
+"""Training and held-out data, as the flags name them."""
 
 from __future__ import annotations
 

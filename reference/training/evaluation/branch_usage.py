@@ -2,7 +2,7 @@
 
 Letters: m the mixing weight of M-MATE, g the gate of its scans, both in [0, 1].
 
-    forward = m g        backward = m (1 - g)        local = 1 - m      means over vision tokens and heads (1)
+    forward = m g        reverse = m (1 - g)        local = 1 - m       means over vision tokens and heads (1)
     error   = Σ ‖student - teacher‖² / Σ ‖teacher‖²    of the mixer's or the layer's output                (2)
 
 The sums of (2) run over all held-out tokens of a group, vision, text or answering; its mean over groups is
@@ -24,7 +24,7 @@ from ..safety.distributed_means import energies
 from ..teacher_student import Lesson
 from .scores import add_up
 
-WAYS = ("forward", "backward", "local")
+WAYS = ("forward", "reverse", "local")
 ERRORS = ("mixer_error", "layer_error")
 
 

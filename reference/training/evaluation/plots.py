@@ -1,4 +1,4 @@
-"""What a run measured, drawn: losses over its steps, and errors and reliance over its layers."""
+"""What a run measured, drawn: losses over its steps, and errors and use of the branches over its layers."""
 
 from __future__ import annotations
 

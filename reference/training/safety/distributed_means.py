@@ -1,6 +1,6 @@
 """Means over a global batch whose processes hold different numbers of tokens.
 
-Every process weighs its own mean by what it is taken over, tokens or the teacher's energy, relative to all:
+Every process weighs its own mean by what it is a mean over, tokens or the teacher's energy, relative to all:
 
     mean over r of  (W s_r / Σ s) loss_r  =  (Σ s_r loss_r) / Σ s,      r = 1 … W processes        (1)
 

@@ -1,5 +1,4 @@
-"""What a stage needs of memory: weights, what training them adds, and what one pass keeps; and how to keep
-less.
+"""The memory of a stage: weights, what training them adds, what one pass keeps; and how to need less.
 
     peak = weights + trainable states + activations                                                     (1)
     trainable states = 3 times the trained tensors: gradient and AdamW's two moments, in their own dtype (2)

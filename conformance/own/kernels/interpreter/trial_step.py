@@ -68,10 +68,10 @@ def main(dtype: str) -> None:
                 u = u.where(valid[..., None], float("nan"))
             optimized.set_engine("triton")
             with watch_memory():
-                lent = DonatedState(*(tensor.clone() for tensor in state))
-                got = step(module, u, valid, angles, lent)
+                donated = DonatedState(*(tensor.clone() for tensor in state))
+                got = step(module, u, valid, angles, donated)
             optimized.set_engine(None)
-            assert got["scan state"] is lent.scan
+            assert got["scan state"] is donated.scan
             if valid is not None:
                 for results in (got, truth, wanted):
                     results["output"] = results["output"].where(valid[..., None], 0)
