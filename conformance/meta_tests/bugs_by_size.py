@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linmu.reference import WindowState
+
 from ..harness.compare import in_float64
 from ..harness.large_cases import FORMULATIONS, LARGE
 from ..harness.operator_cases import Case
@@ -29,6 +31,9 @@ AXES: dict[str, dict[str, str]] = {
         "y": "BHP", "new state": "BHNP",
     },
     "window_attention": {"q": "BLHN", "k": "BLGN", "v": "BLGP", "window_id": "BL", "o": "BLHP"},
+    "sliding_window_attention": {
+        "q": "BLHN", "k": "BLGN", "v": "BLGP", "asks": "BL", "valid": "BL", "o": "BLHP",
+    },
     "causal_conv": {
         "u": "BLW", "weight": "WK", "bias": "W", "mask": "BL", "initial_state": "BKW", "out": "BLW",
         "final_state": "BKW",
@@ -90,6 +95,15 @@ TABLE: tuple[tuple[str, str, str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("window_attention", "window", "L", (64, 256, 2048), ("lost",)),
     ("window_attention", "o", "H", (16, 256), ("lost", "without gradient")),
     ("window_attention", "o", "elements", (65536,), ("lost", "without gradient")),
+    ("sliding_window_attention", "q", "N", (16, 64, 128), ("lost", "without gradient")),
+    ("sliding_window_attention", "k", "N", (64, 128), ("lost", "without gradient")),
+    ("sliding_window_attention", "k", "L", (256, 2048), ("without gradient",)),
+    ("sliding_window_attention", "v", "P", (64, 128), ("lost", "without gradient")),
+    ("sliding_window_attention", "v", "L", (256, 2048), ("lost", "without gradient")),
+    ("sliding_window_attention", "asks", "L", (64,), ("ignored",)),
+    ("sliding_window_attention", "valid", "L", (256, 2048), ("ignored",)),
+    ("sliding_window_attention", "o", "H", (16, 256), ("lost", "without gradient")),
+    ("sliding_window_attention", "o", "L", (256, 2048), ("lost", "without gradient")),
     ("causal_conv", "u", "W", (16, 64, 256, 2048), ("lost", "without gradient")),
     ("causal_conv", "u", "L", (256, 2048), ("without gradient",)),
     ("causal_conv", "u", "elements", (65536,), ("without gradient",)),
@@ -200,6 +214,10 @@ def right(operator: str, given: dict[str, Any]) -> Any:
     outputs = FORMULATIONS[operator](**wide)
     tokens = next(given[name] for name in ("x", "q", "u", "student") if name in given)
     state = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    if operator == "sliding_window_attention":  # its state holds keys and values in their own dtypes
+        k, v, present = outputs[1]
+        after = WindowState(k.to(given["k"].dtype), v.to(given["v"].dtype), present)
+        return outputs[0].to(tokens.dtype), after
     if isinstance(outputs, tuple):
         return outputs[0].to(tokens.dtype), outputs[1].to(state)
     return outputs.to(state if operator.endswith("loss") else tokens.dtype)

@@ -10,7 +10,7 @@ from ..harness.backends import Backend
 from ..harness.devices import moved
 from ..harness.operator_checks import oddly_strided
 
-CONFIG = reference.LinMUConfig(width=6, heads=2, groups=1, head_dim=2)
+CONFIG = reference.LinMUConfig(width=6, heads=2, groups=1, head_dim=2, text_window=0)
 ELSEWHERE = Backend("linmu.optimized@meta", optimized, "meta")
 
 

@@ -12,13 +12,14 @@ import torch
 
 from linmu import optimized
 from linmu.optimized import benchmark
-from linmu.optimized.benchmarks import decoding, kernels, models, training
+from linmu.optimized.benchmarks import decoding, kernels, models
 from linmu.optimized.benchmarks.cases import Case, LeftOutError, measure_all
 from linmu.optimized.benchmarks.counts import Sizes, attention_counts, scan_counts, window_counts
 from linmu.optimized.benchmarks.problems import WINDOW, prompt, window_problem
 from linmu.optimized.benchmarks.report import Report
 from linmu.optimized.benchmarks.results import crossover, growth_exponent, with_ratios
 from linmu.optimized.benchmarks.timing import Ceilings, time_calls
+from linmu.reference.training.config import STAGES
 
 CPU = torch.device("cpu")
 SIZES = Sizes(heads=2, groups=1, head_dim=16)
@@ -83,7 +84,7 @@ def test_model_and_stages_are_measured(tmp_path):
     flags = "--quick --only model,training --lengths 320 --layers 1 --budget 60"
     report = benchmark.main([*flags.split(), "--output", str(tmp_path)])
     rates = {(line["benchmark"], line["method"], line["passes"]): line for line in report.lines}
-    assert {passes for _, _, passes in rates} == {"decoder", *training.STAGES}
+    assert {passes for _, _, passes in rates} == {"decoder", *STAGES}
     for line in rates.values():
         assert line["status"] == "ok"
         assert line["tokens_per_second"] == pytest.approx(320 / line["seconds"])
