@@ -191,11 +191,11 @@ LARGE: dict[str, dict[str, Case]] = {
         "272 heads": StepCase(2, 272, 68, 3, 2, True, True, "float32", 5),
     },
     "window_attention": {
-        "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2),
+        "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2, everywhere=True),
         "N=P=144": windows(60, 4, 2, 144, 3, batch=2),
         "N=P=128, bfloat16": windows(300, 4, 2, 128, 5, dtype="bfloat16"),
         "2,200 tokens in one window": windows(2200, 1, 1, 3, 1, everywhere=True),
-        "2,200 tokens in 300 windows": windows(2200, 2, 1, 4, 300),
+        "2,200 tokens in 1,500 windows": windows(2200, 2, 1, 4, 1500),
         "272 heads": windows(20, 272, 68, 3, 2),
         "300 rows": windows(4, 2, 1, 3, 2, batch=300),
     },
@@ -208,7 +208,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "300 rows": ConvCase(300, 3, 4, 4, True, "some", True, "float32", 6),
     },
     "hidden_loss": {
-        "5,003 channels": HiddenLossCase(2, 10, 5003, "some", 1.0, "float32", 1),
+        "5,003 channels": HiddenLossCase(2, 14, 5003, "some", 1.0, "float32", 1),
         "2,300 tokens": HiddenLossCase(1, 2300, 33, "some", 1.0, "float32", 2),
         "300 rows, bfloat16": HiddenLossCase(300, 3, 20, "some", 1.0, "bfloat16", 3),
         "2,300 tokens, the last third masked": HiddenLossCase(1, 2300, 7, "tail", 1.0, "float32", 4),

@@ -372,7 +372,7 @@ class ConvCase(Case):
         u = numbers.normal(self.batch, self.length, self.channels, dtype=dtype)
         weight = numbers.normal(self.channels, self.taps, dtype=dtype)
         bias = numbers.normal(self.channels, dtype=dtype)
-        state = numbers.normal(self.batch, self.taps - 1, self.channels, dtype=dtype).to(state_dtype)
+        state = numbers.normal(self.batch, self.taps - 1, self.channels, dtype=state_dtype)
         return {
             "u": u,
             "weight": weight,

@@ -266,6 +266,14 @@ def test_orders_of_the_sizes_that_people_run(backend, name):
         assert_exact(order.gather(1, backend.inverse_order(order)), position, name, "order after inverse")
 
 
+@pytest.mark.needs("inverse_order")
+def test_the_inverse_of_70_000_tokens(backend):
+    """Positions do not fit into 16 bits."""
+    order = torch.randperm(70_000, generator=torch.Generator().manual_seed(0)).expand(2, -1)
+    found = order.gather(1, backend.inverse_order(order))
+    assert_exact(found, torch.arange(70_000).expand(2, -1), "70,000 tokens", "order after inverse")
+
+
 @pytest.mark.needs("window_ids")
 @pytest.mark.parametrize("name", LARGE)
 def test_windows_of_the_sizes_that_people_run(backend, name):
@@ -305,14 +313,30 @@ def test_layouts_do_not_depend_on_strides_and_leave_their_arguments(backend, cas
 
 @property_of("scan_order", "window_ids", cases=CASES)
 def test_layouts_are_not_remembered_between_calls(backend, case: LayoutCase):
-    """Other coordinates in the same memory have their own orders and windows."""
+    """Other coordinates in the same memory have their own orders and windows; results outlive a call."""
     coords = case.layout.coords.clone()
     others = torch.cat([coords[..., :1], coords[..., 1:].flip(-1)], dim=-1)
     windows = (case.window_thw, case.shifted)
     wanted = backend.scan_order(others, case.layer_index), backend.window_ids(others, *windows)
+    copies = [tensor.clone() for tensor in wanted]
     backend.scan_order(coords, case.layer_index)
     backend.window_ids(coords, case.window_thw, case.shifted)
+    for found, copy in zip(wanted, copies, strict=True):
+        assert_exact(found, copy, case, "order, or windows, after another call")
     coords.copy_(others)
     assert_exact(backend.scan_order(coords, case.layer_index), wanted[0], case, "order of changed coords")
     found = backend.window_ids(coords, case.window_thw, case.shifted)
     assert_exact(partition(found), partition(wanted[1]), case, "windows of changed coords")
+
+
+@property_of("inverse_order", cases=CASES)
+def test_inverses_are_not_remembered_between_calls(backend, case: LayoutCase):
+    """Another order in the same memory has its own inverse; an inverse outlives the next call."""
+    length = case.layout.shape[1]
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(case.seed)).repeat(2, 1)
+    given, inverse = order.clone(), backend.inverse_order(order)
+    copy = inverse.clone()
+    backend.inverse_order(given)
+    given.copy_(copy)
+    assert_exact(backend.inverse_order(given), order, case, "inverse of a changed order")
+    assert_exact(inverse, copy, case, "inverse after another call")

@@ -80,7 +80,7 @@ def test_renumbering_the_windows_changes_nothing(backend, case: WindowCase):
 
 @windows(cases=window_cases())
 def test_attention_is_a_mean_of_the_values_it_sees(backend, case: WindowCase):
-    """Equal values come out unchanged, equal keys weigh all tokens of the window alike."""
+    """Equal values come out unchanged, equal keys, or a scale of 0, weigh all tokens of the window alike."""
     given = case.inputs()
     ids, inside = given["window_id"], (given["window_id"] >= 0)[..., None, None]
     ones = run(backend, case.changed(v=torch.ones_like(given["v"])))["o"]
@@ -88,7 +88,8 @@ def test_attention_is_a_mean_of_the_values_it_sees(backend, case: WindowCase):
     mates = ((ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]).to(given["v"])
     share = mates / mates.sum(-1, keepdim=True).clamp_min(1)
     mean = torch.einsum("bij,bjgp->bigp", share, given["v"]).repeat_interleave(case.ratio, dim=2)
-    assert_same(run(backend, case.changed(k=torch.ones_like(given["k"]))), {"o": mean}, case)
+    for same in ({"k": torch.ones_like(given["k"])}, {"scale": 0.0}):
+        assert_same(run(backend, case.changed(**same)), {"o": mean}, case)
 
 
 @windows(cases=window_cases(groups=2, heads=4))
