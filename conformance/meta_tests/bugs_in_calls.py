@@ -227,6 +227,22 @@ def orders_are_written_into_one_buffer(reference, coords, layer_index):
     return BUFFERS.setdefault(("scan_order", order.shape), order.clone()).copy_(order)
 
 
+@planted("scan_order", test_layout.test_large_coordinates_sort_as_small_ones)
+def cells_are_joined_by_thousands(reference, coords, layer_index):
+    vision = coords[..., 0] >= 0
+    axes = test_layout.AXES[layer_index % 4]
+    joined = (coords[..., axes[0]] * 1000 + coords[..., axes[1]]) * 1000 + coords[..., axes[2]]
+    rest = torch.where(vision, 0, -1)
+    joined = torch.where(vision, joined - joined.min().clamp(max=0), -1)
+    return reference(torch.stack([coords[..., 0], joined, rest, rest], dim=-1), 0)
+
+
+@planted("logit_loss", test_logit_loss.test_half_precision_inputs_are_exact_to_float32)
+def logits_are_divided_in_half(reference, *, student, teacher, mask=None, temperature=1.0):
+    student, teacher = student / temperature, teacher / temperature
+    return temperature**2 * reference(student=student, teacher=teacher, mask=mask)
+
+
 @planted("window_ids", test_layout.test_layouts_are_not_remembered_between_calls)
 def windows_are_written_into_one_buffer(reference, *given):
     ids = reference(*given)

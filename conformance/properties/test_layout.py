@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -151,11 +152,18 @@ def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: 
 
 @partitions()
 def test_windows_equal_their_definition_pair_by_pair(backend, case: LayoutCase):
-    """Same segment and the same floor((c + s) / w) on all three axes; -1 exactly on text and padding."""
-    for shifted in (False, True):
-        ids = backend.window_ids(case.layout.coords, case.window_thw, shifted)
-        wanted = second_formulation.same_window(case.layout.coords, case.window_thw, shifted)
-        assert_exact(partition(ids), wanted, case, f"windows, shifted {shifted}")
+    """Same segment and the same floor((c + s) / w) on all three axes; -1 exactly on text and padding.
+
+    Wherever the grid begins: its extent is from its first cell to its last.
+    """
+    for start, shifted in itertools.product(((0, 0, 0), (1, 5, 3)), (False, True)):
+        coords = case.layout.coords
+        coords = torch.where(coords >= 0, coords + torch.tensor((0, *start)), coords)
+        ids = backend.window_ids(coords, case.window_thw, shifted)
+        wanted = second_formulation.same_window(coords, case.window_thw, shifted)
+        assert_exact(
+            partition(ids), wanted, case, f"windows of grids that begin at {start}, shifted {shifted}"
+        )
         assert_exact(ids == -1, case.layout.segment < 0, case, "tokens in no window")
         assert ids.dtype == torch.int64, f"window ids must be int64, got {ids.dtype}: {case!r}"
 
@@ -191,9 +199,12 @@ def test_the_four_orders_of_a_cube(backend, layer_index, cells):
     assert ["".join(map(str, cell)) for cell in scanned.tolist()] == cells
 
 
-def far_apart(coords: torch.Tensor) -> torch.Tensor:
-    """The same cells and segments under numbers whose product no integer holds."""
-    return torch.where(coords >= 0, coords * 2**40, coords)
+def far_apart(coords: torch.Tensor, *columns: int) -> torch.Tensor:
+    """The same cells and segments, in these columns, by default all, under numbers too large to join."""
+    stretched = torch.where(coords >= 0, coords * 2**40, coords)
+    if not columns:
+        return stretched
+    return torch.stack([(stretched if i in columns else coords)[..., i] for i in range(4)], dim=-1)
 
 
 @orders()
@@ -201,17 +212,22 @@ def test_large_coordinates_sort_as_small_ones(backend, case: LayoutCase):
     """Keys that are joined into one number must not overflow it."""
     coords = case.layout.coords
     for layer in four_layers(case):
-        found, wanted = (backend.scan_order(given, layer) for given in (far_apart(coords), coords))
-        assert_exact(found, wanted, case, f"order of layer {layer}")
+        wanted = backend.scan_order(coords, layer)
+        for far in (far_apart(coords), far_apart(coords, 1 + (case.seed + layer) % 3)):
+            assert_exact(backend.scan_order(far, layer), wanted, case, f"order of layer {layer}")
 
 
 @partitions()
 def test_large_coordinates_have_the_windows_of_small_ones(backend, case: LayoutCase):
-    """The same of the keys of windows: cells of one token, and everything in one cell."""
+    """The same of the keys of windows: cells of one token, and everything in one cell. Ids may differ."""
     coords = case.layout.coords
     for window, far in (((1, 1, 1), (1, 1, 1)), ((64,) * 3, (2**48,) * 3)):
         found = backend.window_ids(far_apart(coords), far, case.shifted)
-        assert_exact(found, backend.window_ids(coords, window, case.shifted), case, f"windows of {far}")
+        wanted = backend.window_ids(coords, window, case.shifted)
+        assert_exact(partition(found), partition(wanted), case, f"windows of {far}")
+    found = backend.window_ids(far_apart(coords, 1 + case.seed % 3), (1, 1, 1), case.shifted)
+    wanted = backend.window_ids(coords, (1, 1, 1), case.shifted)
+    assert_exact(partition(found), partition(wanted), case, "windows of one axis that is stretched")
 
 
 @pytest.mark.needs("window_ids")
