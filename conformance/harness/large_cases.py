@@ -185,6 +185,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "702 tokens in an image, slow decay": both(LONG_IMAGE, 2, 1, 4, 5, decay=-1e-3),
         "2,300 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
         "512 tokens": both(WHOLE_CHUNKS, 2, 1, 8, 16),
+        "300 images": both((tuple(Vision(i, (1, 1, 2)) for i in range(300)),), 2, 1, 2, 3),
         "272 heads": both(((Text(2), Vision(0, (1, 1, 3))),), 272, 68, 3, 2),
         "300 rows": both(((Text(1), Vision(0, (1, 1, 3))),) * 300, 2, 1, 2, 3),
     },
