@@ -159,9 +159,9 @@ MODEL_PROMPT = (
     (Pad(20), Vision(0, (1, 5, 5)), Vision(1, (1, 3, 4)), Text(17)),
 )
 LONG_IMAGE = ((Text(40), Vision(0, (1, 26, 27)), Text(29), Vision(1, (3, 10, 12), "frame"), Pad(130)),)
-LONG_TEXT = ((Vision(0, (1, 3, 5)), Text(2300), Vision(1, (1, 9, 30), "row"), Text(70)),)
+LONG_TEXT = ((Vision(0, (1, 3, 5)), Text(3800), Vision(1, (1, 9, 30), "row"), Text(70)),)
 
-WHOLE_CHUNKS = ((Vision(0, (1, 16, 16)), Text(64), Vision(1, (2, 8, 8)), Text(64)),)
+WHOLE_CHUNKS = ((Text(64), Vision(1, (1, 16, 16)), Text(64), Vision(0, (2, 8, 8))),)
 
 LARGE: dict[str, dict[str, Case]] = {
     "selective_scan": {
@@ -183,7 +183,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "N=136 P=144": both((MODEL_PROMPT[0],), 2, 1, 136, 144),
         "N=P=128, mixed": both((MODEL_PROMPT[1],), 4, 1, 128, 128, dtype="mixed"),
         "702 tokens in an image, slow decay": both(LONG_IMAGE, 2, 1, 4, 5, decay=-1e-3),
-        "2,300 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
+        "3,800 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
         "512 tokens": both(WHOLE_CHUNKS, 2, 1, 8, 16),
         "300 images": both((tuple(Vision(i, (1, 1, 2)) for i in range(300)),), 2, 1, 2, 3),
         "272 heads": both(((Text(2), Vision(0, (1, 1, 3))),), 272, 68, 3, 2),
