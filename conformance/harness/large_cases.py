@@ -172,7 +172,9 @@ MODEL_PROMPT = (
     (Pad(20), Vision(0, (1, 5, 5)), Vision(1, (1, 3, 4)), Text(17)),
 )
 LONG_IMAGE = ((Text(40), Vision(0, (1, 26, 27)), Text(29), Vision(1, (3, 10, 12), "frame"), Pad(130)),)
-LONG_TEXT = ((Vision(0, (1, 3, 5)), Text(2300), Vision(1, (1, 9, 30), "row"), Text(70)),)
+LONG_TEXT = ((Vision(0, (1, 3, 5)), Text(3800), Vision(1, (1, 9, 30), "row"), Text(70)),)
+
+WHOLE_CHUNKS = ((Text(64), Vision(1, (1, 16, 16)), Text(64), Vision(0, (2, 8, 8))),)
 
 LARGE: dict[str, dict[str, Case]] = {
     "selective_scan": {
@@ -184,6 +186,8 @@ LARGE: dict[str, dict[str, Case]] = {
             2309, 2, 2, 4, 3, batch=2, reverse=True, mask="some", decay=-1e-3
         ),
         "700 tokens, the last 300 masked": scan(700, 2, 1, 4, 4, mask="tail", decay=-1e-3),
+        "512 tokens": scan(512, 2, 1, 16, 8),
+        "256 tokens, reverse": scan(256, 2, 2, 8, 16, batch=2, reverse=True),
         "300 rows": scan(3, 2, 1, 3, 2, batch=300),
         "272 heads": scan(3, 272, 68, 3, 2, mask="some"),
     },
@@ -192,7 +196,9 @@ LARGE: dict[str, dict[str, Case]] = {
         "N=136 P=144": both((MODEL_PROMPT[0],), 2, 1, 136, 144),
         "N=P=128, mixed": both((MODEL_PROMPT[1],), 4, 1, 128, 128, dtype="mixed"),
         "702 tokens in an image, slow decay": both(LONG_IMAGE, 2, 1, 4, 5, decay=-1e-3),
-        "2,300 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
+        "3,800 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
+        "512 tokens": both(WHOLE_CHUNKS, 2, 1, 8, 16),
+        "300 images": both((tuple(Vision(i, (1, 1, 2)) for i in range(300)),), 2, 1, 2, 3),
         "272 heads": both(((Text(2), Vision(0, (1, 1, 3))),), 272, 68, 3, 2),
         "300 rows": both(((Text(1), Vision(0, (1, 1, 3))),) * 300, 2, 1, 2, 3),
     },
@@ -204,11 +210,12 @@ LARGE: dict[str, dict[str, Case]] = {
         "272 heads": StepCase(2, 272, 68, 3, 2, True, True, "float32", 5),
     },
     "window_attention": {
-        "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2),
+        "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2, everywhere=True),
         "N=P=144": windows(60, 4, 2, 144, 3, batch=2),
         "N=P=128, bfloat16": windows(300, 4, 2, 128, 5, dtype="bfloat16"),
         "2,200 tokens in one window": windows(2200, 1, 1, 3, 1, everywhere=True),
-        "2,200 tokens in 300 windows": windows(2200, 2, 1, 4, 300),
+        "2,200 tokens in 1,500 windows": windows(2200, 2, 1, 4, 1500),
+        "256 tokens in one window": windows(256, 2, 1, 64, 1, everywhere=True),
         "272 heads": windows(20, 272, 68, 3, 2),
         "300 rows": windows(4, 2, 1, 3, 2, batch=300),
     },
@@ -225,19 +232,22 @@ LARGE: dict[str, dict[str, Case]] = {
         "4,200 tokens": ConvCase(1, 4200, 20, 4, True, "none", True, "float32", 2),
         "2,200 tokens, masks": ConvCase(2, 2200, 3, 4, True, "some", True, "float32", 3),
         "700 tokens, the last 300 masked": ConvCase(1, 700, 5, 4, True, "tail", True, "float32", 4),
+        "512 tokens, 256 channels": ConvCase(1, 512, 256, 4, True, "none", True, "float32", 7),
         "bfloat16": ConvCase(1, 40, 2200, 4, True, "left", True, "bfloat16", 5),
         "300 rows": ConvCase(300, 3, 4, 4, True, "some", True, "float32", 6),
     },
     "hidden_loss": {
-        "5,003 channels": HiddenLossCase(2, 10, 5003, "some", 1.0, "float32", 1),
-        "2,300 tokens": HiddenLossCase(1, 2300, 33, "some", 1.0, "float32", 2),
+        "5,003 channels": HiddenLossCase(2, 14, 5003, "some", 1.0, "float32", 1),
+        "9,001 tokens": HiddenLossCase(1, 9001, 33, "some", 1.0, "float32", 2),
+        "64 tokens, 1,024 channels": HiddenLossCase(1, 64, 1024, "none", 1.0, "float32", 5),
         "300 rows, bfloat16": HiddenLossCase(300, 3, 20, "some", 1.0, "bfloat16", 3),
         "2,300 tokens, the last third masked": HiddenLossCase(1, 2300, 7, "tail", 1.0, "float32", 4),
     },
     "logit_loss": {
         "a vocabulary of 151,000": LogitLossCase(1, 3, 151_000, "some", 2.0, "float32", 1),
         "a vocabulary of 70,000, bfloat16": LogitLossCase(1, 2, 70_000, "none", 1.0, "bfloat16", 2),
-        "2,300 tokens": LogitLossCase(1, 2300, 33, "some", 1.0, "float32", 3),
+        "9,001 tokens": LogitLossCase(1, 9001, 33, "some", 1.0, "float32", 3),
+        "64 tokens, a vocabulary of 1,024": LogitLossCase(1, 64, 1024, "none", 1.0, "float32", 6),
         "300 rows": LogitLossCase(300, 3, 20, "some", 1.0, "float32", 4),
         "2,300 tokens, the last third masked": LogitLossCase(1, 2300, 7, "tail", 1.0, "float32", 5),
     },

@@ -182,20 +182,25 @@ def check_autocast(backend: Any, case: Case) -> None:
 
 
 def check_nothing_is_remembered(backend: Any, case: Case) -> None:
-    """Other arguments in between, and then other numbers and masks in the same memory."""
+    """Results outlive the next call; other numbers and masks in the same memory have their own results."""
     first, others = case.inputs(), case.changed(**case.inputs(draw=1))
     fixed = case.changed(**first)
-    wanted, wanted_of_others = run(backend, fixed, gradients=True), run(backend, others, gradients=True)
+    for gradients in (False, True):
+        found = run(backend, fixed, gradients)
+        wanted = {name: tensor.clone() for name, tensor in found.items()}
+        wanted_of_others = run(backend, others, gradients)
+        for name, tensor in found.items():
+            assert_exact(tensor, wanted[name], case, f"{name} after another call")
     assert_same(run(backend, fixed, gradients=True), wanted, case)
     for name, value in first.items():
         if is_float(value):
             value.copy_(others.inputs()[name])
     assert_same(run(backend, fixed, gradients=True), wanted_of_others, case)
-    for name in case.masks:
-        if first[name] is not None:
-            mirrored = first[name].flip(1)
+    for name, value in first.items():
+        if isinstance(value, Tensor) and not is_float(value):  # masks and ids, (B, L), of a step (B,)
+            mirrored = value.flip(-1)
             wanted = run(backend, fixed.changed(**{name: mirrored}))
-            first[name].copy_(mirrored)
+            value.copy_(mirrored)
             assert_same(run(backend, fixed), wanted, case)
 
 

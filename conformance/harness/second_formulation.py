@@ -122,7 +122,9 @@ def same_window(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool)
     """(B, L, L) bool: the definition of a window, asked of every pair of tokens."""
     segment, cells = coords[..., 0], coords[..., 1:]
     mates = (segment[:, :, None] == segment[:, None, :]) & (segment >= 0)[:, :, None]
-    extent = torch.where(mates[..., None], cells[:, None] + 1, 0).amax(2)  # (B, L, 3), of the token's segment
+    last = torch.where(mates[..., None], cells[:, None], -1).amax(2)  # (B, L, 3), of the token's segment
+    first = torch.where(mates[..., None], cells[:, None], 2**62).amin(2)
+    extent = last - first + 1
     size = torch.tensor(window_thw)
     shift = torch.where((extent > size) & torch.tensor(shifted), size // 2, 0)
     number = torch.div(cells + shift, size, rounding_mode="floor")

@@ -125,6 +125,16 @@ TABLE: tuple[tuple[str, str, str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("logit_loss", "teacher", "W", (65536,), ("lost",)),
     ("logit_loss", "mask", "L", (256, 2048), ("ignored",)),
     ("logit_loss", "mask", "B", (256,), ("ignored",)),
+    ("selective_scan", "y", "L", (32, 256), ("lost at the end of whole chunks",)),
+    ("selective_scan", "dt", "L", (64, 256), ("lost at the end of whole chunks",)),
+    ("bidirectional_scan", "y", "L", (64, 256), ("lost at the end of whole chunks",)),
+    ("window_attention", "o", "L", (64, 256), ("lost at the end of whole chunks",)),
+    ("causal_conv", "out", "L", (64, 256), ("lost at the end of whole chunks",)),
+    ("causal_conv", "out", "W", (64, 256), ("lost at the end of whole chunks",)),
+    ("hidden_loss", "student", "L", (64,), ("lost at the end of whole chunks",)),
+    ("hidden_loss", "student", "W", (256,), ("lost at the end of whole chunks",)),
+    ("logit_loss", "student", "L", (64,), ("lost at the end of whole chunks",)),
+    ("logit_loss", "student", "W", (256,), ("lost at the end of whole chunks",)),
 )  # fmt: skip
 
 
@@ -141,6 +151,11 @@ class SizeBug:
     def __str__(self) -> str:
         return f"{self.operator}: {self.tensor} {self.how} from {self.axis} = {self.start} on"
 
+    @property
+    def whole(self) -> bool:
+        """Whether it shows where a size is a multiple of `start`, where no chunk is cut short."""
+        return "whole" in self.how
+
     def bites(self, case: Case) -> bool:
         """Whether the case is large enough."""
         given, letters = case.inputs(), AXES[self.operator]
@@ -150,6 +165,8 @@ class SizeBug:
                 sizes |= dict(zip(axes, given[name].shape, strict=True))
         if self.axis == "elements":
             return math.prod(sizes[letter] for letter in letters[self.tensor]) > self.start
+        if self.whole:
+            return sizes[self.axis] % self.start == 0
         absent = self.tensor in given and given[self.tensor] is None
         return not absent and sizes.get(self.axis, 0) > self.start
 
@@ -159,7 +176,9 @@ class SizeBug:
             keep = (torch.arange(tensor.numel()) < self.start).view(tensor.shape)
         else:
             axis = AXES[self.operator][self.tensor].index(self.axis)
-            keep = torch.arange(tensor.shape[axis]) < self.start
+            size = tensor.shape[axis]
+            end = size - (size % self.start == 0) if self.whole else self.start
+            keep = torch.arange(size) < end
             keep = keep.view(-1, *[1] * (tensor.ndim - 1 - axis))
         if self.how == "without gradient":
             return torch.where(keep, tensor, tensor.detach())

@@ -149,6 +149,16 @@ def the_inverse_is_returned_for_the_order(reference, coords, layer_index):
     return reference(coords, layer_index).argsort(1)
 
 
+@planted("scan_order", layout.test_scan_order_equals_sorting_plain_tuples)
+def the_last_of_two_tokens_in_a_cell_comes_first(reference, coords, layer_index):
+    order = reference(coords, layer_index)
+    scanned = coords.gather(1, order[..., None].expand_as(coords))
+    ties = (scanned[:, 1:] == scanned[:, :-1]).all(-1) & (scanned[:, 1:, 0] >= 0)
+    for row, place in ties.nonzero().tolist():
+        order[row, place : place + 2] = order[row, place : place + 2].flip(0)
+    return order
+
+
 @planted("scan_order", layout.test_scan_order_is_a_permutation_that_leaves_text_and_segments_in_place)
 def text_between_rows_moves_with_the_segment(reference, coords, layer_index):
     text = (coords[..., :1] < 0).all(1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,12 +61,13 @@ def gathered(coords: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 @orders()
 def test_scan_order_equals_sorting_plain_tuples(backend, case: LayoutCase):
-    """Against a formulation without tensors."""
+    """Against a formulation without tensors; ties, here of two cells joined in one, keep their order."""
+    coords = case.layout.coords
+    halves = torch.cat([coords[..., :1], coords[..., 1:].div(2, rounding_mode="floor")], dim=-1)
     for layer in four_layers(case):
-        order = backend.scan_order(case.layout.coords, layer)
-        assert_exact(
-            order, second_formulation.scan_order(case.layout.coords, layer), case, f"order of layer {layer}"
-        )
+        for cells, name in ((coords, "order"), (halves, "order with ties")):
+            wanted = second_formulation.scan_order(cells, layer)
+            assert_exact(backend.scan_order(cells, layer), wanted, case, f"{name} of layer {layer}")
 
 
 @orders()
@@ -151,11 +153,18 @@ def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: 
 
 @partitions()
 def test_windows_equal_their_definition_pair_by_pair(backend, case: LayoutCase):
-    """Same segment and the same floor((c + s) / w) on all three axes; -1 exactly on text and padding."""
-    for shifted in (False, True):
-        ids = backend.window_ids(case.layout.coords, case.window_thw, shifted)
-        wanted = second_formulation.same_window(case.layout.coords, case.window_thw, shifted)
-        assert_exact(partition(ids), wanted, case, f"windows, shifted {shifted}")
+    """Same segment and the same floor((c + s) / w) on all three axes; -1 exactly on text and padding.
+
+    Wherever the grid begins: its extent is from its first cell to its last.
+    """
+    for start, shifted in itertools.product(((0, 0, 0), (1, 5, 3)), (False, True)):
+        coords = case.layout.coords
+        coords = torch.where(coords >= 0, coords + torch.tensor((0, *start)), coords)
+        ids = backend.window_ids(coords, case.window_thw, shifted)
+        wanted = second_formulation.same_window(coords, case.window_thw, shifted)
+        assert_exact(
+            partition(ids), wanted, case, f"windows of grids that begin at {start}, shifted {shifted}"
+        )
         assert_exact(ids == -1, case.layout.segment < 0, case, "tokens in no window")
         assert ids.dtype == torch.int64, f"window ids must be int64, got {ids.dtype}: {case!r}"
 
@@ -191,9 +200,12 @@ def test_the_four_orders_of_a_cube(backend, layer_index, cells):
     assert ["".join(map(str, cell)) for cell in scanned.tolist()] == cells
 
 
-def far_apart(coords: torch.Tensor) -> torch.Tensor:
-    """The same cells and segments under numbers whose product no integer holds."""
-    return torch.where(coords >= 0, coords * 2**40, coords)
+def far_apart(coords: torch.Tensor, *columns: int) -> torch.Tensor:
+    """The same cells and segments, in these columns, by default all, under numbers too large to join."""
+    stretched = torch.where(coords >= 0, coords * 2**40, coords)
+    if not columns:
+        return stretched
+    return torch.stack([(stretched if i in columns else coords)[..., i] for i in range(4)], dim=-1)
 
 
 @orders()
@@ -201,17 +213,22 @@ def test_large_coordinates_sort_as_small_ones(backend, case: LayoutCase):
     """Keys that are joined into one number must not overflow it."""
     coords = case.layout.coords
     for layer in four_layers(case):
-        found, wanted = (backend.scan_order(given, layer) for given in (far_apart(coords), coords))
-        assert_exact(found, wanted, case, f"order of layer {layer}")
+        wanted = backend.scan_order(coords, layer)
+        for far in (far_apart(coords), far_apart(coords, 1 + (case.seed + layer) % 3)):
+            assert_exact(backend.scan_order(far, layer), wanted, case, f"order of layer {layer}")
 
 
 @partitions()
 def test_large_coordinates_have_the_windows_of_small_ones(backend, case: LayoutCase):
-    """The same of the keys of windows: cells of one token, and everything in one cell."""
+    """The same of the keys of windows: cells of one token, and everything in one cell. Ids may differ."""
     coords = case.layout.coords
     for window, far in (((1, 1, 1), (1, 1, 1)), ((64,) * 3, (2**48,) * 3)):
         found = backend.window_ids(far_apart(coords), far, case.shifted)
-        assert_exact(found, backend.window_ids(coords, window, case.shifted), case, f"windows of {far}")
+        wanted = backend.window_ids(coords, window, case.shifted)
+        assert_exact(partition(found), partition(wanted), case, f"windows of {far}")
+    found = backend.window_ids(far_apart(coords, 1 + case.seed % 3), (1, 1, 1), case.shifted)
+    wanted = backend.window_ids(coords, (1, 1, 1), case.shifted)
+    assert_exact(partition(found), partition(wanted), case, "windows of one axis that is stretched")
 
 
 @pytest.mark.needs("window_ids")
@@ -266,6 +283,14 @@ def test_orders_of_the_sizes_that_people_run(backend, name):
         assert_exact(order.gather(1, backend.inverse_order(order)), position, name, "order after inverse")
 
 
+@pytest.mark.needs("inverse_order")
+def test_the_inverse_of_70_000_tokens(backend):
+    """Positions do not fit into 16 bits."""
+    order = torch.randperm(70_000, generator=torch.Generator().manual_seed(0)).expand(2, -1)
+    found = order.gather(1, backend.inverse_order(order))
+    assert_exact(found, torch.arange(70_000).expand(2, -1), "70,000 tokens", "order after inverse")
+
+
 @pytest.mark.needs("window_ids")
 @pytest.mark.parametrize("name", LARGE)
 def test_windows_of_the_sizes_that_people_run(backend, name):
@@ -305,14 +330,30 @@ def test_layouts_do_not_depend_on_strides_and_leave_their_arguments(backend, cas
 
 @property_of("scan_order", "window_ids", cases=CASES)
 def test_layouts_are_not_remembered_between_calls(backend, case: LayoutCase):
-    """Other coordinates in the same memory have their own orders and windows."""
+    """Other coordinates in the same memory have their own orders and windows; results outlive a call."""
     coords = case.layout.coords.clone()
     others = torch.cat([coords[..., :1], coords[..., 1:].flip(-1)], dim=-1)
     windows = (case.window_thw, case.shifted)
     wanted = backend.scan_order(others, case.layer_index), backend.window_ids(others, *windows)
+    copies = [tensor.clone() for tensor in wanted]
     backend.scan_order(coords, case.layer_index)
     backend.window_ids(coords, case.window_thw, case.shifted)
+    for found, copy in zip(wanted, copies, strict=True):
+        assert_exact(found, copy, case, "order, or windows, after another call")
     coords.copy_(others)
     assert_exact(backend.scan_order(coords, case.layer_index), wanted[0], case, "order of changed coords")
     found = backend.window_ids(coords, case.window_thw, case.shifted)
     assert_exact(partition(found), partition(wanted[1]), case, "windows of changed coords")
+
+
+@property_of("inverse_order", cases=CASES)
+def test_inverses_are_not_remembered_between_calls(backend, case: LayoutCase):
+    """Another order in the same memory has its own inverse; an inverse outlives the next call."""
+    length = case.layout.shape[1]
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(case.seed)).repeat(2, 1)
+    given, inverse = order.clone(), backend.inverse_order(order)
+    copy = inverse.clone()
+    backend.inverse_order(given)
+    given.copy_(copy)
+    assert_exact(backend.inverse_order(given), order, case, "inverse of a changed order")
+    assert_exact(inverse, copy, case, "inverse after another call")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 
 from ..harness import operator_checks
@@ -91,6 +92,7 @@ def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case
         B=given["B"] * small,
         C=given["C"] * small,
     )
+    operator_checks.check_matches_the_reference(backend, edge, gradients=False)
     operator_checks.check_matches_the_reference(backend, edge, of=("y",))  # the state's gradient overflows
 
 
@@ -105,3 +107,15 @@ def test_steps_equal_the_prefill_of_text(backend, case: BidirectionalCase):
         y, state = backend.scan_step(state, x, dt, given["A"], B, C, D=given["D"])
         outputs.append(y)
     assert_same({"y": torch.stack(outputs, dim=1), "final_state": state}, whole, case, factor=2)
+
+
+@pytest.mark.needs("scan_step")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_dozens_of_small_writes_all_count(backend, dtype):
+    """A state that a step rounds to half precision, where it is 4,096, stops growing: by 40 times ½."""
+    one, step, decay = torch.ones(1, 1, 1, dtype=dtype), torch.full((1, 1), 0.5), torch.tensor([-1e-12])
+    state = torch.full((1, 1, 1, 1), 4096.0)
+    for _ in range(40):
+        y, state = backend.scan_step(state, one, step.to(dtype), decay, one, one)
+    assert state.item() == pytest.approx(4096 + 20, abs=1e-2)
+    assert y.item() == pytest.approx(4096 + 20, rel=0.005)

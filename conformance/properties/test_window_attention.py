@@ -68,19 +68,21 @@ def test_permuting_the_tokens_permutes_the_result(backend, case: WindowCase):
 @windows(cases=window_cases())
 def test_renumbering_the_windows_changes_nothing(backend, case: WindowCase):
     """Ids only say what belongs together in one row: large, sparse, equal in their last or first bits."""
-    ids, wanted = case.inputs()["window_id"], run(backend, case)
+    ids, wanted = case.inputs()["window_id"], run(backend, case)["o"]
     for first, step in ((0, 1_000_003), (2**33, 2**32), (2**26, 1), (2**62, 1)):
         renamed = torch.where(ids >= 0, first + step * (case.windows - ids), ids)
-        assert_same(run(backend, case.changed(window_id=renamed)), wanted, case)
+        found, name = run(backend, case.changed(window_id=renamed))["o"], f"o of ids {renamed.tolist()}"
+        assert_same({name: found}, {name: wanted}, case)
     rows = torch.arange(case.batch)[:, None]
     for stride in (1, 1000, 2**20):  # no number joins row and id
         apart = torch.where(ids >= 0, ids + stride * (case.batch - rows), ids)
-        assert_same(run(backend, case.changed(window_id=apart)), wanted, case)
+        found, name = run(backend, case.changed(window_id=apart))["o"], f"o of ids {apart.tolist()}"
+        assert_same({name: found}, {name: wanted}, case)
 
 
 @windows(cases=window_cases())
 def test_attention_is_a_mean_of_the_values_it_sees(backend, case: WindowCase):
-    """Equal values come out unchanged, equal keys weigh all tokens of the window alike."""
+    """Equal values come out unchanged, equal keys, or a scale of 0, weigh all tokens of the window alike."""
     given = case.inputs()
     ids, inside = given["window_id"], (given["window_id"] >= 0)[..., None, None]
     ones = run(backend, case.changed(v=torch.ones_like(given["v"])))["o"]
@@ -88,7 +90,8 @@ def test_attention_is_a_mean_of_the_values_it_sees(backend, case: WindowCase):
     mates = ((ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]).to(given["v"])
     share = mates / mates.sum(-1, keepdim=True).clamp_min(1)
     mean = torch.einsum("bij,bjgp->bigp", share, given["v"]).repeat_interleave(case.ratio, dim=2)
-    assert_same(run(backend, case.changed(k=torch.ones_like(given["k"]))), {"o": mean}, case)
+    for same in ({"k": torch.ones_like(given["k"])}, {"scale": 0.0}):
+        assert_same(run(backend, case.changed(**same)), {"o": mean}, case)
 
 
 @windows(cases=window_cases(groups=2, heads=4))
