@@ -46,6 +46,7 @@ from .refusal import RefusedError, check
 from .run_folder import check_folder, claim_folder, taught_path
 from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
+from .safety.guards import refuse_infinite_weights
 from .safety.memory import leave_inputs_alone, recompute_layers
 from .stage_trainer import StageTrainer, load_taught, taught_tensors
 from .stages import Stage, stage_of, steps_before
@@ -115,6 +116,7 @@ class Run:
         settings, dtype = self.config.student, getattr(torch, self.config.dtype)
         with weights_on_every_process():
             teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
+        refuse_infinite_weights(teacher, "--teacher", folder)
         student = self.backend.convert(teacher, asdict(self.config.mixer), layers=settings.layers)
         attach_teacher(student, teacher)
         student.requires_grad_(False)
@@ -273,11 +275,12 @@ class Run:
         )
         per_step = optimizer.batch_size * optimizer.gradient_accumulation * arguments.world_size
         seen = steps_before(stage.name, config) * per_step
-        new_names = set(self.lesson().close().get_decoder().layers[0].self_attn.mixer.initial_values())
+        lesson = self.lesson(stage.objectives[0])
+        new_names = set(lesson.layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
             stage,
             new_names,
-            model=self.lesson(stage.objectives[0]),
+            model=lesson,
             args=arguments,
             train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
             data_collator=self.encoder.with_names,

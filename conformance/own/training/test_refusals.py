@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from linmu.reference import convert
 from linmu.reference.demo import TEACHER
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.config import MLPSettings
 from linmu.reference.training.progress import read_metrics
@@ -202,6 +203,30 @@ def test_a_teacher_with_adapters_is_refused(data, tmp_path, weights):
     adapted.save_pretrained(tmp_path / "adapted")
     said = refused(*flags(data, tmp_path / "run"), "--teacher", str(tmp_path / "adapted"))
     assert "adapters" in said and "merge" in said
+
+
+@pytest.mark.parametrize(
+    ("weight", "value"),
+    [
+        ("model.language_model.layers.1.mlp.down_proj.weight", "nan"),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", "inf"),
+        ("model.language_model.embed_tokens.weight", "-inf"),  # of a token that the data hold late, or never
+        ("model.visual.merger.mlp.2.weight", "nan"),  # data of text alone do not meet it
+    ],
+)
+def test_a_teacher_of_broken_numbers_is_refused(data, tmp_path, weight, value):
+    teacher = AutoModelForImageTextToText.from_pretrained(TEACHER)
+    teacher.get_parameter(weight).data.flatten()[-1] = float(value)
+    student = convert(teacher)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(tmp_path / name)
+        load_processor(str(TEACHER)).save_pretrained(tmp_path / name)
+    arguments = flags(data, tmp_path / "run")
+    arguments[arguments.index(str(TEACHER))] = str(tmp_path / "teacher")
+    assert f"--teacher must hold finite weights, got nan or inf in {weight}" in refused(*arguments)
+    if "self_attn" not in weight:  # the student has attention's under other names
+        with pytest.raises(RefusedError, match=f"evaluate must hold finite weights.*{weight} of the student"):
+            main(["evaluate", str(tmp_path / "student"), "--data", str(data), "--cpu"])
 
 
 @pytest.mark.parametrize("name", ["nowhere/at-all", "/nowhere"])

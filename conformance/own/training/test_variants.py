@@ -65,6 +65,13 @@ def opened(*flags: str) -> Run:
     return run
 
 
+@pytest.mark.parametrize("layers", [["1", "3"], ["-1"]])
+def test_a_hybrid_may_keep_its_first_layers_attention(tmp_path, layers):
+    rows = main([*TINY, *steps(1, 1, 1), "--layers", *layers, "--output", str(tmp_path)])["rows"]
+    measured = [row["layer"] for row in rows["stage iii"]["layers"]]
+    assert measured == [int(layer) % 4 for layer in layers]
+
+
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_what_is_tuned_is_the_students_alone(tune):
     """The teacher's logits stay as they are, whatever becomes of adapters or tuned copies."""

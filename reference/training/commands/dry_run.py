@@ -102,7 +102,7 @@ def survey(run: Run, data: Dataset) -> tuple[list[dict[str, int]], list[str]]:
         batch = run.encoder([item])
         return {
             "tokens": int(batch["attention_mask"].sum()),
-            "vision": int((batch["mm_token_type_ids"] > 0).sum()),
+            "vision": int(run.student.placeholder_mask(batch["input_ids"]).sum()),
             "supervised": int((batch["labels"] != IGNORED).sum()),
         }
 

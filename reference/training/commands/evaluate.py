@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from ...demo import TEACHER
 from ...prompts.processors import load_processor
@@ -24,6 +24,7 @@ from ..evaluation.held_out import HeldOut
 from ..evaluation.scores import Rows, Scores, table
 from ..refusal import RefusedError, check
 from ..safety.distributed_means import weights_on_every_process
+from ..safety.guards import refuse_infinite_weights
 from ..teacher_student import supervised
 from .command_line import parse
 
@@ -49,7 +50,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
     config = parse(flags)
     process = PartialState(cpu=config.cpu)
     models = open_models(folder, config, process.device)
-    encoder = chat_collator(load_processor(folder, padding_side="right"), config.samples)
+    encoder = chat_collator(open_processor(folder), config.samples)
     held_out = HeldOut(ConcatDataset(open_held_out(config, config.data, encoder, None)), encoder, config)
     scores = Scores(importlib.import_module(f"linmu.{config.backend}").logit_loss)
     batches = tqdm(held_out.batches(), desc="evaluate", unit="batch", disable=not process.is_main_process)
@@ -78,7 +79,21 @@ def open_models(folder: str, config: Config, device: torch.device) -> dict[str, 
                 models = {"teacher": AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)} | models
     except (ValueError, OSError) as error:
         raise RefusedError(f"distill: evaluate must be given models that open, got {error}") from error
-    return {name: model.to(device).eval() for name, model in models.items()}
+    sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
+    check(len({*sizes.values()}) == 1, "--teacher must have as many tokens as the student", sizes)
+    for name, model in models.items():
+        refuse_infinite_weights(model.to(device).eval(), "evaluate", f"the {name}")
+    return models
+
+
+def open_processor(folder: str) -> ProcessorMixin:
+    """The student's processor."""
+    try:
+        return load_processor(folder, padding_side="right")
+    except (ValueError, OSError) as error:
+        raise RefusedError(
+            f"distill: evaluate must be given a folder with a processor, got {error}"
+        ) from error
 
 
 @torch.no_grad()
