@@ -31,6 +31,8 @@ from transformers.utils import find_adapter_config_file
 
 from ..demo import TEACHER
 from ..prompts.processors import load_processor
+from ..student.backend import backend_of
+from ..student.convert import convert
 from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config
@@ -65,7 +67,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Path(config.output)
-        self.backend = importlib.import_module(f"linmu.{config.backend}")
+        self.backend = backend_of(config.backend)
         self.process = PartialState(cpu=config.cpu)
         self.device = self.process.device
         self.results: dict[str, Any] = {"rows": {}}
@@ -117,7 +119,8 @@ class Run:
         with weights_on_every_process():
             teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
         refuse_infinite_weights(teacher, "--teacher", folder)
-        student = self.backend.convert(teacher, asdict(self.config.mixer), layers=settings.layers)
+        mixer = asdict(self.config.mixer)
+        student = convert(teacher, mixer, layers=settings.layers, backend=self.backend)
         attach_teacher(student, teacher)
         student.requires_grad_(False)
         self.saved_dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}

@@ -5,7 +5,6 @@ What a run measures with teacher and student in one model is measured here with 
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from ...demo import TEACHER
 from ...prompts.processors import load_processor
+from ...student.backend import backend_of
+from ...student.convert import load
 from ..config import Config
 from ..data.open_data import chat_collator, open_held_out
 from ..evaluation.held_out import HeldOut
@@ -52,7 +53,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
     models = open_models(folder, config, process.device)
     encoder = chat_collator(open_processor(folder), config.samples)
     held_out = HeldOut(ConcatDataset(open_held_out(config, config.data, encoder, None)), encoder, config)
-    scores = Scores(importlib.import_module(f"linmu.{config.backend}").logit_loss)
+    scores = Scores(backend_of(config.backend).Lesson.logit_loss)
     batches = tqdm(held_out.batches(), desc="evaluate", unit="batch", disable=not process.is_main_process)
     for kinds, batch in batches:
         batch = {name: tensor.to(process.device) for name, tensor in batch.items()}
@@ -73,7 +74,7 @@ def open_models(folder: str, config: Config, device: torch.device) -> dict[str, 
     dtype = getattr(torch, config.dtype)
     try:
         with weights_on_every_process():
-            models = {"student": importlib.import_module(f"linmu.{config.backend}").load(folder, dtype=dtype)}
+            models = {"student": load(folder, dtype=dtype, linmu_backend=backend_of(config.backend))}
             if config.teacher != NO_TEACHER:
                 name = str(TEACHER) if config.teacher == "demo" else config.teacher
                 models = {"teacher": AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)} | models
