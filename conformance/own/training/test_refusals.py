@@ -261,6 +261,38 @@ def test_a_broken_sample_is_refused_by_both_in_the_same_words(tmp_path, place):
     assert f"d.jsonl, line {line}: FileNotFoundError" in str(error.value)
 
 
+def test_data_of_broken_samples_alone_are_refused_by_both_in_the_same_words(data, tmp_path):
+    bad = str(write(tmp_path / "bad", "b.jsonl", [row(picture=BROKEN)] * 5))
+    arguments = [*flags(data, tmp_path / "run"), "--on_broken", "skip"]
+    place = arguments.index(str(data))
+    with_data = lambda *names: [*arguments[:place], *names, *arguments[place + 1 :]]  # noqa: E731
+    said = f"{bad} must hold samples that can be read, got broken ones alone"
+    assert said in refused(*with_data(bad), "--eval_data", str(data))
+    assert said in refused(*with_data(str(data), f"{bad}@9"), "--eval_data", str(data))
+    said = "held-out data must hold conversations that can be read, got none"
+    assert said in refused(*arguments, "--eval_data", bad, "--calibration_batches", "0")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--mlp_learning_rate", "inf"], "--mlp_learning_rate must be finite, 0 or more, got inf"),
+        (["--mlp_learning_rate", "-1"], "--mlp_learning_rate must be finite, 0 or more, got -1"),
+        (["--mlp_learning_rate", "nan"], "--mlp_learning_rate must be finite, 0 or more, got nan"),
+        (["--stage_ii.learning_rate_new", "inf"], "--stage_ii.learning_rate must be finite, 0 or more"),
+        (["--stage_iii.temperature", "inf"], "--stage_iii.temperature must be positive, got inf"),
+        (["--stage_i.mixer", "-1"], "--stage_i.mixer must be finite, 0 or more, got -1"),
+        (["--stage_iii.logits", "nan"], "--stage_iii.logits must be finite, 0 or more, got nan"),
+        (["--stage_ii.layer", "inf"], "--stage_ii.layer must be finite, 0 or more, got inf"),
+        (["--stage_i.mixer", "0"], "must be above 0, got a stage without a loss"),
+    ],
+)
+def test_a_rate_or_weight_that_is_no_number_is_refused_at_the_start(data, tmp_path, capsys, given, says):
+    with pytest.raises(SystemExit):
+        main([*flags(data, tmp_path / "run"), *given])
+    assert says in capsys.readouterr().err
+
+
 def test_the_first_step_of_a_stage_learns(begun):
     from safetensors.torch import load_file
 
