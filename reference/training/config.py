@@ -218,6 +218,7 @@ def check_settings(config: Config) -> None:
           " ".join(config.stages))  # fmt: skip
     for stage in STAGES:
         check_stage(stage, config.of_stage(stage), stage in config.stages)
+    check(0 <= config.seed < 2**32, "--seed must be from 0 to 2³² - 1", config.seed)
     rate = config.mlps.mlp_learning_rate
     check(0 <= rate < math.inf, "--mlp_learning_rate must be finite, 0 or more", rate)
     check(not (config.resume and config.overwrite), "--resume and --overwrite must not both be given", "both")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from contextlib import contextmanager
@@ -261,16 +262,23 @@ def test_a_broken_sample_is_refused_by_both_in_the_same_words(tmp_path, place):
     assert f"d.jsonl, line {line}: FileNotFoundError" in str(error.value)
 
 
-def test_data_of_broken_samples_alone_are_refused_by_both_in_the_same_words(data, tmp_path):
+@pytest.mark.parametrize("place", ["training data", "one of two", "held-out data"])
+def test_data_of_broken_samples_alone_are_refused_by_both_in_the_same_words(data, tmp_path, place):
     bad = str(write(tmp_path / "bad", "b.jsonl", [row(picture=BROKEN)] * 5))
-    arguments = [*flags(data, tmp_path / "run"), "--on_broken", "skip"]
-    place = arguments.index(str(data))
-    with_data = lambda *names: [*arguments[:place], *names, *arguments[place + 1 :]]  # noqa: E731
+    names, held_out = {
+        "training data": ([bad], str(data)),
+        "one of two": ([str(data), f"{bad}@9"], str(data)),
+        "held-out data": ([str(data)], bad),
+    }[place]
     said = f"{bad} must hold samples that can be read, got broken ones alone"
-    assert said in refused(*with_data(bad), "--eval_data", str(data))
-    assert said in refused(*with_data(str(data), f"{bad}@9"), "--eval_data", str(data))
-    said = "held-out data must hold conversations that can be read, got none"
-    assert said in refused(*arguments, "--eval_data", bad, "--calibration_batches", "0")
+    if place == "held-out data":
+        said = "held-out data must hold conversations that can be read, got none"
+    arguments = flags(data, tmp_path / "run")
+    start = arguments.index(str(data))
+    arguments[start : start + 1] = names
+    for more in (["--dry_run"], []):  # in this order: what a run finds while it runs leaves its folder
+        with pytest.raises(RefusedError, match=re.escape(said)):
+            main([*arguments, "--on_broken", "skip", "--eval_data", held_out, *more])
 
 
 @pytest.mark.parametrize(
@@ -284,6 +292,8 @@ def test_data_of_broken_samples_alone_are_refused_by_both_in_the_same_words(data
         (["--stage_i.mixer", "-1"], "--stage_i.mixer must be finite, 0 or more, got -1"),
         (["--stage_iii.logits", "nan"], "--stage_iii.logits must be finite, 0 or more, got nan"),
         (["--stage_ii.layer", "inf"], "--stage_ii.layer must be finite, 0 or more, got inf"),
+        (["--seed", "-1"], "--seed must be from 0 to 2³² - 1, got -1"),
+        (["--seed", str(2**32)], "--seed must be from 0 to 2³² - 1, got 4294967296"),
         (["--stage_i.mixer", "0"], "must be above 0, got a stage without a loss"),
     ],
 )
