@@ -1,4 +1,4 @@
-"""Two processes open students with a tensor-parallel plan and write logits, and what was split, to a folder."""
+"""Two processes open students with a tensor-parallel plan; logits, and what was split, go to a folder."""
 
 from __future__ import annotations
 
