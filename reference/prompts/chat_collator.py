@@ -85,7 +85,7 @@ class ChatCollator:
                 sides = [(count, 0) if left else (0, count) for count in missing]
                 fill = self.padding[name]
                 tensors = [pad(*given, value=fill) for given in zip(tensors, sides, strict=True)]
-            batch[name] = torch.cat(tensors)
+            batch[name] = torch.cat(of_one_size(name, tensors))
         return batch
 
     def with_names(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -231,6 +231,27 @@ def answer_numbers(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.nd
     closed = np.maximum.accumulate(np.where(after_end, place, 0), axis=1)
     numbers = np.where(opened > closed, follows.cumsum(1), 0)
     return numbers[:, :length], follows.sum(1)
+
+
+def of_one_size(name: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Samples' pixels, such that they can be joined along their first axis.
+
+    Some processors fill up their second axis with 0, which the models tell from pictures: LLaVA-OneVision's
+    (images, tiles, C, Y, X), Idefics3's (rows, tiles, C, Y, X). Frames of a video cannot be filled up so.
+
+    Raises:
+        ValueError: for samples whose pixels differ otherwise.
+    """
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return tensors
+    if (name, tensors[0].ndim) in (("pixel_values", 5), ("pixel_attention_mask", 4)):
+        most = max(tensor.shape[1] for tensor in tensors)
+        after = (0, 0) * (tensors[0].ndim - 2)
+        tensors = [pad(tensor, (*after, 0, most - tensor.shape[1])) for tensor in tensors]
+    sizes = sorted({tuple(tensor.shape[1:]) for tensor in tensors})
+    must = f"{name} of a batch must be of one size, videos of as many frames"
+    require(len(sizes) == 1, "ChatCollator", must, sizes, "batches of 1, or frames thinned to one number")
+    return tensors
 
 
 def _metadata(block: Mapping[str, Any]) -> dict[str, Any]:

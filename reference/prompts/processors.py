@@ -26,7 +26,7 @@ def load_processor(folder: str, *, padding_side: str | None = None, **kwargs: An
     Returns:
         a processor whose `apply_chat_template` takes images, and videos as lists of frames or arrays.
     Raises:
-        ValueError: for a padding side that is neither.
+        ValueError: for a padding side that is neither, and for a folder of text alone, without a processor.
     """
     if padding_side not in (None, "left", "right"):
         raise ValueError(f"load_processor: padding_side must be 'left' or 'right', got {padding_side!r}")
@@ -36,6 +36,9 @@ def load_processor(folder: str, *, padding_side: str | None = None, **kwargs: An
     )
     classes = STOCK_PROCESSORS if is_torchvision_available() else PROCESSORS
     processor = classes.get(family, AutoProcessor).from_pretrained(folder, **kwargs)
+    if not isinstance(processor, ProcessorMixin):  # AutoProcessor gives a tokenizer then
+        got = type(processor).__name__
+        raise ValueError(f"load_processor: {folder} must hold a processor of pictures and text, got {got}")
     if padding_side is not None:
         processor.tokenizer.padding_side = padding_side
     return processor

@@ -217,7 +217,10 @@ def check_settings(config: Config) -> None:
     check(config.stages == in_order and in_order, "--stages must be among i ii iii, in order, each once",
           " ".join(config.stages))  # fmt: skip
     for stage in STAGES:
-        check_stage(stage, config.of_stage(stage))
+        check_stage(stage, config.of_stage(stage), stage in config.stages)
+    check(0 <= config.seed < 2**32, "--seed must be from 0 to 2³² - 1", config.seed)
+    rate = config.mlps.mlp_learning_rate
+    check(0 <= rate < math.inf, "--mlp_learning_rate must be finite, 0 or more", rate)
     check(not (config.resume and config.overwrite), "--resume and --overwrite must not both be given", "both")
     demo, given = config.data == ("demo",), " ".join(config.data)
     check((config.teacher == "demo") == demo, "--teacher and --data must both be demo, or neither",
@@ -248,8 +251,8 @@ def check_settings(config: Config) -> None:
         check(flat[name] >= 0, f"--{name} must be 0 or more", flat[name])
 
 
-def check_stage(name: str, stage: StageSettings) -> None:
-    """Refuse a stage that cannot be."""
+def check_stage(name: str, stage: StageSettings, runs: bool) -> None:
+    """Refuse a stage that cannot be, or that runs without a loss."""
     flag = f"--stage_{name}"
     check(stage.steps >= 1, f"{flag}.steps must be at least 1", stage.steps)
     check(stage.inputs, f"{flag}.inputs must be teacher, student or both", "nothing")
@@ -257,8 +260,14 @@ def check_stage(name: str, stage: StageSettings) -> None:
     must = f"{flag}.logits and {flag}.end_to_end need {flag}.inputs student"
     check(not alone, must, " ".join(stage.inputs))
     rates = [rate for rate in (stage.learning_rate, stage.learning_rate_new) if rate is not None]
-    check(all(0 <= rate < math.inf for rate in rates), f"{flag}.learning_rate must be 0 or more", rates)
-    check(stage.temperature > 0, f"{flag}.temperature must be positive", stage.temperature)
+    must = f"{flag}.learning_rate must be finite, 0 or more"
+    check(all(0 <= rate < math.inf for rate in rates), must, rates)
+    check(0 < stage.temperature < math.inf, f"{flag}.temperature must be positive", stage.temperature)
+    weights = {"mixer": stage.mixer, "layer": stage.layer, "logits": stage.logits}
+    for loss, weight in weights.items():
+        check(0 <= weight < math.inf, f"{flag}.{loss} must be finite, 0 or more", weight)
+    must = f"one of {', '.join(f'{flag}.{loss}' for loss in weights)} must be above 0"
+    check(not runs or any(weights.values()), must, "a stage without a loss")
 
 
 DEMO = Config(

@@ -31,6 +31,8 @@ from transformers.utils import find_adapter_config_file
 
 from ..demo import TEACHER
 from ..prompts.processors import load_processor
+from ..student.backend import backend_of
+from ..student.convert import convert
 from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config
@@ -46,6 +48,7 @@ from .refusal import RefusedError, check
 from .run_folder import check_folder, claim_folder, taught_path
 from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
+from .safety.guards import refuse_infinite_weights
 from .safety.memory import leave_inputs_alone, recompute_layers
 from .stage_trainer import StageTrainer, load_taught, taught_tensors
 from .stages import Stage, stage_of, steps_before
@@ -64,7 +67,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, Path(config.output)
-        self.backend = importlib.import_module(f"linmu.{config.backend}")
+        self.backend = backend_of(config.backend)
         self.process = PartialState(cpu=config.cpu)
         self.device = self.process.device
         self.results: dict[str, Any] = {"rows": {}}
@@ -115,7 +118,9 @@ class Run:
         settings, dtype = self.config.student, getattr(torch, self.config.dtype)
         with weights_on_every_process():
             teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
-        student = self.backend.convert(teacher, asdict(self.config.mixer), layers=settings.layers)
+        refuse_infinite_weights(teacher, "--teacher", folder)
+        mixer = asdict(self.config.mixer)
+        student = convert(teacher, mixer, layers=settings.layers, backend=self.backend)
         attach_teacher(student, teacher)
         student.requires_grad_(False)
         self.saved_dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
@@ -273,11 +278,12 @@ class Run:
         )
         per_step = optimizer.batch_size * optimizer.gradient_accumulation * arguments.world_size
         seen = steps_before(stage.name, config) * per_step
-        new_names = set(self.lesson().close().get_decoder().layers[0].self_attn.mixer.initial_values())
+        lesson = self.lesson(stage.objectives[0])
+        new_names = set(lesson.layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
             stage,
             new_names,
-            model=self.lesson(stage.objectives[0]),
+            model=lesson,
             args=arguments,
             train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
             data_collator=self.encoder.with_names,

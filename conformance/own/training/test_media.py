@@ -34,11 +34,16 @@ def corners() -> Image.Image:
 
 
 def write_film(
-    path: Path, frames: list[Image.Image], rate: int = 4, times: list[int] | None = None, **options
+    path: Path,
+    frames: list[Image.Image],
+    rate: int = 4,
+    times: list[int] | None = None,
+    codec: str = "mpeg4",
+    **options: str,
 ):
     """A film; `times` are those of the frames, in ticks of 1 / rate."""
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = frames[0].size
         for i, frame in enumerate(frames):
             made = av.VideoFrame.from_image(frame)
@@ -162,6 +167,37 @@ def test_frames_are_counted_by_decoding_them(tmp_path, name, most):
     count = 40 if most == 0 else min(20, most)
     assert len(video["video"]) == count
     assert video["fps"] == pytest.approx(4.0 * count / (40 if most == 0 else 20), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.mp4", "faststart.mp4", "fragmented.mp4", "a.mov", "a.mkv", "a.webm", "a.avi"]
+)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
+def test_a_film_whose_end_is_missing_is_refused(tmp_path, name, share):
+    """Such as a download that broke off: its first frames would be taken for all of it."""
+    flags = {"faststart.mp4": "faststart", "fragmented.mp4": "frag_keyframe"}
+    options = {"movflags": flags[name]} if name in flags else {}
+    codec = "libvpx" if name == "a.webm" else "mpeg4"
+    write_film(tmp_path / name, shades(40), codec=codec, **options)
+    whole = (tmp_path / name).read_bytes()
+    cut = whole[: int(share * len(whole))]
+    (tmp_path / f"cut-{name}").write_bytes(cut)
+    for good in (name, whole):
+        assert len(Media(tmp_path).video(good)["video"]) == 40
+    for bad in (f"cut-{name}", cut):
+        with pytest.raises(ValueError, match="must be a video that can be decoded, got "):
+            Media(tmp_path).video(bad)
+
+
+def test_a_film_recorded_live_states_no_size_and_is_played(tmp_path):
+    write_film(tmp_path / "live.mkv", shades(12), live="1")
+    write_film(tmp_path / "stream.ts", shades(12))
+    write_film(tmp_path / "unfinished.avi", shades(12))
+    content = bytearray((tmp_path / "unfinished.avi").read_bytes())
+    content[4:8] = bytes(4)
+    (tmp_path / "unfinished.avi").write_bytes(content)
+    for name in ("live.mkv", "stream.ts", "unfinished.avi"):
+        assert len(Media(tmp_path).video(name)["video"]) == 12, name
 
 
 def test_a_header_that_claims_two_billion_frames_is_not_believed(tmp_path):

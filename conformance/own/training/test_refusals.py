@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from linmu.reference import convert
 from linmu.reference.demo import TEACHER
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.config import MLPSettings
 from linmu.reference.training.progress import read_metrics
@@ -204,6 +206,30 @@ def test_a_teacher_with_adapters_is_refused(data, tmp_path, weights):
     assert "adapters" in said and "merge" in said
 
 
+@pytest.mark.parametrize(
+    ("weight", "value"),
+    [
+        ("model.language_model.layers.1.mlp.down_proj.weight", "nan"),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", "inf"),
+        ("model.language_model.embed_tokens.weight", "-inf"),  # of a token that the data hold late, or never
+        ("model.visual.merger.mlp.2.weight", "nan"),  # data of text alone do not meet it
+    ],
+)
+def test_a_teacher_of_broken_numbers_is_refused(data, tmp_path, weight, value):
+    teacher = AutoModelForImageTextToText.from_pretrained(TEACHER)
+    teacher.get_parameter(weight).data.flatten()[-1] = float(value)
+    student = convert(teacher)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(tmp_path / name)
+        load_processor(str(TEACHER)).save_pretrained(tmp_path / name)
+    arguments = flags(data, tmp_path / "run")
+    arguments[arguments.index(str(TEACHER))] = str(tmp_path / "teacher")
+    assert f"--teacher must hold finite weights, got nan or inf in {weight}" in refused(*arguments)
+    if "self_attn" not in weight:  # the student has attention's under other names
+        with pytest.raises(RefusedError, match=f"evaluate must hold finite weights.*{weight} of the student"):
+            main(["evaluate", str(tmp_path / "student"), "--data", str(data), "--cpu"])
+
+
 @pytest.mark.parametrize("name", ["nowhere/at-all", "/nowhere"])
 def test_a_teacher_that_does_not_open_is_refused(data, tmp_path, monkeypatch, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -242,6 +268,47 @@ def test_a_broken_sample_is_refused_by_both_in_the_same_words(tmp_path, place):
         main([*flags(data, tmp_path / "run"), *more])
     line = 21 if place == "held out" else 22
     assert f"d.jsonl, line {line}: FileNotFoundError" in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["training data", "one of two", "held-out data"])
+def test_data_of_broken_samples_alone_are_refused_by_both_in_the_same_words(data, tmp_path, place):
+    bad = str(write(tmp_path / "bad", "b.jsonl", [row(picture=BROKEN)] * 5))
+    names, held_out = {
+        "training data": ([bad], str(data)),
+        "one of two": ([str(data), f"{bad}@9"], str(data)),
+        "held-out data": ([str(data)], bad),
+    }[place]
+    said = f"{bad} must hold samples that can be read, got broken ones alone"
+    if place == "held-out data":
+        said = "held-out data must hold conversations that can be read, got none"
+    arguments = flags(data, tmp_path / "run")
+    start = arguments.index(str(data))
+    arguments[start : start + 1] = names
+    for more in (["--dry_run"], []):  # in this order: what a run finds while it runs leaves its folder
+        with pytest.raises(RefusedError, match=re.escape(said)):
+            main([*arguments, "--on_broken", "skip", "--eval_data", held_out, *more])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--mlp_learning_rate", "inf"], "--mlp_learning_rate must be finite, 0 or more, got inf"),
+        (["--mlp_learning_rate", "-1"], "--mlp_learning_rate must be finite, 0 or more, got -1"),
+        (["--mlp_learning_rate", "nan"], "--mlp_learning_rate must be finite, 0 or more, got nan"),
+        (["--stage_ii.learning_rate_new", "inf"], "--stage_ii.learning_rate must be finite, 0 or more"),
+        (["--stage_iii.temperature", "inf"], "--stage_iii.temperature must be positive, got inf"),
+        (["--stage_i.mixer", "-1"], "--stage_i.mixer must be finite, 0 or more, got -1"),
+        (["--stage_iii.logits", "nan"], "--stage_iii.logits must be finite, 0 or more, got nan"),
+        (["--stage_ii.layer", "inf"], "--stage_ii.layer must be finite, 0 or more, got inf"),
+        (["--seed", "-1"], "--seed must be from 0 to 2³² - 1, got -1"),
+        (["--seed", str(2**32)], "--seed must be from 0 to 2³² - 1, got 4294967296"),
+        (["--stage_i.mixer", "0"], "must be above 0, got a stage without a loss"),
+    ],
+)
+def test_a_rate_or_weight_that_is_no_number_is_refused_at_the_start(data, tmp_path, capsys, given, says):
+    with pytest.raises(SystemExit):
+        main([*flags(data, tmp_path / "run"), *given])
+    assert says in capsys.readouterr().err
 
 
 def test_the_first_step_of_a_stage_learns(begun):

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from linmu.reference import Objective
+from linmu.reference import MMATE, Lesson, Objective, logit_loss
 from linmu.reference.demo import TEACHER
+from linmu.reference.student.backend import BACKENDS, Backend
 from linmu.reference.training.commands.ablation import VARIANTS, table_of, variant_of, with_stages
 from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.main import main
@@ -63,6 +64,13 @@ def opened(*flags: str) -> Run:
     run = Run(parse([*TINY, *flags]))
     run.open()
     return run
+
+
+@pytest.mark.parametrize("layers", [["1", "3"], ["-1"]])
+def test_a_hybrid_may_keep_its_first_layers_attention(tmp_path, layers):
+    rows = main([*TINY, *steps(1, 1, 1), "--layers", *layers, "--output", str(tmp_path)])["rows"]
+    measured = [row["layer"] for row in rows["stage iii"]["layers"]]
+    assert measured == [int(layer) % 4 for layer in layers]
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
@@ -201,3 +209,38 @@ def test_the_table_shows_mean_and_spread():
 def test_unknown_variants_are_refused():
     with pytest.raises(RefusedError, match=r"--variants must be among .*got \['half'\]"):
         main(["ablate", "--variants", "half"])
+
+
+def test_a_run_and_evaluate_take_mixer_and_losses_from_the_backend(tmp_path, monkeypatch):
+    """From the one that is registered under the name of --backend, whichever package that is."""
+    used = set()
+
+    class OwnMMATE(MMATE):
+        def forward(self, *args, **kwargs):
+            used.add("mixer")
+            return super().forward(*args, **kwargs)
+
+    def own_loss(*args, **kwargs):
+        used.add("loss")
+        return logit_loss(*args, **kwargs)
+
+    class OwnLesson(Lesson):
+        logit_loss = staticmethod(own_loss)
+
+    monkeypatch.setitem(BACKENDS, "reference", Backend("reference", OwnMMATE, Lesson=OwnLesson))
+    main([*ONE, "--backend", "reference", "--output", str(tmp_path)])
+    assert used == {"mixer", "loss"}
+    used.clear()
+    main(
+        [
+            "evaluate",
+            str(tmp_path / "student"),
+            "--teacher",
+            "demo",
+            "--backend",
+            "reference",
+            *TINY[:4],
+            "--cpu",
+        ]
+    )
+    assert used == {"mixer", "loss"}

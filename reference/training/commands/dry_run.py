@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,17 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ...prompts.chat_collator import IGNORED
-from ..data.conversations import ENDLESS, Conversations, Mixture
-from ..evaluation.evaluation import NOTHING_TO_MEASURE
+from ..data.conversations import ENDLESS, Conversations, Mixture, none_readable
+from ..evaluation.evaluation import NOTHING_HELD_OUT
 from ..evaluation.held_out import OrComplaint
-from ..refusal import check
+from ..refusal import RefusedError, check
 from ..safety.memory import predict
 
 if TYPE_CHECKING:
     from ..run import Run
 
 LOOKED_AT = 1000  # samples of a data set without an end
+TRAINING, HELD_OUT = "training data", "held out data"
 NAMED = 20  # broken samples that are printed
 
 
@@ -47,12 +47,15 @@ def dry_run(run: Run) -> None:
     Raises:
         RefusedError: if samples are broken and broken samples refuse a run.
     """
-    largest, broken, readable = None, 0, Counter()
-    for title, data in parts(run):
+    largest, broken, refusals = None, 0, []
+    readable = {TRAINING: 0, HELD_OUT: 0}
+    for title, name, data in parts(run):
         sizes, complaints = survey(run, data)
-        readable[title.split(" data")[0]] += len(sizes)
         broken += len(complaints)
-        run.say(f"{title}: {len(sizes)} samples can be read, {len(complaints)} are broken")
+        readable[title] += len(sizes)
+        if title == TRAINING and not sizes:
+            refusals.append(none_readable(name))
+        run.say(f"{title}, {name}: {len(sizes)} samples can be read, {len(complaints)} are broken")
         for complaint in complaints[:NAMED]:
             run.say(f"  {complaint}")
         for name in ("tokens", "vision", "supervised") if sizes else ():
@@ -63,8 +66,9 @@ def dry_run(run: Run) -> None:
             largest = data, sizes[longest]["tokens"], sizes[longest]["index"]
     refused = broken and run.config.samples.on_broken == "refuse"
     check(not refused, "samples must be readable", f"{broken} that are not", "mend them, or --on_broken skip")
-    check(readable["training"], "training data must hold conversations that can be read", "none")
-    check(readable["held out"], NOTHING_TO_MEASURE, "none")
+    if refusals:
+        raise RefusedError(refusals[0])
+    check(readable[HELD_OUT], *NOTHING_HELD_OUT)
     data, _, index = largest
     batch = run.encoder([data[index]] * run.config.optimizer.batch_size)
     run.say(f"the largest batch, {run.config.optimizer.batch_size} times the longest sample:")
@@ -89,14 +93,14 @@ def describe_stages(run: Run, batch: dict[str, torch.Tensor]) -> None:
         run.say(f"stage {stage.name}, {run.config.of_stage(stage.name).steps} steps: memory {memory}")
 
 
-def parts(run: Run) -> Iterator[tuple[str, Dataset]]:
-    """The data sets of a run, one by one, with what to call them."""
-    for title, data in (("training", run.training), ("held out", run.held_out.data)):
+def parts(run: Run) -> Iterator[tuple[str, str, Dataset]]:
+    """The data sets of a run, one by one, with what they are for and their names."""
+    for title, data in ((TRAINING, run.training), (HELD_OUT, run.held_out.data)):
         several = [order.data for order in data.orders] if isinstance(data, Mixture) else [data]
         several = data.datasets if isinstance(data, ConcatDataset) else several
         for part in several:
             name = part.rows.source if isinstance(part, Conversations) else " ".join(run.config.data)
-            yield f"{title} data, {name}", part
+            yield title, name, part
 
 
 def survey(run: Run, data: Dataset) -> tuple[list[dict[str, int]], list[str]]:
@@ -106,7 +110,7 @@ def survey(run: Run, data: Dataset) -> tuple[list[dict[str, int]], list[str]]:
         batch = run.encoder([item])
         return {
             "tokens": int(batch["attention_mask"].sum()),
-            "vision": int((batch["mm_token_type_ids"] > 0).sum()),
+            "vision": int(run.student.placeholder_mask(batch["input_ids"]).sum()),
             "supervised": int((batch["labels"] != IGNORED).sum()),
         }
 

@@ -5,7 +5,6 @@ What a run measures with teacher and student in one model is measured here with 
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,16 +13,19 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from ...demo import TEACHER
 from ...prompts.processors import load_processor
+from ...student.backend import backend_of
+from ...student.convert import load
 from ..config import Config
 from ..data.open_data import chat_collator, open_held_out
 from ..evaluation.held_out import HeldOut
 from ..evaluation.scores import Rows, Scores, table
 from ..refusal import RefusedError, check
 from ..safety.distributed_means import weights_on_every_process
+from ..safety.guards import refuse_infinite_weights
 from ..teacher_student import supervised
 from .command_line import parse
 
@@ -49,9 +51,9 @@ def evaluate_student(arguments: list[str]) -> Rows:
     config = parse(flags)
     process = PartialState(cpu=config.cpu)
     models = open_models(folder, config, process.device)
-    encoder = chat_collator(load_processor(folder, padding_side="right"), config.samples)
+    encoder = chat_collator(open_processor(folder), config.samples)
     held_out = HeldOut(ConcatDataset(open_held_out(config, config.data, encoder, None)), encoder, config)
-    scores = Scores(importlib.import_module(f"linmu.{config.backend}").logit_loss)
+    scores = Scores(backend_of(config.backend).Lesson.logit_loss)
     batches = tqdm(held_out.batches(), desc="evaluate", unit="batch", disable=not process.is_main_process)
     for kinds, batch in batches:
         batch = {name: tensor.to(process.device) for name, tensor in batch.items()}
@@ -72,13 +74,27 @@ def open_models(folder: str, config: Config, device: torch.device) -> dict[str, 
     dtype = getattr(torch, config.dtype)
     try:
         with weights_on_every_process():
-            models = {"student": importlib.import_module(f"linmu.{config.backend}").load(folder, dtype=dtype)}
+            models = {"student": load(folder, dtype=dtype, linmu_backend=backend_of(config.backend))}
             if config.teacher != NO_TEACHER:
                 name = str(TEACHER) if config.teacher == "demo" else config.teacher
                 models = {"teacher": AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)} | models
     except (ValueError, OSError) as error:
         raise RefusedError(f"distill: evaluate must be given models that open, got {error}") from error
-    return {name: model.to(device).eval() for name, model in models.items()}
+    sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
+    check(len({*sizes.values()}) == 1, "--teacher must have as many tokens as the student", sizes)
+    for name, model in models.items():
+        refuse_infinite_weights(model.to(device).eval(), "evaluate", f"the {name}")
+    return models
+
+
+def open_processor(folder: str) -> ProcessorMixin:
+    """The student's processor."""
+    try:
+        return load_processor(folder, padding_side="right")
+    except (ValueError, OSError) as error:
+        raise RefusedError(
+            f"distill: evaluate must be given a folder with a processor, got {error}"
+        ) from error
 
 
 @torch.no_grad()

@@ -39,6 +39,11 @@ class BrokenSampleError(RefusedError):
     """A sample that cannot be used, by file and line."""
 
 
+def none_readable(source: str) -> str:
+    """What is said of a data set all of whose samples are broken; of a stream, `ATTEMPTS` in a row."""
+    return f"distill: {source} must hold samples that can be read, got broken ones alone"
+
+
 class Conversations(Dataset):
     """Conversations of one data set, images and frames opened when asked for.
 
@@ -98,7 +103,7 @@ class Conversations(Dataset):
                     self.skipped.add(name)
                     logger.warning("skipped %s: %s", name, why)
                     self.note(name, why)
-        raise BrokenSampleError(f"{self.rows.name(line)}: must not follow broken samples alone")
+        raise BrokenSampleError(none_readable(self.rows.source))
 
     def note(self, name: str, why: str) -> None:
         """Tell the report that a sample was skipped: one write, so that processes do not mix their lines."""

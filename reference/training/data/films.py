@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from ..refusal import RefusedError
+from .containers import is_cut
 
 # What Pillow decodes of what is shown as a video: FFmpeg does not know all of these, nor all their pauses.
 ANIMATIONS = ("GIF", "WEBP", "PNG")
@@ -82,12 +83,14 @@ def frames_of_film(file: Path | io.BytesIO) -> Iterator[Frame]:
 
     Raises:
         MissingPackageError: if PyAV is not installed.
-        ValueError: for sound alone.
+        ValueError: for sound alone, and for a file whose end is missing.
     """
     if not has_film_decoder():
         raise MissingPackageError(f"Media: {WITHOUT_PYAV}")
     import av
 
+    if is_cut(file):
+        raise ValueError("a film whose end is missing; copy it anew")
     if isinstance(file, io.BytesIO):
         file.seek(0)
     with av.open(file if isinstance(file, io.BytesIO) else str(file)) as container:

@@ -12,7 +12,7 @@ from ..teacher_student import Lesson, supervised
 from .branch_usage import ERRORS, LayerWatch
 from .scores import Rows, Scores
 
-NOTHING_TO_MEASURE = "held-out data must hold conversations that can be read"
+NOTHING_HELD_OUT = "held-out data must hold conversations that can be read", "none"
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def evaluate(
         scores.add(logits, labels, kinds)
     lesson.train(was_training)
     rows, layers = scores.rows(), watch.layers()
-    check(rows, NOTHING_TO_MEASURE, "none")
+    check(rows, *NOTHING_HELD_OUT)
     for name in ERRORS:
         rows["teacher"][name] = 0.0
         rows["student"][name] = sum(layer[name] for layer in layers) / len(layers)

@@ -11,12 +11,24 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..refusal import RefusedError
+from ..refusal import RefusedError, check
 from ..teacher_student import Lesson
 
 
 class TrainingStoppedError(RefusedError):
     """Numbers that cannot be trusted: the run has stopped."""
+
+
+def refuse_infinite_weights(model: nn.Module, flag: str, name: str) -> None:
+    """Refuse a model that holds a weight that is not finite: some are met only hours later.
+
+    Args:
+        model: as it was opened.
+        flag: what the user named it with.
+        name: folder or Hub id.
+    """
+    bad = next((key for key, weight in model.named_parameters() if not bool(weight.isfinite().all())), None)
+    check(bad is None, f"{flag} must hold finite weights", f"nan or inf in {bad} of {name}")
 
 
 def refuse_infinite_loss(lesson: Lesson, loss: Tensor, where: str, names: Sequence[str], last: str) -> None:

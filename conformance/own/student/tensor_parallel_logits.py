@@ -1,0 +1,46 @@
+"""Two processes open students with a tensor-parallel plan; logits, and what was split, go to a folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from linmu import optimized
+
+from .tiny_families import BUILDERS, Tiny
+
+FAMILIES = ("llama", "qwen2_5_vl")
+
+
+def prompt(tiny: Tiny) -> dict[str, torch.Tensor]:
+    return tiny.inputs("see {wide} now" if tiny.image else "see you", "and text")
+
+
+def rows(tensor: torch.Tensor) -> int:
+    """Of this process's own part."""
+    return len(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+
+
+@torch.no_grad()
+def main(folder: str) -> None:
+    dist.init_process_group("gloo")
+    for family in FAMILIES:
+        student = optimized.load(f"{folder}/{family}", tp_plan="auto")
+        logits = student(**prompt(BUILDERS[family]()), use_cache=False).logits
+        logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+        layer = student.get_decoder().layers[0]
+        split = torch.tensor([rows(layer.mlp.up_proj.weight), rows(layer.self_attn.flex_ma.q_proj.weight)])
+        save_file(
+            {"logits": logits.contiguous(), "rows": split}, f"{folder}/{family}-{dist.get_rank()}.safetensors"
+        )
+    dist.barrier()
+    os._exit(0)  # gloo's threads now and then do not end with the interpreter
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
