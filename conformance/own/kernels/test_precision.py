@@ -111,8 +111,8 @@ def test_a_bfloat16_block_stays_finite_over_100_000_tokens_of_large_activations(
     angle = torch.zeros(1, LONG, 8)
     y, state = block(u, VisionLayout(coords), position_embeddings=(angle.cos(), angle.sin()))
     assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
-    assert {part.dtype for part in state} == {torch.float32}
-    assert all(torch.isfinite(part).all() for part in state)
+    assert {part.dtype for part in state.flex_ma} == {torch.float32}
+    assert all(torch.isfinite(part).all() for part in state.tensors)
 
 
 def test_a_layout_moves_with_its_layers():
