@@ -19,7 +19,6 @@ from linmu.optimized.benchmarks.problems import WINDOW, prompt, window_problem
 from linmu.optimized.benchmarks.report import Report
 from linmu.optimized.benchmarks.results import crossover, growth_exponent, with_ratios
 from linmu.optimized.benchmarks.timing import Ceilings, time_calls
-from linmu.reference.training.config import STAGES
 
 CPU = torch.device("cpu")
 SIZES = Sizes(heads=2, groups=1, head_dim=16)
@@ -84,7 +83,7 @@ def test_model_and_stages_are_measured(tmp_path):
     flags = "--quick --only model,training --lengths 320 --layers 1 --budget 60"
     report = benchmark.main([*flags.split(), "--output", str(tmp_path)])
     rates = {(line["benchmark"], line["method"], line["passes"]): line for line in report.lines}
-    assert {passes for _, _, passes in rates} == {"decoder", *STAGES}
+    assert {passes for _, _, passes in rates} == {"decoder", *training.LINES}
     for line in rates.values():
         assert line["status"] == "ok"
         assert line["tokens_per_second"] == pytest.approx(320 / line["seconds"])
