@@ -87,7 +87,8 @@ def test_an_expected_failure_is_told_with_its_reason_and_must_fail(report):
 
 def test_a_failure_says_how_to_reproduce_it(report, third_party, monkeypatch):
     """The element, both values, the case, and a command that fails in the same way."""
-    message = re.search(r"order of layer \d+: must be equal, at .* got \d+, expected \d+", report)[0]
+    finding = r"order (?:with ties )?of layer \d+: must be equal, at .* got \d+, expected \d+"
+    message = re.search(finding, report)[0]
     command = re.search(r'reproduce: \S+ -c "(.*LayoutCase.*)"', report)[1]
     assert "case: LayoutCase(" in report and "load('their_kernels')" in command
     monkeypatch.syspath_prepend(third_party)

@@ -12,7 +12,7 @@ import torch
 
 from linmu import optimized
 from linmu.optimized import benchmark
-from linmu.optimized.benchmarks import decoding, kernels, models
+from linmu.optimized.benchmarks import decoding, kernels, models, training
 from linmu.optimized.benchmarks.cases import Case, LeftOutError, measure_all
 from linmu.optimized.benchmarks.counts import Sizes, attention_counts, scan_counts, window_counts
 from linmu.optimized.benchmarks.problems import WINDOW, prompt, window_problem
@@ -89,7 +89,10 @@ def test_model_and_stages_are_measured(tmp_path):
         assert line["tokens_per_second"] == pytest.approx(320 / line["seconds"])
     student, teacher = (rates["ttft", method, "decoder"] for method in models.METHODS)
     assert teacher["cache_bytes"] == 2 * 320 * 2 * 64 * 4  # keys and values, two groups of 64 float32
-    assert student["cache_bytes"] == (8 * 64 * 64 + 3 * (2 * 2 + 8) * 64) * 4  # state and three conv inputs
+    window = 127 * (2 * 2 * 64 * 4 + 1)  # keys, values and which of them are there
+    assert (
+        student["cache_bytes"] == (8 * 64 * 64 + 3 * (2 * 2 + 8) * 64) * 4 + window
+    )  # state, three conv inputs
 
 
 def test_norms_and_mlps_are_compiled_once_for_all_layers_and_lengths(monkeypatch):
