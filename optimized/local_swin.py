@@ -34,7 +34,7 @@ class LocalSwin(reference.LocalSwin):
         layout: VisionLayout | None = None,
         *,
         valid: Tensor | None = None,
-        position_embeddings: Angles = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: WindowState | None = None,
     ) -> tuple[Tensor, WindowState | None]:
         """`linmu.reference.LocalSwin.forward`: arguments, results and errors are the same."""

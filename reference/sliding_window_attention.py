@@ -86,6 +86,9 @@ def sliding_window_attention(
         ValueError: for shapes, dtypes or devices that do not fit, L = 0 or a window below 1.
     """
     check_sliding_window("sliding_window_attention", q, k, v, window, asks, valid, sequence, initial_state)
+    must = "a text window must be computed by linmu.optimized"
+    hint = "convert with backend='optimized', or with text_window 0"
+    require(not torch.compiler.is_exporting(), "torch.export", must, "linmu.reference's loop", hint)
     dtype, length = q.dtype, q.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     everyone = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)

@@ -145,5 +145,5 @@ def test_type_checkers_see_every_name_that_is_imported_late(package):
     """They do not run `__getattr__`: an `if TYPE_CHECKING:` block has the same names of the same modules."""
     tree = ast.parse((ROOT / package / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE" in ast.unparse(node.test))
-    shown = {alias.name: "." + node.module for node in block.body for alias in node.names}
+    shown = {alias.name: "." * node.level + node.module for node in block.body for alias in node.names}
     assert shown == PACKAGES[package].WITH_TRANSFORMERS

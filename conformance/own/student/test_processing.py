@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -202,6 +202,7 @@ def test_with_torchvision_the_stock_classes_are_asked(monkeypatch):
         @classmethod
         def from_pretrained(cls, folder):
             asked.append(Path(folder))
+            return ProcessorMixin.__new__(ProcessorMixin)
 
     monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
     monkeypatch.setattr(processors, "STOCK_PROCESSORS", {"qwen2_5_vl": Stock})
