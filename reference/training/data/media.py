@@ -194,7 +194,7 @@ class Media:
         if not isinstance(source, str | Path) or not str(source):
             got = repr(source) if source in (None, "") else type(source).__name__
             raise ValueError(f"an image or video must be a path, bytes or pixels, got {got}")
-        text, shown = str(source), shortened(str(source))
+        text, shown = str(source), shortened(str(source), 260)  # as long as paths get
         if text.startswith("data:"):
             return io.BytesIO(from_base64(text.partition(",")[2], shown)), shown
         if text.startswith("file://"):

@@ -21,7 +21,15 @@ ROWS = (
     (Text(3), Vision(1, (1, 3, 4), "row"), Text(2), Vision(0, (2, 2, 2)), Text(6)),
     (Pad(4), Vision(0, (2, 3, 2), "frame"), Vision(1, (1, 2, 3)), Text(10)),
 )
-SIZES = {"width": WIDTH, "heads": 4, "groups": 2, "head_dim": 16, "qkv_bias": True, "window_thw": (1, 2, 2)}
+SIZES = {
+    "width": WIDTH,
+    "heads": 4,
+    "groups": 2,
+    "head_dim": 16,
+    "qkv_bias": True,
+    "window_thw": (1, 2, 2),
+    "text_window": 3,
+}
 OPTIONS = ({}, {"scan_rope": True, "output_gate": True, "head_norm": False}, {"conv_kernel": 0})
 
 
