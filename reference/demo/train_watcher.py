@@ -30,14 +30,14 @@ def teach(
     processor: ProcessorMixin,
     *,
     steps: int,
-    films: int = 6,
-    scenes: int = 5,
+    films: int = 4,
+    scenes: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> list[float]:
     """Train the decoder layers on films of digits, in place.
 
-    Choice: embeddings and vision tower stay as the teacher had them, since what a scene shows has not changed.
+    Choice: embeddings and vision tower stay the teacher's, since what a scene shows has not changed.
 
     Args:
         student: of the bundled teacher.
@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("student", help="folder of a student of the bundled teacher")
     parser.add_argument("output", help="folder for the student that watches")
     parser.add_argument("--steps", type=int, default=600, help="of the optimiser")
-    parser.add_argument("--films", type=int, default=6, help="in a batch")
-    parser.add_argument("--scenes", type=int, default=5, help="of a film")
+    parser.add_argument("--films", type=int, default=4, help="in a batch")
+    parser.add_argument("--scenes", type=int, default=8, help="of a film")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="after the warm-up")
     parser.add_argument("--seed", type=int, default=0, help="of the films")
     options = vars(parser.parse_args(arguments))

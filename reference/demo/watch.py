@@ -65,7 +65,7 @@ def sampled(frames: Iterable[tuple], fps: float) -> Iterator[Image.Image]:
         frames: (what makes the picture, its time, how long it is shown), the two in seconds or None.
         fps: samples per second.
     """
-    count, shown, first, end = 0, None, None, 0.0
+    count, shown, first, before, end = 0, None, None, None, 0.0
     for make_picture, start, pause in frames:
         picture = make_picture()  # now, as the next frame takes its place
         if start is None:
@@ -75,7 +75,8 @@ def sampled(frames: Iterable[tuple], fps: float) -> Iterator[Image.Image]:
         while shown is not None and count / fps < start - first:
             count += 1
             yield shown
-        shown, end = picture, start - first + (pause or 1 / fps)
+        pause = pause or (start - before if before is not None else 1 / fps)
+        shown, before, end = picture, start, start - first + pause
     while shown is not None and count / fps < end:
         count += 1
         yield shown
