@@ -68,7 +68,7 @@ def shot(value: int) -> Image.Image:
 
 
 def values(frames) -> list[int]:
-    return [np.asarray(frame)[0, 0, 0].item() for frame in frames]
+    return [frame.convert("RGB").getpixel((0, 0))[0] for frame in frames]
 
 
 def timed(times, pause=None):
