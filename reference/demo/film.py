@@ -17,6 +17,8 @@ from .questions import FRAMES_PER_SECOND, DigitsQuestions
 from .scenes import VIDEO_GRID
 
 FILM_KINDS = ("moved", "moment", "changed", "count")
+# Of images, on which "count" is asked, one in nine is small enough, so that it is drawn nine times as often.
+DRAWN_KINDS = (*FILM_KINDS, *("count",) * 8)
 DRAWN_AT_ONCE = 256
 
 
@@ -51,7 +53,7 @@ def digits_film(split: str = "heldout", seed: int = 0) -> Iterator[Scene]:
         ValueError: for another split, or a negative seed.
     """
     height, width = (cells * CELL for cells in VIDEO_GRID)
-    questions = DigitsQuestions(split, seed, kinds=FILM_KINDS)
+    questions = DigitsQuestions(split, seed, kinds=DRAWN_KINDS)
     for start in range(0, len(questions), DRAWN_AT_ONCE):
         indices = range(start, start + DRAWN_AT_ONCE)
         grids = questions.grids(indices)

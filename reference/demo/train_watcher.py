@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("student", help="folder of a student of the bundled teacher")
     parser.add_argument("output", help="folder for the student that watches")
-    parser.add_argument("--steps", type=int, default=600, help="of the optimiser")
+    parser.add_argument("--steps", type=int, default=900, help="of the optimiser")
     parser.add_argument("--films", type=int, default=4, help="in a batch")
     parser.add_argument("--scenes", type=int, default=8, help="of a film")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="after the warm-up")

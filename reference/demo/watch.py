@@ -35,6 +35,9 @@ from .questions import FRAMES_PER_SECOND
 DIGITS = "digits"
 POLL = 0.2  # seconds between two looks at a folder
 BETWEEN_LINES = {True: 0.5, False: 10.0}  # seconds between progress lines, in a terminal and in a file
+MAX_POSITION = (
+    8192  # in the film of digits; the teacher's configuration says 1,024, a restart every 2 minutes
+)
 PARTS = 12  # of a digits film, whose accuracies are told
 
 
@@ -246,6 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--patience", type=float, default=10.0, help="seconds to wait for a folder's next picture"
     )
+    parser.add_argument("--max-position", type=int, help="where positions are restarted; see watch()")
     parser.add_argument("--session", type=Path, help="file to go on from, if it is there, and to save to")
     parser.add_argument("--minutes", type=float, default=60.0, help="of the film of digits")
     parser.add_argument("--seed", type=int, default=0, help="of the film of digits")
@@ -256,13 +260,14 @@ def main(arguments: list[str] | None = None) -> None:
     student = AutoModelForImageTextToText.from_pretrained(options.student).eval()
     processor = load_processor(options.student)
     if options.source == DIGITS:
-        session = watch(student, processor, FRAMES_PER_SECOND)
+        most = options.max_position or MAX_POSITION
+        session = watch(student, processor, FRAMES_PER_SECOND, max_position=most)
         print_accuracies(play_digits(session, options.minutes, seed=options.seed, afresh=options.afresh))
         return
     if options.session is not None and options.session.exists():
         session = watch.open(options.session, student, processor)
     else:
-        session = watch(student, processor, options.fps)
+        session = watch(student, processor, options.fps, max_position=options.max_position)
     frames = frames_of(options.source, session.fps, container=options.container, patience=options.patience)
     play(
         session,

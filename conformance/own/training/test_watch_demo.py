@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 
 from linmu.optimized import convert, watch
 from linmu.reference.demo import TEACHER, DigitsQuestions
-from linmu.reference.demo.film import FILM_KINDS, digits_film
+from linmu.reference.demo.film import DRAWN_KINDS, FILM_KINDS, digits_film
 from linmu.reference.demo.train_watcher import main as train
 from linmu.reference.demo.watch import blocks, frames_of, main, play, play_digits, sampled
 from linmu.reference.prompts.processors import load_processor
@@ -48,7 +48,7 @@ def folder(student, processor, tmp_path_factory):
 def test_a_film_is_made_of_the_demos_questions_one_size_a_frame():
     scenes = list(islice(digits_film(seed=5), 60))
     again = list(islice(digits_film(seed=5), 60))
-    asked = DigitsQuestions("heldout", 5, kinds=FILM_KINDS).texts(range(400))
+    asked = DigitsQuestions("heldout", 5, kinds=DRAWN_KINDS).texts(range(400))
     for scene, same in zip(scenes, again, strict=True):
         assert np.array_equal(scene.frames, same.frames)
         assert (scene.question, scene.answer) in asked
@@ -56,7 +56,7 @@ def test_a_film_is_made_of_the_demos_questions_one_size_a_frame():
         assert len(scene.frames) in (2, 4, 6, 8) and scene.seconds == len(scene.frames) / 2
         assert np.array_equal(scene.frames[0::2], scene.frames[1::2])  # a moment is two frames
         assert scene.frames.max() > 100
-    assert {scene.kind for scene in scenes} == set(FILM_KINDS)
+    assert min(sum(scene.kind == kind for scene in scenes) for kind in FILM_KINDS) > 5
     assert scenes[0].question != next(digits_film(seed=6)).question
 
 
