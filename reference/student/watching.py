@@ -29,10 +29,10 @@ beyond what any teacher was trained on, and in the end beyond what float32 angle
 positions is turned back by as much (`turn_back`), so that all distances stay what they were. RoPE knows
 distances alone, therefore this changes nothing but rounding for Local-Swin, and nothing at all for Flex-MA
 without `scan_rope`. With `scan_rope` and a trained convolution the result is near, not equal: the convolution
-comes after RoPE, and its bias and its different taps for the two channels of a pair do not turn. What it wrote
-before a restart is then read a little wrongly until the state has forgotten it, some half-lives of tokens. So
-restart seldom: `max_position` should be many half-lives, and at most some 2^18, where the fastest angle is
-wrong by 0.01 rad in float32.
+comes after RoPE, and its bias and its different taps for the two channels of a pair do not turn. What it
+wrote before a restart is then read a little wrongly until the state has forgotten it, some half-lives of
+tokens. So restart seldom: `max_position` should be many half-lives, and at most some 2^18, where the fastest
+angle is wrong by 0.01 rad in float32.
 
 Compressing time is the caller's choice: fewer frames a call, or an `fps` above the true one, by which the
 clocks of Qwen2.5-VL and Qwen3-VL run slower. Nothing is done about distances: how far back a state reaches is
