@@ -187,7 +187,7 @@ def play(
 
 
 def play_digits(
-    session: watch, minutes: float, *, seed: int = 0, afresh: bool = False
+    session: watch, minutes: float, *, seed: int = 0, afresh: bool = False, after: bool = False
 ) -> list[dict[str, Any]]:
     """Show a film of digits; ask every scene's question before it, and its answer after it.
 
@@ -198,6 +198,7 @@ def play_digits(
         minutes: of film.
         seed: of the film.
         afresh: forget all before every scene: how good the student is on each alone.
+        after: ask after the scene, so that all of it must be kept.
     Returns:
         a row for each twelfth of the film: `minute` that it begins at, `asked`, and by kind and in `all` how
         many answers are right, from 0 to 1.
@@ -210,8 +211,11 @@ def play_digits(
             break
         if afresh:
             session = fresh.fork()
-        session.see(scene.frames, text=scene.question)
-        answer = session.ask(max_new_tokens=4, do_sample=False)
+        before, now = ("", scene.question) if after else (scene.question, "")
+        session.see(scene.frames, text=before)
+        answer = session.ask(now, max_new_tokens=4, do_sample=False)
+        if after:
+            session.say(scene.question)
         session.say(answer, role="assistant")
         parts[int(PARTS * seconds / end)].append((scene.kind, answer == scene.answer))
         seconds += scene.seconds
@@ -256,13 +260,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--afresh", action="store_true", help="of the film of digits: forget before every scene"
     )
+    parser.add_argument("--after", action="store_true", help="of the film of digits: ask after every scene")
     options = parser.parse_args(arguments)
     student = AutoModelForImageTextToText.from_pretrained(options.student).eval()
     processor = load_processor(options.student)
     if options.source == DIGITS:
         most = options.max_position or MAX_POSITION
         session = watch(student, processor, FRAMES_PER_SECOND, max_position=most)
-        print_accuracies(play_digits(session, options.minutes, seed=options.seed, afresh=options.afresh))
+        how = {"seed": options.seed, "afresh": options.afresh, "after": options.after}
+        print_accuracies(play_digits(session, options.minutes, **how))
         return
     if options.session is not None and options.session.exists():
         session = watch.open(options.session, student, processor)

@@ -142,7 +142,14 @@ def test_a_film_of_digits_is_asked_about_scene_by_scene(student, processor, monk
     scenes = list(islice(digits_film(seed=3), 20))
     answers = iter([scene.answer if i % 2 else "never" for i, scene in enumerate(scenes)])
     session, seen = watch(student, processor), []
-    monkeypatch.setattr(watch, "ask", lambda self, **_: (seen.append(self.frames), next(answers))[1])
+    asked = []
+
+    def ask(self, question="", **_) -> str:
+        seen.append(self.frames)
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr(watch, "ask", ask)
     rows = play_digits(session, 0.3, seed=3)
     watched = np.cumsum([0.0] + [scene.seconds for scene in scenes])
     count = int((watched < 18).sum())
@@ -150,9 +157,11 @@ def test_a_film_of_digits_is_asked_about_scene_by_scene(student, processor, monk
     assert seen == [2 * seconds for seconds in watched[1 : count + 1]]
     right = sum(row["asked"] * row["all"] for row in rows if row["asked"])
     assert right == pytest.approx(count // 2)
+    assert set(asked) == {""}  # before the scene
     answers = iter(["never"] * 20)
-    seen.clear()
-    play_digits(watch(student, processor), 0.1, seed=3, afresh=True)
+    seen.clear(), asked.clear()
+    play_digits(watch(student, processor), 0.1, seed=3, afresh=True, after=True)
+    assert asked == [scene.question for scene in scenes[: len(seen)]]
     assert seen == [len(scene.frames) for scene in scenes[: len(seen)]]
 
 
