@@ -35,9 +35,8 @@ from .questions import FRAMES_PER_SECOND
 DIGITS = "digits"
 POLL = 0.2  # seconds between two looks at a folder
 BETWEEN_LINES = {True: 0.5, False: 10.0}  # seconds between progress lines, in a terminal and in a file
-MAX_POSITION = (
-    8192  # in the film of digits; the teacher's configuration says 1,024, a restart every 2 minutes
-)
+# In the film of digits: two hours of it. The teacher's configuration says 1,024, which is two minutes.
+MAX_POSITION = 65_536
 PARTS = 12  # of a digits film, whose accuracies are told
 
 
