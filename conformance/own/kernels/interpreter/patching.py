@@ -1,4 +1,4 @@
-"""Triton's language, which the interpreter replaces by functions that compute: once a launch, not once a call.
+"""Triton's language, replaced by functions that compute once a launch, not once a call.
 
 triton does it again for every call of a device function, though its launch has done it: a third to half of
 the interpreter's time.
