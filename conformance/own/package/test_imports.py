@@ -97,7 +97,7 @@ def test_the_auto_classes_know_students_whichever_module_is_imported_first():
     """What registers the students must not need a module that is itself half imported."""
     names = [
         f"linmu.reference.{folder}.{path.stem}".removesuffix(".__init__")
-        for folder in ("student", "prompts", "training")
+        for folder in ("student", "prompts")  # training's modules import theirs
         for path in sorted((ROOT / "reference" / folder).glob("*.py"))
     ]
     assert len(names) > 10
@@ -177,4 +177,5 @@ def imported_names(path: Path) -> Iterator[tuple[str, str]]:
 
 def is_there(module: str, name: str) -> bool:
     """Whether a module has a name, or a package a module."""
-    return hasattr(import_module(module), name) or find_spec(f"{module}.{name}") is not None
+    found = import_module(module)
+    return hasattr(found, name) or (hasattr(found, "__path__") and find_spec(f"{module}.{name}") is not None)
