@@ -4,7 +4,8 @@ digits     handwritten digits and pictures made of them
 scenes     nine kinds of questions: local detail, global context, time
 questions  the endless data set
 film       a film of digits without end
-train_teacher, train_watcher, ask, watch   commands: make the teacher, a student that watches; ask; play a film
+train_teacher, ask   commands: make the teacher, ask a model about a picture
+train_watcher, watch   commands: teach a student to watch, play a film through it
 """
 
 from pathlib import Path
