@@ -19,7 +19,7 @@ RUNS = {
     "torch": (
         ("chunked", "doubling", "flash"),
         (*SCANS, "window_attention", "local_swin"),
-        ("-k", "reference or sizes or strides or splitting or finite or groups or in_every_dtype"),
+        ("-k", "reference or sizes or finite or in_every_dtype"),
     ),
     "jax": (("jax_backend",), (*SCANS, "window_attention", "causal_conv"), ("--few-shapes",)),
 }
