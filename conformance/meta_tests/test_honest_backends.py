@@ -19,7 +19,8 @@ RUNS = {
     "torch": (
         ("chunked", "doubling", "flash"),
         (*SCANS, "window_attention", "local_swin"),
-        ("-k", "reference or sizes or finite or in_every_dtype"),
+        # doubling holds a state for every token: at the sizes of people it takes most of the time
+        ("-k", "(reference or sizes or finite or in_every_dtype) and not (doubling and sizes)"),
     ),
     "jax": (("jax_backend",), (*SCANS, "window_attention", "causal_conv"), ("--few-shapes",)),
 }
