@@ -45,4 +45,4 @@ def test_honest_backends_pass(run, request):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 30 * len(names), done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 25 * len(names), done.stdout
