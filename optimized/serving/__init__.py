@@ -1,0 +1,4 @@
+"""Students behind an OpenAI-compatible server; README.md says how.
+
+__main__    `python -m linmu.optimized.serving DIR`: transformers' own server, one request at a time
+"""
