@@ -1,4 +1,4 @@
-"""What servers ask of a student: names, refusals, and answers to a stock client over HTTP where one can run."""
+"""What servers ask of a student: names, refusals, and, where one can run, answers to a client over HTTP."""
 
 from __future__ import annotations
 
