@@ -36,9 +36,7 @@ class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
         rows, requests = metadata.num_prefills, metadata.num_reqs
         if rows:
             starts = common_attn_metadata.query_start_loc_cpu[-rows - 1 :]
-            lengths = common_attn_metadata.seq_lens_cpu_upper_bound[
-                metadata.num_reqs - rows : metadata.num_reqs
-            ]
+            lengths = common_attn_metadata.seq_lens_cpu_upper_bound[requests - rows : requests]
             metadata.starts = starts.tolist()
             metadata.has_state = (lengths > starts.diff()).tolist()
         return metadata

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -41,13 +40,15 @@ def student_of(config) -> LinMUModel:
         return kinds[type(config)](config, "optimized")
 
 
-class StateModel(HasInnerState, IsAttentionFree):
+class StateModel:
     """What all families share; put before vLLM's class.
 
     Attributes:
         student: on the meta device.
         states: the layers by their index.
     """
+
+    has_inner_state = is_attention_free = True  # vLLM's protocols, which as bases would not call `super()`
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
