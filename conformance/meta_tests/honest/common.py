@@ -33,7 +33,9 @@ def make_operators(scan: Scan) -> tuple[Callable, Callable, Callable]:
         check_scan(where, x, dt, A, B, C, mask=valid, initial_state=initial_state, mask_name="valid")
         check_bidirectional(where, C, gate, segment, D)
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
-        wide = accumulation_dtype(x.dtype)
+        wide, narrow = accumulation_dtype(x.dtype), x.dtype
+        # once: autograd adds the gradients of several casts in the narrow dtype
+        x, dt, A, B, C = (tensor.to(wide) for tensor in (x, dt, A, B, C))
         y, state = masked_scan(scan, x, dt, A, B, C, valid, initial_state, False)
         if segment is not None:
             vision = (segment >= 0) & valid
@@ -44,9 +46,9 @@ def make_operators(scan: Scan) -> tuple[Callable, Callable, Callable]:
             share = torch.where(vision[..., None], gate.to(wide), 1.0)[..., None]
             y = share * y + (1 - share) * reverse
         if D is not None:
-            x_per_head = per_head(x.to(wide), C.shape[2])
+            x_per_head = per_head(x, C.shape[2])
             y = y + D.to(wide)[:, None] * torch.where(valid[..., None, None], x_per_head, 0.0)
-        return y.to(x.dtype), state
+        return y.to(narrow), state
 
     @without_autocast
     def scan_step(state, x, dt, A, B, C, *, D=None, valid=None):
