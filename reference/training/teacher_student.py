@@ -199,8 +199,8 @@ class Lesson(nn.Module):
 
         Args:
             labels: (B, L) int64, -100 where not supervised; needed for logits.
-            **inputs: what the model's forward takes; `attention_mask` (B, L) says which tokens count. Embeddings
-                in the place of ids, `inputs_embeds` (B, L, D), come with `linmu_coords` (B, L, 4) int64 as in
+            **inputs: what the model's forward takes; `attention_mask` (B, L) says which tokens count.
+                `inputs_embeds` (B, L, D) in the place of ids come with `linmu_coords` (B, L, 4) int64, as in
                 `VisionLayout`.
         Returns:
             {"loss": eq. (4), "mixer": (1), "layer": (2), "logits": (3)}: scalars, those with weight 0 left
