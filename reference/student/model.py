@@ -15,12 +15,14 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers import initialization as init
 from transformers.utils import logging
 
@@ -31,7 +33,7 @@ from ..m_mate import MMATE
 from ..numerics import accumulation_dtype
 from ..prompts.grids import placement_coords
 from .backend import Backend, backend_of
-from .cache import name_cache
+from .cache import CACHE_NAME, name_cache
 from .generation import StudentGeneration
 from .mixer import as_self_attn
 from .saved_folder import whole_weights, write_card
@@ -43,12 +45,6 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FLOAT32_PARAMETERS = ("flex_ma.A_log", "flex_ma.D", "flex_ma.dt_proj", "flex_ma.scan_gate_proj", "mix_proj")
 VERSION = 2  # of `config.linmu`
 OPTIONS_BEFORE = {1: {"text_window": 0}}  # what a version says nothing of, as its students have it
-TAKEN_AS_TEXT = (
-    "A text decoder's student got inputs_embeds without linmu_coords, so it takes every token as text. "
-    "If there is vision among them, convert with {'text_only': False} and pass linmu_coords, (B, L, 4) "
-    "[segment, t, y, x]."
-)
-
 NO_PICTURES = (
     "A student got placeholder tokens of images or videos, and neither pictures nor linmu_coords: "
     "it takes them as text."
@@ -179,11 +175,14 @@ class LinMUModel(StudentGeneration):
             kwargs: the forward's arguments.
         Raises:
             ValueError: if `coords` are missing for `inputs_embeds`, or tokens and grids do not fit.
+        Warns:
+            UserWarning: once, if `coords` are missing for the `inputs_embeds` of a text decoder's student.
         """
         input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if self.prompt_layout is None and coords is None:
-            if embeds is not None:
-                logger.warning_once(TAKEN_AS_TEXT)
+            is_prompt = embeds is not None and not decodes_one_token(embeds, kwargs.get(CACHE_NAME))
+            if is_prompt and not torch.compiler.is_compiling():
+                warn_taken_as_text(type(self).__name__)
             return None
         tokens = input_ids if embeds is None else embeds
         if torch.compiler.is_exporting():
@@ -221,6 +220,20 @@ class LinMUModel(StudentGeneration):
     def placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""
         return self.placeholder_types(input_ids) > 0
+
+
+def decodes_one_token(embeds: Tensor, past: Cache | None) -> bool:
+    """Say whether embeddings (B, L, D) are one token after others: a generated one, which is text."""
+    return embeds.shape[1] == 1 and past is not None and past.get_seq_length() > 0
+
+
+@cache
+def warn_taken_as_text(where: str) -> None:
+    """Say once for each class that embeddings are taken as text: vision among them would be misread."""
+    must = "linmu_coords must come with inputs_embeds, got None, and every token is taken as text"
+    hint = "pass (B, L, 4) [segment, t, y, x], -1 throughout for text; a student for vision is made by"
+    option = "convert(teacher, {'text_only': False})"
+    warnings.warn(f"{where}: {must}; {hint} {option}", UserWarning, stacklevel=2)
 
 
 def with_float32_parameters(mixer: MMATE) -> MMATE:

@@ -200,6 +200,8 @@ class Lesson(nn.Module):
         Args:
             labels: (B, L) int64, -100 where not supervised; needed for logits.
             **inputs: what the model's forward takes; `attention_mask` (B, L) says which tokens count.
+                `inputs_embeds` (B, L, D) in the place of ids come with `linmu_coords` (B, L, 4) int64, as in
+                `VisionLayout`.
         Returns:
             {"loss": eq. (4), "mixer": (1), "layer": (2), "logits": (3)}: scalars, those with weight 0 left
             out.
@@ -251,12 +253,12 @@ class Lesson(nn.Module):
             return {"teacher": teacher, "student": self.run("student", inputs, positions)}
         # The decoder is called as in the first pass: what leads to it needs no pictures and no layout.
         hook = decoder.register_forward_pre_hook(lambda *_: calls[0], with_kwargs=True)
-        ids = inputs["input_ids"]
+        tokens = inputs["attention_mask"]
         pictures = self.student.prompt_layout.argument_names
         unseen = {name: value for name, value in inputs.items() if name not in pictures}
         unseen |= {
             "position_ids": calls[0][1].get("position_ids"),
-            "linmu_coords": ids.new_full((*ids.shape, 4), -1),
+            "linmu_coords": torch.full((*tokens.shape, 4), -1, device=tokens.device),
         }
         try:
             return {"teacher": teacher, "student": self.run("student", unseen, positions)}
@@ -303,8 +305,16 @@ class Lesson(nn.Module):
         return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
 
     def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Mask (B, L) of image and video tokens."""
-        return self.student.placeholder_mask(inputs["input_ids"])
+        """Mask (B, L) bool of image and video tokens: as the caller's coordinates say, otherwise the ids.
+
+        Embeddings without coordinates are text, as the student's forward takes them.
+        """
+        coords, ids = inputs.get("linmu_coords"), inputs.get("input_ids")
+        if coords is not None:
+            return coords[..., 0] >= 0
+        if ids is None:
+            return torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+        return self.student.placeholder_mask(ids)
 
     def _mean_loss(self, outputs: list[dict[str, Tensor]], groups: list[Tensor]) -> Tensor:
         """Mean of the hidden loss over layers and groups of tokens."""

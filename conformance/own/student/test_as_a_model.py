@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import pickle
+import warnings
 
 import peft
 import pytest
@@ -156,15 +156,28 @@ def test_a_plan_to_split_tensors_names_only_what_is_there(family):
         assert plan and not [name for name in plan if "self_attn" in name]
 
 
-def test_pictures_in_inputs_embeds_that_nobody_tells_of_are_said(monkeypatch, caplog):
-    model.logger.warning_once.cache_clear()
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    student = reference.convert(small_llama())
-    embeds = student.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
-    for _ in range(2):
-        student(inputs_embeds=embeds)
-    student(input_ids=torch.tensor([[5, 6, 7]]))
-    assert caplog.text.count("inputs_embeds without linmu_coords, so it takes every token as text") == 1
+@torch.no_grad()
+def test_embeddings_that_may_hold_vision_are_said_to_be_taken_as_text():
+    model.warn_taken_as_text.cache_clear()
+    student, ids = reference.convert(small_llama()), torch.tensor([[5, 6, 7]])
+    embeds = student.get_input_embeddings()(ids)
+    text = {"linmu_coords": torch.full((1, 3, 4), -1)}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wanted = student(input_ids=ids).logits
+        assert torch.equal(student(inputs_embeds=embeds, **text).logits, wanted)
+        past = student(input_ids=ids[:, :2]).past_key_values
+        student(inputs_embeds=embeds[:, 2:], past_key_values=past)
+        student.generate(inputs_embeds=embeds, max_new_tokens=2, **text)
+        assert not said
+        for _ in range(2):
+            assert torch.equal(student(inputs_embeds=embeds).logits, wanted)
+    (warning,) = said
+    assert warning.category is UserWarning
+    assert str(warning.message).startswith(
+        "LinMULlamaForCausalLM: linmu_coords must come with inputs_embeds, got None, and every token is "
+        "taken as text; pass (B, L, 4) [segment, t, y, x], -1 throughout for text"
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +241,8 @@ def test_prefix_tuning_is_refused_by_name_and_prompt_tuning_works_for_text(famil
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     student = reference.convert(small_llama())
     model = peft.get_peft_model(student, peft.PromptTuningConfig(**settings))
-    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 7, 99)
+    text = {"linmu_coords": torch.full((1, 3 + 4, 4), -1)}  # peft hands over embeddings
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids), **text).logits.shape == (1, 7, 99)
 
 
 def test_the_any_to_any_pipeline_takes_a_student(tmp_path, monkeypatch):

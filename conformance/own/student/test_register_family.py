@@ -28,7 +28,7 @@ from .tiny_families import TEXT
 
 README = (Path(__file__).resolve().parents[3] / "reference/student/README.md").read_text()
 IMAGE, VIDEO, NEWLINE = 60, 61, 62
-SLOTS, SIDE = 32, 16
+SLOTS, SIDE, BLOCKS = 3, 16, (2, 1)
 
 
 class NVILAConfig(PreTrainedConfig):
@@ -68,12 +68,15 @@ class NVILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
+        block_sizes: list[tuple[int, int]] | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs,
     ):
         """Put the features of every token of every picture in the place of its placeholder."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None and block_sizes is not None:
+            pixel_values = whole_images(pixel_values, block_sizes)
         for pixels, token_id in ((pixel_values, IMAGE), (pixel_values_videos, VIDEO)):
             if pixels is not None:
                 features = self.mm_projector(pixels.reshape(-1, 1)).to(inputs_embeds)
@@ -81,17 +84,30 @@ class NVILAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.llm(inputs_embeds=inputs_embeds, **kwargs)
 
 
-@pytest.fixture(scope="module")
-def nvila(tmp_path_factory):
-    """The README's block as a module."""
-    (source,) = re.findall(r"<!-- file: nvila.py -->\n```python\n(.*?)```", README, re.DOTALL)
+def whole_images(tiles: Tensor, block_sizes) -> Tensor:
+    """The values of all tokens: of an image's 1 + 4 + rows * columns tiles, the last side by side."""
+    images = []
+    for rows, columns in torch.as_tensor(block_sizes).tolist():
+        image, tiles = tiles[5 : 5 + rows * columns], tiles[5 + rows * columns :]
+        images.append(image.view(rows, columns, SIDE, SIDE).transpose(1, 2).flatten())
+    return torch.cat(images)
+
+
+def module_of_readme(name: str, folder: Path):
+    """A block of the README as a module."""
+    (source,) = re.findall(rf"<!-- file: {name}.py -->\n```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in source.splitlines() if line.strip()]) <= 30
-    path = tmp_path_factory.mktemp("nvila") / "nvila.py"
+    path = folder / f"{name}.py"
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location("nvila", path)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def nvila(tmp_path_factory):
+    return module_of_readme("nvila", tmp_path_factory.mktemp("nvila"))
 
 
 @pytest.fixture(scope="module")
@@ -106,31 +122,102 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def student(nvila, teacher):
-    nvila.register_nvila(teacher)
+    type(teacher).get_decoder = lambda self: self.llm.model
+    register_family("nvila", type(teacher), nvila.NVILAPromptLayout())
     yield shake_mixers(convert(teacher))
     del FAMILIES[type(teacher)]
 
 
-def film(seed: int = 0) -> dict[str, Tensor]:
-    """Text, a video of 32 slots with a newline after each, and text; then an image."""
-    slot = [VIDEO] * SIDE**2 + [NEWLINE]
-    ids = torch.tensor([[5, 6, 7, *slot * SLOTS, 8, *[IMAGE] * SIDE**2, NEWLINE, 9, 10]])
-    generator = torch.Generator().manual_seed(seed)
+def film(frames: int = SLOTS) -> dict[str, Any]:
+    """Text, a video with a newline after each frame, another of one frame, and an image in blocks."""
+    frame, (rows, columns) = [VIDEO] * SIDE**2 + [NEWLINE], BLOCKS
+    image = [IMAGE] * (rows * columns * SIDE**2) + [NEWLINE]
+    ids = torch.tensor([[5, 6, 7, *frame * frames, 8, *frame, *image, 9, 10]])
+    generator = torch.Generator().manual_seed(0)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(1, 1, SIDE, SIDE, generator=generator),
-        "pixel_values_videos": torch.randn(1, SLOTS, SIDE, SIDE, generator=generator),
+        "pixel_values": torch.randn(1 + 4 + rows * columns, SIDE, SIDE, generator=generator),
+        "block_sizes": [BLOCKS],
+        "pixel_values_videos": torch.randn(frames + 1, SIDE, SIDE, generator=generator),
     }
 
 
-def test_its_video_is_one_segment_of_32_frames_around_newlines(student):
-    inputs = film()
+@pytest.mark.parametrize("frames", [1, 3, 4])
+def test_frames_around_newlines_are_one_segment_and_blocks_one_grid(student, frames):
+    inputs = film(frames)
+    ids, coords = inputs["input_ids"][0], student.vision_layout(None, inputs).coords[0]
+    videos = coords[ids == VIDEO].view(frames + 1, SIDE, SIDE, 4)
+    assert videos[frames - 1, 3, 7].tolist() == [0, frames - 1, 3, 7]
+    assert videos[frames, 15, 2].tolist() == [1, 0, 15, 2]
+    assert (coords[ids == NEWLINE] == -1).all()
+    image = coords[ids == IMAGE].view(BLOCKS[0] * SIDE, BLOCKS[1] * SIDE, 4)
+    assert image[31, 5].tolist() == [2, 0, 31, 5]
+
+
+def test_images_without_blocks_are_a_tile_each(student):
+    image = [IMAGE] * SIDE**2 + [NEWLINE]
+    inputs = {"input_ids": torch.tensor([[5, *image * 2]]), "pixel_values": torch.zeros(2, SIDE, SIDE)}
     coords = student.vision_layout(None, inputs).coords[0]
-    video = coords[inputs["input_ids"][0] == VIDEO].view(SLOTS, SIDE, SIDE, 4)
-    assert video[5, 3, 7].tolist() == [0, 5, 3, 7] and video[31, 15, 15].tolist() == [0, 31, 15, 15]
-    assert (coords[inputs["input_ids"][0] == NEWLINE] == -1).all()
-    assert coords[inputs["input_ids"][0] == IMAGE][-1].tolist() == [1, 0, 15, 15]
+    assert coords[[1, SIDE**2, SIDE**2 + 2]].tolist() == [[0, 0, 0, 0], [0, 0, 15, 15], [1, 0, 0, 0]]
+
+
+@torch.no_grad()
+def test_beams_repeat_frames_and_tiles(student):
+    inputs = film(2)
+    options = {"max_new_tokens": 2, "do_sample": False, "num_beams": 2}
+    assert student.generate(**inputs, **options).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+class VILA(nn.Module):
+    """One id for each image or video; expanded inside, padded on the left, as VILA's own class does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.llm = shake(Qwen2ForCausalLM(Qwen2Config(**TEXT, vocab_size=64)).eval(), ("bias",))
+        self.mm_projector = nn.Linear(1, TEXT["hidden_size"])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, media: dict[int, list[Tensor]], **kwargs):
+        embed, remaining, rows = self.llm.get_input_embeddings(), {k: iter(v) for k, v in media.items()}, []
+        for ids, valid in zip(input_ids, attention_mask.bool(), strict=True):
+            parts = []
+            for token in ids[valid]:
+                if int(token) not in remaining:
+                    parts.append(embed(token)[None])
+                    continue
+                for slot in next(remaining[int(token)]):
+                    newline = embed(torch.tensor([NEWLINE]))
+                    parts += [self.mm_projector(slot.reshape(-1, 1)), newline]
+            rows.append(torch.cat(parts))
+        embeds = nn.utils.rnn.pad_sequence(rows, True, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows])[:, None]
+        mask = (torch.arange(embeds.shape[1]) >= embeds.shape[1] - lengths).long()
+        return self.llm(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+
+@torch.no_grad()
+def test_the_decoder_alone_is_converted_where_ids_are_expanded_inside(tmp_path):
+    media_coords = module_of_readme("vila", tmp_path).media_coords
+    model, side = VILA(), 4
+    ids = torch.tensor([[5, IMAGE, 6, VIDEO, 7], [8, VIDEO, 9, 0, 0]])
+    mask = (ids > 0).long()
+    image, *videos = (torch.randn(slots, side, side) for slots in (1, 3, 2))
+    media = {IMAGE: [image], VIDEO: videos}
+    grids = {IMAGE: [(1, side, side)], VIDEO: [(3, side, side), (2, side, side)]}
+    coords = media_coords(ids, mask, grids)
+    assert coords.shape == (2, 3 + 17 * 4, 4)
+    assert coords[0, [0, 1, 16, 17, 19]].tolist() == [[-1] * 4, [0] * 4, [0, 0, 3, 3], [-1] * 4, [1, 0, 0, 0]]
+    assert coords[1, -2].tolist() == [-1] * 4 and coords[1, -3].tolist() == [0, 1, 3, 3]
+    assert coords[1, -35].tolist() == [0, 0, 0, 0] and (coords[1, :-35] == -1).all()
+    model.llm = shake_mixers(convert(model.llm, {"text_only": False, "window_thw": (2, 2, 2)}))
+    logits = model(ids, mask, media, linmu_coords=coords).logits
+    second = {VIDEO: videos[1:]}
+    alone = media_coords(ids[1:], mask[1:], {IMAGE: [], VIDEO: [(2, side, side)]})
+    wanted = model(ids[1:], mask[1:], second, linmu_coords=alone).logits[0]
+    torch.testing.assert_close(logits[1, -len(wanted) :], wanted, rtol=0, atol=1e-4)
+    text = model(ids, mask, media, linmu_coords=torch.full_like(coords, -1)).logits
+    assert (text[0] - logits[0]).abs().max() > 1e-2
 
 
 @torch.no_grad()
