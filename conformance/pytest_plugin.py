@@ -7,6 +7,7 @@ names of packages. This plugin, which the installed package registers, puts the 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ NAME = "linmu.conformance"
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
     """Replace names that begin with linmu.conformance by paths; all other arguments stay as they are."""
-    early_config.known_args_namespace.file_or_dir = [
-        path_of(argument) for argument in early_config.known_args_namespace.file_or_dir
-    ]
-    args[:] = [path_of(argument) for argument in args]
+    backends = {value for option, value in pairwise(args) if option == "--backend"}  # not known to pytest yet
+    known = early_config.known_args_namespace
+    known.file_or_dir = [name if name in backends else path_of(name) for name in known.file_or_dir]
+    args[:] = [name if name in backends else path_of(name) for name in args]
 
 
 def path_of(argument: str) -> str:

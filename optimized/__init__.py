@@ -28,6 +28,7 @@ from .sliding_window_attention import WindowState, sliding_window_attention
 from .window_attention import window_attention
 
 if TYPE_CHECKING:
+    from ..reference.student.watching import watch
     from ..reference.training.calibration import calibrate_norms
     from .student import convert, load
     from .training import Lesson, Objective, attach_teacher, detach_teacher
@@ -59,6 +60,7 @@ __all__ = [
     "selective_scan",
     "set_engine",
     "sliding_window_attention",
+    "watch",
     "window_attention",
     "window_ids",
 ]
@@ -72,6 +74,7 @@ WITH_TRANSFORMERS = {
     "convert": ".student",
     "detach_teacher": ".training",
     "load": ".student",
+    "watch": "..reference.student.watching",
 }
 
 

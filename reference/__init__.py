@@ -22,6 +22,7 @@ from .window_attention import window_attention
 
 if TYPE_CHECKING:
     from .student.convert import convert, load
+    from .student.watching import watch
     from .training.calibration import calibrate_norms
     from .training.teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 
@@ -50,6 +51,7 @@ __all__ = [
     "scan_step",
     "selective_scan",
     "sliding_window_attention",
+    "watch",
     "window_attention",
     "window_ids",
 ]
@@ -63,6 +65,7 @@ WITH_TRANSFORMERS = {
     "convert": ".student.convert",
     "detach_teacher": ".training.teacher_student",
     "load": ".student.convert",
+    "watch": ".student.watching",
 }
 
 

@@ -7,8 +7,8 @@ same inputs in the same dtypes; `truth` is what it gives for them in float64. Th
 of what is summed where a test says so: a sum over tokens that cancels resolves less than its terms do. The
 last part is absolute, for truths of exactly 0: tests draw numbers of size 1. Both the root mean square of the
 error and its maximum are bounded, so that neither a small error everywhere nor one wrong row can hide. The
-mean of few numbers scatters: of n of them, the floor of the first is 1 + 3/√n times as high, for a single one
-that of the maximum.
+mean of few numbers scatters: where n of them carry it, the floor of the first is 1 + 3/√n times as high, for
+a single one that of the maximum.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def check_errors(
     error = got - truth
     rounding = torch.zeros_like(truth) if reference is None else reference.detach().double().cpu() - truth
     size = truth if size is None else torch.maximum(truth.abs(), size.double().cpu())
-    of_few = min(1 + 3 / got.numel() ** 0.5, maximum_over_rms)
+    of_few = min(1 + 3 / carrying(size) ** 0.5, maximum_over_rms)
     for kind, measure, share in (("RMS", rms, of_few), ("maximum", maximum, maximum_over_rms)):
         bound = max(2 * measure(rounding), share * floor * measure(size), ABSOLUTE * floor)
         found = measure(error)
@@ -153,6 +153,14 @@ def rms(tensor: Tensor) -> float:
 
 def maximum(tensor: Tensor) -> float:
     return tensor.abs().max().item()
+
+
+def carrying(size: Tensor) -> float:
+    """How many elements carry the mean square: all if they are alike, one if it is that of one (participation
+    ratio)."""
+    squares = size.square()
+    total = squares.sum().square()
+    return (total / squares.square().sum()).item() if total > 0 else float(size.numel())
 
 
 def coarsest(results: Results, case: Any) -> torch.dtype:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,3 +77,12 @@ def test_names_of_modules_and_tests_become_paths():
     assert Path(pytest_plugin.path_of("linmu.conformance.properties")).is_dir()
     for other in ("conformance/properties", "linmu.reference", "linmu.conformance.not_there", "-q", "mine"):
         assert pytest_plugin.path_of(other) == other
+
+
+def test_a_backend_below_linmu_conformance_stays_a_module():
+    name = "linmu.conformance.meta_tests.honest.chunked"
+    args = ["--backend", name, "linmu.conformance.properties", "-q"]
+    config = SimpleNamespace(known_args_namespace=SimpleNamespace(file_or_dir=[name, args[2]]))
+    pytest_plugin.pytest_load_initial_conftests(config, args)
+    assert args[:2] == ["--backend", name] and Path(args[2]).is_dir()
+    assert config.known_args_namespace.file_or_dir == [name, args[2]]

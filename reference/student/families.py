@@ -5,10 +5,13 @@ A student is an own architecture, `linmu_<family>`: its `config.json` is the tea
     "linmu": {"version": 2, "layers": [0, 1, ...], "options": {...}}
 
 After `import linmu.reference` AutoConfig, the Auto class of the family's models and AutoProcessor open a
-student's folder. `register_family` adds a family, from here or from outside; nothing else needs to know it.
+student's folder, and `transformers serve` answers for it. `register_family` adds a family, from here or from
+outside; nothing else needs to know it.
 """
 
 from __future__ import annotations
+
+import sys
 
 from torch import nn
 from transformers import (
@@ -30,6 +33,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.auto import modeling_auto
 
 from ..checks import require
 from ..prompts.idefics3_layout import Idefics3PromptLayout
@@ -76,8 +80,18 @@ def register_family(
         auto_class.register(config_class, student_class)
     if processor_class is not None:
         AutoProcessor.register(config_class, processor_class)
+    name_for_server(student_class)
     FAMILIES[teacher_class] = student_class
     return student_class
+
+
+def name_for_server(student_class: type[LinMUModel]) -> None:
+    """Name a student's class where `transformers serve`, which does not ask the Auto classes, looks it up."""
+    is_text = student_class.prompt_layout is None
+    task = "CAUSAL_LM" if is_text else "IMAGE_TEXT_TO_TEXT"
+    names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+    names[student_class.config_class.model_type] = student_class.__name__  # whether it takes images
+    setattr(sys.modules["transformers"], student_class.__name__, student_class)  # of `architectures`
 
 
 def make_student_class(

@@ -195,6 +195,16 @@ class StudentGeneration:
         past = 0 if cache is None else cache.get_seq_length()
         return model_inputs | {"linmu_coords": coords_between(coords, past, past + length)}
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse continuous batching, of `generate_batch` as well.
+
+        Raises:
+            ValueError: always; it pages keys and values, and a student keeps a state instead.
+        """
+        must = "continuous batching needs keys and values that can be paged"
+        hint = "generate() takes batches of any lengths, padded; to serve many at once, use vLLM"
+        require(False, "generate_batch", must, "a student, which keeps states", hint)
+
     def _validate_generation_mode(self, generation_mode, generation_config: GenerationConfig, kwargs) -> None:
         super()._validate_generation_mode(generation_mode, generation_config, kwargs)
         implementation = generation_config.cache_implementation

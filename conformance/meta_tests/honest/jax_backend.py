@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linmu.reference.causal_conv import check_conv
 from linmu.reference.numerics import accumulation_dtype
-from linmu.reference.scan import check_conv
 from linmu.reference.window_attention import check_window_attention
 
 from .common import make_operators

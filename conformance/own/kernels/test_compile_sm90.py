@@ -13,7 +13,7 @@ import json
 
 import pytest
 
-from .forks import run_forked
+from ..forks import Start, run_forked
 
 SHARED_MEMORY = 227 * 1024
 PRODUCTS = {
@@ -84,7 +84,8 @@ def compiled(kernel: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[s
     asked = (f"{dtype}:{','.join(map(str, each))}" for dtype, each in sizes.items())
     # the second is what triton 3.9 does anyway, said aloud to keep it quiet
     variables = ("TRITON_INTERPRET", "0"), ("TRITON_DEFAULT_FP_FUSION", "1")
-    done = run_forked(variables, "interpreter.compile_sm90", kernel, *asked)
+    start = Start(("linmu.optimized",), variables)
+    done = run_forked(start, f"{__package__}.interpreter.compile_sm90", kernel, *asked)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

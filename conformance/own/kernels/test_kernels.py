@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .forks import run_forked
+from ..forks import INTERPRETER, run_forked
 
 OPERATORS = (
     "bidirectional_scan",
@@ -29,8 +29,8 @@ OPERATORS = (
 def interpreted(program: str | Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run a trial, by its name, or a file under Triton's interpreter."""
     if isinstance(program, str):
-        program = f"interpreter.{program}"
-    return run_forked((("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1")), program, *arguments)
+        program = f"{__package__}.interpreter.{program}"
+    return run_forked(INTERPRETER, program, *arguments)
 
 
 @pytest.mark.parametrize(

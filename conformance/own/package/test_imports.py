@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -94,7 +97,7 @@ def test_the_auto_classes_know_students_whichever_module_is_imported_first():
     """What registers the students must not need a module that is itself half imported."""
     names = [
         f"linmu.reference.{folder}.{path.stem}".removesuffix(".__init__")
-        for folder in ("student", "prompts", "training")
+        for folder in ("student", "prompts")  # training's modules import theirs
         for path in sorted((ROOT / "reference" / folder).glob("*.py"))
     ]
     assert len(names) > 10
@@ -147,3 +150,32 @@ def test_type_checkers_see_every_name_that_is_imported_late(package):
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE" in ast.unparse(node.test))
     shown = {alias.name: "." * node.level + node.module for node in block.body for alias in node.names}
     assert shown == PACKAGES[package].WITH_TRANSFORMERS
+
+
+def test_every_name_that_is_imported_from_linmu_is_there():
+    """In files that need an extra and are not imported without it, too."""
+    files = [
+        path
+        for package in ("reference", "optimized", "conformance")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    imported = {name for path in files for name in imported_names(path)}
+    assert len(imported) > 500
+    assert sorted(f"{of} in {module}" for module, of in imported if not is_there(module, of)) == []
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of all that a file takes from linmu by `from`."""
+    package = ("linmu", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join((*above, node.module) if node.module else above)
+            if module.startswith("linmu"):
+                yield from ((module, alias.name) for alias in node.names if alias.name != "*")
+
+
+def is_there(module: str, name: str) -> bool:
+    """Whether a module has a name, or a package a module."""
+    found = import_module(module)
+    return hasattr(found, name) or (hasattr(found, "__path__") and find_spec(f"{module}.{name}") is not None)

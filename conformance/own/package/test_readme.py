@@ -24,6 +24,8 @@ from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.chat_collator import content_blocks
 from linmu.reference.training.data.turns import read_turns
 
+from ..forks import COMMANDS, run_forked
+
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -135,7 +137,6 @@ SHORTER = {
     "python distill.py evaluate": "--eval_samples 2 --batch_size 1 --cpu",
     "python distill.py ablate": f"--preset smoke {STEPS} --batch_size 1 --eval_samples 1 --cpu "
     "--seeds 1 --variants full",
-    "torchrun --nproc_per_node 2 distill.py": f"--preset smoke {STEPS} --batch_size 1 --eval_samples 1 --cpu",
     "pytest conformance/": "-k inverse",
     "pytest --pyargs linmu.conformance": "-k inverse",
     "python -m linmu.reference.student.convert": "",
@@ -153,6 +154,13 @@ def shortened(command: str) -> str:
 
 def run_shell(source: str, folder: Path) -> str:
     """Run one command with this interpreter's programs first on the path; return what it prints."""
+    program, *arguments = shlex.split(shortened(source))
+    if program == "python":  # in a fork that has imported everything
+        start = 1 if arguments[0] == "-m" else 0
+        program = arguments[start] if start else folder / arguments[start]
+        done = run_forked(COMMANDS, program, *arguments[start + 1 :], folder=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-euo", "pipefail", "-c", shortened(source)]
     done = subprocess.run(

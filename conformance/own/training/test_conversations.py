@@ -224,6 +224,20 @@ def test_a_stream_is_the_same_wherever_it_is_entered(tmp_path):
     assert kinds[:30] != kinds[30:60] != [f"m{i}" for i in range(30)]
 
 
+def test_a_streams_order_is_not_a_number_that_loader_workers_share(folder, monkeypatch):
+    path = write(folder, *({"messages": asked(BLOCK, TEXT), "kind": f"{i}"} for i in range(12)))
+    stream, alone = (open_rows(str(path), streaming=True, seed=0) for _ in range(2))
+    kinds = [alone.row(i)["kind"] for i in range(20)]
+    iterate = datasets.IterableDataset.iter
+
+    def another_worker_is_ahead(data, *arguments, **named):
+        stream.data.set_epoch(7)
+        return iterate(data, *arguments, **named)
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", another_worker_is_ahead)
+    assert [stream.row(i)["kind"] for i in range(20)] == kinds
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["listed", "streamed"])
 def test_loader_workers_change_nothing(folder, encoder, streaming):
     path = write(folder, *({"messages": asked(BLOCK, TEXT), "kind": f"{i}"} for i in range(12)))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
 from linmu.reference.training.stage_trainer import StageTrainer
 
+from ..forks import COMMANDS, run_forked
 from .flags import steps
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -138,10 +138,8 @@ def test_the_printed_command_asks_the_student(finished, capsys):
     run(finished, "--resume")
     command = capsys.readouterr().out.splitlines()[-1].strip()
     assert command.startswith("python -m linmu.reference.demo.ask ")
-    answer = subprocess.run(
-        command.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.strip()
+    answer = run_forked(COMMANDS, *shlex.split(command)[2:])
+    assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
 
 
 @pytest.mark.parametrize(
@@ -181,11 +179,9 @@ def settings_by_flag(settings: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-@pytest.mark.parametrize("program", [["distill.py"], ["-m", "linmu.reference.training"]])
+@pytest.mark.parametrize("program", [ROOT / "distill.py", "linmu.reference.training"])
 def test_every_setting_is_a_flag_with_help(program):
-    text = subprocess.run(
-        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    text = run_forked(COMMANDS, program, "--help").stdout
     names = [*settings_by_flag(settings_of(Config())), "dry_run", "resume", "overwrite", "settings"]
     for name in names:
         shown = re.search(rf"--{re.escape(name)}\b[^│]*│\n│ +(\w|\')", text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from linmu.reference.training.evaluation.scores import Scores
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run, example_of
 
+from ..forks import COMMANDS, run_forked
 from .own_data import BROKEN, flags, row, write
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -44,10 +44,8 @@ def said(student, tmp_path_factory) -> str:
     """What the student answers about p.png."""
     folder = tmp_path_factory.mktemp("said")
     write(folder, "d.jsonl", [row()])
-    done = subprocess.run(
-        [sys.executable, "-m", "linmu.reference.demo.ask", student, folder / "p.png", "how many"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run_forked(COMMANDS, "linmu.reference.demo.ask", str(student), str(folder / "p.png"), "how many")
+    assert done.returncode == 0, done.stderr
     return done.stdout.rstrip("\n")
 
 
@@ -196,7 +194,7 @@ def test_the_example_is_a_question_about_one_picture_with_an_answer():
     assert example_of(turns([text, image], [image, one])) == ("picture", "how many", "1")
 
 
-@pytest.mark.parametrize("question", ["what's in it?", 'say "$HOME" `date`', "two\nlines; rm x", "é \\ '"])
+@pytest.mark.parametrize("question", ["what's in `date`, $HOME?", 'say "é \\ "\ntwo; rm x'])
 def test_the_printed_command_asks_the_very_question(tmp_path, capsys, question):
     data = write(tmp_path / "a folder", "d.jsonl", [row("1", question=question)] * 30)
     main([*flags(data, tmp_path / "it's a run"), "--stages", "i"])

@@ -179,8 +179,8 @@ class Stream:
     """
 
     def __init__(self, source: str, data: Any, root: Path, seed: int | None = None, buffer: int = 1000):
-        self.source, self.root = source, root
-        self.data = data if seed is None else data.shuffle(seed=seed, buffer_size=buffer)
+        self.source, self.data, self.root = source, data, root
+        self.seed, self.buffer = seed, buffer
         self.recent: deque[tuple[int, dict[str, Any]]] = deque(maxlen=REMEMBERED)
         self.next, self.rows = 0, iter(())
 
@@ -219,13 +219,19 @@ class Stream:
         """The rows of one epoch after another."""
         epoch = 0
         while True:
-            self.data.set_epoch(epoch)
-            count = 0
-            for rows in self.data.iter(batch_size=1):  # unlike iter(data), the same in every loader worker
+            data, count = self.shuffled(epoch), 0
+            for rows in data.iter(batch_size=1):  # unlike iter(data), the same in every loader worker
                 count += 1
                 yield {key: values[0] for key, values in rows.items()}
             require(count > 0, "Stream", f"{self.source} must hold samples", "none")
             epoch += 1
+
+    def shuffled(self, epoch: int) -> Any:
+        """The data of an epoch. Not by `set_epoch`: loader workers share that number, and one is ahead."""
+        if self.seed is None:
+            return self.data
+        seed = hash((self.seed, epoch)) % 2**63
+        return self.data.shuffle(seed=seed, buffer_size=self.buffer)
 
 
 def open_rows(source: str, streaming: bool = False, seed: int | None = None) -> JsonLines | Table | Stream:

@@ -1,0 +1,47 @@
+"""Students in vLLM: an out-of-tree plugin, found by the entry point `vllm.general_plugins`.
+
+register    (here) tells vLLM of the students' architectures, their settings, and the kind of state they keep
+settings    what a student needs of vLLM's configuration; what is refused, and why
+scheduler   never ends a chunk inside an image or a video
+metadata    which rows of a batch decode, which prefill, and where their states are
+positions   M-RoPE's positions with the coordinates of vision tokens in their high bits
+layer       an M-MATE block on vLLM's rows of states
+models      vLLM's models with that layer in the place of attention
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import version
+
+TESTED = "0.32."  # of vLLM, whose classes the plugin subclasses
+FOLDER = __name__
+MODELS = (  # by the names in a student's config.json
+    "LinMUQwen2VLForConditionalGeneration",
+    "LinMUQwen2_5_VLForConditionalGeneration",
+    "LinMUQwen2ForCausalLM",
+    "LinMULlamaForCausalLM",
+)
+
+
+def register() -> None:
+    """Make `vllm serve FOLDER` open students; vLLM calls this in each of its processes.
+
+    Under a version of vLLM that was not tested it warns and registers nothing, so that other models run.
+    """
+    found = version("vllm")
+    if not found.startswith(TESTED):
+        message = f"linmu: students are served by vLLM {TESTED}*, got {found}; pip install 'linmu[vllm]'"
+        warnings.warn(message, RuntimeWarning, stacklevel=1)
+        return
+    import transformers  # noqa: F401  # AutoConfig learns linmu_*, see linmu/reference/__init__.py
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+
+    from .settings import StudentSettings
+
+    register_backend(MambaAttentionBackendEnum.CUSTOM, f"{FOLDER}.metadata.StateBackend", is_mamba=True)
+    for name in MODELS:
+        MODELS_CONFIG_MAP[name] = StudentSettings
+        ModelRegistry.register_model(name, f"{FOLDER}.models:{name}")

@@ -1,0 +1,155 @@
+"""vLLM's own models with an M-MATE block in the place of attention.
+
+A student on the meta device, without weights, says what its layers are, where its prompts show pictures, and
+which positions its tokens have. Choice: positions are those of transformers, under which a student was
+trained. vLLM's own differ: after a video of more frames than rows and columns, text goes on from the last
+frame's position there, as in Qwen's first release, and from the largest of height and width in transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+
+from ....reference.checks import require
+from ....reference.prompts.grids import placement_coords
+from ....reference.student.families import FAMILIES
+from ....reference.student.generation import MODALITIES
+from ....reference.student.model import LinMUModel, mixers
+from .layer import StateLayer, Step, check_decodes_are_text
+from .positions import pack, unpack
+
+MIXER_WEIGHT = re.compile(r".*\blayers\.(\d+)\.self_attn\.((?:flex_ma|local_swin|mix_proj)\..*)")
+
+
+def student_of(config) -> LinMUModel:
+    """Return the student of a configuration, on the meta device."""
+    kinds = {student.config_class: student for student in FAMILIES.values()}
+    with torch.device("meta"):
+        return kinds[type(config)](config, "optimized")
+
+
+class StateModel:
+    """What all families share; put before vLLM's class.
+
+    Attributes:
+        student: on the meta device.
+        states: the layers by their index.
+    """
+
+    has_inner_state = is_attention_free = True  # vLLM's protocols, which as bases would not call `super()`
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config, layers = vllm_config.model_config.hf_config, self.decoder().layers
+        student = student_of(config)
+        self.states: dict[int, StateLayer] = {}
+        named = vllm_config.compilation_config.static_forward_context
+        for index, mixer in mixers(student).items():
+            name = layers[index].self_attn.attn.layer_name
+            del named[name]
+            layer = StateLayer(mixer.config, index, vllm_config, name.removesuffix(".attn"))
+            layers[index].self_attn = self.states[index] = layer
+        self.rotary = type(student.get_decoder().rotary_emb)(config.get_text_config())
+        object.__setattr__(self, "student", student)  # no module of this one: it has no weights
+
+    def decoder(self) -> nn.Module:
+        """Return vLLM's decoder, whose `layers` have a `self_attn`."""
+        return self.model
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
+        """As vLLM's; tells the layers where the pictures are, which came with the positions."""
+        coords = sizes = None
+        if self.student.prompt_layout is not None and positions.ndim == 2:
+            positions, coords, sizes = unpack(positions)
+            coords = coords if bool((coords >= 0).any()) else None
+        like = next(iter(self.states.values())).block.flex_ma.v_proj.weight
+        step = Step(self.rotary(like, positions[..., None, :]), coords, sizes)
+        metadata = get_forward_context().attn_metadata
+        for layer in self.states.values():
+            layer.step = step
+        if metadata is not None:
+            first = next(iter(self.states.values())).name
+            check_decodes_are_text(step, metadata[first].num_decode_tokens)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As vLLM's, which gets what does not belong to a block."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        loaded = set()
+
+        def others():
+            for name, tensor in weights:
+                match = MIXER_WEIGHT.fullmatch(name)
+                if match is None:
+                    yield name, tensor
+                    continue
+                parameter = self.states[int(match[1])].block.get_parameter(match[2])
+                same = parameter.shape == tensor.shape
+                require(same, "load_weights", f"{name} must be {tuple(parameter.shape)}", tuple(tensor.shape))
+                parameter.data.copy_(tensor)
+                loaded.add(names[id(parameter)])
+
+        loaded |= super().load_weights(others())
+        own = {name for name, _ in self.named_parameters() if ".self_attn.block." in name}
+        missing = sorted(own - loaded)
+        require(not missing, "load_weights", "the folder must hold all of a student", missing[:8])
+        return loaded
+
+
+class PictureModel(StateModel):
+    """A student that sees."""
+
+    def decoder(self) -> nn.Module:
+        """As `StateModel`."""
+        return self.language_model.model
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
+        """Return a prompt's positions as transformers makes them, with coordinates in their high bits,
+        (3, L) int64, and what later tokens' positions are ahead of their index.
+        """
+        ids = torch.tensor([input_tokens])
+        types, inputs = torch.zeros_like(ids), {}
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            start, length = feature.mm_position.offset, feature.mm_position.length
+            number, part = MODALITIES.index(feature.modality) + 1, slice(start, start + length)
+            placeholder = getattr(self.config, f"{feature.modality}_token_id")
+            types[0, part] = number * (ids[0, part] == placeholder)
+            for name in (f"{feature.modality}_grid_thw", "second_per_grid_ts"):
+                if feature.data.get(name) is not None:
+                    inputs.setdefault(name, []).append(torch.as_tensor(feature.data[name].data))
+        inputs = {name: torch.stack(values) for name, values in inputs.items()}
+        inputs["mm_token_type_ids"] = types
+        rope_index = self.student.base_model.get_rope_index
+        known = inspect.signature(rope_index).parameters
+        given = {name: value for name, value in inputs.items() if name in known}
+        positions, delta = rope_index(input_ids=ids, **given)  # (3, 1, L), (1, 1)
+        placements = self.student.placements(ids, inputs) if mm_features else []
+        coords = placement_coords(placements, ids.shape, ids.device)
+        return pack(positions[:, 0].long(), coords[0]), int(delta)
+
+
+class LinMUQwen2VLForConditionalGeneration(PictureModel, Qwen2VLForConditionalGeneration):
+    """A Qwen2-VL student."""
+
+
+class LinMUQwen2_5_VLForConditionalGeneration(PictureModel, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+    """A Qwen2.5-VL student."""
+
+
+class LinMUQwen2ForCausalLM(StateModel, Qwen2ForCausalLM):
+    """A Qwen2 student, text alone."""
+
+
+class LinMULlamaForCausalLM(StateModel, LlamaForCausalLM):
+    """A Llama student, text alone."""
