@@ -32,7 +32,7 @@ def prompts() -> list[torch.Tensor]:
     return [torch.tensor([film, whole]), torch.tensor([whole, film])]
 
 
-SPLITS = {2: [[1, 25], [9, 17], [24, 2]], 3: [[5, 6, 15], [12, 1, 13]], 4: [[7, 6, 2, 11], [1, 1, 23, 1]]}
+SPLITS = {2: [[1, 25], [9, 17], [24, 2]], 3: [[10, 10, 6], [12, 1, 13]], 4: [[7, 6, 2, 11], [1, 1, 23, 1]]}
 
 
 def compare(mesh, lengths, coords, layer, masked, started, backend):
@@ -91,7 +91,7 @@ def main(rank: int, store: str) -> None:
     for ranks, splits in SPLITS.items():
         mesh = DeviceMesh("cpu", list(range(ranks)))  # every process makes it, those in it use it
         for number, lengths in enumerate(splits if rank < ranks else ()):
-            for layer in range(4) if number == 1 else (number, 3):
+            for layer in range(4) if number == 1 else (number + 1,):
                 coords = prompts()[layer % 2]
                 options = (bool(number % 2), layer >= 2, number == 1)
                 try:
