@@ -1,0 +1,106 @@
+"""Processes that each hold a slice of a prompt compare a block with one on all of it, gradients too."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from linmu import optimized, reference
+from linmu.reference.context_parallel import ContextParallel, Operators
+
+OPTIMIZED = Operators(
+    optimized.causal_conv,
+    optimized.bidirectional_scan,
+    optimized.sliding_window_attention,
+    optimized.window_attention,
+)
+TEXT = [[-1] * 4]
+
+
+def grid(segment: int, t: int, y: int, x: int) -> list[list[int]]:
+    return [[segment, a, b, c] for a in range(t) for b in range(y) for c in range(x)]
+
+
+def prompts() -> list[torch.Tensor]:
+    """Rows of 26 tokens: text in front of, inside and behind videos; two segments; a segment over all."""
+    film = TEXT * 3 + grid(0, 1, 2, 3) + TEXT + [[0, 1, *yx[2:]] for yx in grid(0, 1, 2, 3)] + TEXT * 2
+    film += grid(7, 1, 2, 2) + TEXT * 4
+    whole = grid(3, 2, 4, 3) + TEXT * 2
+    return [torch.tensor([film, whole]), torch.tensor([whole, film])]
+
+
+SPLITS = {2: [[1, 25], [9, 17], [24, 2]], 3: [[10, 10, 6], [12, 1, 13]], 4: [[7, 6, 2, 11], [1, 1, 23, 1]]}
+
+
+def compare(mesh, lengths, coords, layer, masked, started, backend):
+    torch.manual_seed(layer)
+    config = reference.LinMUConfig(
+        width=8, heads=4, groups=2, head_dim=4, text_window=4, window_thw=(2, 2, 2), half_life=(2, 40)
+    )
+    block = (optimized if backend else reference).MMATE(config, layer).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    u = torch.randn(2, 26, 8, dtype=torch.float64)
+    weight = torch.randn(2, 26, 8, dtype=torch.float64)
+    angles = torch.randn(1, 26, 4, dtype=torch.float64)
+    angles = (angles.cos(), angles.sin())
+    valid = torch.ones(2, 26, dtype=torch.bool)
+    if masked:
+        valid[0, -3:] = False
+        valid[1, -2:] = False
+    layout = (optimized if backend else reference).VisionLayout(coords)
+    state = None
+    if started:
+        with torch.no_grad():
+            _, state = block(torch.randn_like(u)[:, :2], position_embeddings=tuple(a[:, :2] for a in angles))
+    parallel = ContextParallel(mesh, lengths, OPTIMIZED if backend else None)
+
+    whole = u.clone().requires_grad_()
+    y, end = block(whole, layout, valid=valid, position_embeddings=angles, state=state)
+    (y * weight).sum().backward()
+    wanted = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+
+    mine = parallel.local(u).clone().requires_grad_()
+    got, last = parallel.m_mate(
+        block,
+        mine,
+        layout,
+        valid=valid,
+        position_embeddings=tuple(map(parallel.local, angles)),
+        state=state,
+    )
+    (got * parallel.local(weight)).sum().backward()
+    close = {"rtol": 1e-9, "atol": 1e-10}
+    torch.testing.assert_close(got, parallel.local(y), **close)
+    torch.testing.assert_close(mine.grad, parallel.local(whole.grad), **close)
+    for one, other in zip(last.tensors, end.tensors, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), **close)
+    for parameter, grad in zip(block.parameters(), wanted, strict=True):
+        dist.all_reduce(parameter.grad, group=mesh.get_group())
+        torch.testing.assert_close(parameter.grad, grad, **close)
+
+
+def main(rank: int, store: str) -> None:
+    """One of four processes: cases of 2, 3 and 4 of them in turn."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    for ranks, splits in SPLITS.items():
+        mesh = DeviceMesh("cpu", list(range(ranks)))  # every process makes it, those in it use it
+        for number, lengths in enumerate(splits if rank < ranks else ()):
+            for layer in range(4) if number == 1 else (number + 1,):
+                coords = prompts()[layer % 2]
+                options = (bool(number % 2), layer >= 2, number == 1)
+                try:
+                    compare(mesh, lengths, coords, layer, *options)
+                except Exception as error:
+                    raise AssertionError(f"rank {rank} of {lengths}, layer {layer}, {options}") from error
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

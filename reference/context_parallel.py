@@ -1,0 +1,391 @@
+"""Context parallel: one prompt's tokens on several processes, each with a slice of them, cut anywhere.
+
+Letters: B batch, L tokens of the prompt, n tokens of this rank, R ranks, H heads, G groups, N state, P head
+dim, K taps, W text window, S(r) the state that enters rank r.
+
+    S(r+1) = exp(A Σ dt) S(r) + the state rank r ends with when it starts from zero                       (1)
+    y_t = the local y_t + exp(A Σ_{s <= t} dt_s) S(r)ᵀ C_t                                                (2)
+
+The reverse scan does the same from right to left, for the one segment that a boundary can cut. Scan order and
+windows are permutations of tokens which all ranks know from the layout: tokens go to the rank that computes
+them and the outputs return, by all-to-all. Choice: (2), not a second scan from S(r): it is one product
+with C, as the scan is linear in its state. Convolution and text window fetch the K-1 and W-1 tokens before.
+
+Every rank calls the same functions with the same layout; gradients go back through the same collectives, so
+every rank must call backward, of a loss times 0 where nothing on it is supervised. A rank's parameter
+gradients are its share: sum them over ranks. The host reads a prompt's layout at each call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+
+from .causal_conv import causal_conv
+from .checks import require
+from .flex_ma import FlexMA, FlexMAState
+from .layout import VisionLayout
+from .m_mate import MMATE, MMATEState
+from .numerics import accumulation_dtype, full_precision_linear, repeat_groups, zero_where_masked
+from .projections import apply_rope
+from .scan import bidirectional_scan
+from .sliding_window_attention import WindowState, sliding_window_attention
+from .window_attention import window_attention
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The operators each rank runs on its own tokens: the reference's, or those of another backend."""
+
+    causal_conv: Callable = causal_conv
+    bidirectional_scan: Callable = bidirectional_scan
+    sliding_window_attention: Callable = sliding_window_attention
+    window_attention: Callable = window_attention
+
+
+class Route:
+    """Which of this rank's tokens go to which rank, and where those that arrive stand.
+
+    Args:
+        destination: (B, L) int64, the rank that gets each token of the prompt.
+        place: (B, L) int64, where it stands among all tokens of its destination: any sortable number.
+        parallel: who holds which tokens now.
+    """
+
+    def __init__(self, destination: Tensor, place: Tensor, parallel: ContextParallel) -> None:
+        self.parallel = parallel
+        rank, ranks = parallel.rank, parallel.ranks
+        source = parallel.owner.expand_as(destination)
+        mine = destination[:, parallel.slice].flatten()
+        self.send = mine.argsort(stable=True)  # by destination, then by row and token
+        self.send_sizes = torch.bincount(mine, minlength=ranks).tolist()
+        arriving = (destination == rank).flatten().nonzero().squeeze(1)  # by row and token of the prompt
+        sources = source.flatten()[arriving]
+        by_source = sources.argsort(stable=True)  # as they arrive
+        self.receive_sizes = torch.bincount(sources, minlength=ranks).tolist()
+        self.arrived = arriving[by_source]  # index into the (B·L) tokens of the prompt
+        self.arrange = place.flatten()[self.arrived].argsort(stable=True)
+
+    def there(self, tensor: Tensor) -> Tensor:
+        """(B, n, ...) of this rank -> (M, ...), the tokens computed here, in their places."""
+        sent = tensor.flatten(0, 1)[self.send]
+        return self.parallel.exchange(sent, self.receive_sizes, self.send_sizes)[self.arrange]
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """(M, ...) in their places -> (B, n, ...) of this rank."""
+        sent = tensor[self.arrange.argsort()]
+        home = self.parallel.exchange(sent, self.send_sizes, self.receive_sizes)
+        return home[self.send.argsort()].unflatten(0, (-1, self.parallel.lengths[self.parallel.rank]))
+
+    def of_prompt(self, tensor: Tensor) -> Tensor:
+        """(B, L) known to all ranks -> (M,) of the tokens computed here, in their places."""
+        return tensor.flatten()[self.arrived][self.arrange]
+
+
+class ContextParallel:
+    """The operators of a block over a prompt whose tokens are split over the ranks of a mesh.
+
+    Args:
+        mesh: of one dimension; its ranks hold the prompt's slices in order.
+        lengths: how many tokens each rank holds, each at least 1; the same for every row.
+        operators: what a rank runs on its own tokens; None = the reference's.
+    Raises:
+        ValueError: for a mesh of several dimensions, or lengths that do not fit it.
+    """
+
+    def __init__(self, mesh: DeviceMesh, lengths: Sequence[int], operators: Operators | None = None) -> None:
+        require(mesh.ndim == 1, "ContextParallel", "mesh must have one dimension", mesh.ndim)
+        fits = len(lengths) == mesh.size() and min(lengths) >= 1
+        must = f"lengths must be {mesh.size()} numbers >= 1, one a rank"
+        require(fits, "ContextParallel", must, list(lengths), "give every rank a token, or use fewer ranks")
+        self.mesh, self.lengths = mesh, list(lengths)
+        self.operators = Operators() if operators is None else operators
+        self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        self.edges = [0, *ends]
+        device = mesh.device_type
+        self.owner = torch.arange(self.ranks, device=device).repeat_interleave(
+            torch.tensor(self.lengths, device=device)
+        )
+
+    @property
+    def slice(self) -> slice:
+        """This rank's tokens among those of the prompt."""
+        return slice(self.edges[self.rank], self.edges[self.rank + 1])
+
+    def local(self, tensor: Tensor, dim: int = 1) -> Tensor:
+        """Return this rank's slice of a tensor of the whole prompt, (B, L, ...) or with L at `dim`."""
+        must = f"dimension {dim} must be the prompt's {self.edges[-1]} tokens"
+        require(tensor.shape[dim] == self.edges[-1], "ContextParallel.local", must, tuple(tensor.shape))
+        return tensor.narrow(dim, self.slice.start, self.lengths[self.rank])
+
+    def exchange(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
+        """All-to-all along the first dimension, with a gradient."""
+        group = (self.mesh, 0)
+        flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).contiguous()
+        arrived = all_to_all_single_autograd(flat, receive_sizes, send_sizes, group)
+        return arrived.reshape(sum(receive_sizes), *tensor.shape[1:])
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """One tensor a rank -> (R, ...) on every rank, with a gradient."""
+        ones = [1] * self.ranks
+        return self.exchange(tensor.expand(self.ranks, *tensor.shape), ones, ones)
+
+    def in_order(self, order: Tensor) -> Route:
+        """Route to the prompt's scan order, (B, L) int64: afterwards rank r holds its slice of the scan."""
+        position = order.argsort(1)  # where each token stands in the scan
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return Route(self.owner[position], position + rows * order.shape[1], self)
+
+    def causal_conv(self, u, weight, bias=None, *, mask=None, initial_state=None):
+        """`causal_conv` of this rank's u (B, n, channels) with the prompt's mask (B, L).
+
+        Returns:
+            This rank's output, and the state after the whole prompt.
+        """
+        taps, dtype = weight.shape[1], accumulation_dtype(u.dtype)
+        mine, ends = None if mask is None else self.local(mask), initial_state
+        if taps > 1:
+            valid = self.everyone(u) if mask is None else mask
+            (ends,), _ = self.fold_tails(
+                [u.to(dtype)], valid, taps - 1, [initial_state], present=initial_state is not None
+            )
+            initial_state, ends = ends[self.rank], ends[-1]
+        out, end = self.operators.causal_conv(u, weight, bias, mask=mine, initial_state=initial_state)
+        return out, end if taps == 1 else ends
+
+    def sliding_window_attention(
+        self, q, k, v, window, *, asks=None, valid=None, initial_state=None, **given
+    ):
+        """`sliding_window_attention` of this rank's q, k, v with the prompt's asks and valid (B, L).
+
+        Returns:
+            This rank's output, and the state after the whole prompt.
+        """
+        asks, mine = (None if mask is None else self.local(mask) for mask in (asks, valid))
+        everyone = self.everyone(k) if valid is None else valid
+        before = (None, None) if initial_state is None else (initial_state.k, initial_state.v)
+        there = False if initial_state is None else initial_state.present
+        if window > 1:
+            (keys, values), present = self.fold_tails([k, v], everyone, window - 1, before, present=there)
+            states = [WindowState(*parts) for parts in zip(keys, values, present, strict=True)]
+            initial_state = states[self.rank]
+        o, end = self.operators.sliding_window_attention(
+            q, k, v, window, asks=asks, valid=mine, initial_state=initial_state, **given
+        )
+        return o, states[-1] if window > 1 else end
+
+    def everyone(self, tensor: Tensor) -> Tensor:
+        """(B, L) bool, all True."""
+        return torch.ones(len(tensor), self.edges[-1], dtype=torch.bool, device=tensor.device)
+
+    def fold_tails(self, tensors, valid, size, before, *, present):
+        """The last `size` valid tokens before each rank, and after the last: (R + 1, B, size, ...) each.
+
+        Args:
+            tensors: this rank's, (B, n, ...) each.
+            valid: (B, L) bool, of the prompt.
+            before: what stood before the prompt, (B, size, ...) each, or None.
+            present: which of it there is, (B, size) bool, or one bool for all.
+        """
+        there = present
+        if not isinstance(present, Tensor):
+            there = torch.full((len(valid), size), present, device=valid.device)
+        nothing = [t.new_zeros(len(t), size, *t.shape[2:]) for t in tensors]
+        now = [n if b is None else b.to(n.dtype) for n, b in zip(nothing, before, strict=True)]
+        absent = torch.zeros_like(there)
+        mine = torch.cat([absent, valid[:, self.slice]], 1)
+        tails = [
+            self.gather(last(torch.cat(pair, 1), mine, size)) for pair in zip(nothing, tensors, strict=True)
+        ]
+        states, presents = [now], [there]
+        for rank, (start, end) in enumerate(pairwise(self.edges)):
+            tail = torch.cat([absent, valid[:, start:end]], 1)
+            there = torch.cat([there, last(tail, tail, size)], 1)
+            now = [last(torch.cat([n, t[rank]], 1), there, size) for n, t in zip(now, tails, strict=True)]
+            there = last(there, there, size)
+            states.append(now)
+            presents.append(there)
+        return [torch.stack(parts) for parts in zip(*states, strict=True)], torch.stack(presents)
+
+    def window_attention(self, q, k, v, window_id, *, scale=None):
+        """`window_attention` of this rank's q, k, v with the prompt's window_id (B, L).
+
+        A window is computed by the rank that holds its first token; so what travels is what is cut off.
+        """
+        rows = torch.arange(len(window_id), device=window_id.device)[:, None]
+        ids = torch.where(window_id < 0, -1, window_id * len(window_id) + rows)  # rows side by side
+        found, inverse = ids.flatten().unique(return_inverse=True)
+        owner = self.owner.expand_as(ids)
+        first = owner.new_full(found.shape, self.ranks)
+        first = first.scatter_reduce(0, inverse, owner.flatten(), "amin")
+        destination = torch.where(ids < 0, owner, first[inverse].view_as(ids))
+        route = Route(destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), self)
+        # One token of zeros more, in a window of its own: every rank runs the operator and its gradient, also
+        # where no token is in a window, so that the collectives of backward pair up.
+        arrived = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in map(route.there, (q, k, v))]
+        here = torch.cat([route.of_prompt(ids), ids.amax().clamp(min=-1).view(1) + 1])
+        o = self.operators.window_attention(*(t[None] for t in arrived), here[None], scale=scale)
+        return route.back(o[0, :-1])
+
+    def bidirectional_scan(
+        self, x, dt, A, B, C, *, gate, segment=None, valid=None, D=None, initial_state=None
+    ):
+        """`bidirectional_scan` of this rank's tokens in scan order; segment and valid (B, L) of the prompt.
+
+        Returns:
+            This rank's y (B, n, H, P), and the state after the whole prompt.
+        """
+        dtype, heads = accumulation_dtype(x.dtype), dt.shape[2]
+        valid = self.everyone(x) if valid is None else valid
+        mine, own = self.local(valid), None if segment is None else self.local(segment)
+        y, end = self.operators.bidirectional_scan(x, dt, A, B, C, gate=gate, segment=own, valid=mine, D=D)
+        steps = zero_where_masked(dt.to(dtype), mine[..., None])  # (B, n, H)
+        A, gate, reader = A.to(dtype), gate.to(dtype), C.to(dtype)
+        start = torch.zeros_like(end) if initial_state is None else initial_state.to(dtype)
+        forward = self.fold(end, torch.exp(A * steps.sum(1)), start)  # eq. (1)
+        read = self.reads(A, steps.cumsum(1), reader, forward[self.rank])  # eq. (2)
+        added = read
+        if own is not None:
+            added = read * torch.where(own[..., None] >= 0, gate, torch.ones_like(gate))[..., None]
+            cut = [crossing(segment, edge) for edge in self.edges]  # (B,) each
+            into_left, from_right = (
+                (own == cut[e][:, None]) & (own >= 0) for e in (self.rank, self.rank + 1)
+            )
+            left = zero_where_masked(steps, into_left[..., None])
+            write = torch.exp(A * (left.cumsum(1) - left)) * left
+            writer, wide_x = (repeat_groups(t.to(dtype), heads) for t in (B, x))
+            writer, wide_x = (zero_where_masked(t, mine[..., None, None]) for t in (writer, wide_x))
+            state = torch.einsum("blh,blhn,blhp->bhnp", write, writer, wide_x)
+            through = [(a == b) & (a >= 0) for a, b in pairwise(cut)]  # the rank lies inside one segment
+            incoming = self.fold(state, torch.exp(A * left.sum(1)), torch.zeros_like(state), through)
+            right = zero_where_masked(steps, from_right[..., None])
+            read = self.reads(A, right.flip(1).cumsum(1).flip(1), reader, incoming[self.rank + 1])
+            added = added + zero_where_masked(read * (1 - gate)[..., None], from_right[..., None, None])
+        added = zero_where_masked(added, mine[..., None, None])
+        return (y.to(dtype) + added).to(x.dtype), forward[-1]
+
+    def fold(
+        self, state: Tensor, decay: Tensor, start: Tensor, through: list[Tensor] | None = None
+    ) -> Tensor:
+        """Eq. (1): the state at each edge, (R + 1, B, H, N, P); from the right, if `through` is given.
+
+        Args:
+            state: (B, H, N, P), what this rank adds from zero.
+            decay: (B, H), by what it multiplies the state that enters.
+            start: (B, H, N, P), the state at the first edge, or at the last.
+            through: of each rank, (B,) bool: may a state pass from its right edge to its left?
+        """
+        states, decays = self.gather(state), self.gather(decay)
+        edges, ranks = [start], range(self.ranks)
+        for rank in ranks if through is None else reversed(ranks):
+            factor = decays[rank][..., None, None]
+            enters = edges[-1]
+            if through is not None:
+                enters = zero_where_masked(enters, through[rank][:, None, None, None])
+            edges.append(factor * enters + states[rank])
+        # Stacked, so that on every rank every state has a gradient and the collectives of backward pair up.
+        return torch.stack(edges if through is None else edges[::-1])
+
+    @staticmethod
+    def reads(A: Tensor, passed: Tensor, C: Tensor, state: Tensor) -> Tensor:
+        """What tokens read of a state that entered `passed` (B, n, H) steps ago: (B, n, H, P)."""
+        return torch.einsum("blh,blhn,bhnp->blhp", torch.exp(A * passed), C, state)
+
+    def m_mate(
+        self,
+        block: MMATE,
+        u: Tensor,
+        layout: VisionLayout | None = None,
+        *,
+        valid: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        state: MMATEState | None = None,
+    ) -> tuple[Tensor, MMATEState]:
+        """`MMATE.forward` of this rank's tokens.
+
+        Args:
+            block: the reference's or the optimized one; its parameters are used, with these operators.
+            u: (B, n, D), this rank's.
+            layout, valid: of the whole prompt, L tokens.
+            position_embeddings: (cos, sin), each (B or 1, n, N), this rank's.
+            state: the state before the prompt, the same on every rank.
+        Returns:
+            This rank's (B, n, D), and the state after the whole prompt, the same on every rank.
+        """
+        config = block.config
+        y, after = self.flex_ma(block.flex_ma, u, layout, valid, position_embeddings, state)
+        window = None if state is None else state.window
+        if layout is not None or config.text_window:
+            local, window = self.local_swin(block.local_swin, u, layout, valid, position_embeddings, window)
+            mix = torch.sigmoid(full_precision_linear(u, block.mix_proj))
+            mixed = (mix * y + (1 - mix) * local).to(y.dtype)
+            mixes = valid if config.text_window else layout.is_vision
+            y = mixed if mixes is None else torch.where(self.local(mixes)[..., None], mixed, y)
+        return y, MMATEState(*after, window)
+
+    def flex_ma(self, flex, u, layout, valid, position_embeddings, state) -> tuple[Tensor, FlexMAState]:
+        """`FlexMA.forward` of this rank's tokens; arguments as for `m_mate`."""
+        xBC, dt, gate = FlexMA.project(flex, u, position_embeddings)
+        route = None if layout is None else self.in_order(layout.order(flex.order_layer))
+        if route is not None:
+            xBC, dt, gate = (route.there(each).unflatten(0, (len(u), -1)) for each in (xBC, dt, gate))
+        conv_start, scan_start = (None, None) if state is None else (state.conv, state.scan)
+        conv_state = xBC.new_zeros(len(u), 0, xBC.shape[2])
+        if flex.config.conv_kernel:
+            weights = (flex.conv_weight, flex.conv_bias)
+            xBC, conv_state = self.causal_conv(xBC, *weights, mask=valid, initial_state=conv_start)
+        x, B, C = FlexMA.split(flex, xBC)
+        A = -torch.exp(flex.A_log.to(dt.dtype))
+        segment = layout.segment if layout is not None and flex.config.reverse_scan else None
+        y, scan_state = self.bidirectional_scan(
+            x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=flex.D, initial_state=scan_start
+        )
+        if route is not None:
+            y = route.back(y.flatten(0, 1))
+        return FlexMA.project_out(flex, y, u), FlexMAState(conv_state, scan_state)
+
+    def local_swin(self, swin, u, layout, valid, position_embeddings, state):
+        """`LocalSwin.forward` of this rank's tokens; arguments as for `m_mate`."""
+        q, k, v = swin.project_heads(u)
+        q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
+        mixed, takes_part = 0, None
+        if layout is not None:
+            windows = layout.windows(swin.config.window_thw, swin.layer_index)
+            mixed, takes_part = self.window_attention(q, k, v, windows), layout.is_vision
+        if swin.config.text_window:
+            asks = None if layout is None else ~layout.is_vision
+            near, state = self.sliding_window_attention(
+                q, k, v, swin.config.text_window, asks=asks, valid=valid, initial_state=state
+            )
+            mixed, takes_part = mixed + near, valid
+        output = swin.o_proj(mixed.flatten(2))
+        if takes_part is not None:
+            output = output * self.local(takes_part)[..., None]
+        return output, state
+
+
+def last(tensor: Tensor, present: Tensor, size: int) -> Tensor:
+    """(B, L, ...) -> the last `size` tokens where `present` (B, L), zeros first for missing ones."""
+    order = present.int().argsort(dim=1, stable=True)[:, -size:]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    there = present[rows, order].reshape(*order.shape, *(1,) * (tensor.ndim - 2))
+    return zero_where_masked(tensor[rows, order], there)
+
+
+def crossing(segment: Tensor, edge: int) -> Tensor:
+    """(B,): the id of the segment (B, L) that has tokens on both sides of `edge`, -1 where there is none."""
+    before, after = segment[:, :edge], segment[:, edge:]
+    none = segment.new_full((len(segment),), -1)
+    if not before.shape[1] or not after.shape[1]:
+        return none
+    left = before.flip(1).gather(1, (before.flip(1) >= 0).int().argmax(1, keepdim=True))[:, 0]
+    right = after.gather(1, (after >= 0).int().argmax(1, keepdim=True))[:, 0]
+    return torch.where(left == right, left, none)
