@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from linmu import optimized, reference
-from linmu.reference.context_parallel import ContextParallel, Operators
+from linmu.reference.student.context_parallel import ContextParallel, Operators
 
 OPTIMIZED = Operators(
     optimized.causal_conv,
@@ -84,8 +84,9 @@ def compare(mesh, lengths, coords, layer, masked, started, backend):
         torch.testing.assert_close(parameter.grad, grad, **close)
 
 
-def main(rank: int, store: str) -> None:
+def work(rank: int, store: str, log: str) -> None:
     """One of four processes: cases of 2, 3 and 4 of them in turn."""
+    sys.stderr = open(log, "w")  # noqa: SIM115 (as long as the process)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
     for ranks, splits in SPLITS.items():
@@ -100,7 +101,3 @@ def main(rank: int, store: str) -> None:
                     raise AssertionError(f"rank {rank} of {lengths}, layer {layer}, {options}") from error
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])

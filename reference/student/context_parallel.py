@@ -28,16 +28,16 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
-from .causal_conv import causal_conv
-from .checks import require
-from .flex_ma import FlexMA, FlexMAState
-from .layout import VisionLayout
-from .m_mate import MMATE, MMATEState
-from .numerics import accumulation_dtype, full_precision_linear, repeat_groups, zero_where_masked
-from .projections import apply_rope
-from .scan import bidirectional_scan
-from .sliding_window_attention import WindowState, sliding_window_attention
-from .window_attention import window_attention
+from ..causal_conv import causal_conv
+from ..checks import require
+from ..flex_ma import FlexMA, FlexMAState
+from ..layout import VisionLayout
+from ..m_mate import MMATE, MMATEState
+from ..numerics import accumulation_dtype, full_precision_linear, repeat_groups, zero_where_masked
+from ..projections import apply_rope
+from ..scan import bidirectional_scan
+from ..sliding_window_attention import WindowState, sliding_window_attention
+from ..window_attention import window_attention
 
 
 @dataclass(frozen=True)
