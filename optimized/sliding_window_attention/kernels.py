@@ -105,6 +105,24 @@ def tile_of_program(count, LANES: tl.constexpr):
 
 
 @triton.jit
+def tile_of_tokens(
+    ASKS, LOW, batch, tile, length, keys, window,
+    ROWS: tl.constexpr, HAS_ASKS: tl.constexpr, HAS_LOW: tl.constexpr,
+):  # fmt: skip
+    """(token, real, asking, place, low, first, end) of a tile: its tokens, and the keys from `first` to `end`
+    that those who ask read.
+    """
+    token = tile * ROWS + tl.arange(0, ROWS)
+    real = token < length
+    asking = taken_of(ASKS, batch, length, token, real, HAS_ASKS)
+    place = token + (keys - length)
+    low = lowest_read(LOW, batch, keys, place, asking, window, HAS_LOW)
+    end = tl.max(tl.where(asking, place + 1, 0), 0)
+    first = tl.minimum(tl.min(tl.where(asking, low, NOWHERE), 0), end)  # prefetching adds to it: no overflow
+    return token, real, asking, place, low, first, end
+
+
+@triton.jit
 def attend_kernel(
     Q,
     K,
@@ -142,13 +160,9 @@ def attend_kernel(
     """Eq. (1) for a tile of tokens of one head."""
     batch, tile, head = tile_of_program(tl.cdiv(length, ROWS), HEADS)
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
-    token = tile * ROWS + tl.arange(0, ROWS)
-    real = token < length
-    asking = taken_of(ASKS, batch, length, token, real, HAS_ASKS)
-    place = token + (keys - length)
-    low = lowest_read(LOW, batch, keys, place, asking, window, HAS_LOW)
-    end = tl.max(tl.where(asking, place + 1, 0), 0)
-    first = tl.minimum(tl.min(tl.where(asking, low, NOWHERE), 0), end)  # prefetching adds to it: no overflow
+    token, real, asking, place, low, first, end = tile_of_tokens(
+        ASKS, LOW, batch, tile, length, keys, window, ROWS, HAS_ASKS, HAS_LOW
+    )
     k = of_head(K, batch, k_batch, head // RATIO, k_head)
     v = of_head(V, batch, v_batch, head // RATIO, v_head)
     q_tile = tile_at(of_head(Q, batch, q_batch, head, q_head), token, q_token, columns_n, asking, N)

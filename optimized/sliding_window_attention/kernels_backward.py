@@ -25,6 +25,7 @@ from .kernels import (
     taken_of,
     tile_at,
     tile_of_program,
+    tile_of_tokens,
 )
 from .operator import SlidingGrads, SlidingInputs, SlidingOutputs
 
@@ -114,21 +115,13 @@ def query_gradient_kernel(
     """Eq. (2), q̄, for a tile of tokens of one head; and ō·o, (B, H, L), for the gradients of keys."""
     batch, tile, head = tile_of_program(tl.cdiv(length, ROWS), HEADS)
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
-    token = tile * ROWS + tl.arange(0, ROWS)
-    real = token < length
-    asking = taken_of(ASKS, batch, length, token, real, HAS_ASKS)
-    place = token + (keys - length)
-    low = lowest_read(LOW, batch, keys, place, asking, window, HAS_LOW)
-    end = tl.max(tl.where(asking, place + 1, 0), 0)
-    first = tl.minimum(tl.min(tl.where(asking, low, NOWHERE), 0), end)  # prefetching adds to it: no overflow
-    k = K + batch * k_batch + tl.cast(head // RATIO, tl.int64) * k_head
-    v = V + batch * v_batch + tl.cast(head // RATIO, tl.int64) * v_head
-    q_tile = tile_at(
-        Q + batch * q_batch + tl.cast(head, tl.int64) * q_head, token, q_token, columns_n, asking, N
+    token, real, asking, place, low, first, end = tile_of_tokens(
+        ASKS, LOW, batch, tile, length, keys, window, ROWS, HAS_ASKS, HAS_LOW
     )
-    g_tile = tile_at(
-        O_GRAD + batch * g_batch + tl.cast(head, tl.int64) * g_head, token, g_token, columns_p, asking, P
-    )
+    k = of_head(K, batch, k_batch, head // RATIO, k_head)
+    v = of_head(V, batch, v_batch, head // RATIO, v_head)
+    q_tile = tile_at(of_head(Q, batch, q_batch, head, q_head), token, q_token, columns_n, asking, N)
+    g_tile = tile_at(of_head(O_GRAD, batch, g_batch, head, g_head), token, g_token, columns_p, asking, P)
     row = (batch * HEADS + head) * length + token
     lse = tl.load(LSE + row, mask=asking, other=0.0)
     delta = tl.zeros([ROWS], tl.float32)
