@@ -6,7 +6,6 @@ tokens are left out before the projections.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from linmu import reference
@@ -15,9 +14,15 @@ from ..reference.sliding_window_attention import DonatedWindowState, WindowState
 from .elementwise.torch_engine import local_rows
 from .engine import engine_of_block
 from .flex_ma import may_be_overwritten
-from .layout import VisionLayout, every_row, fast, own_rows
+from .layout import VisionLayout, fast, rows_where
 from .projections import checked_angles, rotated
-from .sliding_window_attention import attend_spans, find_spans, sliding_window_attention, step_in_place
+from .sliding_window_attention import (
+    attend_spans,
+    find_spans,
+    is_step,
+    sliding_window_attention,
+    step_in_place,
+)
 from .window_attention import planned_attention
 
 __all__ = ["LocalSwin"]
@@ -72,7 +77,7 @@ class LocalSwin(reference.LocalSwin):
             ids, plan = layout.windows(*windows), layout.window_plan(*windows)
             of_vision = planned_attention(q, k, v, ids, plan, engine=engine)
             output = output + of_vision  # each is 0 where the other is not
-        row = every_row(output) if valid is None else own_rows(valid)
+        row = rows_where(valid, output)
         return self.o_proj(output.flatten(2)), row, state
 
     def attend_text(
@@ -89,8 +94,7 @@ class LocalSwin(reference.LocalSwin):
         token without a gradient comes.
         """
         window = self.config.text_window
-        one_token = layout is None and state is not None and q.shape[1] == 1 and window > 1
-        if one_token and not is_recorded(q, k, v, *state[:2]):
+        if layout is None and is_step(q, k, v, window, state):
             pairs = zip(state[:2], (k, v), strict=True)
             if isinstance(state, DonatedWindowState) and all(
                 may_be_overwritten(s, t.dtype) for s, t in pairs
@@ -101,8 +105,3 @@ class LocalSwin(reference.LocalSwin):
         present = None if state is None else state.present
         spans = find_spans(window, q.shape[1], asks, valid, None, present)
         return attend_spans(q, k, v, window, spans, initial_state=state, engine=engine)
-
-
-def is_recorded(*tensors: Tensor) -> bool:
-    """Whether autograd follows what is computed of these."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -14,7 +14,7 @@ from .elementwise.operator import MixInputs, mix_branches
 from .engine import engine_of_block
 from .engine.torch_state import has_no_hooks
 from .flex_ma import FlexMA
-from .layout import VisionLayout, every_row, fast, own_rows
+from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
 from .projections import are_plain, narrow_products
 
@@ -64,7 +64,7 @@ class MMATE(reference.MMATE):
         """(B, L) int64: where each token stands in the flattened batch, -1 where only Flex-MA has a say."""
         if not self.config.text_window:
             return fast(layout).vision_row
-        return every_row(y) if valid is None else own_rows(valid)
+        return rows_where(valid, y)
 
     def runs_in_parts(self) -> bool:
         """Whether the branches may be run in parts, so that their narrow products read the hidden states

@@ -57,15 +57,11 @@ def window_ids(coords: Tensor, window_thw: tuple[int, int, int], shifted: bool) 
     return window_numbers(by_segment(coords, facts), coords[..., 0] >= 0, window_thw, shifted)
 
 
-def own_rows(vision: Tensor) -> Tensor:
-    """(B, L) bool -> int64: each token's place in the flattened batch, -1 where False."""
-    return torch.where(vision, every_row(vision), -1)
-
-
-def every_row(tensor: Tensor) -> Tensor:
-    """(B, L) int64: where each token of (B, L, ...) stands in the flattened batch."""
+def rows_where(mask: Tensor | None, tensor: Tensor) -> Tensor:
+    """(B, L) int64: where each token of (B, L, ...) stands in the flattened batch; -1 where not `mask`."""
     batch, length = tensor.shape[:2]
-    return torch.arange(batch * length, device=tensor.device).view(batch, length)
+    rows = torch.arange(batch * length, device=tensor.device).view(batch, length)
+    return rows if mask is None else torch.where(mask, rows, -1)
 
 
 @dataclass(frozen=True)
@@ -169,7 +165,7 @@ class VisionLayout(reference.VisionLayout):
     @property
     def vision_row(self) -> Tensor:
         """(B, L) int64: where each token stands in the flattened batch, -1 on text."""
-        return self.once("vision row", lambda: own_rows(self.is_vision))
+        return self.once("vision row", lambda: rows_where(self.is_vision, self.is_vision))
 
 
 def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:

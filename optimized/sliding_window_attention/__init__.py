@@ -20,7 +20,15 @@ from ...reference.sliding_window_attention import WindowState, check_sliding_win
 from .operator import SlidingInputs, StepInputs, attend, attend_step
 from .spans import Spans, find_spans
 
-__all__ = ["Spans", "WindowState", "attend_spans", "find_spans", "sliding_window_attention", "step_in_place"]
+__all__ = [
+    "Spans",
+    "WindowState",
+    "attend_spans",
+    "find_spans",
+    "is_step",
+    "sliding_window_attention",
+    "step_in_place",
+]
 
 
 def sliding_window_attention(
@@ -37,8 +45,7 @@ def sliding_window_attention(
 ) -> tuple[Tensor, WindowState]:
     """`linmu.reference.sliding_window_attention`: arguments, results and errors are the same."""
     check_sliding_window("sliding_window_attention", q, k, v, window, asks, valid, sequence, initial_state)
-    one_token = initial_state is not None and window > 1 and q.shape[1] == 1
-    if one_token and not is_recorded(q, k, v, initial_state):
+    if is_step(q, k, v, window, initial_state):
         k_before, v_before, present = initial_state
         own = WindowState(owned(k_before, k.dtype), owned(v_before, v.dtype), present)
         return step_in_place(q, k, v, own, asks=asks, valid=valid, scale=scale)
@@ -110,6 +117,8 @@ def owned(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def is_recorded(q: Tensor, k: Tensor, v: Tensor, state: WindowState) -> bool:
-    """Whether autograd follows the call."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.k, state.v))
+def is_step(q: Tensor, k: Tensor, v: Tensor, window: int, state: WindowState | None) -> bool:
+    """Whether this is one token after others that autograd does not follow: what `step_in_place` takes."""
+    if state is None or window == 1 or q.shape[1] != 1:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.k, state.v)))
