@@ -47,6 +47,22 @@ def zero_where_masked(tensor: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, tensor, tensor.new_zeros(()))
 
 
+def last_where(mask: Tensor, size: int, *tensors: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The last `size` tokens of each row where `mask` is True, oldest first, behind zeros for missing ones.
+
+    Args:
+        mask: (B, L) bool.
+        size: at most L.
+        tensors: (B, L, ...) each.
+    Returns:
+        (B, size, ...) of each tensor, and (B, size) bool, which of them there are.
+    """
+    order = mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - size :]
+    there, row = mask.gather(1, order), torch.arange(len(mask), device=mask.device)[:, None]
+    found = [tensor[row, order] for tensor in tensors]
+    return [zero_where_masked(t, there.view(*there.shape, *(1,) * (t.ndim - 2))) for t in found], there
+
+
 def repeat_groups(tensor: Tensor, heads: int) -> Tensor:
     """(B, L, G, ·) -> (B, L, H, ·): head h reads group h // (H/G)."""
     return tensor.repeat_interleave(heads // tensor.shape[2], dim=2)

@@ -26,7 +26,7 @@ from .checks import (
     require_one_device,
     require_shape,
 )
-from .numerics import accumulation_dtype, without_autocast, zero_where_masked
+from .numerics import accumulation_dtype, last_where, without_autocast, zero_where_masked
 
 
 class WindowState(NamedTuple):
@@ -139,10 +139,7 @@ def last_tokens(keys: Tensor, values: Tensor, there: Tensor, ids: Tensor, window
     place = torch.arange(there.shape[1], device=there.device)
     last = torch.where(there, place, 0).amax(1, keepdim=True)
     of_last = there & (ids == ids.gather(1, last))
-    order = of_last.int().argsort(dim=1, stable=True)[:, there.shape[1] - (window - 1) :]  # (B, W-1)
-    present = of_last.gather(1, order)
-    row = torch.arange(there.shape[0], device=there.device)[:, None]
-    k, v = (zero_where_masked(tensor[row, order], present[..., None, None]) for tensor in (keys, values))
+    (k, v), present = last_where(of_last, window - 1, keys, values)
     return WindowState(k, v, present)
 
 

@@ -33,7 +33,7 @@ from ..checks import require
 from ..flex_ma import FlexMA, FlexMAState
 from ..layout import VisionLayout
 from ..m_mate import MMATE, MMATEState
-from ..numerics import accumulation_dtype, full_precision_linear, repeat_groups, zero_where_masked
+from ..numerics import accumulation_dtype, full_precision_linear, last_where, repeat_groups, zero_where_masked
 from ..projections import apply_rope
 from ..scan import bidirectional_scan
 from ..sliding_window_attention import WindowState, sliding_window_attention
@@ -202,15 +202,13 @@ class ContextParallel:
         now = [n if b is None else b.to(n.dtype) for n, b in zip(nothing, before, strict=True)]
         absent = torch.zeros_like(there)
         mine = torch.cat([absent, valid[:, self.slice]], 1)
-        tails = [
-            self.gather(last(torch.cat(pair, 1), mine, size)) for pair in zip(nothing, tensors, strict=True)
-        ]
+        joined = [torch.cat(pair, 1) for pair in zip(nothing, tensors, strict=True)]
+        tails = [self.gather(tail) for tail in last_where(mine, size, *joined)[0]]
         states, presents = [now], [there]
         for rank, (start, end) in enumerate(pairwise(self.edges)):
-            tail = torch.cat([absent, valid[:, start:end]], 1)
-            there = torch.cat([there, last(tail, tail, size)], 1)
-            now = [last(torch.cat([n, t[rank]], 1), there, size) for n, t in zip(now, tails, strict=True)]
-            there = last(there, there, size)
+            _, tail = last_where(torch.cat([absent, valid[:, start:end]], 1), size)
+            joined = [torch.cat([n, t[rank]], 1) for n, t in zip(now, tails, strict=True)]
+            now, there = last_where(torch.cat([there, tail], 1), size, *joined)
             states.append(now)
             presents.append(there)
         return [torch.stack(parts) for parts in zip(*states, strict=True)], torch.stack(presents)
@@ -370,14 +368,6 @@ class ContextParallel:
         if takes_part is not None:
             output = output * self.local(takes_part)[..., None]
         return output, state
-
-
-def last(tensor: Tensor, present: Tensor, size: int) -> Tensor:
-    """(B, L, ...) -> the last `size` tokens where `present` (B, L), zeros first for missing ones."""
-    order = present.int().argsort(dim=1, stable=True)[:, -size:]
-    rows = torch.arange(len(order), device=order.device)[:, None]
-    there = present[rows, order].reshape(*order.shape, *(1,) * (tensor.ndim - 2))
-    return zero_where_masked(tensor[rows, order], there)
 
 
 def crossing(segment: Tensor, edge: int) -> Tensor:
