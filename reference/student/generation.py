@@ -8,14 +8,14 @@ forward gets those of its own tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..checks import require
 from ..prompts.grids import Placement, cuts_a_span, placement_coords
@@ -140,13 +140,11 @@ class StudentGeneration:
         hint = "pass the grids and pixels of the whole conversation"
         require(before is not None and len(before) == len(input_ids), "generate", must, "another one", hint)
         mask = kwargs["attention_mask"]
-        names = inspect.signature(model.get_rope_index).parameters
-        new = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         types = kwargs.get("mm_token_type_ids")
         types = self.placeholder_types(input_ids) if types is None else types
         whole = {"input_ids": input_ids, "attention_mask": mask, "mm_token_type_ids": types}
-        new |= {name: value[:, past:] for name, value in whole.items() if name in names}
-        vision, deltas = model.get_rope_index(**new)
+        new = {name: value[:, past:] for name, value in whole.items()}
+        vision, deltas = rope_index(self, {**kwargs, **new})
         text = (mask.long().cumsum(-1) - 1).clamp(min=0)
         positions = text.expand(3, -1, -1).clone()
         positions[:, :, past:] = vision + (mask[:, :past].sum(-1, keepdim=True) + before)
@@ -219,6 +217,18 @@ class StudentGeneration:
             generation_config.prefill_chunk_size,
             "upgrade transformers, or prefill through forward",
         )
+
+
+def rope_index(student: PreTrainedModel, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """M-RoPE positions (3, B, L) of a prompt with vision, and what later tokens' are ahead, (B, 1).
+
+    Args:
+        student: of a Qwen-VL family.
+        given: what its `get_rope_index` may take, whose arguments differ between versions; None = not given.
+    """
+    compute = student.base_model.get_rope_index
+    taken = inspect.signature(compute).parameters
+    return compute(**{name: given[name] for name in taken if given.get(name) is not None})
 
 
 def coords_between(coords: Tensor, start: int, end: int) -> Tensor:

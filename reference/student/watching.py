@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -60,7 +59,6 @@ from torch import Tensor
 from transformers import DynamicCache, ProcessorMixin
 
 from ..checks import require
-from ..config import LinMUConfig
 from ..m_mate import MMATEState
 from ..projections import apply_rope
 from ..prompts.chat_collator import control_tokens
@@ -68,6 +66,7 @@ from ..prompts.chat_pieces import chat_pieces
 from ..prompts.qwen_layout import Qwen2PromptLayout
 from ..sliding_window_attention import WindowState
 from .cache import CACHE_NAME, LinMUCacheLayer, cache_slot
+from .generation import rope_index
 from .model import LinMUModel, decoder_layers, mixers
 
 VERSION = 1  # of a session's file
@@ -330,11 +329,9 @@ class watch:  # noqa: N801 (called like a function)
         """
         ids = inputs["input_ids"]
         if "video_grid_thw" in inputs:
-            model = self.student.base_model
             types = self.student.placeholder_types(ids)
             given = {**inputs, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
-            names = inspect.signature(model.get_rope_index).parameters
-            positions, _ = model.get_rope_index(**{name: given[name] for name in names if name in given})
+            positions, _ = rope_index(self.student, given)
         else:
             positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
         if self.position and self.position + int(positions.max()) > self.max_position:
@@ -442,18 +439,12 @@ def turn_back(student: LinMUModel, cache: DynamicCache, distance: int) -> None:
             continue
         conv, scan, window = slot.state
         if mixer.config.scan_rope:
-            conv, scan = turned_conv(conv, mixer.config, turned), turned(scan.mT).mT.contiguous()
+            x, B, C = mixer.flex_ma.split(conv)
+            conv = torch.cat([part.flatten(2) for part in (x, turned(B), turned(C))], dim=-1)
+            scan = turned(scan.mT).mT.contiguous()
         if window is not None:
             window = WindowState(turned(window.k), window.v, window.present)
         slot.state = MMATEState(conv, scan, window)
-
-
-def turned_conv(conv: Tensor, config: LinMUConfig, turned) -> Tensor:
-    """Turn B and C of the convolution's last inputs, (B, K-1, G·P + G·N + H·N); x stays."""
-    x, keys = conv.split(
-        [config.groups * config.head_dim, conv.shape[-1] - config.groups * config.head_dim], -1
-    )
-    return torch.cat([x, turned(keys.unflatten(-1, (-1, config.head_dim))).flatten(2)], dim=-1)
 
 
 def fingerprint(student: LinMUModel) -> str:

@@ -8,7 +8,6 @@ frame's position there, as in Qwen's first release, and from the largest of heig
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable
 
@@ -24,7 +23,7 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from ....reference.checks import require
 from ....reference.prompts.grids import placement_coords
 from ....reference.student.families import FAMILIES
-from ....reference.student.generation import MODALITIES
+from ....reference.student.generation import MODALITIES, rope_index
 from ....reference.student.model import LinMUModel, mixers
 from .layer import StateLayer, Step, check_decodes_are_text
 from .positions import pack, unpack
@@ -130,10 +129,7 @@ class PictureModel(StateModel):
                     inputs.setdefault(name, []).append(torch.as_tensor(feature.data[name].data))
         inputs = {name: torch.stack(values) for name, values in inputs.items()}
         inputs["mm_token_type_ids"] = types
-        rope_index = self.student.base_model.get_rope_index
-        known = inspect.signature(rope_index).parameters
-        given = {name: value for name, value in inputs.items() if name in known}
-        positions, delta = rope_index(input_ids=ids, **given)  # (3, 1, L), (1, 1)
+        positions, delta = rope_index(self.student, {"input_ids": ids, **inputs})  # (3, 1, L), (1, 1)
         placements = self.student.placements(ids, inputs) if mm_features else []
         coords = placement_coords(placements, ids.shape, ids.device)
         return pack(positions[:, 0].long(), coords[0]), int(delta)
