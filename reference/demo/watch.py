@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText
 from ..checks import require
 from ..prompts.processors import load_processor
 from ..student.watching import watch
-from ..training.data.films import frames_of_film, frames_of_picture, is_picture, upright
+from ..training.data.films import reader_of, upright
 from .film import FILM_KINDS, digits_film
 from .questions import FRAMES_PER_SECOND
 
@@ -57,7 +57,7 @@ def frames_of(source: str, fps: float, *, container: str | None = None, patience
     require(path.exists(), "watch", "the source must be a film, a folder or 'digits'", repr(source))
     if path.is_dir():
         return frames_of_folder(path, patience)
-    return sampled((frames_of_picture if is_picture(path) else frames_of_film)(path), fps)
+    return sampled(reader_of(path)(), fps)
 
 
 def sampled(frames: Iterable[tuple], fps: float) -> Iterator[Image.Image]:

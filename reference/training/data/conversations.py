@@ -23,7 +23,7 @@ from ...prompts.chat_collator import content_blocks
 from ..refusal import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
 from .media import Media, shortened
-from .sources import JsonLines, Stream, StreamEndedError, Table, open_rows
+from .sources import JsonLines, Stream, StreamEndedError, Table, open_rows, seed_of
 from .turns import kind_of, read_turns
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class Mixture(Dataset):
 
     def _choices(self, block: int) -> torch.Tensor:
         """The data sets at the places of a block."""
-        generator = torch.Generator().manual_seed(hash((self.seed, block, 1)) % 2**63)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, block, 1))
         return torch.multinomial(self.weights, DRAWN, replacement=True, generator=generator)
 
 
@@ -245,7 +245,7 @@ class InOrder(Dataset):
         if self.seed is None:
             return place
         if self._shuffled[0] != epoch:
-            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
             self._shuffled = (epoch, self._shuffle(generator))
         return self._shuffled[1][place]
 

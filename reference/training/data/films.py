@@ -59,6 +59,11 @@ def is_picture(file: Path | io.BytesIO) -> bool:
             file.seek(0)
 
 
+def reader_of(file: Path | io.BytesIO) -> Callable[[], Iterator[Frame]]:
+    """What decodes a video from its start, as often as it is called."""
+    return partial(frames_of_picture if is_picture(file) else frames_of_film, file)
+
+
 def frames_of_picture(file: Path | io.BytesIO) -> Iterator[Frame]:
     """The frames of an animated picture, each with its own pause; each must be used before the next.
 

@@ -20,7 +20,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -29,14 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .films import (
-    MissingPackageError,
-    frame_rate,
-    frames_of_film,
-    frames_of_picture,
-    is_picture,
-    mean_rate,
-)
+from .films import MissingPackageError, frame_rate, is_picture, mean_rate, reader_of
 
 HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # brands that Pillow cannot decode
 MOST_PIXELS = 2**32  # of a video in memory, 12 GiB
@@ -158,7 +150,7 @@ class Media:
         The frames are counted by decoding them, as headers are often wrong; none is kept for that.
         """
         try:
-            read = partial(frames_of_picture if is_picture(file) else frames_of_film, file)
+            read = reader_of(file)
             kept = set(self.kept(sum(1 for _ in read()))) if self.max_frames else None
             frames, times, pixels = [], [], 0
             for i, (picture, start, pause) in enumerate(read()):

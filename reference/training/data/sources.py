@@ -230,8 +230,12 @@ class Stream:
         """The data of an epoch. Not by `set_epoch`: loader workers share that number, and one is ahead."""
         if self.seed is None:
             return self.data
-        seed = hash((self.seed, epoch)) % 2**63
-        return self.data.shuffle(seed=seed, buffer_size=self.buffer)
+        return self.data.shuffle(seed=seed_of(self.seed, epoch), buffer_size=self.buffer)
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed for a run's seed and what it is asked for: an epoch, a block of draws."""
+    return hash(numbers) % 2**63
 
 
 def open_rows(source: str, streaming: bool = False, seed: int | None = None) -> JsonLines | Table | Stream:
