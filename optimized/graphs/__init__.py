@@ -68,14 +68,16 @@ def accelerate(
 
 def unaccelerate(student: LinMUModel) -> LinMUModel:
     """Let a student run as before `accelerate`, and free its graphs; returns it. Caches stay good."""
-    student.get_decoder().__dict__.pop("forward", None)
+    decoder = student.get_decoder()
+    if isinstance(decoder.__dict__.get("forward"), GraphedDecoder):
+        del decoder.forward
     return student
 
 
 def install(student: LinMUModel, limits: Limits, new_capture: Callable[[], Capture]) -> LinMUModel:
     """`accelerate` with another way to capture."""
-    check(student, limits)
     decoder = unaccelerate(student).get_decoder()
+    check(student, limits)
     decoder.forward = GraphedDecoder(decoder, limits, new_capture)
     return student
 
@@ -107,11 +109,7 @@ def check(student: LinMUModel, limits: Limits) -> None:
     parameters = {type(parameter) for parameter in decoder.parameters()}
     must, hint = "weights must be whole and plain", "shard or quantise it, or accelerate it"
     require(parameters <= {nn.Parameter}, where, must, sorted(kind.__name__ for kind in parameters), hint)
-    require(
-        "forward" not in decoder.__dict__ or isinstance(decoder.forward, GraphedDecoder),
-        where,
-        "the decoder's forward must be its class's",
-        "another one",
-    )
+    is_own = "forward" not in decoder.__dict__
+    require(is_own, where, "the decoder's forward must be its class's", "another one")
     numbers = (*limits.lengths, limits.most_rows, limits.most_tokens, limits.most_graphs)
     require(len(limits.lengths) > 0 and min(numbers) >= 1, where, "all limits must be >= 1", limits)

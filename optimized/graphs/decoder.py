@@ -230,9 +230,9 @@ class GraphedDecoder:
             return None
         if positions.ndim == 2 and mask is None and not use_cache and not self.has_mrope:
             return "positions without mask and cache, which may be packed rows"
-        kinds = ((3, batch, length), (4, batch, length)) if self.has_mrope else ()
-        known = (*kinds, (batch, length), (1, length))
-        return None if tuple(positions.shape) in known else "positions of another shape"
+        *axes, rows, tokens = positions.shape
+        fits = axes in ([[], [1], [3], [4]] if self.has_mrope else [[]])
+        return None if fits and rows in (1, batch) and tokens == length else "positions of another shape"
 
     @property
     def device(self) -> torch.device:
@@ -336,15 +336,13 @@ class GraphedDecoder:
             return self.graphs[key], False
         while len(self.graphs) >= self.limits.most_graphs:
             self.graphs.popitem(last=False)
-        tokens, layout = (
-            {name: zeros_like(each) for name, each in given.items()} for given in (tokens, layout)
-        )
+        tokens, layout = ({name: zeros_like(each) for name, each in g.items()} for g in (tokens, layout))
         states = [state_of([zeros_like(tensor) for tensor in state.tensors]) for state in states]
         self.graphs[key] = Graph(tokens, layout, states)
         return self.graphs[key], True
 
     def record(self, graph: Graph, keeps_states: bool) -> None:
-        """Capture the layers over the buffers of a graph; with `keeps_states`, its states become those after."""
+        """Capture the layers over a graph's buffers; with `keeps_states`, its states become those after."""
 
         def run() -> tuple[Tensor, list[MMATEState]]:
             layout = StaticLayout(graph.layout) if graph.layout else None

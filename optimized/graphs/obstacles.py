@@ -49,11 +49,8 @@ class Watch:
 
     def obstacle(self) -> str | None:
         """What in the decoder follows its calls, or changes with them."""
-        if (
-            any(self.hooks)
-            or nn.modules.module._global_forward_hooks
-            or nn.modules.module._global_forward_pre_hooks
-        ):
+        every = nn.modules.module  # hooks of all modules
+        if any(self.hooks) or every._global_forward_hooks or every._global_forward_pre_hooks:
             return "hooks on its modules"
         return self.kind_of_modules
 

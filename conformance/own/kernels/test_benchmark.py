@@ -325,7 +325,7 @@ def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
     [
         (
             ["--quick", "--only", "scan"],
-            "--only must be among kernels,windows,model,decode,training, got scan",
+            "--only must be among kernels,windows,model,graphs,decode,training, got scan",
         ),
         (["--quick", "--lengths", "64"], "--lengths must be at least 320, got 64"),
         (["--quick", "--sizes", "28x4"], "--sizes like 28x4x128"),
