@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..engine import get_engine
 from ..engine.torch_state import is_observed
 
+CAPTURING = "transformers.utils.output_capturing"
 Fingerprint = tuple[list[int], list[int], list[int]]
 
 
@@ -50,7 +51,7 @@ class Watch:
     def obstacle(self) -> str | None:
         """What in the decoder follows its calls, or changes with them."""
         every = nn.modules.module  # hooks of all modules
-        if any(self.hooks) or every._global_forward_hooks or every._global_forward_pre_hooks:
+        if every._global_forward_hooks or every._global_forward_pre_hooks or any(map(watches, self.hooks)):
             return "hooks on its modules"
         return self.kind_of_modules
 
@@ -60,6 +61,13 @@ class Watch:
         if not hasattr(self, "_kind"):
             self._kind = kind_of(self.modules)
         return self._kind
+
+
+def watches(hooks: dict[int, Any]) -> bool:
+    """Whether some of a module's hooks do anything: Hugging Face leaves its own there after hidden states
+    were asked for once, and they sleep until they are asked for again.
+    """
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks.values())
 
 
 def kind_of(modules: list[nn.Module]) -> str | None:
