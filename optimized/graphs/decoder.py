@@ -34,6 +34,7 @@ from ...reference.sliding_window_attention import WindowState
 from ...reference.student.cache import CACHE_NAME, LinMUCacheLayer, cache_slot, name_cache
 from ..engine import say_once
 from ..layout import VisionLayout, fast
+from ..sliding_window_attention import one_forward
 from .capture import Capture, copies, copy_all
 from .obstacles import Watch, arguments, state_of_torch
 from .static_layout import StaticLayout, Window, layout_tensors, padded_layout
@@ -375,9 +376,10 @@ def run_layers(
         cache_slot(cache, index).state = state
     options = {CACHE_NAME: cache, "use_cache": True, "attention_mask": valid, "linmu_layout": layout}
     hidden, angles = embeds, decoder.rotary_emb(embeds, positions)
-    for layer in decoder.layers:
-        hidden = layer(hidden, position_embeddings=angles, **options)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    with one_forward():
+        for layer in decoder.layers:
+            hidden = layer(hidden, position_embeddings=angles, **options)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     return decoder.norm(hidden), [slot.state for slot in cache.layers]
 
 
