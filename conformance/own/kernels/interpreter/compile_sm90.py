@@ -77,7 +77,7 @@ PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS"
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
-SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "BLOCK_H": 16, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
+SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
@@ -194,7 +194,15 @@ KERNELS = {
     ),
     "sliding_step": (
         "sliding_window_attention.kernels_step",
-        "step_kernel",
+        "attention_kernel",
+        SLIDING_STEP,
+        4,
+        3,
+        {"PRESENT": "*u8"},
+    ),
+    "sliding_move": (
+        "sliding_window_attention.kernels_step",
+        "move_kernel",
         SLIDING_STEP,
         4,
         2,
