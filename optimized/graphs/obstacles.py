@@ -6,7 +6,8 @@ passed over in silence. So every call asks; a decoder of 28 layers answers withi
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..engine import get_engine
 from ..engine.torch_state import is_observed
 
 CAPTURING = "transformers.utils.output_capturing"
-Fingerprint = tuple[list[int], list[int], list[int]]
+Fingerprint = tuple[bool, list[int], list[int], list[bool], list[int]]
 
 
 class Watch:
@@ -28,21 +29,32 @@ class Watch:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.modules = [module for module in decoder.modules() if module is not decoder]
-        everything = [decoder, *self.modules]
+        self.spaces = [vars(module) for module in self.modules]
+        everything = [vars(decoder), *self.spaces]
+        parts = [space[kind] for space in everything for kind in ("_modules", "_parameters", "_buffers")]
+        self.filled, self.empty = [part for part in parts if part], [part for part in parts if not part]
+        self.hooks = [
+            space[kind] for space in everything for kind in ("_forward_hooks", "_forward_pre_hooks")
+        ]
+        self.patched = [space for space in self.spaces if "forward" in space]
         self.tensors = [*decoder.parameters(), *decoder.buffers()]
-        self.spaces = [module.__dict__ for module in self.modules]
-        kinds = ("_modules", "_parameters", "_buffers")
-        self.parts = [module.__dict__[kind] for module in everything for kind in kinds]
-        hooks = ("_forward_hooks", "_forward_pre_hooks")
-        self.hooks = [module.__dict__[kind] for module in everything for kind in hooks]
         self.kept = self.fingerprint()
-        self.held = [*chain.from_iterable(map(dict.values, self.parts))]  # no other object gets their ids
+        self.kind = kind_of(self.modules)
+        forwards = [space["forward"] for space in self.patched]
+        self.held = [
+            *chain.from_iterable(map(dict.values, self.filled)),
+            *forwards,
+        ]  # keep their ids for them
 
     def fingerprint(self) -> Fingerprint:
-        """The modules and tensors by their ids, the forwards put over modules, and where the tensors lie."""
-        parts = [*map(id, chain.from_iterable(map(dict.values, self.parts)))]
-        forwards = [id(space["forward"]) for space in self.spaces if "forward" in space]
-        return parts, forwards, [*map(Tensor.data_ptr, self.tensors)]
+        """The modules and tensors by their ids, where tensors lie, and the forwards put over modules."""
+        return (
+            any(self.empty),
+            [*map(id, chain.from_iterable(map(dict.values, self.filled)))],
+            [*map(Tensor.data_ptr, self.tensors)],
+            [*map(contains, self.spaces, repeat("forward"))],
+            [id(space.get("forward")) for space in self.patched],
+        )
 
     def has_changed(self) -> bool:
         """Whether modules, forwards or the memory of weights are other ones."""
@@ -51,16 +63,10 @@ class Watch:
     def obstacle(self) -> str | None:
         """What in the decoder follows its calls, or changes with them."""
         every = nn.modules.module  # hooks of all modules
-        if every._global_forward_hooks or every._global_forward_pre_hooks or any(map(watches, self.hooks)):
+        found = every._global_forward_hooks or every._global_forward_pre_hooks
+        if found or (any(self.hooks) and any(map(watches, self.hooks))):
             return "hooks on its modules"
-        return self.kind_of_modules
-
-    @property
-    def kind_of_modules(self) -> str | None:
-        """What the modules are, asked once as long as they are the same."""
-        if not hasattr(self, "_kind"):
-            self._kind = kind_of(self.modules)
-        return self._kind
+        return self.kind
 
 
 def watches(hooks: dict[int, Any]) -> bool:
