@@ -3,9 +3,10 @@
 
 Letters as in `torch_engine`. A program of the attention takes one head of one row. Its products are sums over
 a tile, not products of matrices: one query has too few rows for tensor cores, and what takes the time is
-reading the state. A program of the move takes one group of one row, which nobody else touches. A ring would
-save the move, 260 KB a layer and row of a 7B model with a window of 128, and would have to be put in order
-for whatever reads more than one token.
+reading the state. (With 64 places as the rows of a product, on four warps, triton 3.6 makes wgmma
+instructions that gave a wrong o or an illegal memory access on an H200.) A program of the move takes one
+group of one row, which nobody else touches. A ring would save the move, 260 KB a layer and row of a 7B model
+with a window of 128, and would have to be put in order for whatever reads more than one token.
 """
 
 from __future__ import annotations
