@@ -112,14 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     report = Report(options.output, environment(options, setting.ceilings, said))
     spent = time.perf_counter() - started
     budget = None if options.budget is None else options.budget - spent - PLOTTING
-    pair = models.Pair(options.model, options.layers, setting)
+    pair, plain = (
+        models.Pair(options.model, options.layers, setting, prepared) for prepared in (True, False)
+    )
 
     def prepare(case: Case) -> None:
-        if case.benchmark in ("scan", "windows"):  # they may need all of the memory
+        """Leave all of the memory to what is measured."""
+        if case.benchmark not in graphs.BENCHMARKS:
+            plain.forget()
+        if case.benchmark in ("scan", "windows", *graphs.BENCHMARKS):
             pair.forget()
 
     try:
-        measure_all(cases_of(options, setting, pair), report.keep, budget, prepare)
+        measure_all(cases_of(options, setting, pair, plain), report.keep, budget, prepare)
     finally:
         report.environment["load after"] = load()
         report.write()
@@ -187,9 +192,12 @@ def checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
     )
 
 
-def cases_of(options: Options, setting: kernels.Setting, pair: models.Pair) -> Iterator[Case]:
-    """All lines of a run. The order is by priority: first what shows each part at ordinary lengths, then
-    backward passes, long prompts and peers that take long to compile.
+def cases_of(
+    options: Options, setting: kernels.Setting, pair: models.Pair, plain: models.Pair
+) -> Iterator[Case]:
+    """All lines of a run, with models prepared for long prompts, and as users have them. The order is by
+    priority: first what shows each part at ordinary lengths, then backward passes, long prompts and peers
+    that take long to compile.
     """
     lengths = options.lengths
     for place, sizes in enumerate(options.sizes):
@@ -205,8 +213,8 @@ def cases_of(options: Options, setting: kernels.Setting, pair: models.Pair) -> I
         if not options.quick:
             yield from models.tower_cases(pair, wait[-1:], setting, later(7, LONG, 7))
     if "graphs" in options.parts and not options.quick:
-        yield from graphs.short_prompt_cases(pair, lengths["graphs"], setting, later(1, LONG, 6))
-        yield from graphs.generate_cases(pair, setting, later(2, LONG, 6))
+        yield from graphs.short_prompt_cases(plain, lengths["graphs"], setting, later(-1, LONG, 6))
+        yield from graphs.generate_cases(plain, setting, later(-1, LONG, 6))
     if "decode" in options.parts:
         yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 6))
     if "training" in options.parts:

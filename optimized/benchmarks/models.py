@@ -108,11 +108,13 @@ def build_teacher(name: str, layers: int | None, setting: Setting) -> nn.Module:
 
 @dataclass
 class Pair:
-    """Both models over one copy of the shared weights, built when first asked for."""
+    """Both models over one copy of the shared weights, built when first asked for; `prepared` as the module
+    says, or as Hugging Face makes them."""
 
     name: str
     layers: int | None
     setting: Setting
+    prepared: bool = True
     _models: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -125,7 +127,7 @@ class Pair:
         if not self._models:
             teacher = build_teacher(self.name, self.layers, self.setting)
             self._models = {TEACHER: teacher, OURS: convert(teacher).eval()}
-            for model in self._models.values():
+            for model in self._models.values() if self.prepared else ():
                 if self.setting.device.type == "cuda":
                     compile_norms_and_mlps(model, self.setting)
                 slice_mlps(model)

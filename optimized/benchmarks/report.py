@@ -55,7 +55,7 @@ DEFINITIONS = {
         "As above, from embeddings. The time is the wall's, from the call until the GPU is done; *busy* is"
         " the sum of the times of all kernels in a profile of one call. LinMU runs from CUDA graphs "
         "(`optimized.accelerate`), its layout made eagerly and counted; the teacher eagerly, and its whole "
-        "forward from one graph of exactly that prompt."
+        "forward from one graph of exactly that prompt. Nothing is compiled by torch, in neither model."
     ),
     "generate": (
         "One greedy token of `generate()` after a prompt of that length with a video's pixels: 34 tokens less"

@@ -5,6 +5,7 @@
     optimized.unaccelerate(student)
 
 decoder         the decoder's forward from graphs: buckets, buffers, caches
+layers          the decoder's layers, in fewer kernels
 static_layout   where vision tokens are, in buffers
 capture         torch's CUDA graphs
 obstacles       what makes a forward run eagerly, which is said once

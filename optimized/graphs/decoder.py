@@ -36,6 +36,7 @@ from ..engine import say_once
 from ..layout import VisionLayout, fast
 from ..sliding_window_attention import one_forward
 from .capture import Capture, copies, copy_all
+from .layers import through_layers
 from .obstacles import Watch, arguments, state_of_torch
 from .static_layout import StaticLayout, Window, layout_tensors, padded_layout
 
@@ -375,12 +376,10 @@ def run_layers(
     for index, state in enumerate(states):
         cache_slot(cache, index).state = state
     options = {CACHE_NAME: cache, "use_cache": True, "attention_mask": valid, "linmu_layout": layout}
-    hidden, angles = embeds, decoder.rotary_emb(embeds, positions)
+    options["position_embeddings"] = decoder.rotary_emb(embeds, positions)
     with one_forward():
-        for layer in decoder.layers:
-            hidden = layer(hidden, position_embeddings=angles, **options)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-    return decoder.norm(hidden), [slot.state for slot in cache.layers]
+        hidden = through_layers(decoder, embeds, **options)
+    return hidden, [slot.state for slot in cache.layers]
 
 
 def whole_tokens(request: Request, pad: int, masked: bool) -> dict[str, Tensor]:

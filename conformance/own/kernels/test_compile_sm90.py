@@ -45,6 +45,8 @@ PRODUCTS = {
     "mix": 0,
     "mix_gradient": 0,
     "rope": 0,
+    "add_norm": 0,
+    "gate": 0,
     "text_step": 0,
     "project_one": 0,
     "project_four": 0,

@@ -83,6 +83,7 @@ SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
+NORM = {"WIDTH": 3584, "BLOCK": 4096, "HAS_MORE": True}
 MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
 WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
@@ -223,6 +224,8 @@ KERNELS = {
         3,
         {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"},
     ),
+    "add_norm": ("elementwise.kernels_layer", "add_norm_kernel", NORM, 8, 3, {}),
+    "gate": ("elementwise.kernels_layer", "gate_kernel", {"BLOCK": 1024}, 4, 3, {}),
     "text_step": ("decoding.kernels.text_step", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
