@@ -18,7 +18,10 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from ..prompts.chat_collator import control_tokens
+from ..training.teacher import open_processor
 
 HELD_OUT = 20
 ENDINGS = {".html", ".md", ".rst", ".txt"}
@@ -96,14 +99,14 @@ def documents(folders: list[Path]) -> Iterator[tuple[str, str]]:
                 yield str(path.relative_to(folder)), text
 
 
-def pieces(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
-    """A text cut after every `tokens` tokens, without what holds a control token of the model."""
+def pieces(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, refused: list[str]) -> Iterator[str]:
+    """A text cut after every `tokens` tokens, without the pieces that hold one of the `refused`."""
     found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
     offsets = found["offset_mapping"]
     for start in range(0, len(offsets), tokens):
         part = offsets[start : start + tokens]
         piece = text[part[0][0] : part[-1][1]]
-        if len(part) >= SHORTEST * tokens and not any(sign in piece for sign in tokenizer.all_special_tokens):
+        if len(part) >= SHORTEST * tokens and not any(sign in piece for sign in refused):
             yield piece
 
 
@@ -117,10 +120,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("texts"))
     parser.add_argument("--tokens", type=int, default=1024, help="of a piece")
     options = parser.parse_args()
-    name = Path(options.tokenizer)
-    is_gguf = name.suffix == ".gguf"
-    file = {"gguf_file": name.name} if is_gguf else {}
-    tokenizer = AutoTokenizer.from_pretrained(str(name.parent) if is_gguf else options.tokenizer, **file)
+    processor = open_processor(options.tokenizer)
+    refused = control_tokens(processor)  # a run would refuse a text that holds one
     options.output.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "held_out": 0}
     with (
@@ -129,7 +130,7 @@ def main() -> None:
     ):
         for number, (path, text) in enumerate(documents(options.folders)):
             name, file = ("train", train) if number % HELD_OUT else ("held_out", held_out)
-            for piece in pieces(text, tokenizer, options.tokens):
+            for piece in pieces(text, processor.tokenizer, options.tokens, refused):
                 file.write(json.dumps({"text": piece, "source": path}) + "\n")
                 counts[name] += 1
     print(f"{options.output}: {counts['train']} pieces to train on, {counts['held_out']} held out")
