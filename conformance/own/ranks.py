@@ -25,8 +25,8 @@ def run_ranks(world: int, logs: Path, work: Callable, *arguments: Any) -> None:
     """Call `work(*arguments)` in `world` processes with the variables that torchrun sets.
 
     Raises:
-        AssertionError: with what all processes wrote into the folder `logs`: as soon as one has failed, for which
-            the others would wait, or after four minutes.
+        AssertionError: with what all processes wrote into the folder `logs`, as soon as one has failed (the
+            others would wait for it), or after four minutes.
     """
     fork, port, paths = multiprocessing.get_context("fork"), free_port(), []
     ranks = []
