@@ -7,8 +7,8 @@ import os
 from xdist.scheduler import LoadScopeScheduling
 
 MEMORY = 3 * 2**30  # bytes for a worker and all that its tests start
-# Files whose tests share what takes seconds to make: a finished run, processes that have imported, students.
-TOGETHER = ("own/package/", "own/student/", "own/training/")
+# Files whose tests share what takes seconds to make: runs, processes that have imported, students, truths.
+TOGETHER = ("own/package/", "own/student/", "own/training/", "meta_tests/test_bugs_by_size")
 # Long ones, so that nobody begins one when all others have ended.
 FIRST = ("own/kernels/", "own/training/", "own/package/", "own/student/", "meta_tests/")
 
