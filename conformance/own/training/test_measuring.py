@@ -23,6 +23,7 @@ from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run, example_of
 
 from ..forks import COMMANDS, run_forked
+from .figures import drawn
 from .own_data import BROKEN, flags, row, write
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -153,7 +154,8 @@ def test_scores_are_those_of_a_slow_count():
 @pytest.mark.parametrize("pictures", ["none", "none held out"])
 def test_text_alone_is_measured_and_what_it_relies_on_left_out(tmp_path, pictures):
     rows = [row(picture="p.png" if pictures != "none" and i % 20 else None) for i in range(40)]
-    results = main(flags(write(tmp_path, "d.jsonl", rows), tmp_path / "run"))
+    with drawn():
+        results = main(flags(write(tmp_path, "d.jsonl", rows), tmp_path / "run"))
     for layer in results["rows"]["stage iii"]["layers"]:
         assert layer.keys() == {"layer", "mixer_error", "layer_error"}
     assert (tmp_path / "run" / "layers.png").is_file()
