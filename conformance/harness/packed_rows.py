@@ -11,9 +11,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .compare import assert_same
+from linmu.reference import VisionLayout
+
+from .compare import Results, assert_same, cotangent
+from .layouts import Layout
+from .module_cases import ModuleCase, random_module
+from .module_checks import tensors_of
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
 from .operator_checks import check_matches_the_reference, check_strides
 
@@ -28,39 +33,38 @@ class PackedCase(ChangedCase):
     """
 
     def __init__(self, case: Case, draw: int = 0) -> None:
-        self.samples = samples_of(case)
-        super().__init__(case, {"sequence": ids_of(case, self.samples, draw)})
+        self.samples = samples_of(case.shape, case.seed, getattr(case, "layout", None))
+        super().__init__(case, {"sequence": ids_of(self.samples, valid_tokens(case), case.seed, draw)})
         self.masks = (*case.masks, "sequence")
 
 
-def samples_of(case: Case) -> list[list[slice]]:
-    """Rows cut at random; some samples have one token."""
-    batch, length = case.shape
-    starts = Numbers(case.seed + 5).some(batch, length, share=min(0.5, SAMPLES / length))
+def samples_of(shape: tuple[int, int], seed: int, layout: Layout | None) -> list[list[slice]]:
+    """The rows (B, L) cut at random; some samples have one token."""
+    batch, length = shape
+    starts = Numbers(seed + 5).some(batch, length, share=min(0.5, SAMPLES / length))
     cut = []
     for row, begins in enumerate(starts):
-        spans = case.layout.spans(row) if hasattr(case, "layout") else ()
-        for _, first, stop in spans:
+        for _, first, stop in () if layout is None else layout.spans(row):
             begins[first + 1 : stop] = False
         edges = [0, *(i for i in begins.nonzero().flatten().tolist() if i > 0), length]
         cut.append([slice(*edge) for edge in pairwise(edges)])
     return cut
 
 
-def ids_of(case: Case, samples: list[list[slice]], draw: int) -> Tensor:
+def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> Tensor:
     """(B, L) int64, an id for each sample: they rise from 0, the same ones in every row.
 
     With another `draw` they come in any order, are equal modulo 2^32 and as float32, or small and negative,
     and those of tokens that are not valid are noise.
     """
-    numbers, ids = Numbers(case.seed + 6 + draw), torch.zeros(case.shape, dtype=torch.int64)
-    factor, first = (1, 0) if not draw else (2**32, 2**59) if case.seed % 2 else (1, -3)
+    numbers, ids = Numbers(seed + 6 + draw), torch.zeros(valid.shape, dtype=torch.int64)
+    factor, first = (1, 0) if not draw else (2**32, 2**59) if seed % 2 else (1, -3)
     for row, own in enumerate(samples):
         order = torch.randperm(len(own), generator=numbers.generator) if draw else torch.arange(len(own))
         for place, sample in zip(order.tolist(), own, strict=True):
             ids[row, sample] = place * factor + first
-    noise = torch.randint(-3, 3, case.shape, generator=numbers.generator)
-    return torch.where(valid_tokens(case), ids, noise) if draw else ids
+    noise = torch.randint(-3, 3, valid.shape, generator=numbers.generator)
+    return torch.where(valid, ids, noise) if draw else ids
 
 
 def valid_tokens(case: Case) -> Tensor:
@@ -124,6 +128,61 @@ def check_one_sample(backend: Any, case: Case) -> None:
     for number in (0, -1, 2**60):
         one = case.changed(sequence=torch.full(case.shape, number))
         assert_same(run(backend, one, gradients=True), wanted, case)
+
+
+def check_module_equals_samples_alone(
+    backend: Any, name: str, case: ModuleCase, *, has_layout: bool = True
+) -> None:
+    """Outputs on valid tokens, states, the gradients of the input and of every parameter.
+
+    Without a layout, all tokens are text and the module is told of the samples itself.
+    """
+    module, valid = random_module(backend, name, case), case.layout.valid
+    samples = samples_of(case.layout.shape, case.seed, case.layout)
+    sequence = ids_of(samples, valid, case.seed, draw=1)
+
+    def of(place: tuple[slice, slice], u: Tensor, sequence: Tensor | None = None) -> tuple:
+        given = {
+            "valid": valid[place],
+            "position_embeddings": tuple(a[place] for a in case.position_embeddings()),
+        }
+        if has_layout:
+            given["layout"] = VisionLayout(case.layout.coords[place].contiguous(), sequence)
+        else:
+            given["sequence"] = sequence
+        output, state = module(u[place], **given)
+        return output * valid[place][..., None], tensors_of(state)
+
+    def packed(u: Tensor) -> tuple[Tensor, ...]:
+        output, state = of((slice(None), slice(None)), u, sequence)
+        return output, *state
+
+    def alone(u: Tensor) -> tuple[Tensor, ...]:
+        outputs, states = [], []
+        for row, own in enumerate(samples):
+            places = [(slice(row, row + 1), sample) for sample in own]
+            found = [of(place, u) for place in places]
+            outputs.append(torch.cat([output for output, _ in found], dim=1))
+            there = [state for place, (_, state) in zip(places, found, strict=True) if valid[place].any()]
+            states.append(there[-1] if there else found[-1][1])
+        return torch.cat(outputs), *map(torch.cat, zip(*states, strict=True))
+
+    assert_same(with_gradients(module, case, packed), with_gradients(module, case, alone), case)
+
+
+def with_gradients(module: nn.Module, case: ModuleCase, function: Callable) -> Results:
+    """What a function of the hidden states gives, and the gradients of these and of the parameters."""
+    u, parameters = case.hidden_states().requires_grad_(), dict(module.named_parameters())
+    outputs = function(u)
+    asked = [(i, output) for i, output in enumerate(outputs) if output.requires_grad]
+    cotangents = [cotangent(output, i) for i, output in asked]
+    leaves = {"hidden_states": u, **parameters}
+    found = torch.autograd.grad([o for _, o in asked], list(leaves.values()), cotangents, allow_unused=True)
+    grads = {
+        f"grad {key}": torch.zeros_like(leaf) if grad is None else grad
+        for (key, leaf), grad in zip(leaves.items(), found, strict=True)
+    }
+    return {f"result {i}": output.detach() for i, output in enumerate(outputs)} | grads
 
 
 def packed_properties(operator: str, cases: Callable, long: Callable | None = None) -> dict[str, Callable]:

@@ -1,14 +1,19 @@
-"""Broken packed rows: operators that let samples meet, and the properties that must notice.
+"""Broken packed rows: operators and modules that let samples meet, and the properties that must notice.
 
-A bug receives the reference's operator first, then the arguments of a call.
+A bug receives the reference's operator first, then the arguments of a call; or the reference's class.
 """
 
 from __future__ import annotations
 
 import torch
 
+from linmu.reference import VisionLayout
+
 from ..properties import test_bidirectional_scan as both
 from ..properties import test_causal_conv as conv
+from ..properties import test_flex_ma as flex
+from ..properties import test_local_swin as swin
+from ..properties import test_m_mate as mate
 from ..properties import test_scan as scan
 from .planting import planted
 
@@ -123,3 +128,52 @@ def no_gradient_reaches_the_taps_of_a_later_sample(reference, u, weight, *rest, 
         return out, state
     own = (last_sample(sequence) & ~last_sample(sequence).all(1, keepdim=True))[..., None]
     return torch.where(own, out.detach(), out), state
+
+
+def unpacked(layout):
+    """The layout without its samples."""
+    return None if layout is None else VisionLayout(layout.coords)
+
+
+@planted(
+    "FlexMA",
+    flex.test_flex_ma_equals_the_samples_of_a_packed_row_alone,
+    flex.test_flex_ma_equals_the_samples_of_packed_text_alone,
+)
+def the_branch_does_not_hear_of_samples(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, sequence=None, **rest):
+            return super().forward(hidden_states, unpacked(layout), **rest)
+
+    return Broken
+
+
+@planted(
+    "LocalSwin",
+    swin.test_local_swin_equals_the_samples_of_a_packed_row_alone,
+    swin.test_local_swin_equals_the_samples_of_packed_text_alone,
+)
+def the_text_window_crosses_samples(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, sequence=None, **rest):
+            return super().forward(hidden_states, unpacked(layout), **rest)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_m_mate_equals_the_samples_of_packed_text_alone)
+def the_block_hears_of_samples_only_from_a_layout(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, sequence=None, **rest):
+            return super().forward(hidden_states, layout, **rest)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_m_mate_equals_the_samples_of_a_packed_row_alone)
+def the_block_hears_of_samples_only_without_a_layout(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, **rest):
+            return super().forward(hidden_states, unpacked(layout), **rest)
+
+    return Broken

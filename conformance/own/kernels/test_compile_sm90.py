@@ -2,8 +2,8 @@
 that fits.
 
 At the shapes of a 7B model (H=28, G=4, N=P=128) and at N=P=64, in bfloat16 and float32, whose IEEE products
-no tensor core computes; with --thorough at small ones and in float16, too, and every kernel of packed rows, of
-which the one with the fewest registers left stands for all otherwise. A transposed product of the tensor
+no tensor core computes; with --thorough at small ones and in float16, too, and every kernel of packed rows,
+of which the one with the fewest registers left stands for all otherwise. A transposed product of the tensor
 cores, which some compilers get wrong on Hopper, shows as a linear layout in Triton's intermediate code and is
 refused too. A kernel compiles in a process without TRITON_INTERPRET, which would take the compiler's place.
 """
