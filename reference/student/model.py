@@ -7,7 +7,7 @@ Put before a family's class:  class LinMUQwen2VL...(LinMUModel, Qwen2VLForCondit
 How each layer learns where the vision tokens are: forward lets the family's `PromptLayout` find them, makes
 one `VisionLayout` of their coordinates, and passes it to every layer as the keyword `linmu_layout`. In
 generate(), where Hugging Face has replaced pixels and grids by embeddings, the coordinates come as
-`linmu_coords`.
+`linmu_coords`. The samples of packed rows are found too, and passed to every layer as `linmu_sequence`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .backend import Backend, backend_of
 from .cache import CACHE_NAME, name_cache
 from .generation import StudentGeneration
 from .mixer import as_self_attn
+from .packed_rows import take_samples
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
 
@@ -76,7 +77,10 @@ def with_vision_layout(forward: Callable) -> Callable:
         kwargs |= kwargs.pop("kwargs", {})
         del kwargs["self"]
         name_cache(kwargs)
-        kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs)
+        sequence = self.take_samples(kwargs)
+        kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs, sequence)
+        if sequence is not None:
+            kwargs["linmu_sequence"] = sequence
         return forward(self, **kwargs)
 
     own = inspect.Parameter("linmu_coords", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -167,12 +171,28 @@ class LinMUModel(StudentGeneration):
         if kwargs.get("is_main_process", True):
             write_card(self, save_directory)
 
-    def vision_layout(self, coords: Tensor | None, kwargs: dict[str, Any]) -> VisionLayout | None:
+    def take_samples(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the samples of packed rows, `packed_rows.take_samples`; None = one a row.
+
+        Choice: where M-RoPE has pictures to place, positions of text alone tell of the samples and are left
+        out. It then counts on from sample to sample, which no attention and no scan sees: all they see of
+        angles is differences.
+        """
+        sequence, positions = take_samples(type(self).__name__, kwargs), kwargs.get("position_ids")
+        has_m_rope = hasattr(self.base_model, "rope_deltas") and self.has_vision(kwargs)
+        if sequence is not None and has_m_rope and positions is not None and positions.ndim == 2:
+            kwargs["position_ids"] = None
+        return sequence
+
+    def vision_layout(
+        self, coords: Tensor | None, kwargs: dict[str, Any], sequence: Tensor | None = None
+    ) -> VisionLayout | None:
         """Return the layout of one forward's tokens; None = all text.
 
         Args:
             coords: (B, L, 4) int64 if the caller knows them.
             kwargs: the forward's arguments.
+            sequence: (B, L) int64, the samples of packed rows; None = one a row.
         Raises:
             ValueError: if `coords` are missing for `inputs_embeds`, or tokens and grids do not fit.
         Warns:
@@ -197,7 +217,7 @@ class LinMUModel(StudentGeneration):
             coords = self.picture_coords(input_ids, kwargs)
         if coords is None or not bool((coords >= 0).any()):
             return None
-        return self.linmu_backend.VisionLayout(coords.to(tokens.device))
+        return self.linmu_backend.VisionLayout(coords.to(tokens.device), sequence)
 
     def picture_coords(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Return (B, L, 4) of a forward's pictures; None = text, whatever the ids.
