@@ -34,9 +34,9 @@ from ..numerics import accumulation_dtype
 from ..prompts.grids import placement_coords
 from .backend import Backend, backend_of
 from .cache import CACHE_NAME, name_cache
-from .generation import StudentGeneration
+from .generation import StudentGeneration, has_m_rope, rope_index
 from .mixer import as_self_attn
-from .packed_rows import take_samples
+from .packed_rows import started_anew, take_samples
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
 
@@ -66,26 +66,30 @@ def mixers(model: nn.Module) -> dict[int, MMATE]:
 def with_vision_layout(forward: Callable) -> Callable:
     """Make of a family's forward one that tells the layers where the vision tokens are.
 
-    It takes one argument more: `linmu_coords`, (B, L, 4) int64 as in `VisionLayout`, for those who pass
-    `inputs_embeds`; by default the coordinates come from `input_ids` and the grids.
+    It takes two arguments more: `linmu_coords`, (B, L, 4) int64 as in `VisionLayout`, for those who pass
+    `inputs_embeds`; by default the coordinates come from `input_ids` and the grids. And `linmu_sequence`, (B,
+    L) int64, the samples of packed rows, which may be padded; by default `packed_rows` finds them.
     """
     base = inspect.signature(forward)
 
     @wraps(forward)
-    def forward_with_layout(self, *args, linmu_coords: Tensor | None = None, **kwargs):
+    def forward_with_layout(
+        self, *args, linmu_coords: Tensor | None = None, linmu_sequence: Tensor | None = None, **kwargs
+    ):
         kwargs = base.bind_partial(self, *args, **kwargs).arguments
         kwargs |= kwargs.pop("kwargs", {})
         del kwargs["self"]
         name_cache(kwargs)
-        sequence = self.take_samples(kwargs)
+        sequence = self.take_samples(linmu_sequence, kwargs)
         kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs, sequence)
         if sequence is not None:
             kwargs["linmu_sequence"] = sequence
         return forward(self, **kwargs)
 
-    own = inspect.Parameter("linmu_coords", inspect.Parameter.KEYWORD_ONLY, default=None)
+    names = ("linmu_coords", "linmu_sequence")
+    own = (inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names)
     *named, wildcard = base.parameters.values()
-    forward_with_layout.__signature__ = base.replace(parameters=[*named, own, wildcard])
+    forward_with_layout.__signature__ = base.replace(parameters=[*named, *own, wildcard])
     return forward_with_layout
 
 
@@ -171,17 +175,23 @@ class LinMUModel(StudentGeneration):
         if kwargs.get("is_main_process", True):
             write_card(self, save_directory)
 
-    def take_samples(self, kwargs: dict[str, Any]) -> Tensor | None:
+    def take_samples(self, sequence: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """Return the samples of packed rows, `packed_rows.take_samples`; None = one a row.
 
-        Choice: where M-RoPE has pictures to place, positions of text alone tell of the samples and are left
-        out. It then counts on from sample to sample, which no attention and no scan sees: all they see of
-        angles is differences.
+        Positions start anew in each, if the caller has none; M-RoPE's also if there are pictures and only the
+        text's positions are given, which tell of the samples and no more.
         """
-        sequence, positions = take_samples(type(self).__name__, kwargs), kwargs.get("position_ids")
-        has_m_rope = hasattr(self.base_model, "rope_deltas") and self.has_vision(kwargs)
-        if sequence is not None and has_m_rope and positions is not None and positions.ndim == 2:
-            kwargs["position_ids"] = None
+        sequence = take_samples(type(self).__name__, sequence, kwargs)
+        positions = kwargs.get("position_ids")
+        if sequence is None:
+            return None
+        if has_m_rope(self, kwargs) and (positions is None or positions.ndim == 2):
+            positions = rope_index(self, kwargs)[0]  # (3, B, L)
+        elif positions is None:
+            positions = torch.arange(sequence.shape[1], device=sequence.device).expand(sequence.shape)
+        else:
+            return sequence
+        kwargs["position_ids"] = started_anew(positions, sequence, kwargs["attention_mask"].bool())
         return sequence
 
     def vision_layout(

@@ -1,6 +1,6 @@
 """Rows of several samples, as transformers tells of them: its padding-free batches.
 
-Letters: B rows, L tokens. Two ways, of which each suffices:
+Letters: B rows, L tokens. Two ways, of which each suffices, beside our own `linmu_sequence`:
 
     cu_seq_lens_q, cu_seq_lens_k   (samples + 1,): where each sample of the one row begins, and the last ends
     position_ids                   (B, L), or (4, B, L) of M-RoPE, whose first is the text's: a sample begins
@@ -19,21 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import require, require_shape
+from ..checks import require, require_int64, require_shape
 from .cache import CACHE_NAME
 
 EDGES = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def take_samples(where: str, kwargs: dict[str, Any]) -> Tensor | None:
+def take_samples(where: str, sequence: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
     """Return which sample each token of a forward belongs to, (B, L) int64; None = one a row.
 
     Args:
         where: who asks, for errors.
+        sequence: (B, L) int64 if the caller knows them; then rows may be padded.
         kwargs: the forward's arguments, changed in place: where rows are packed there is a mask of ones, for
             transformers' own sake, and no cache; `EDGES` are taken out.
     Raises:
-        ValueError: for edges that do not fit the row, and for packed rows with a cache.
+        ValueError: for samples that do not fit the rows or are told twice, and for packed rows with a cache.
     """
     tokens = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -41,7 +42,10 @@ def take_samples(where: str, kwargs: dict[str, Any]) -> Tensor | None:
     if tokens is None:
         return None
     batch, length = tokens.shape[:2]
-    if edges:
+    if sequence is not None:
+        require(not edges, where, "samples must be told once", f"linmu_sequence and {', '.join(edges)}")
+        require_int64(where, "linmu_sequence", sequence, (batch, length), "B, L")
+    elif edges:
         sequence = samples_between(where, edges, batch, length).to(tokens.device)
     else:
         sequence = samples_of_positions(kwargs, batch, length)
@@ -54,6 +58,24 @@ def take_samples(where: str, kwargs: dict[str, Any]) -> Tensor | None:
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64, device=tokens.device)
     return sequence.to(tokens.device)
+
+
+def started_anew(positions: Tensor, sequence: Tensor, valid: Tensor) -> Tensor:
+    """Return positions (..., B, L) less that of the first valid token of each one's sample.
+
+    Differences are all that RoPE is to tell, but float32 tells those of small angles best.
+
+    Args:
+        sequence: (B, L) int64; ids of invalid tokens say nothing.
+        valid: (B, L) bool.
+    """
+    place = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, place, -1).cummax(1).values  # the valid token up to each
+    first = valid.int().argmax(1, keepdim=True)
+    own = sequence.gather(1, torch.where(last < 0, first, last))
+    begins = torch.nn.functional.pad(own.diff(dim=1) != 0, (1, 0))
+    begin = torch.where(begins, place, first).cummax(1).values
+    return positions - positions.gather(-1, begin.expand(positions.shape))
 
 
 def samples_between(where: str, edges: dict[str, Tensor], batch: int, length: int) -> Tensor:
