@@ -192,7 +192,7 @@ def packed_properties(operator: str, cases: Callable, long: Callable | None = No
         {}
         if long is None
         else {
-            "test_long_packed_rows_equal_their_samples_alone": test(cases=long(EXACT), share=0.2)(
+            "test_long_packed_rows_equal_their_samples_alone": test(cases=long(EXACT), share=0.15)(
                 check_equals_samples_alone
             ),
             "test_long_packed_rows_match_the_reference": test(cases=long(DTYPES), share=0.1)(
@@ -201,11 +201,13 @@ def packed_properties(operator: str, cases: Callable, long: Callable | None = No
         }
     )
     return long_ones | {
-        "test_a_packed_row_equals_its_samples_alone": test(cases=exact)(check_equals_samples_alone),
+        "test_a_packed_row_equals_its_samples_alone": test(cases=exact, share=0.5)(
+            check_equals_samples_alone
+        ),
         "test_ids_of_samples_say_where_they_begin_and_nothing_else": test(cases=exact, share=0.5)(
             check_ids_mean_nothing_else
         ),
         "test_packed_rows_match_the_reference": test(cases=cases(DTYPES), share=0.5)(check_packed_matches),
-        "test_strides_of_packed_rows_do_not_matter": test(cases=exact, share=0.25)(check_packed_strides),
-        "test_a_row_of_one_sample_is_not_packed": test(cases=exact, share=0.25)(check_one_sample),
+        "test_strides_of_packed_rows_do_not_matter": test(cases=exact, share=0.2)(check_packed_strides),
+        "test_a_row_of_one_sample_is_not_packed": test(cases=exact, share=0.2)(check_one_sample),
     }

@@ -48,7 +48,7 @@ def test_flex_ma_and_gradients_match_the_reference(backend, case: ModuleCase):
     check_module(module, reference, NAME, case)
 
 
-@flex(cases=module_cases(), share=0.25)
+@flex(cases=module_cases(), share=0.2)
 def test_flex_ma_equals_the_samples_of_a_packed_row_alone(backend, case: ModuleCase):
     """Outputs, states and gradients; the layout tells of the samples."""
     check_module_equals_samples_alone(backend, NAME, case)
