@@ -18,7 +18,7 @@ from linmu.reference.training.commands.main import main
 from ..student.tiny_checkpoint import shake_mixers
 from .flags import steps
 
-IGNORED, ROW = -100, 80
+IGNORED, ROW = -100, 120
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "position_ids", "linmu_sequence")
 ONE_STEP = [*steps(1, 1, 1), "--stages", "i", "--batch_size", "3", "--eval_samples", "1", "--log_every", "1"]
 ONE_STEP += ["--calibration_batches", "0", "--cpu"]
