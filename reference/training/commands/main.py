@@ -10,6 +10,7 @@ from ..config import Config, check_settings
 from ..refusal import RefusedError
 from ..run import Run
 from .ablation import ablate
+from .benchmark import benchmark
 from .command_line import parse
 from .dry_run import dry_run
 from .evaluate import evaluate_student
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> Any:
         return ablate(arguments[1:], distil)
     if arguments[:1] == ["evaluate"]:
         return evaluate_student(arguments[1:])
+    if arguments[:1] == ["benchmark"]:
+        return benchmark(arguments[1:])
     return distil(parse(arguments, ABOUT))
 
 
