@@ -2,6 +2,7 @@
 
     conversation  = turns; a turn = {"role", "content": text or a list of content blocks}
     content block = {"type": "text", "text"} | {"type": "image", "image"} | {"type": "video", "video", "fps"}
+    document      = a text without turns, as language models are pretrained on
 
 Letters: B conversations, L tokens.
 """
@@ -31,7 +32,7 @@ SUPERVISE = ("answers", "all", "nothing")
 
 
 class ChatCollator:
-    """Collates items {"messages": conversation} into one batch of tensors for a Qwen-style chat model.
+    """Collates items {"messages": conversation} or {"text": document} into one batch of tensors.
 
     `collator(items)` is the one entrance. A data set may `encode` its samples one by one before, in the
     process that reads them, so that one that does not fit can be named and left out; padded together they
@@ -42,7 +43,8 @@ class ChatCollator:
         supervise: "answers": `labels` are the assistant's answers, each with its <|im_end|>; "all": all
             text, so what a user asks, too; "nothing": prompts without labels, cut before a final assistant
             turn, opened for an answer. Vision tokens and padding are never supervised: -100. Neither are,
-            with "answers", those of turns with `weight` 0.
+            with "answers", those of turns with `weight` 0. A document is supervised throughout; it has no
+            turns, so it reads as the tokenizer gives it.
         max_length: tokens that a conversation may have; 0 = any number.
     Raises:
         ValueError: for another family's chat template; on use for a conversation that does not fit it, holds
@@ -67,14 +69,15 @@ class ChatCollator:
         self.placeholder_ids = ids_of(tokenizer, vision_placeholders(processor))
 
     def encode(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """One sample {"kind", "messages"} as {"kind", "name", "tensors"}, to be collated later."""
-        return {"kind": item["kind"], "name": item.get("name", "?"), "tensors": self._tensors([item])}
+        """One sample {"kind", "messages" or "text"} as {"kind", "name", "tensors"}, to be collated later."""
+        read = self._document if "text" in item else self._tensors
+        return {"kind": item["kind"], "name": item.get("name", "?"), "tensors": read([item])}
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch: input_ids, attention_mask, mm_token_type_ids, labels, all (B, L) int64; pixels, grids."""
-        if any("tensors" not in item for item in items):
+        if not any("tensors" in item or "text" in item for item in items):
             return self._tensors(items)
-        samples = [item["tensors"] for item in items]
+        samples = [(item if "tensors" in item else self.encode(item))["tensors"] for item in items]
         longest = max(sample["input_ids"].shape[1] for sample in samples)
         left = self.processor.tokenizer.padding_side == "left"
         batch = {}
@@ -116,13 +119,24 @@ class ChatCollator:
                 processor_kwargs=processor_kwargs,
             )
         )
-        length = batch["input_ids"].shape[1]
-        must = f"a sample must have at most {self.max_length} tokens"
-        require(not self.max_length or length <= self.max_length, "ChatCollator", must, length)
+        self._refuse_long(batch)
         self._refuse_lost_media(batch, conversations)
         if not prompts:
             batch["labels"] = self._labels(batch, conversations)
         return batch
+
+    def _document(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """One document, with the special tokens that the tokenizer puts around a text."""
+        (item,) = items
+        self._refuse_control_tokens([{"content": item["text"]}])
+        batch = dict(self.processor.tokenizer(item["text"], return_tensors="pt"))
+        self._refuse_long(batch)
+        return batch | ({} if self.supervise == "nothing" else {"labels": batch["input_ids"].clone()})
+
+    def _refuse_long(self, batch: Mapping[str, Tensor]) -> None:
+        """A sample must not be longer than asked for."""
+        length, must = batch["input_ids"].shape[1], f"a sample must have at most {self.max_length} tokens"
+        require(not self.max_length or length <= self.max_length, "ChatCollator", must, length)
 
     def _refuse_control_tokens(self, conversation: Sequence[Mapping[str, Any]]) -> None:
         """Text must not end a turn, open another, or pass for an image."""
