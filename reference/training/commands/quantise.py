@@ -46,7 +46,9 @@ def quantise_student(arguments: list[str]) -> str:
             batch = {key: tensor.to(process.device) for key, tensor in batch.items()}
             logits = {"teacher": ask(plain, batch), "student": ask(student, batch)}
             scores.add(logits, batch["labels"], kinds)
-        return scores.rows()["student"]
+        rows = scores.rows()
+        check(rows, "--data must hold conversations that can be read", "none")
+        return rows["student"]
 
     lines = [TITLES, row("as saved", weight_bytes(plain), measured(plain, "as saved"))]
     for name, configuration in QUANTISERS.items():
