@@ -56,7 +56,6 @@ def text_of(turn: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     kinds = sorted({block["type"] for block in content} - {"text"})
-    require(
-        not kinds, "TextProcessor", "a text decoder must be given text", kinds, "take a teacher of pictures"
-    )
+    hint = "take a teacher that sees"
+    require(not kinds, "TextProcessor", "a text decoder must be given text alone", kinds, hint)
     return "".join(block["text"] for block in content)

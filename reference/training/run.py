@@ -44,7 +44,7 @@ from .safety.guards import refuse_infinite_weights
 from .safety.memory import leave_inputs_alone, recompute_layers
 from .stage_trainer import StageTrainer, load_taught, taught_tensors
 from .stages import Stage, stage_of, steps_before
-from .teacher import open_processor, open_teacher
+from .teacher import NOT_OPENED, open_processor, open_teacher
 from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .variants import peft_settings, start
 
@@ -338,7 +338,7 @@ def refused_as_teacher(name: str) -> Iterator[None]:
         yield
     except RefusedError:
         raise
-    except (ValueError, OSError, ImportError) as error:  # the last for a format that needs another package
+    except NOT_OPENED as error:
         must = "--teacher must be a model that can be converted"
         raise RefusedError(f"distill: {must}, got {name}: {error}") from error
 

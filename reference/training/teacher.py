@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ from ..prompts.processors import load_processor
 from ..prompts.text_processor import TextProcessor
 from .refusal import check
 
+# What transformers raises for a model that is not there, that is broken, or that another package must read.
+NOT_OPENED = (ValueError, OSError, ImportError, struct.error)
+
 
 def open_teacher(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder, a Hub id, or a GGUF file, whose packed weights are unpacked.
 
     Raises:
-        ValueError, OSError, ImportError: as transformers has them.
+        NOT_OPENED: as transformers has them.
     """
     folder, file = where_is(name)
     takes_pictures = type(AutoConfig.from_pretrained(folder, **file)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -41,7 +45,7 @@ def open_processor(name: str) -> ProcessorMixin | TextProcessor:
 
     Raises:
         RefusedError: for adapters in the place of a model.
-        ValueError, OSError, ImportError: as transformers has them.
+        NOT_OPENED: as transformers has them.
     """
     folder, file = where_is(name)
     adapters = None if file else find_adapter_config_file(folder)

@@ -26,7 +26,7 @@ from ..evaluation.scores import Rows, Scores, table
 from ..refusal import RefusedError, check
 from ..safety.distributed_means import weights_on_every_process
 from ..safety.guards import refuse_infinite_weights
-from ..teacher import open_teacher
+from ..teacher import NOT_OPENED, open_teacher
 from ..teacher_student import supervised
 from .command_line import parse
 
@@ -79,7 +79,7 @@ def open_models(folder: str, config: Config, device: torch.device) -> dict[str, 
             if config.teacher != NO_TEACHER:
                 name = str(TEACHER) if config.teacher == "demo" else config.teacher
                 models = {"teacher": open_teacher(name, dtype)} | models
-    except (ValueError, OSError, ImportError) as error:
+    except NOT_OPENED as error:
         raise RefusedError(f"distill: evaluate must be given models that open, got {error}") from error
     sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
     check(len({*sizes.values()}) == 1, "--teacher must have as many tokens as the student", sizes)
