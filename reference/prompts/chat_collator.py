@@ -41,9 +41,9 @@ class ChatCollator:
         processor: of `load_processor`.
         supervise: "answers": `labels` are the assistant's answers, each with its end of turn, found by the
             chat template (`answers.py`); "all": all text, so what a user asks, too; "nothing": prompts
-            without labels, cut before a final assistant turn, opened for an answer. Vision tokens and padding are never supervised: -100. Neither are,
-            with "answers", those of turns with `weight` 0. A document is supervised throughout; it has no
-            turns, so it reads as the tokenizer gives it.
+            without labels, cut before a final assistant turn, opened for an answer. Vision tokens and
+            padding are never supervised: -100. Neither are, with "answers", those of turns with `weight` 0.
+            A document is supervised throughout; it has no turns, so it reads as the tokenizer gives it.
         max_length: tokens that a conversation may have; 0 = any number.
     Raises:
         ValueError: on use, for a chat template whose answers cannot be told, and for a conversation that does
