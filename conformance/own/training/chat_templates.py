@@ -98,8 +98,8 @@ LLAMA3 = Written(
 LLAMA2 = Written(
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '<s>' + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + '</s>' }}{% endif %}"
-    "{% endfor %}",
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + '</s>' }}"
+    "{% endif %}{% endfor %}",
     ("<s>", "</s>"),
     " ",
     " </s>",

@@ -20,7 +20,7 @@ from linmu.reference.prompts.text_processor import TextProcessor
 
 from ..student import tiny_families
 from ..student.tiny_families import BUILDERS, byte_tokenizer
-from .chat_templates import IDEFICS3, LLAMA3, LLAVA_ONEVISION, OF_PICTURES, OF_TEXT, Written
+from .chat_templates import IDEFICS3, INTERNVL, LLAMA3, LLAVA_ONEVISION, OF_PICTURES, OF_TEXT, Written
 
 pytestmark = pytest.mark.trial_of_the_reference
 
@@ -43,7 +43,7 @@ def answer(*blocks: dict, **more: int) -> dict:
 @cache
 def processor_of(family: str):
     """A family's tiny processor with its own chat template, padded on the left."""
-    written = OF_PICTURES.get(family) or OF_TEXT[family]
+    written = (OF_PICTURES | OF_TEXT)[family]
     if family in OF_TEXT:
         processor = TextProcessor(byte_tokenizer(written.special))
         processor.tokenizer.chat_template = written.template
@@ -60,8 +60,8 @@ def said_by(collator: ChatCollator, *conversations: list[dict]) -> list[str]:
     """What a batch of these teaches, together and each encoded before."""
     items = [{"kind": "all", "messages": messages} for messages in conversations]
     taught = []
-    for given in (items, [collator.encode(item) for item in items]):
-        batch = collator(given)
+    for samples in (items, [collator.encode(item) for item in items]):
+        batch = collator(samples)
         learnt = batch["labels"] != IGNORED
         assert torch.equal(batch["labels"][learnt], batch["input_ids"][learnt])
         taught.append([collator.processor.tokenizer.decode(ids[ids != IGNORED]) for ids in batch["labels"]])
@@ -80,7 +80,7 @@ def conversations(pictures: bool) -> list[list[dict]]:
         [user(one, text("how")), answer(text("7"))],
         [
             user(text("x"), one, text("y"), two),
-            answer(text("a long one")),
+            answer(text("long one")),
             user(text("z")),
             answer(text("é")),
         ],
@@ -94,7 +94,7 @@ def conversations(pictures: bool) -> list[list[dict]]:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", [*OF_PICTURES, *OF_TEXT])
 def test_what_is_learnt_are_the_answers_and_their_ends(family, side):
-    written = OF_PICTURES.get(family) or OF_TEXT[family]
+    written = (OF_PICTURES | OF_TEXT)[family]
     collator = ChatCollator(copy.copy(processor_of(family)))
     collator.processor.tokenizer.padding_side = side
     given = conversations(family in OF_PICTURES)
@@ -114,24 +114,19 @@ def test_what_is_learnt_are_the_answers_and_their_ends(family, side):
 def test_an_answer_goes_on_where_the_prompt_for_it_ends(family):
     """By counting the tokens of every prompt and of every conversation cut after an answer."""
     processor = processor_of(family)
-    whole, prompts = ChatCollator(processor), ChatCollator(processor, supervise="nothing")
+    whole, all_text, prompts = (ChatCollator(processor, supervise=s) for s in ("answers", "all", "nothing"))
+    end = processor.tokenizer.convert_tokens_to_ids((OF_PICTURES | OF_TEXT)[family].end.strip())
     space = family == "llava_onevision"  # its prompt for an answer lacks what its turns have before it
     for messages in conversations(family in OF_PICTURES)[:5]:
         labels = whole([{"messages": messages}])["labels"][0]
         want = torch.zeros_like(labels, dtype=torch.bool)
         for i, turn in enumerate(messages):
             if turn["role"] == "assistant":
-                begins = prompts([{"messages": messages[: i + 1]}])["input_ids"].shape[1] + space
-                cut = ChatCollator(processor, supervise="all")([{"messages": messages[: i + 1]}])[
-                    "input_ids"
-                ][0]
-                end = processor.tokenizer.convert_tokens_to_ids(cut_end(family))
+                until = [{"messages": messages[: i + 1]}]
+                begins = prompts(until)["input_ids"].shape[1] + space
+                cut = all_text(until)["input_ids"][0]
                 want[begins : int((cut == end).nonzero().max()) + 1] = True
         assert torch.equal(labels != IGNORED, want)
-
-
-def cut_end(family: str) -> str:
-    return (OF_PICTURES.get(family) or OF_TEXT[family]).end.strip()
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "idefics3", "smolvlm"])
@@ -139,9 +134,8 @@ def test_a_picture_in_an_answer_is_not_learnt(family):
     written = OF_PICTURES[family]
     collator = ChatCollator(processor_of(family))
     for blocks in ([SHOWN[0], text("7")], [text("7"), SHOWN[0]], [text("7"), SHOWN[0], text("8"), SHOWN[1]]):
-        (taught,) = said_by(
-            collator, [user(text("how")), answer(*blocks), user(text("z")), answer(text("9"))]
-        )
+        later = [user(text("z")), answer(text("9"))]
+        (taught,) = said_by(collator, [user(text("how")), answer(*blocks), *later])
         first, second, rest = taught.split(written.end)
         assert (second.strip(), rest) == ("9", "")
         assert "<" not in first and "7" in first and ("8" in first) == (len(blocks) == 4)
@@ -174,10 +168,9 @@ class FramesInText:
         self.tokenizer = tokenizer
 
     def apply_chat_template(self, conversations, *, tokenize=False, add_generation_prompt=False, **kwargs):
-        template = kwargs.get("chat_template")
-        texts = self.tokenizer.apply_chat_template(
-            conversations, template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        template = {name: value for name, value in kwargs.items() if name == "chat_template"}
+        template["add_generation_prompt"] = add_generation_prompt
+        texts = self.tokenizer.apply_chat_template(conversations, tokenize=False, **template)
         if not tokenize:
             return texts
         texts = [text.replace("<image>", "7 Frame:<image><image>\n\n") for text in texts]
@@ -206,10 +199,10 @@ def test_tokens_that_join_a_prompts_end_and_an_answers_beginning_are_refused():
     assert said_by(merging(LLAVA_ONEVISION), nine) == ["\n9<|im_end|>"]
     for written, pair, messages in ((IDEFICS3, ": ", seven), (LLAVA_ONEVISION, "\n7", seven),
                                     (LLAVA_ONEVISION, "\n\n", nine)):  # fmt: skip
-        with pytest.raises(
-            ValueError, match=r"an answer's first and last tokens must be its own.*generation"
-        ):
+        with pytest.raises(ValueError, match=r"first and last tokens must be its own.*generation"):
             merging(written, pair)([{"messages": messages}])
+    with pytest.raises(ValueError, match=r"got 0 headers for 1 turns.*must not begin with a line break"):
+        merging(INTERNVL, "\n\n")([{"messages": nine}])
 
 
 WORDS = st.lists(st.sampled_from(["7", " ", "\n", "Assistant:", "User:", "Frame:", "é", ":"]), max_size=4)
@@ -269,7 +262,7 @@ REFUSED = {
     "a text that is not written": ("{% for m in messages %}{{ m.role }}{% endfor %}", "close an answer"),
     "the last turn alone is closed": (
         "{% for m in messages %}{{ m.content }}{% if loop.last %}<|eot_id|>{% endif %}{% endfor %}",
-        "render turns alike",
+        "render an answer right after its prompt",
     ),
     "earlier turns are dropped": (
         "{% for m in messages[-2:] %}<|start_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
