@@ -341,7 +341,7 @@ PRESETS = {
         stage_ii=replace(DEMO.stage_ii, steps=2000, learning_rate=1e-4, learning_rate_new=5e-4),
         stage_iii=replace(DEMO.stage_iii, steps=10000, learning_rate=5e-5, layer=0.3),
     ),
-    # Tried on SmolLM2-135M, up to 16 M tokens: results/smollm2-135m. All steps are 99 M tokens of rows of 1,024.
+    # Tried on SmolLM2-135M, for 16 M tokens: results/smollm2-135m. All steps are 99 M, in rows of 1,024.
     "text": replace(
         DEMO,
         preset="text",
