@@ -89,7 +89,7 @@ class FlexMA(reference.FlexMA):
             D=self.D,
             initial_state=None if state is None else state.scan,
             order=order,
-            openings=layout.openings if has_gate and valid is None else None,
+            openings=layout.openings_among(valid) if has_gate else None,
             begins=begins,
             norm_weight=self.norm_weight if self.config.head_norm else None,
             eps=self.config.norm_eps,

@@ -19,9 +19,9 @@ from .layout import VisionLayout, fast, rows_where
 from .projections import checked_angles, rotated
 from .sliding_window_attention import (
     attend_spans,
-    find_spans,
     is_step,
     sliding_window_attention,
+    spans_of_layer,
     step_in_place,
 )
 from .window_attention import planned_attention
@@ -107,7 +107,7 @@ class LocalSwin(reference.LocalSwin):
             ):
                 return step_in_place(q, k, v, state, valid=valid, engine=engine)
             return sliding_window_attention(q, k, v, window, valid=valid, initial_state=state)
-        asks = None if layout is None else ~layout.is_vision
+        is_vision = None if layout is None else layout.is_vision
         present = None if state is None else state.present
-        spans = find_spans(window, q.shape[1], asks, valid, sequence, present)
+        spans = spans_of_layer(window, q.shape[1], is_vision, valid, sequence, present)
         return attend_spans(q, k, v, window, spans, initial_state=state, engine=engine)

@@ -5,7 +5,7 @@ Letters: B batch, L tokens, D width.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from linmu import reference
 
@@ -49,9 +49,13 @@ class MMATE(reference.MMATE):
             y, after = flex_ma(hidden_states, layout, state=before, **given)
             if layout is None and not self.config.text_window:
                 return y, MMATEState(*after, window)
-            local, window = local_swin(hidden_states, layout, state=window, **given)
-            (mix,), engine = narrow_products(hidden_states, [self.mix_proj]), None
-            row = self.mixed_rows(y, layout, valid)
+            if is_own(local_swin, LocalSwin):
+                engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
+                local, row, window = local_swin.attend(hidden_states, layout, valid, angles, window, engine)
+            else:
+                local, window = local_swin(hidden_states, layout, state=window, **given)
+                engine, row = None, self.mixed_rows(y, layout, valid)
+            (mix,) = narrow_products(hidden_states, [self.mix_proj])
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
@@ -74,6 +78,10 @@ class MMATE(reference.MMATE):
         """
         if self.config.text_only:
             return False
-        branches = ((self.flex_ma, FlexMA), (self.local_swin, LocalSwin))
-        own = all(has_no_hooks(branch) and type(branch).forward is kind.forward for branch, kind in branches)
+        own = is_own(self.flex_ma, FlexMA) and is_own(self.local_swin, LocalSwin)
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])
+
+
+def is_own(branch: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a branch is this class's forward and nothing else."""
+    return has_no_hooks(branch) and type(branch).forward is kind.forward

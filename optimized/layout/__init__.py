@@ -84,7 +84,12 @@ class VisionTokens:
             row = torch.full_like(segment, -1)
             row.view(-1).scatter_(0, token, place)
             return cls(token, row, window[None], Plan(torch.stack([place.int(), window]), blocks))
-        plan = layout.window_plan(window_thw, layer_index)
+        return cls.of_all(layout, window_thw, layer_index)
+
+    @classmethod
+    def of_all(cls, layout: VisionLayout, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
+        """Text and all: its tokens are in no window."""
+        segment, plan = layout.segment, layout.window_plan(window_thw, layer_index)
         token, window = plan[0]
         window_id = torch.empty_like(window).scatter_(0, token.long(), window)
         return cls(None, layout.vision_row, window_id.view_as(segment), plan)
@@ -122,6 +127,10 @@ class VisionLayout(reference.VisionLayout):
     def openings(self) -> Tensor:
         """`segments.openings` of this layout."""
         return self.once("openings", lambda: openings(self.segment))
+
+    def openings_among(self, valid: Tensor | None) -> Tensor | None:
+        """`segments.openings` of valid tokens (B, L) bool, where they serve every layer: None = not known."""
+        return self.openings if valid is None else None
 
     @property
     def begins(self) -> Tensor | None:

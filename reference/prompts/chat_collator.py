@@ -2,6 +2,7 @@
 
     conversation  = turns; a turn = {"role", "content": text or a list of content blocks}
     content block = {"type": "text", "text"} | {"type": "image", "image"} | {"type": "video", "video", "fps"}
+    document      = a text without turns, as language models are pretrained on
 
 Letters: B conversations, L tokens.
 """
@@ -10,19 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
 from ..checks import require
+from .answers import ChatMLAnswers, RenderedAnswers, answers_of
 
 IGNORED = -100
-ANSWER_HEADER = "<|im_start|>assistant\n"
-TURN_END = "<|im_end|>"
 GROUNDING = (
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
     "<|quad_end|>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
@@ -31,7 +31,7 @@ SUPERVISE = ("answers", "all", "nothing")
 
 
 class ChatCollator:
-    """Collates items {"messages": conversation} into one batch of tensors for a Qwen-style chat model.
+    """Collates items {"messages": conversation} or {"text": document} into one batch of tensors.
 
     `collator(items)` is the one entrance. A data set may `encode` its samples one by one before, in the
     process that reads them, so that one that does not fit can be named and left out; padded together they
@@ -39,14 +39,16 @@ class ChatCollator:
 
     Args:
         processor: of `load_processor`.
-        supervise: "answers": `labels` are the assistant's answers, each with its <|im_end|>; "all": all
-            text, so what a user asks, too; "nothing": prompts without labels, cut before a final assistant
-            turn, opened for an answer. Vision tokens and padding are never supervised: -100. Neither are,
-            with "answers", those of turns with `weight` 0.
+        supervise: "answers": `labels` are the assistant's answers, each with its end of turn, found by the
+            chat template (`answers.py`); "all": all text, so what a user asks, too; "nothing": prompts
+            without labels, cut before a final assistant turn, opened for an answer. Vision tokens and
+            padding are never supervised: -100. Neither are, with "answers", those of turns with `weight` 0.
+            A document is supervised throughout; it has no turns, so it reads as the tokenizer gives it.
         max_length: tokens that a conversation may have; 0 = any number.
     Raises:
-        ValueError: for another family's chat template; on use for a conversation that does not fit it, holds
-            control tokens in its text, is too long, or whose pictures the processor leaves out or thins.
+        ValueError: on use, for a chat template whose answers cannot be told, and for a conversation that does
+            not fit it, holds control tokens in its text, is too long, or whose pictures the processor leaves
+            out or thins.
 
     A video block may carry `fps`, the frames per second of what it holds; it becomes `second_per_grid_ts`.
     """
@@ -55,26 +57,28 @@ class ChatCollator:
         must = f"supervise must be one of {SUPERVISE}"
         require(supervise in SUPERVISE, "ChatCollator", must, repr(supervise))
         tokenizer = processor.tokenizer
-        must = f"the chat template must close turns with {TURN_END}"
-        require(TURN_END in tokenizer.get_vocab(), "ChatCollator", must, "another family")
         self.processor, self.supervise, self.max_length = processor, supervise, max_length
-        self.header = np.array(tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"])
-        self.end = tokenizer.convert_tokens_to_ids(TURN_END)
         self.padding = {"attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}
         self.padding["input_ids"] = tokenizer.pad_token_id
         self.control_tokens = re.compile("|".join(map(re.escape, control_tokens(processor))))
         self.control_ids = ids_of(tokenizer, control_tokens(processor))
         self.placeholder_ids = ids_of(tokenizer, vision_placeholders(processor))
 
+    @cached_property
+    def answers(self) -> ChatMLAnswers | RenderedAnswers:
+        """How answers are found; documents have none, so for them no chat template is needed."""
+        return answers_of(self.processor, control_tokens(self.processor), vision_placeholders(self.processor))
+
     def encode(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """One sample {"kind", "messages"} as {"kind", "name", "tensors"}, to be collated later."""
-        return {"kind": item["kind"], "name": item.get("name", "?"), "tensors": self._tensors([item])}
+        """One sample {"kind", "messages" or "text"} as {"kind", "name", "tensors"}, to be collated later."""
+        read = self._document if "text" in item else self._tensors
+        return {"kind": item["kind"], "name": item.get("name", "?"), "tensors": read([item])}
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch: input_ids, attention_mask, mm_token_type_ids, labels, all (B, L) int64; pixels, grids."""
-        if any("tensors" not in item for item in items):
+        if not any("tensors" in item or "text" in item for item in items):
             return self._tensors(items)
-        samples = [item["tensors"] for item in items]
+        samples = [(item if "tensors" in item else self.encode(item))["tensors"] for item in items]
         longest = max(sample["input_ids"].shape[1] for sample in samples)
         left = self.processor.tokenizer.padding_side == "left"
         batch = {}
@@ -106,8 +110,10 @@ class ChatCollator:
             processor_kwargs["do_sample_frames"] = False
         if any("fps" in block for block in videos):
             processor_kwargs["video_metadata"] = list(map(_metadata, videos))
+        finds = self.supervise == "answers"
+        processor = self.answers.observed(self.processor) if finds else self.processor
         batch = dict(
-            self.processor.apply_chat_template(
+            processor.apply_chat_template(
                 conversations,
                 tokenize=True,
                 return_dict=True,
@@ -116,13 +122,30 @@ class ChatCollator:
                 processor_kwargs=processor_kwargs,
             )
         )
-        length = batch["input_ids"].shape[1]
-        must = f"a sample must have at most {self.max_length} tokens"
-        require(not self.max_length or length <= self.max_length, "ChatCollator", must, length)
+        self._refuse_long(batch)
         self._refuse_lost_media(batch, conversations)
         if not prompts:
-            batch["labels"] = self._labels(batch, conversations)
+            learnt = ~torch.isin(batch["input_ids"], self.placeholder_ids)
+            if finds:
+                found = self.answers.find(batch["input_ids"], conversations, processor)
+                # an answer may hold a picture
+                learnt = found.learnt & (~torch.isin(batch["input_ids"], self.control_ids) | found.ends)
+            learnt &= batch["attention_mask"].bool()
+            batch["labels"] = batch["input_ids"].where(learnt, torch.tensor(IGNORED))
         return batch
+
+    def _document(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """One document, with the special tokens that the tokenizer puts around a text."""
+        (item,) = items
+        self._refuse_control_tokens([{"content": item["text"]}])
+        batch = dict(self.processor.tokenizer(item["text"], return_tensors="pt"))
+        self._refuse_long(batch)
+        return batch | ({} if self.supervise == "nothing" else {"labels": batch["input_ids"].clone()})
+
+    def _refuse_long(self, batch: Mapping[str, Tensor]) -> None:
+        """A sample must not be longer than asked for."""
+        length, must = batch["input_ids"].shape[1], f"a sample must have at most {self.max_length} tokens"
+        require(not self.max_length or length <= self.max_length, "ChatCollator", must, length)
 
     def _refuse_control_tokens(self, conversation: Sequence[Mapping[str, Any]]) -> None:
         """Text must not end a turn, open another, or pass for an image."""
@@ -165,30 +188,6 @@ class ChatCollator:
             must = f"every {kind} must be in the batch with all its frames, {moments} moments"
             require(grids[:, 0].tolist() == moments, "ChatCollator", must, grids[:, 0].tolist(), hint)
 
-    def _labels(
-        self, batch: Mapping[str, Tensor], conversations: Sequence[Sequence[Mapping[str, Any]]]
-    ) -> Tensor:
-        """The ids to predict, -100 elsewhere; an answer goes from its header to the next <|im_end|>."""
-        ids, valid = batch["input_ids"], batch["attention_mask"].bool()
-        answers = [[turn for turn in c if turn["role"] == "assistant"] for c in conversations]
-        number, found = answer_numbers(ids.numpy(), self.header, self.end)
-        for row, (headers, turns) in enumerate(zip(found, answers, strict=True)):
-            must = f"every assistant turn must follow {ANSWER_HEADER!r}"
-            got = f"{headers} headers for {len(turns)} turns in item {row}"
-            hint = "an answer must not begin with a line break"
-            require(headers == len(turns), "ChatCollator", must, got, hint)
-        if self.supervise == "all":
-            learnt = ~torch.isin(ids, self.placeholder_ids)
-        else:
-            most = max(map(len, answers), default=0)
-            weights = [
-                [turn.get("weight", 1) for turn in turns] + [0] * (most - len(turns)) for turns in answers
-            ]
-            by_number = torch.tensor([[0, *row] for row in weights]).bool()  # none outside the answers
-            learnt = by_number.gather(1, torch.from_numpy(number))
-            learnt &= ~torch.isin(ids, self.control_ids) | (ids == self.end)  # a picture in an answer
-        return ids.where(learnt & valid, torch.tensor(IGNORED))
-
 
 def control_tokens(processor: ProcessorMixin) -> list[str]:
     """What a family's tokenizer reads as structure wherever it stands: turns, pictures, ends, padding.
@@ -210,27 +209,6 @@ def ids_of(tokenizer: Any, tokens: Sequence[str]) -> Tensor:
     """(tokens,) int64, the ids of those that the tokenizer has."""
     vocabulary = tokenizer.get_vocab()
     return torch.tensor([vocabulary[token] for token in tokens if token in vocabulary], dtype=torch.int64)
-
-
-def answer_numbers(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the answers in ids (B, L).
-
-    Returns:
-        (B, L) int64, n in the n-th answer of a row, from after its header up to and including the end token,
-        else 0; and (B,) headers found.
-    """
-    batch, length = ids.shape
-    follows = np.zeros((batch, length + 1), dtype=bool)
-    if length >= len(header):
-        windows = np.lib.stride_tricks.sliding_window_view(ids, len(header), axis=1)
-        follows[:, len(header) :] = (windows == header).all(-1)
-    after_end = np.zeros((batch, length + 1), dtype=bool)
-    after_end[:, 1:] = ids == end
-    place = np.arange(1, length + 2)
-    opened = np.maximum.accumulate(np.where(follows, place, 0), axis=1)
-    closed = np.maximum.accumulate(np.where(after_end, place, 0), axis=1)
-    numbers = np.where(opened > closed, follows.cumsum(1), 0)
-    return numbers[:, :length], follows.sum(1)
 
 
 def of_one_size(name: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

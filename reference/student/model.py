@@ -37,6 +37,7 @@ from .cache import CACHE_NAME, name_cache
 from .generation import StudentGeneration, has_m_rope, rope_index
 from .mixer import as_self_attn
 from .packed_rows import started_anew, take_samples
+from .quantised import refuse_not_finite, refuse_packed, summary
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
 
@@ -153,7 +154,7 @@ class LinMUModel(StudentGeneration):
         """Open a student's folder, as any Hugging Face model is opened.
 
         Raises:
-            ValueError: if the folder's tensors are damaged, or not exactly this model's.
+            ValueError: if the folder's tensors are damaged, not exactly this model's, or cannot be quantised.
         """
         kwargs.setdefault("use_safetensors", True)
         kwargs["ignore_mismatched_sizes"] = True  # reported below, with missing keys
@@ -167,10 +168,18 @@ class LinMUModel(StudentGeneration):
                 "the folder must hold exactly this student's tensors",
             )
             require(not names, where, must, f"{kind.replace('_', ' ')}: {listing}", "save the student again")
+        if getattr(model, "hf_quantizer", None) is not None:
+            refuse_not_finite(model)
+            logger.warning(summary(model))
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Save a folder that is ready for the Hub: safetensors, configurations and a model card."""
+        """Save a folder that is ready for the Hub: safetensors, configurations and a model card.
+
+        Raises:
+            ValueError: for 4-bit weights that a forward on a CPU has packed anew.
+        """
+        refuse_packed(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_card(self, save_directory)

@@ -158,8 +158,9 @@ class StageSettings:
 class Config:
     """All settings of a run."""
 
-    preset: Literal["demo", "smoke", "vlm"] = "demo"
-    """defaults of all other flags: the bundled teacher, the same in a minute, or a real teacher on a GPU"""
+    preset: Literal["demo", "smoke", "vlm", "text"] = "demo"
+    """defaults of all other flags: the bundled teacher, the same in a minute, or a real teacher on a GPU,
+    one that sees or a language model"""
     settings: str = ""
     """a YAML or JSON file of settings, named like the flags, those after a dot nested; flags win"""
     teacher: str = "demo"
@@ -339,5 +340,19 @@ PRESETS = {
         stage_i=replace(DEMO.stage_i, steps=2000, learning_rate=2e-4, learning_rate_new=1e-3),
         stage_ii=replace(DEMO.stage_ii, steps=2000, learning_rate=1e-4, learning_rate_new=5e-4),
         stage_iii=replace(DEMO.stage_iii, steps=10000, learning_rate=5e-5, layer=0.3),
+    ),
+    "text": replace(
+        DEMO,
+        preset="text",
+        output="runs/text",
+        dtype="bfloat16",
+        mixer=MixerOptions(scan_rope=True, text_only=True),
+        samples=SampleSettings(workers=4),
+        mlps=MLPSettings(mlp_learning_rate=5e-4),
+        optimizer=OptimizerSettings(batch_size=16),
+        watch=WatchSettings(eval_samples=200, save_every=500),
+        stage_i=replace(DEMO.stage_i, steps=50, learning_rate=5e-4, learning_rate_new=2e-3),
+        stage_ii=replace(DEMO.stage_ii, steps=100, learning_rate=3e-4, learning_rate_new=1e-3),
+        stage_iii=replace(DEMO.stage_iii, steps=400, learning_rate=3e-4, layer=0.3),
     ),
 }

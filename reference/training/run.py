@@ -19,19 +19,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import find_adapter_config_file
 
 from ..demo import TEACHER
 from ..prompts.packing_collator import PackingCollator
-from ..prompts.processors import load_processor
 from ..student.backend import backend_of
 from ..student.convert import convert
 from .calibration import calibrate_norms
@@ -45,7 +37,7 @@ from .evaluation.plots import plot_layers, plot_losses
 from .evaluation.scores import table
 from .parameter_groups import MIXER, MLPS, belongs
 from .progress import Progress
-from .refusal import RefusedError, check
+from .refusal import RefusedError
 from .run_folder import check_folder, claim_folder, taught_path
 from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
@@ -53,6 +45,7 @@ from .safety.guards import refuse_infinite_weights
 from .safety.memory import leave_inputs_alone, recompute_layers
 from .stage_trainer import StageTrainer, load_taught, taught_tensors
 from .stages import Stage, stage_of, steps_before
+from .teacher import NOT_OPENED, open_processor, open_teacher
 from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .variants import peft_settings, start
 
@@ -99,10 +92,7 @@ class Run:
         set_seed(self.config.seed)
         self.teacher = str(TEACHER) if self.config.teacher == "demo" else self.config.teacher
         with refused_as_teacher(self.teacher):
-            adapters = find_adapter_config_file(self.teacher)
-            must, hint = "--teacher must hold no adapters", "merge them first, by peft's merge_and_unload"
-            check(not adapters, must, adapters, hint)
-            self.processor = load_processor(self.teacher, padding_side="right")
+            self.processor = open_processor(self.teacher)
             self.encoder = chat_collator(self.processor, self.config.samples)
         row_tokens = self.config.samples.row_tokens
         self.collator = PackingCollator(self.encoder, row_tokens) if row_tokens else self.encoder
@@ -120,7 +110,7 @@ class Run:
         """Teacher -> student with the teacher beside it, all frozen, M-MATE in float32."""
         settings, dtype = self.config.student, getattr(torch, self.config.dtype)
         with weights_on_every_process():
-            teacher = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
+            teacher = open_teacher(folder, dtype).to(self.device)
         refuse_infinite_weights(teacher, "--teacher", folder)
         mixer = asdict(self.config.mixer)
         student = convert(teacher, mixer, layers=settings.layers, backend=self.backend)
@@ -300,7 +290,7 @@ class Run:
         self.question = self.answer = ""
         for index in range(min(100, self.held_out.count)):
             item = self.held_out.samples[index]
-            found = None if isinstance(item, str) else example_of(item["messages"])
+            found = None if isinstance(item, str) or "text" in item else example_of(item["messages"])
             if found:
                 picture, self.question, self.answer = found
                 if self.process.is_main_process:
@@ -351,7 +341,7 @@ def refused_as_teacher(name: str) -> Iterator[None]:
         yield
     except RefusedError:
         raise
-    except (ValueError, OSError) as error:
+    except NOT_OPENED as error:
         must = "--teacher must be a model that can be converted"
         raise RefusedError(f"distill: {must}, got {name}: {error}") from error
 

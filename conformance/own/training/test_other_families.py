@@ -127,19 +127,6 @@ def test_videos_of_several_lengths_are_not_filled_up():
         of_one_size("pixel_values_videos", [short, long])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_a_teacher_of_text_alone_is_refused_by_name(family, data, tmp_path):
-    tiny = BUILDERS[family]()
-    for part in (tiny.teacher, tiny.processor):
-        part.save_pretrained(tmp_path / "teacher")
-    arguments = flags(data, tmp_path / "run")
-    arguments[arguments.index(str(TEACHER))] = str(tmp_path / "teacher")
-    said = r"--teacher must be a model that can be converted.*must hold a processor of pictures and text"
-    for more in ([], ["--dry_run"]):
-        with pytest.raises(RefusedError, match=said):
-            main([*arguments, *more])
-
-
 def test_a_teacher_of_another_vocabulary_is_no_measure(data, tmp_path):
     teacher = AutoModelForImageTextToText.from_pretrained(TEACHER)
     for name, model in (("student", convert(teacher)), ("teacher", teacher)):

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ...demo import TEACHER
 from ...prompts.processors import load_processor
@@ -26,6 +26,7 @@ from ..evaluation.scores import Rows, Scores, table
 from ..refusal import RefusedError, check
 from ..safety.distributed_means import weights_on_every_process
 from ..safety.guards import refuse_infinite_weights
+from ..teacher import NOT_OPENED, open_teacher
 from ..teacher_student import supervised
 from .command_line import parse
 
@@ -42,13 +43,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
     Raises:
         RefusedError: for a folder that holds no student, and for data as a run does.
     """
-    check(arguments and not arguments[0].startswith("-"), "evaluate must be followed by a folder", "none")
-    folder, *flags = arguments
-    check((Path(folder) / "config.json").is_file(), "evaluate must be given a student's folder", folder)
-    own_data = any(flag.split("=")[0] == "--data" for flag in flags) and "demo" not in flags
-    if own_data and not any(flag.split("=")[0] == "--teacher" for flag in flags):
-        flags += ["--teacher", NO_TEACHER]
-    config = parse(flags)
+    folder, config = parse_after_folder("evaluate", arguments)
     process = PartialState(cpu=config.cpu)
     models = open_models(folder, config, process.device)
     encoder = chat_collator(open_processor(folder), config.samples)
@@ -69,6 +64,21 @@ def evaluate_student(arguments: list[str]) -> Rows:
     return rows
 
 
+def parse_after_folder(command: str, arguments: list[str]) -> tuple[str, Config]:
+    """The student's folder that follows a command, and the settings of the flags behind it.
+
+    Raises:
+        RefusedError: if it is none, and as `parse` does.
+    """
+    check(arguments and not arguments[0].startswith("-"), f"{command} must be followed by a folder", "none")
+    folder, *flags = arguments
+    check((Path(folder) / "config.json").is_file(), f"{command} must be given a student's folder", folder)
+    own_data = any(flag.split("=")[0] == "--data" for flag in flags) and "demo" not in flags
+    if own_data and not any(flag.split("=")[0] == "--teacher" for flag in flags):
+        flags += ["--teacher", NO_TEACHER]
+    return folder, parse(flags)
+
+
 def open_models(folder: str, config: Config, device: torch.device) -> dict[str, PreTrainedModel]:
     """Teacher, if there is one, and student, in the dtype asked for; what must be float32 stays so."""
     dtype = getattr(torch, config.dtype)
@@ -77,8 +87,8 @@ def open_models(folder: str, config: Config, device: torch.device) -> dict[str, 
             models = {"student": load(folder, dtype=dtype, linmu_backend=backend_of(config.backend))}
             if config.teacher != NO_TEACHER:
                 name = str(TEACHER) if config.teacher == "demo" else config.teacher
-                models = {"teacher": AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)} | models
-    except (ValueError, OSError) as error:
+                models = {"teacher": open_teacher(name, dtype)} | models
+    except NOT_OPENED as error:
         raise RefusedError(f"distill: evaluate must be given models that open, got {error}") from error
     sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
     check(len({*sizes.values()}) == 1, "--teacher must have as many tokens as the student", sizes)

@@ -24,7 +24,7 @@ from ..refusal import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
 from .media import Media, shortened
 from .sources import JsonLines, Stream, StreamEndedError, Table, open_rows, seed_of
-from .turns import kind_of, read_turns
+from .turns import document_of, kind_of, read_turns
 
 logger = logging.getLogger(__name__)
 
@@ -123,21 +123,31 @@ class Conversations(Dataset):
         )
 
     def read(self, line: int) -> Any:
-        """Parse one row and open its images: {"kind", "messages", "name"}, prepared."""
+        """Parse one row and open its images: {"kind", "messages" or "text", "name"}, prepared."""
         row = self.rows.row(line)
+        document = document_of(row)
+        content = {"messages": self.read_conversation(row)} if document is None else {"text": document}
+        item = {"kind": kind_of(row), "name": self.rows.name(line)} | content
+        return item if self.prepare is None else self.prepare(item)
+
+    def read_conversation(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The turns of a row, its images opened."""
         messages = read_turns(row)
         for block in content_blocks(messages, "image"):
             block["image"] = self.media.bounded(block).image(block["image"])
         for block in content_blocks(messages, "video"):
             fps = block.get("fps", row.get("fps"))
             block |= self.media.bounded(block).video(block["video"], fps)
-        item = {"kind": kind_of(row), "messages": messages, "name": self.rows.name(line)}
-        return item if self.prepare is None else self.prepare(item)
+        return messages
 
     def rough_length(self, index: int) -> int:
         """About how many tokens a sample has, from its text and the sizes of its pictures; 0 if broken."""
         try:
-            messages = read_turns(self.rows.row(self.lines[index]))
+            row = self.rows.row(self.lines[index])
+            document = document_of(row)
+            if document is not None:
+                return len(document) // 4
+            messages = read_turns(row)
             text = sum(len(block["text"]) for block in content_blocks(messages, "text")) // 4
             area = 0
             for block in content_blocks(messages, "image"):

@@ -3,6 +3,7 @@
     {"messages": [{"role": "user", "content": TEXT or BLOCKS}, ...], "images": [...], "videos": [...]}   TRL
     {"prompt": TEXT or MESSAGES, "completion": TEXT or MESSAGES, "images": [...]}                        TRL
     {"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, ...], "image": PATH}        LLaVA
+    {"text": TEXT}                                                                    a document, no turns
 
 Where an image or video goes is said by a content block {"type": "image"} or by <image> in the text; if it is
 said nowhere, it goes before the first question. A block may also hold its own, as chat templates and OpenAI
@@ -34,6 +35,7 @@ UNSUPPORTED = (
     "min_frames", "nframes", "resized_height", "resized_width", "sample_fps", "total_pixels", "video_end",
     "video_start",
 )  # fmt: skip
+OF_CONVERSATIONS = ("messages", "conversations", "prompt", "completion")  # keys of rows with turns
 UNREAD = ("tool_calls", "reasoning_content")  # of a turn: templates would show it, so it must not get lost
 
 Messages = list[dict[str, Any]]
@@ -62,6 +64,20 @@ def read_turns(row: dict[str, Any]) -> Messages:
     return messages
 
 
+def document_of(row: dict[str, Any]) -> str | None:
+    """The text of a row that is a document; None for a conversation.
+
+    Raises:
+        ValueError: for a text that is none, or empty.
+    """
+    if not isinstance(row, dict) or "text" not in row or any(row.get(key) for key in OF_CONVERSATIONS):
+        return None
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a document's text must be a text that is not empty, got {text!r:.40}")
+    return text
+
+
 def turns_of(row: dict[str, Any]) -> list[Any]:
     """The turns of a row as they are written, a system prompt beside them included."""
     given = next((row[key] for key in ("messages", "conversations") if row.get(key) is not None), None)
@@ -70,7 +86,7 @@ def turns_of(row: dict[str, Any]) -> list[Any]:
         # As in TRL, the loss is the completion's: answers in the prompt are context.
         given = [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in prompt] + completion
     if not isinstance(given, list) or not given:
-        must = "a sample must have a list of messages or conversations, or a prompt and a completion"
+        must = "a sample must have a list of messages or conversations, a prompt and a completion, or a text"
         raise ValueError(f"{must}, got keys {sorted(row)}")
     if row.get("tools"):
         raise ValueError(

@@ -78,12 +78,13 @@ PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS"
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
-SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "BLOCK_H": 16, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
+SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
+NORM = {"WIDTH": 3584, "BLOCK": 4096, "HAS_MORE": True}
 MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
 WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
@@ -195,7 +196,15 @@ KERNELS = {
     ),
     "sliding_step": (
         "sliding_window_attention.kernels_step",
-        "step_kernel",
+        "attention_kernel",
+        SLIDING_STEP,
+        4,
+        3,
+        {"PRESENT": "*u8"},
+    ),
+    "sliding_move": (
+        "sliding_window_attention.kernels_step",
+        "move_kernel",
         SLIDING_STEP,
         4,
         2,
@@ -216,6 +225,8 @@ KERNELS = {
         3,
         {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"},
     ),
+    "add_norm": ("elementwise.kernels_layer", "add_norm_kernel", NORM, 8, 3, {}),
+    "gate": ("elementwise.kernels_layer", "gate_kernel", {"BLOCK": 1024}, 4, 3, {}),
     "text_step": ("decoding.kernels.text_step", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),

@@ -1,0 +1,206 @@
+"""Teachers of text alone: documents and conversations, from a folder or a GGUF file to a measured student."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linmu import optimized
+from linmu.reference.demo import TEACHER
+from linmu.reference.demo.documents import documents, pieces, text_of
+from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
+from linmu.reference.prompts.processors import load_processor
+from linmu.reference.training.commands.main import main
+from linmu.reference.training.data.turns import document_of
+from linmu.reference.training.refusal import RefusedError
+from linmu.reference.training.teacher import open_processor, open_teacher
+
+from ..student import tiny_families
+from ..student.test_other_processors import TURNS
+from ..student.tiny_families import BUILDERS, byte_tokenizer
+from .own_data import flags, row
+
+pytestmark = pytest.mark.trial_of_the_reference
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DOCUMENTS = ["It rains.", "The sea is wide and blue.", "One cup of tea, please."]
+
+
+@pytest.fixture(params=["qwen2", "llama"])
+def teacher(request, monkeypatch, tmp_path) -> Path:
+    """A tiny language model's folder."""
+    monkeypatch.setattr(
+        tiny_families, "byte_tokenizer", lambda special, named=None: byte_tokenizer((*TURNS, *special), named)
+    )
+    tiny = BUILDERS[request.param]()
+    tiny.processor.chat_template = CHATML
+    for part in (tiny.teacher, tiny.processor):
+        part.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Documents and conversations in turns."""
+    rows = [{"text": DOCUMENTS[i % 3]} if i % 2 else row("no", picture=None) for i in range(30)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def text_flags(teacher: Path, data: Path, output: Path) -> list[str]:
+    """As `flags`, on a language model, with the preset for them but in float32."""
+    arguments = [*flags(data, output), "--dtype", "float32", "--workers", "0"]
+    arguments[arguments.index(str(TEACHER))] = str(teacher)
+    arguments[arguments.index("smoke")] = "text"
+    return arguments
+
+
+def test_a_language_model_is_checked_distilled_measured_and_opened(teacher, data, tmp_path, capsys):
+    arguments = text_flags(teacher, data, tmp_path / "run")
+    main([*arguments, "--dry_run"])
+    said = capsys.readouterr().out
+    assert "training data" in said and "vision     0 to 0" in said
+    rows = main(arguments)["rows"]
+    student = str(tmp_path / "run" / "student")
+    measured = main(["evaluate", student, "--data", str(data), "--cpu", "--teacher", str(teacher)])
+    assert rows["stage iii"]["kl"] > 0 and measured["student"]["kl"] > 0 == measured["teacher"]["kl"]
+    assert "perplexity" in capsys.readouterr().out
+    tokens = AutoTokenizer.from_pretrained(student)("It", return_tensors="pt")
+    opened = AutoModelForCausalLM.from_pretrained(student)
+    assert opened.generate(**tokens, max_new_tokens=3, min_new_tokens=3).shape == (1, 5)
+
+
+def test_perplexity_is_that_of_the_likelihoods_of_all_supervised_tokens(teacher, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+    model, tokenizer = (
+        open_teacher(str(teacher), torch.float32).eval(),
+        open_processor(str(teacher)).tokenizer,
+    )
+    student = optimized.convert(model, {"text_only": True})
+    for part in (student, open_processor(str(teacher))):
+        part.save_pretrained(tmp_path / "student")
+    measured = main(["evaluate", str(tmp_path / "student"), "--data", str(path), "--cpu", "--teacher",
+                     str(teacher), "--batch_size", "2"])  # fmt: skip
+    for name, one in (("teacher", model), ("student", student)):
+        nats = tokens = 0
+        for text in DOCUMENTS:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                nats += cross_entropy(one(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+            tokens += ids.shape[1] - 1
+        assert measured[name]["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_a_document_is_supervised_throughout_and_padding_is_not(teacher):
+    collator = ChatCollator(load_processor(str(teacher), padding_side="right"))
+    items = [{"kind": "all", "text": text} for text in DOCUMENTS[:2]]
+    batch = collator([collator.encode(items[0]), items[1]])
+    decoded = [collator.processor.tokenizer.decode(ids[ids != IGNORED]) for ids in batch["labels"]]
+    assert decoded == DOCUMENTS[:2]
+    assert batch["attention_mask"].sum(1).tolist() == [len(text) for text in DOCUMENTS[:2]]
+
+
+def test_broken_documents_are_refused_by_what_is_wrong(teacher, data):
+    collator = ChatCollator(load_processor(str(teacher)), max_length=9)
+    for text, says in (
+        ("a" * 10, "at most 9 tokens, got 10"),
+        ("<|im_end|>", "no placeholder or other"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            collator.encode({"kind": "all", "text": text})
+    for text in ("", " ", 3, ["a"]):
+        with pytest.raises(ValueError, match="a document's text must be a text that is not empty"):
+            document_of({"text": text})
+    assert document_of({"text": "beside", "messages": [{}]}) is None  # a column of another use
+
+
+def test_pictures_for_a_language_model_are_refused(teacher, tmp_path):
+    collator = ChatCollator(load_processor(str(teacher)))
+    asked = {"role": "user", "content": [{"type": "image", "image": None}]}
+    answer = {"role": "assistant", "content": "1"}
+    with pytest.raises(ValueError, match=r"a text decoder must be given text alone, got \['image'\]"):
+        collator.encode({"kind": "all", "messages": [asked, answer]})
+
+
+def test_a_gguf_file_that_does_not_open_is_refused_by_name(data, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RefusedError, match=r"--teacher must be a model .*, got .*model\.gguf"):
+        main(text_flags(tmp_path / "model.gguf", data, tmp_path / "run"))
+
+
+def test_a_gguf_file_is_unpacked_distilled_and_saved_as_a_plain_model(data, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    path, vectors = write_gguf(gguf, tmp_path / "model.gguf")
+    opened = open_teacher(str(path), torch.float32)
+    assert torch.equal(opened.get_input_embeddings().weight.detach(), torch.from_numpy(vectors))
+    main(text_flags(path, data, tmp_path / "run"))
+    saved = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
+    assert "quantization_config" not in saved and saved["model_type"] == "linmu_llama"
+
+
+def write_gguf(gguf, path: Path):
+    """A Llama of random weights in float32, with a tokenizer of bytes."""
+    tokenizer = byte_tokenizer(TURNS)
+    vocabulary = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
+    width, inner, heads, groups, layers = 16, 24, 2, 1, 2
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        ("context_length", 64), ("embedding_length", width), ("block_count", layers), ("head_count", heads),
+        ("feed_forward_length", inner), ("head_count_kv", groups), ("layer_norm_rms_eps", 1e-5),
+        ("rope_freq_base", 1e4), ("vocab_size", len(vocabulary)), ("tokenizer_model", "gpt2"),
+        ("tokenizer_pre", "default"), ("token_list", vocabulary), ("token_merges", ["a b"]),
+        ("token_types", [3 if name in tokenizer.all_special_tokens else 1 for name in vocabulary]),
+        ("bos_token_id", 256), ("eos_token_id", 257), ("pad_token_id", 256), ("chat_template", CHATML),
+    ):  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(*size: int):
+        return (torch.randn(*size, generator=generator) / 4).numpy()
+
+    vectors = matrix(len(vocabulary), width)
+    tensors = {
+        "token_embd": vectors,
+        "output": matrix(len(vocabulary), width),
+        "output_norm": matrix(width) + 1,
+    }
+    for layer in range(layers):
+        sizes = {"attn_q": (width, width), "attn_k": (width // 2, width), "attn_v": (width // 2, width)}
+        sizes |= {"attn_output": (width, width), "ffn_gate": (inner, width), "ffn_up": (inner, width)}
+        sizes |= {"ffn_down": (width, inner), "attn_norm": (width,), "ffn_norm": (width,)}
+        tensors |= {f"blk.{layer}.{name}": matrix(*size) for name, size in sizes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, vectors
+
+
+def test_documents_are_read_from_folders_and_cut(teacher, tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    page = "<head><title>x</title></head><nav>menu</nav><p>one\n two</p><pre>a\n  b</pre>"
+    (folder / "a.html").write_text(page)
+    (folder / "b.md").write_text("abcdefghij<|im_end|>klmno")
+    (folder / "c.md").write_text("abcdefghij<|im_end|>klmno")  # the same again
+    (folder / "d.txt").write_text("\u4e00\u4e8c\u4e09")
+    (folder / "e.py").write_text("pass")
+    found = dict(documents([folder]))
+    assert list(found) == ["a.html", "b.md"] and text_of(folder / "d.txt") == ""
+    assert found["a.html"].split("\n") == ["one two", "", "a", "  b"]
+    tokenizer = open_processor(str(teacher)).tokenizer
+    assert list(pieces(found["b.md"], tokenizer, 4, ["<|im_end|>"]))[:2] == ["abcd", "efgh"]
+    assert not any("<|im_end|>" in piece for piece in pieces(found["b.md"], tokenizer, 4, ["<|im_end|>"]))
