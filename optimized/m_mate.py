@@ -51,7 +51,8 @@ class MMATE(reference.MMATE):
                 return y, MMATEState(*after, window)
             if is_own(local_swin, LocalSwin):
                 engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
-                local, row, window = local_swin.attend(hidden_states, layout, valid, angles, window, engine)
+                rest = (layout, valid, angles, window, sequence, engine)
+                local, row, window = local_swin.attend(hidden_states, *rest)
             else:
                 local, window = local_swin(hidden_states, layout, state=window, **given)
                 engine, row = None, self.mixed_rows(y, layout, valid)
