@@ -43,11 +43,10 @@ def chatty(monkeypatch):
             (*written.special, *special), named))  # fmt: skip
         tiny = BUILDERS[family]()
         tiny.processor.chat_template = written.template
-        if family in WITH_VIDEOS and family.startswith(
-            "qwen"
-        ):  # the other families' frames are as their pictures
-            small = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 65536}}
-            tiny.processor.video_processor.__dict__.update(small)
+        if family in WITH_VIDEOS:
+            edges = {"shortest_edge": 64, "longest_edge": 65536}
+            size = edges if family.startswith("qwen") else tiny.processor.image_processor.size
+            tiny.processor.video_processor.__dict__.update(patch_size=4, size=size)
         tiny.teacher.save_pretrained(folder)
         tiny.processor.save_pretrained(folder)
         return folder
