@@ -23,27 +23,23 @@ from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.teacher import open_processor, open_teacher
 
 from ..student import tiny_families
-from ..student.test_other_processors import TURNS
 from ..student.tiny_families import BUILDERS, byte_tokenizer
+from .chat_templates import CHATML, LLAMA3, QWEN2
 from .own_data import flags, row
 
 pytestmark = pytest.mark.trial_of_the_reference
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 DOCUMENTS = ["It rains.", "The sea is wide and blue.", "One cup of tea, please."]
 
 
 @pytest.fixture(params=["qwen2", "llama"])
 def teacher(request, monkeypatch, tmp_path) -> Path:
-    """A tiny language model's folder."""
-    monkeypatch.setattr(
-        tiny_families, "byte_tokenizer", lambda special, named=None: byte_tokenizer((*TURNS, *special), named)
-    )
+    """A tiny language model's folder, with the published chat template of its family."""
+    written = {"qwen2": QWEN2, "llama": LLAMA3}[request.param]
+    monkeypatch.setattr(tiny_families, "byte_tokenizer", lambda special, named=None: byte_tokenizer(
+        (*CHATML, *written.special, *special), named))  # fmt: skip
     tiny = BUILDERS[request.param]()
-    tiny.processor.chat_template = CHATML
+    tiny.processor.chat_template = written.template
     for part in (tiny.teacher, tiny.processor):
         part.save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
@@ -166,7 +162,7 @@ def test_a_gguf_file_is_unpacked_distilled_and_saved_as_a_plain_model(data, tmp_
 
 def write_gguf(gguf, path: Path):
     """A Llama of random weights in float32, with a tokenizer of bytes."""
-    tokenizer = byte_tokenizer(TURNS)
+    tokenizer = byte_tokenizer(CHATML)
     vocabulary = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
     width, inner, heads, groups, layers = 16, 24, 2, 1, 2
     writer = gguf.GGUFWriter(path, "llama")
@@ -176,7 +172,8 @@ def write_gguf(gguf, path: Path):
         ("rope_freq_base", 1e4), ("vocab_size", len(vocabulary)), ("tokenizer_model", "gpt2"),
         ("tokenizer_pre", "default"), ("token_list", vocabulary), ("token_merges", ["a b"]),
         ("token_types", [3 if name in tokenizer.all_special_tokens else 1 for name in vocabulary]),
-        ("bos_token_id", 256), ("eos_token_id", 257), ("pad_token_id", 256), ("chat_template", CHATML),
+        ("bos_token_id", 256), ("eos_token_id", 257), ("pad_token_id", 256),
+        ("chat_template", QWEN2.template),
     ):  # fmt: skip
         getattr(writer, f"add_{add}")(value)
     generator = torch.Generator().manual_seed(0)
