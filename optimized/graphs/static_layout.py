@@ -29,7 +29,7 @@ def padded_layout(layout: VisionLayout, pad: int) -> VisionLayout:
     vision, largest, place = layout.facts
     first = torch.arange(pad, device=place.device).expand(len(place), pad)
     place = torch.cat([first, place + pad], dim=1)  # padding is text, which comes first
-    return VisionLayout(coords, {"facts": Facts(vision, largest, place)})
+    return VisionLayout(coords, None, {"facts": Facts(vision, largest, place)})
 
 
 def layout_tensors(
@@ -66,7 +66,8 @@ class StaticLayout(VisionLayout):
 
     def __init__(self, tensors: dict[Any, Tensor]) -> None:
         coords = tensors["segment"][..., None].expand(-1, -1, 4)  # for its shape
-        super().__init__(coords, {name: tensors[name] for name in ("segment", "scan rows", "openings")})
+        known = {name: tensors[name] for name in ("segment", "scan rows", "openings")}
+        super().__init__(coords, None, known | {"begins": None})  # packed rows run without graphs
         for name, tensor in tensors.items():
             if name[0] == "places":
                 window = name[1:]

@@ -86,14 +86,19 @@ def one_forward() -> Iterator[None]:
 
 
 def spans_of_layer(
-    window: int, length: int, is_vision: Tensor | None, valid: Tensor | None, present: Tensor | None
+    window: int,
+    length: int,
+    is_vision: Tensor | None,
+    valid: Tensor | None,
+    sequence: Tensor | None,
+    present: Tensor | None,
 ) -> Spans:
     """`find_spans` of a layer in which text asks: is_vision (B, L) bool; None = all text."""
     known = None if torch.compiler.is_compiling() else _of_forward.get()
     if known is not None and window in known:
         return known[window]
     asks = None if is_vision is None else ~is_vision
-    spans = find_spans(window, length, asks, valid, None, present)
+    spans = find_spans(window, length, asks, valid, sequence, present)
     if known is not None:
         known[window] = spans
     return spans

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
 from ..checks import require
+from .answers import ChatMLAnswers, RenderedAnswers, answers_of
 
 IGNORED = -100
-ANSWER_HEADER = "<|im_start|>assistant\n"
-TURN_END = "<|im_end|>"
 GROUNDING = (
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
     "<|quad_end|>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
@@ -40,15 +39,16 @@ class ChatCollator:
 
     Args:
         processor: of `load_processor`.
-        supervise: "answers": `labels` are the assistant's answers, each with its <|im_end|>; "all": all
-            text, so what a user asks, too; "nothing": prompts without labels, cut before a final assistant
-            turn, opened for an answer. Vision tokens and padding are never supervised: -100. Neither are,
-            with "answers", those of turns with `weight` 0. A document is supervised throughout; it has no
-            turns, so it reads as the tokenizer gives it.
+        supervise: "answers": `labels` are the assistant's answers, each with its end of turn, found by the
+            chat template (`answers.py`); "all": all text, so what a user asks, too; "nothing": prompts
+            without labels, cut before a final assistant turn, opened for an answer. Vision tokens and
+            padding are never supervised: -100. Neither are, with "answers", those of turns with `weight` 0.
+            A document is supervised throughout; it has no turns, so it reads as the tokenizer gives it.
         max_length: tokens that a conversation may have; 0 = any number.
     Raises:
-        ValueError: for another family's chat template; on use for a conversation that does not fit it, holds
-            control tokens in its text, is too long, or whose pictures the processor leaves out or thins.
+        ValueError: on use, for a chat template whose answers cannot be told, and for a conversation that does
+            not fit it, holds control tokens in its text, is too long, or whose pictures the processor leaves
+            out or thins.
 
     A video block may carry `fps`, the frames per second of what it holds; it becomes `second_per_grid_ts`.
     """
@@ -57,16 +57,17 @@ class ChatCollator:
         must = f"supervise must be one of {SUPERVISE}"
         require(supervise in SUPERVISE, "ChatCollator", must, repr(supervise))
         tokenizer = processor.tokenizer
-        must = f"the chat template must close turns with {TURN_END}"
-        require(TURN_END in tokenizer.get_vocab(), "ChatCollator", must, "another family")
         self.processor, self.supervise, self.max_length = processor, supervise, max_length
-        self.header = np.array(tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"])
-        self.end = tokenizer.convert_tokens_to_ids(TURN_END)
         self.padding = {"attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}
         self.padding["input_ids"] = tokenizer.pad_token_id
         self.control_tokens = re.compile("|".join(map(re.escape, control_tokens(processor))))
         self.control_ids = ids_of(tokenizer, control_tokens(processor))
         self.placeholder_ids = ids_of(tokenizer, vision_placeholders(processor))
+
+    @cached_property
+    def answers(self) -> ChatMLAnswers | RenderedAnswers:
+        """How answers are found; documents have none, so for them no chat template is needed."""
+        return answers_of(self.processor, control_tokens(self.processor), vision_placeholders(self.processor))
 
     def encode(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """One sample {"kind", "messages" or "text"} as {"kind", "name", "tensors"}, to be collated later."""
@@ -84,6 +85,11 @@ class ChatCollator:
         for name in dict.fromkeys(name for sample in samples for name in sample):
             tensors = [sample[name] for sample in samples if name in sample]
             if name in self.padding:
+                ids = [sample["input_ids"] for sample in samples]  # a document has no token types: it is text
+                tensors = [
+                    sample.get(name, torch.full_like(own, self.padding[name]))
+                    for sample, own in zip(samples, ids, strict=True)
+                ]
                 missing = [longest - tensor.shape[1] for tensor in tensors]
                 sides = [(count, 0) if left else (0, count) for count in missing]
                 fill = self.padding[name]
@@ -109,8 +115,10 @@ class ChatCollator:
             processor_kwargs["do_sample_frames"] = False
         if any("fps" in block for block in videos):
             processor_kwargs["video_metadata"] = list(map(_metadata, videos))
+        finds = self.supervise == "answers"
+        processor = self.answers.observed(self.processor) if finds else self.processor
         batch = dict(
-            self.processor.apply_chat_template(
+            processor.apply_chat_template(
                 conversations,
                 tokenize=True,
                 return_dict=True,
@@ -122,7 +130,13 @@ class ChatCollator:
         self._refuse_long(batch)
         self._refuse_lost_media(batch, conversations)
         if not prompts:
-            batch["labels"] = self._labels(batch, conversations)
+            learnt = ~torch.isin(batch["input_ids"], self.placeholder_ids)
+            if finds:
+                found = self.answers.find(batch["input_ids"], conversations, processor)
+                # an answer may hold a picture
+                learnt = found.learnt & (~torch.isin(batch["input_ids"], self.control_ids) | found.ends)
+            learnt &= batch["attention_mask"].bool()
+            batch["labels"] = batch["input_ids"].where(learnt, torch.tensor(IGNORED))
         return batch
 
     def _document(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -179,30 +193,6 @@ class ChatCollator:
             must = f"every {kind} must be in the batch with all its frames, {moments} moments"
             require(grids[:, 0].tolist() == moments, "ChatCollator", must, grids[:, 0].tolist(), hint)
 
-    def _labels(
-        self, batch: Mapping[str, Tensor], conversations: Sequence[Sequence[Mapping[str, Any]]]
-    ) -> Tensor:
-        """The ids to predict, -100 elsewhere; an answer goes from its header to the next <|im_end|>."""
-        ids, valid = batch["input_ids"], batch["attention_mask"].bool()
-        answers = [[turn for turn in c if turn["role"] == "assistant"] for c in conversations]
-        number, found = answer_numbers(ids.numpy(), self.header, self.end)
-        for row, (headers, turns) in enumerate(zip(found, answers, strict=True)):
-            must = f"every assistant turn must follow {ANSWER_HEADER!r}"
-            got = f"{headers} headers for {len(turns)} turns in item {row}"
-            hint = "an answer must not begin with a line break"
-            require(headers == len(turns), "ChatCollator", must, got, hint)
-        if self.supervise == "all":
-            learnt = ~torch.isin(ids, self.placeholder_ids)
-        else:
-            most = max(map(len, answers), default=0)
-            weights = [
-                [turn.get("weight", 1) for turn in turns] + [0] * (most - len(turns)) for turns in answers
-            ]
-            by_number = torch.tensor([[0, *row] for row in weights]).bool()  # none outside the answers
-            learnt = by_number.gather(1, torch.from_numpy(number))
-            learnt &= ~torch.isin(ids, self.control_ids) | (ids == self.end)  # a picture in an answer
-        return ids.where(learnt & valid, torch.tensor(IGNORED))
-
 
 def control_tokens(processor: ProcessorMixin) -> list[str]:
     """What a family's tokenizer reads as structure wherever it stands: turns, pictures, ends, padding.
@@ -224,27 +214,6 @@ def ids_of(tokenizer: Any, tokens: Sequence[str]) -> Tensor:
     """(tokens,) int64, the ids of those that the tokenizer has."""
     vocabulary = tokenizer.get_vocab()
     return torch.tensor([vocabulary[token] for token in tokens if token in vocabulary], dtype=torch.int64)
-
-
-def answer_numbers(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the answers in ids (B, L).
-
-    Returns:
-        (B, L) int64, n in the n-th answer of a row, from after its header up to and including the end token,
-        else 0; and (B,) headers found.
-    """
-    batch, length = ids.shape
-    follows = np.zeros((batch, length + 1), dtype=bool)
-    if length >= len(header):
-        windows = np.lib.stride_tricks.sliding_window_view(ids, len(header), axis=1)
-        follows[:, len(header) :] = (windows == header).all(-1)
-    after_end = np.zeros((batch, length + 1), dtype=bool)
-    after_end[:, 1:] = ids == end
-    place = np.arange(1, length + 2)
-    opened = np.maximum.accumulate(np.where(follows, place, 0), axis=1)
-    closed = np.maximum.accumulate(np.where(after_end, place, 0), axis=1)
-    numbers = np.where(opened > closed, follows.cumsum(1), 0)
-    return numbers[:, :length], follows.sum(1)
 
 
 def of_one_size(name: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -23,15 +23,27 @@ class TextProcessor:
         self.tokenizer = tokenizer
 
     def apply_chat_template(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], *, processor_kwargs=None, **kwargs: Any
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        return_tensors: str | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Render and tokenise, as `ProcessorMixin.apply_chat_template` does for several conversations.
+        """Render, and tokenise if asked, as `ProcessorMixin.apply_chat_template` does with several.
 
         Raises:
             ValueError: for an image or a video, which a text decoder cannot take.
         """
-        rendered = [[turn | {"content": text_of(turn)} for turn in turns] for turns in conversations]
-        return self.tokenizer.apply_chat_template(rendered, **(processor_kwargs or {}), **kwargs)
+        turns = [[turn | {"content": text_of(turn)} for turn in turns] for turns in conversations]
+        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+        if not tokenize:
+            return texts
+        settings = {"add_special_tokens": False, "return_tensors": return_tensors, **(processor_kwargs or {})}
+        batch = self.tokenizer(texts, **settings)  # the template writes special tokens
+        return batch if return_dict else batch["input_ids"]
 
     def save_pretrained(self, folder: str) -> None:
         """Write the tokenizer's files: AutoProcessor and AutoTokenizer open them."""

@@ -364,7 +364,14 @@ WATCHED = {
         "use_cache": False,
         "attention_mask": torch.ones(1, 9).long(),
     },
+    "linmu_sequence": lambda pair: packed(),
 }
+
+
+def packed() -> dict[str, Any]:
+    """A row of two samples, told by positions that start anew beside a mask of ones."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    return {"position_ids": positions.expand(4, 1, 7), "use_cache": False}
 
 
 @pytest.mark.parametrize("reason", WATCHED)

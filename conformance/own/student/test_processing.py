@@ -232,9 +232,6 @@ def test_other_mistakes_say_why(processor):
     with pytest.raises(ValueError, match="padding_side must be 'left' or 'right', got 'up'"):
         load_processor(TEACHER, padding_side="up")
     processor = load_processor(TEACHER)
-    processor.chat_template = processor.chat_template.replace("<|im_start|>", "")
-    with pytest.raises(ValueError, match="got 0 headers for 1 turns in item 0"):
+    processor.chat_template = processor.chat_template.replace("<|im_end|>", "")
+    with pytest.raises(ValueError, match="must close an answer with a control token"):
         ChatCollator(processor)(DigitsQuestions().__getitems__([0]))
-    processor.tokenizer.get_vocab = dict
-    with pytest.raises(ValueError, match=r"must close turns with <\|im_end\|>"):
-        ChatCollator(processor)

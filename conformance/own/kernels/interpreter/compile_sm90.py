@@ -46,7 +46,7 @@ FLOAT32 |= {
 }
 # fmt: on
 INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS", "ROW"}
-INT32 = {"SEGMENT"}
+INT32 = {"SEGMENT", "BEGIN", "BEGINS", "AGE"}
 MASKS = {"VALID", "MASK", "ASKS"}
 LINEAR = re.compile(r"tensor<(\d+)x(\d+)x[a-z0-9]+, #linear")  # tiles, not scalars of tokens
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
@@ -54,7 +54,7 @@ STRIDES = ("batch", "token", "head")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
-SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "SAVES_Y": True}
+SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "SAVES_Y": True, "HAS_SEQUENCE": False}
 SWEEP = {"REVERSED": 1, "STARTS": True, "LEAVES": True}
 GRADIENT = {"gradient": True}
 CONV = {
@@ -66,6 +66,7 @@ CONV = {
     "COLUMNS": 64,
     "HAS_MASK": True,
     "HAS_ORDER": True,
+    "HAS_SEQUENCE": False,
     "HAS_BIAS": True,
     "HAS_START": True,
     "SCALES": True,
@@ -230,6 +231,11 @@ KERNELS = {
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
 }
+KERNELS |= {
+    f"{name}_packed": (module, kernel, chosen | {"HAS_SEQUENCE": True}, *rest)
+    for name, (module, kernel, chosen, *rest) in KERNELS.items()
+    if "HAS_SEQUENCE" in chosen and not name.startswith("sweep")
+}
 
 
 def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
@@ -320,7 +326,7 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     elif warps == "step":
         warps = text_step_kernels.WARPS[size > 64]
     options = {"num_warps": warps, "num_stages": stages}
-    if name == "output":
+    if function == "output_kernel":
         options = scan_output.output_tiles(size, size, scan_tiles.token_dtype(DTYPES[dtype]), fixed["CHUNK"])[
             1
         ]
