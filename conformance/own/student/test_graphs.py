@@ -204,7 +204,7 @@ def test_a_forward_gives_the_same_from_graphs(vision, side):
 def test_a_prompt_as_long_as_its_bucket_runs_without_a_mask(vision):
     inputs = prompt(words(16, 5))
     assert_same_forward(vision, **inputs)
-    assert ("prompt", 1, 16, False, False, False) in vision.graphs
+    assert ("prompt", 1, torch.float64, 16, False, False, False) in vision.graphs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def plant_states_of_another_prompt(monkeypatch):
 
 
 def plant_states_left_where_the_next_prompt_writes(monkeypatch):
-    monkeypatch.setattr(graphed.GraphedDecoder, "keep", lambda self, slots, after: None)
+    monkeypatch.setattr(graphed.GraphedDecoder, "keep", lambda *_: None)
 
 
 def plant_lent_states_that_are_not_given_back(monkeypatch):
@@ -448,7 +448,7 @@ def test_graphs_are_bounded_and_the_oldest_goes_first(few):
     graphs.install(few.fast, graphed.Limits((8, 16, 32), 8, 256, 2), lambda: tape)
     for length in (5, 12, 6, 20, 7):
         assert_same_forward(few, **prompt(words(length, 1)))
-    assert [key[2] for key in few.graphs] == [32, 8]
+    assert [key[3] for key in few.graphs] == [32, 8]
     assert few.fast.get_decoder().forward.nbytes > 0
 
 
