@@ -34,7 +34,7 @@ from .tiny_checkpoint import (
     shake_mixers,
     words,
 )
-from .tiny_families import text_decoder
+from .tiny_families import idefics3, internvl, llava_onevision, text_decoder
 
 LIMITS = graphed.Limits((8, 16, 32, 64), 8, 256, 32)
 STEPS = 3
@@ -126,6 +126,15 @@ def test_generate_gives_the_same_from_graphs(pair):
             assert_logits(torch.stack(tokens(pair.fast, **inputs).logits), logits)
     kinds = {key[:2] for key in pair.graphs}
     assert {("token", 1), ("token", 2), ("prompt", 1)} <= kinds
+
+
+@pytest.mark.parametrize("make", [llava_onevision, internvl, idefics3], ids=lambda make: make.__name__)
+def test_families_on_these_decoders_give_the_same_from_graphs(make):
+    tiny = make()
+    pair = both(optimized.convert(tiny.teacher))
+    inputs = tiny.inputs(f"a{{{next(iter(tiny.sizes))}}}b")
+    assert_same_tokens(pair, **{n: t.double() if t.is_floating_point() else t for n, t in inputs.items()})
+    assert {key[0] for key in pair.graphs} == {"prompt", "token"}
 
 
 def test_a_second_turn_gives_the_same_from_graphs(pair):
