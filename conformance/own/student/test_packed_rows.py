@@ -82,14 +82,14 @@ def positions(samples: list[dict[str, Tensor]]) -> Tensor:
 
 
 def test_a_packed_row_equals_its_samples_alone(tiny, student):
-    """By the edges of the samples or by positions that restart, with a mask of ones or none."""
+    """Told by the edges of the samples, without a mask, or by positions that start anew, with one of ones."""
     samples = samples_of(tiny)
+    row = packed(tiny, samples)
+    by_positions = row | {"position_ids": positions(samples)}
+    del row["attention_mask"]
+    by_edges = row | {"cu_seq_lens_q": edges(samples), "cu_seq_lens_k": edges(samples)}
     with torch.no_grad():
         alone = torch.cat([student(**sample, use_cache=False).logits for sample in samples], dim=1)
-        row = packed(tiny, samples)
-        unmasked = {name: value for name, value in row.items() if name != "attention_mask"}
-        by_edges = unmasked | {"cu_seq_lens_q": edges(samples), "cu_seq_lens_k": edges(samples)}
-        by_positions = row | {"position_ids": positions(samples)}
         for given in (by_edges, by_positions):
             assert (student(**given).logits - alone).abs().max() < TOLERANCE, tiny.name
 
