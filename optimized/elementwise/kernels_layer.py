@@ -32,7 +32,7 @@ def add_norm_kernel(
         x = (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)
         tl.store(TOTAL + row + column, x, mask=real)
     wide = x.to(tl.float32)
-    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
+    wide = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 0) / WIDTH + eps))
     weight = tl.load(WEIGHT + column, mask=real, other=0.0).to(tl.float32)
     normed = weight * wide.to(x.dtype).to(tl.float32)
     tl.store(NORMED + row + column, normed.to(x.dtype), mask=real)

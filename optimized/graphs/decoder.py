@@ -105,10 +105,13 @@ class Graph:
 
     def take_states(self, slots: list[LinMUCacheLayer]) -> None:
         """Make these slots the holders of `states`, with their own values in it."""
-        if all(slot.state is state for slot, state in zip(slots, self.states, strict=True)):
-            return
+        if any(slot.state is not state for slot, state in zip(slots, self.states, strict=True)):
+            self.lend_states(slots, [slot.state for slot in slots])
+
+    def lend_states(self, slots: list[LinMUCacheLayer], values: list[MMATEState]) -> None:
+        """Put these values into `states`, and `states` into the slots."""
         self.give_back(slots)
-        copy_all(tensors_of(self.states), tensors_of([slot.state for slot in slots]))
+        copy_all(tensors_of(self.states), tensors_of(values))
         for slot, state in zip(slots, self.states, strict=True):
             slot.state = state
         self.slots = [weakref.ref(slot) for slot in slots]
@@ -324,10 +327,24 @@ class GraphedDecoder:
             self.record(graph, keeps_states=False)
             copy_all(tensors_of(graph.states), tensors_of(request.states))  # a run may overwrite them
         graph.replay()
-        new = iter(copies(tensors_of(graph.after)))
         for slot, state in zip(slots, graph.after, strict=False):
-            slot.store(state_of([next(new) for _ in state.tensors]), length)
+            slot.store(state, length)
+        self.keep(slots, graph.after)
         return graph.hidden[:, pad:].clone()
+
+    def keep(self, slots: list[LinMUCacheLayer], after: list[MMATEState]) -> None:
+        """Give the slots these values in memory that lasts: in that of the graph which will decode them, if
+        there is one.
+        """
+        if not slots:
+            return
+        decoding = self.graphs.get(("token", len(after[0].scan)))
+        if decoding is not None:
+            decoding.lend_states(slots, after)
+            return
+        new = iter(copies(tensors_of(after)))
+        for slot, state in zip(slots, after, strict=True):
+            slot.state = state_of([next(new) for _ in state.tensors])
 
     def graph(
         self, key: tuple, tokens: dict[str, Tensor], layout: dict[Any, Tensor], states: list[MMATEState]
@@ -402,7 +419,7 @@ def windows_of(decoder: nn.Module) -> set[Window]:
     found = set()
     for layer in decoder.layers:
         config, index = layer.self_attn.config, layer.self_attn.layer_index
-        found.add((config.window_thw, index % 2 == 1, config.text_window > 0))
+        found.add((config.window_thw, index % 2 == 1))
     return found
 
 

@@ -6,8 +6,9 @@ passed over in silence. So every call asks; a decoder of 28 layers answers withi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain, repeat
-from operator import contains
+from operator import contains, is_
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from ..engine import get_engine
 from ..engine.torch_state import is_observed
 
 CAPTURING = "transformers.utils.output_capturing"
-Fingerprint = tuple[bool, list[int], list[int], list[bool], list[int]]
 
 
 class Watch:
@@ -33,32 +33,32 @@ class Watch:
         everything = [vars(decoder), *self.spaces]
         parts = [space[kind] for space in everything for kind in ("_modules", "_parameters", "_buffers")]
         self.filled, self.empty = [part for part in parts if part], [part for part in parts if not part]
-        self.hooks = [
-            space[kind] for space in everything for kind in ("_forward_hooks", "_forward_pre_hooks")
-        ]
-        self.patched = [space for space in self.spaces if "forward" in space]
-        self.tensors = [*decoder.parameters(), *decoder.buffers()]
-        self.kept = self.fingerprint()
+        kinds = ("_forward_hooks", "_forward_pre_hooks")
+        self.hooks = [space[kind] for space in everything for kind in kinds]
         self.kind = kind_of(self.modules)
-        forwards = [space["forward"] for space in self.patched]
-        self.held = [
-            *chain.from_iterable(map(dict.values, self.filled)),
-            *forwards,
-        ]  # keep their ids for them
+        self.members = [*self.now()]
+        self.tensors = [*decoder.parameters(), *decoder.buffers()]
+        self.pointers = [*map(Tensor.data_ptr, self.tensors)]
+        self.patched = [space for space in self.spaces if "forward" in space]
+        self.forwards = [space["forward"] for space in self.patched]
 
-    def fingerprint(self) -> Fingerprint:
-        """The modules and tensors by their ids, where tensors lie, and the forwards put over modules."""
-        return (
-            any(self.empty),
-            [*map(id, chain.from_iterable(map(dict.values, self.filled)))],
-            [*map(Tensor.data_ptr, self.tensors)],
-            [*map(contains, self.spaces, repeat("forward"))],
-            [id(space.get("forward")) for space in self.patched],
-        )
+    def now(self) -> Iterator[nn.Module | Tensor | None]:
+        """The decoder's modules and tensors, as they are found in it."""
+        return chain.from_iterable(map(dict.values, self.filled))
 
     def has_changed(self) -> bool:
-        """Whether modules, forwards or the memory of weights are other ones."""
-        return self.fingerprint() != self.kept
+        """Whether modules, tensors, their memory, or forwards put over modules are other ones."""
+        same = (
+            all(map(is_, self.now(), self.members))
+            and sum(map(len, self.filled)) == len(self.members)
+            and not any(self.empty)
+            and self.pointers == [*map(Tensor.data_ptr, self.tensors)]
+            and sum(map(contains, self.spaces, repeat("forward"))) == len(self.patched)
+            and all(
+                space.get("forward") is own for space, own in zip(self.patched, self.forwards, strict=True)
+            )
+        )
+        return not same
 
     def obstacle(self) -> str | None:
         """What in the decoder follows its calls, or changes with them."""

@@ -18,7 +18,7 @@ from ..layout.operator import Plan
 from ..layout.segments import openings
 from ..layout.sorts import Facts
 
-Window = tuple[tuple[int, int, int], bool, bool]  # window_thw, whether shifted, whether their ids are read
+Window = tuple[tuple[int, int, int], bool]  # window_thw, and whether shifted
 
 
 def padded_layout(layout: VisionLayout, pad: int) -> VisionLayout:
@@ -48,11 +48,9 @@ def layout_tensors(
         "scan rows": layout.scan_rows,
         "openings": layout.openings if valid is None else openings(torch.where(valid, segment, -1)),
     }
-    for window_thw, shifted, by_id in windows:
+    for window_thw, shifted in windows:
         plan = layout.window_plan(window_thw, int(shifted))
         read["places", window_thw, shifted], read["blocks", window_thw, shifted] = plan
-        if by_id:
-            read["windows", window_thw, shifted] = layout.windows(window_thw, int(shifted))
     return read
 
 
@@ -71,9 +69,7 @@ class StaticLayout(VisionLayout):
         known = {name: tensors[name] for name in ("segment", "scan rows", "openings")}
         super().__init__(coords, None, known | {"begins": None})  # packed rows run without graphs
         for name, tensor in tensors.items():
-            if name[0] == "windows":
-                self._memo[name] = tensor
-            elif name[0] == "places":
+            if name[0] == "places":
                 window = name[1:]
                 self._memo["window plan", *window, True] = Plan(tensor, tensors["blocks", *window])
 
@@ -83,6 +79,10 @@ class StaticLayout(VisionLayout):
     def openings_among(self, valid: Tensor | None) -> Tensor:
         """They were made with `valid`."""
         return self.openings
+
+    def windows(self, window_thw: tuple[int, int, int], layer_index: int) -> Tensor:
+        """(B, L): the same number in a window, -1 in none; the plan's numbers, not the parent's."""
+        return self.vision_tokens(window_thw, layer_index).window_id
 
     def vision_tokens(self, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
         """All tokens: how many are vision is not the same in every run."""

@@ -320,10 +320,10 @@ def test_short_prompts_and_generate_are_measured_with_graphs_and_without(monkeyp
     monkeypatch.setattr(bench_graphs, "wall_and_busy", partial(bench_graphs.wall_and_busy, most=1))
     pair = models.Pair("small", 1, SETTING, prepared=False)
     cases = [*bench_graphs.short_prompt_cases(pair, [320], SETTING, lambda *_: 0)]
-    cases += [each for each in bench_graphs.generate_cases(pair, SETTING, lambda *_: 0) if "1" in each.passes]
+    cases += [*bench_graphs.generate_cases(pair, SETTING, lambda *_: 0)][:1]
     report = Report(tmp_path, {"device": "a CPU"})
     measure_all(cases, report.keep)
-    assert [line["status"] for line in report.lines] == ["ok"] * 7
+    assert [line["status"] for line in report.lines] == ["ok"] * 5
     assert {line["method"] for line in report.lines} == set(bench_graphs.PROMPT_METHODS)
     assert not isinstance(pair.model("LinMU").get_decoder().forward, GraphedDecoder)
     report.keep(report.lines[0] | {"busy": 0.0125, "length": 640})

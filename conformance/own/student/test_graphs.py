@@ -53,9 +53,9 @@ class Both:
         return self.fast.get_decoder().forward.graphs
 
 
-def both(student: nn.Module, limits: graphed.Limits = LIMITS) -> Both:
+def both(student: nn.Module) -> Both:
     student = shake_mixers(student.double())
-    return Both(student, graphs.install(copy.deepcopy(student), limits, lambda: tape))
+    return Both(student, graphs.install(copy.deepcopy(student), LIMITS, lambda: tape))
 
 
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
@@ -77,10 +77,16 @@ def vision() -> Both:
     return both(STUDENTS["qwen2_5_vl"]())
 
 
+@pytest.fixture(scope="module")
+def one_layer() -> nn.Module:
+    return shake_mixers(optimized.convert(build_teacher(num_hidden_layers=1)).double())
+
+
 @pytest.fixture
-def few() -> Both:
+def few(one_layer) -> Both:
     """One of its own, that a test may change."""
-    return both(optimized.convert(build_teacher(num_hidden_layers=1)))
+    student = copy.deepcopy(one_layer)
+    return Both(student, graphs.install(copy.deepcopy(student), LIMITS, lambda: tape))
 
 
 def prompts_of(pair: Both) -> list[dict[str, Tensor]]:
@@ -239,7 +245,12 @@ def plant_stale_layout(monkeypatch):
 
 
 def plant_states_of_another_prompt(monkeypatch):
-    monkeypatch.setattr(graphed.Graph, "take_states", lambda self, slots: None)
+    graph, own = graphed.Graph, graphed.Graph.lend_states
+    monkeypatch.setattr(graph, "lend_states", lambda self, slots, values: own(self, slots, self.states))
+
+
+def plant_states_left_where_the_next_prompt_writes(monkeypatch):
+    monkeypatch.setattr(graphed.GraphedDecoder, "keep", lambda self, slots, after: None)
 
 
 def plant_lent_states_that_are_not_given_back(monkeypatch):
@@ -433,13 +444,12 @@ def halved(linear: nn.Linear) -> nn.Linear:
     return other
 
 
-def test_graphs_are_bounded_and_the_oldest_goes_first():
-    student = optimized.convert(build_teacher(num_hidden_layers=1))
-    pair = both(student, graphed.Limits((8, 16, 32), 8, 256, 2))
+def test_graphs_are_bounded_and_the_oldest_goes_first(few):
+    graphs.install(few.fast, graphed.Limits((8, 16, 32), 8, 256, 2), lambda: tape)
     for length in (5, 12, 6, 20, 7):
-        assert_same_forward(pair, **prompt(words(length, 1)))
-    assert [key[2] for key in pair.graphs] == [32, 8]
-    assert pair.fast.get_decoder().forward.nbytes > 0
+        assert_same_forward(few, **prompt(words(length, 1)))
+    assert [key[2] for key in few.graphs] == [32, 8]
+    assert few.fast.get_decoder().forward.nbytes > 0
 
 
 def test_a_fault_says_how_to_turn_graphs_off(few):
@@ -469,7 +479,7 @@ def test_a_padded_layout_is_that_of_the_padded_prompt(pad):
     )
     coords[1, 20:32] = coords[0, 3:15] + torch.tensor([1, 0, 2, 0])
     valid = torch.rand(2, 40 + pad, generator=torch.Generator().manual_seed(0)) > 0.3
-    windows = [((2, 2, 2), shifted, True) for shifted in (False, True)]
+    windows = [((2, 2, 2), shifted) for shifted in (False, True)]
     whole = optimized.VisionLayout(nn.functional.pad(coords, (0, 0, pad, 0), value=-1))
     padded = static_layout.padded_layout(optimized.VisionLayout(coords), pad)
     got = static_layout.layout_tensors(padded, valid, windows)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,27 +23,23 @@ from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.teacher import open_processor, open_teacher
 
 from ..student import tiny_families
-from ..student.test_other_processors import TURNS
 from ..student.tiny_families import BUILDERS, byte_tokenizer
+from .chat_templates import CHATML, LLAMA3, QWEN2
 from .own_data import flags, row
 
 pytestmark = pytest.mark.trial_of_the_reference
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 DOCUMENTS = ["It rains.", "The sea is wide and blue.", "One cup of tea, please."]
 
 
 @pytest.fixture(params=["qwen2", "llama"])
 def teacher(request, monkeypatch, tmp_path) -> Path:
-    """A tiny language model's folder."""
-    monkeypatch.setattr(
-        tiny_families, "byte_tokenizer", lambda special, named=None: byte_tokenizer((*TURNS, *special), named)
-    )
+    """A tiny language model's folder, with the published chat template of its family."""
+    written = {"qwen2": QWEN2, "llama": LLAMA3}[request.param]
+    monkeypatch.setattr(tiny_families, "byte_tokenizer", lambda special, named=None: byte_tokenizer(
+        (*CHATML, *written.special, *special), named))  # fmt: skip
     tiny = BUILDERS[request.param]()
-    tiny.processor.chat_template = CHATML
+    tiny.processor.chat_template = written.template
     for part in (tiny.teacher, tiny.processor):
         part.save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
@@ -111,6 +108,20 @@ def test_a_document_is_supervised_throughout_and_padding_is_not(teacher):
     assert batch["attention_mask"].sum(1).tolist() == [len(text) for text in DOCUMENTS[:2]]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_documents_and_pictures_may_share_a_batch_of_a_teacher_that_sees(side):
+    collator = ChatCollator(load_processor(str(TEACHER), padding_side=side))
+    seen = row()["messages"]
+    seen[0]["content"][1]["image"] = Image.new("RGB", (48, 48))
+    items = [{"kind": "all", "messages": seen}, {"kind": "all", "text": "read row 3. 1 2 3"}]
+    batch, alone = collator(items), collator([items[1]])
+    own = batch["attention_mask"][1].bool()
+    assert batch["input_ids"].shape == batch["mm_token_type_ids"].shape == batch["labels"].shape
+    assert batch["input_ids"][1][own].tolist() == alone["input_ids"][0].tolist()
+    assert not batch["mm_token_type_ids"][1].any() and batch["mm_token_type_ids"][0].any()
+    assert batch["labels"][1][own].tolist() == alone["labels"][0].tolist()
+
+
 def test_broken_documents_are_refused_by_what_is_wrong(teacher, data):
     collator = ChatCollator(load_processor(str(teacher)), max_length=9)
     for text, says in (
@@ -151,7 +162,7 @@ def test_a_gguf_file_is_unpacked_distilled_and_saved_as_a_plain_model(data, tmp_
 
 def write_gguf(gguf, path: Path):
     """A Llama of random weights in float32, with a tokenizer of bytes."""
-    tokenizer = byte_tokenizer(TURNS)
+    tokenizer = byte_tokenizer(CHATML)
     vocabulary = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
     width, inner, heads, groups, layers = 16, 24, 2, 1, 2
     writer = gguf.GGUFWriter(path, "llama")
@@ -161,7 +172,8 @@ def write_gguf(gguf, path: Path):
         ("rope_freq_base", 1e4), ("vocab_size", len(vocabulary)), ("tokenizer_model", "gpt2"),
         ("tokenizer_pre", "default"), ("token_list", vocabulary), ("token_merges", ["a b"]),
         ("token_types", [3 if name in tokenizer.all_special_tokens else 1 for name in vocabulary]),
-        ("bos_token_id", 256), ("eos_token_id", 257), ("pad_token_id", 256), ("chat_template", CHATML),
+        ("bos_token_id", 256), ("eos_token_id", 257), ("pad_token_id", 256),
+        ("chat_template", QWEN2.template),
     ):  # fmt: skip
         getattr(writer, f"add_{add}")(value)
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.utils import is_torchvision_available
 
 from linmu.reference import convert
 from linmu.reference.demo import TEACHER
@@ -19,33 +20,33 @@ from linmu.reference.training.commands.main import main
 from linmu.reference.training.refusal import RefusedError
 
 from ..student import tiny_families
-from ..student.test_other_processors import CHATML, QWEN_SHOWN, TURNS
 from ..student.tiny_families import BUILDERS, byte_tokenizer
+from .chat_templates import OF_PICTURES
 from .own_data import flags
 
 pytestmark = pytest.mark.trial_of_the_reference
 
-SHOWN = {
-    "qwen2_vl": QWEN_SHOWN[0],
-    "qwen3_vl": QWEN_SHOWN[0],
-    "qwen3_vl_moe": QWEN_SHOWN[0],
-    "llava_onevision": "<image>\n",
-    "internvl": "<IMG_CONTEXT>\n",
-    "idefics3": "<image>",
-    "smolvlm": "<image>",
-}
+FAMILIES = [name for name in OF_PICTURES if name != "qwen2_5_vl"]
+WITH_VIDEOS = {"qwen2_vl"}
+if is_torchvision_available():
+    WITH_VIDEOS |= {"qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl"}
 SIZES = ((16, 32), (40, 16), (24, 24))
 
 
 @pytest.fixture
 def chatty(monkeypatch):
-    """Builds a family's tiny teacher with a chat template, in a folder."""
-    monkeypatch.setattr(tiny_families, "byte_tokenizer", lambda special, named=None: byte_tokenizer(
-        (*TURNS, *special), named))  # fmt: skip
+    """Builds a family's tiny teacher with its published chat template, in a folder."""
 
     def build(family: str, folder: Path) -> Path:
+        written = OF_PICTURES[family]
+        monkeypatch.setattr(tiny_families, "byte_tokenizer", lambda special, named=None: byte_tokenizer(
+            (*written.special, *special), named))  # fmt: skip
         tiny = BUILDERS[family]()
-        tiny.processor.chat_template = CHATML.replace("IMAGE", SHOWN[family])
+        tiny.processor.chat_template = written.template
+        if family in WITH_VIDEOS:
+            edges = {"shortest_edge": 64, "longest_edge": 65536}
+            size = edges if family.startswith("qwen") else tiny.processor.image_processor.size
+            tiny.processor.video_processor.__dict__.update(patch_size=4, size=size)
         tiny.teacher.save_pretrained(folder)
         tiny.processor.save_pretrained(folder)
         return folder
@@ -69,9 +70,21 @@ def data(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", SHOWN)
+def with_videos(data: Path) -> None:
+    """Put a video beside what every fourth question shows."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for number, row in enumerate(rows[::4]):
+        video = {"type": "video", "video": [f"{number % 3}.png"] * 4, "fps": 2.0}
+        row["messages"][0]["content"].insert(0, video)
+    data.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_checked_distilled_and_measured(family, chatty, data, tmp_path, capsys):
+    """By its own chat template: text, one picture, several, and videos where its processor takes them."""
     teacher = str(chatty(family, tmp_path / "teacher"))
+    if family in WITH_VIDEOS:
+        with_videos(data)
     arguments = flags(data, tmp_path / "run")
     arguments[arguments.index(str(TEACHER))] = teacher
     arguments += ["--tune", "full"] if family == "qwen3_vl_moe" else []
@@ -84,7 +97,7 @@ def test_every_family_is_checked_distilled_and_measured(family, chatty, data, tm
     assert rows["stage iii"]["kl"] > 0 and measured["student"]["kl"] > 0 == measured["teacher"]["kl"]
 
 
-@pytest.mark.parametrize("family", SHOWN)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_samples_encoded_one_by_one_are_the_batch_that_the_processor_makes(
     family, side, chatty, data, tmp_path

@@ -73,6 +73,18 @@ def test_rows_hold_the_samples_side_by_side(collator, items):
     assert all(tensor.shape == (len(names), row_tokens) for key, tensor in batch.items() if key in PER_TOKEN)
 
 
+def test_documents_and_conversations_share_a_row(collator, items):
+    """Of a batch with tensors made before, too."""
+    document = {"kind": "text", "text": "a document of its own", "name": "document"}
+    batch = PackingCollator(collator, 300)([document, collator.encode(items[0]), document])
+    text = collator([document])["input_ids"][0]
+    first, last = (
+        batch["input_ids"][0, batch["linmu_sequence"][0] == number][: len(text)] for number in (0, 2)
+    )
+    assert torch.equal(first, text) and torch.equal(last, text)
+    assert int(batch["attention_mask"].sum()) == 2 * len(text) + collator([items[0]])["input_ids"].shape[1]
+
+
 def test_a_sample_longer_than_a_row_is_refused(collator, items):
     with pytest.raises(ValueError, match=r"at most the 5 tokens of a row, got .* in sample 0"):
         PackingCollator(collator, 5).with_names(items)
