@@ -3,6 +3,8 @@
     python distill.py                                          the bundled teacher, on a CPU, in minutes
     python distill.py --teacher DIR_OR_HUB_ID --data FILE.jsonl --preset vlm --output runs/mine
     python distill.py evaluate STUDENT --data FILE.jsonl       a student's folder, measured
+    python distill.py quantise STUDENT                         the same in 8 and 4 bits, beside itself
+    python distill.py benchmark STUDENT --tasks mmmu_val       the same on tasks of lmms-eval
     python distill.py ablate                                   the first with one thing left out at a time
 
 Settings and presets are in reference/training/config.py, the stages in reference/training/stages.py. Where

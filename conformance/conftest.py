@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small, and workers share the cores
 
@@ -70,6 +72,25 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--backend: must name an importable module, got {names}: {error}") from error
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """What `-n auto` means."""
+    from .workers import number_of_workers
+
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else number_of_workers()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Who gets which tests, unless --dist says so."""
+    if config.getoption("dist") != "load":
+        return None
+    from .workers import Scheduling
+
+    config.option.loadscopereorder = False  # the order is that of collection
+    return Scheduling(config, log)
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     backends = [f"linmu backend: {backend.describe()}" for backend in config.stash[BACKENDS]]
     silent = set(OWN) - {backend.name for backend in config.stash[BACKENDS]}
@@ -121,6 +142,22 @@ def compiled_table(rows: list) -> Iterator[str]:
         )
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Spare the garbage collector all that is imported: it would look at a million objects again and again,
+    a tenth of the run."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries report objects that are left at the end
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that takes a `backend` once per backend."""
     explicit = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[:1]}
@@ -158,6 +195,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if is_tested(item)]
+    if hasattr(config, "workerinput"):
+        from .workers import place
+
+        items.sort(key=lambda item: place(item.nodeid))
     for item in items:
         backend = backend_of(item)
         of = [name for name in needed_names(item) if backend and name not in backend.taken_over]

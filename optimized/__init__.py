@@ -5,6 +5,7 @@ scan, causal_conv, window_attention, losses, layout    an operator each, under t
 decoding, elementwise    one token of text; RoPE and the mix of the branches
 engine    Triton kernels or torch: which one runs, and how to force one
 student, training    a Hugging Face model on these modules, and its distillation
+graphs    its forward and generate() from CUDA graphs
 
 README.md says how an operator is called and how to add a kernel.
 """
@@ -30,6 +31,7 @@ from .window_attention import window_attention
 if TYPE_CHECKING:
     from ..reference.student.watching import watch
     from ..reference.training.calibration import calibrate_norms
+    from .graphs import accelerate, unaccelerate
     from .student import convert, load
     from .training import Lesson, Objective, attach_teacher, detach_teacher
 
@@ -44,6 +46,7 @@ __all__ = [
     "Objective",
     "VisionLayout",
     "WindowState",
+    "accelerate",
     "attach_teacher",
     "bidirectional_scan",
     "calibrate_norms",
@@ -60,6 +63,7 @@ __all__ = [
     "selective_scan",
     "set_engine",
     "sliding_window_attention",
+    "unaccelerate",
     "watch",
     "window_attention",
     "window_ids",
@@ -69,11 +73,13 @@ __all__ = [
 WITH_TRANSFORMERS = {
     "Lesson": ".training",
     "Objective": ".training",
+    "accelerate": ".graphs",
     "attach_teacher": ".training",
     "calibrate_norms": "..reference.training.calibration",
     "convert": ".student",
     "detach_teacher": ".training",
     "load": ".student",
+    "unaccelerate": ".graphs",
     "watch": "..reference.student.watching",
 }
 

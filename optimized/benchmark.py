@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .benchmarks import decoding, kernels, models, training
+from .benchmarks import decoding, graphs, kernels, models, training
 from .benchmarks.cases import Case, measure_all
 from .benchmarks.counts import Sizes
 from .benchmarks.problems import SHORTEST
@@ -37,7 +37,7 @@ from .benchmarks.report import Report
 from .benchmarks.timing import Ceilings, measure_ceilings
 from .engine import get_engine
 
-PARTS = ("kernels", "windows", "model", "decode", "training")
+PARTS = ("kernels", "windows", "model", "graphs", "decode", "training")
 K = 1024
 SIZES = "28x4x128,16x4x64"
 QUICK_SIZES = "8x2x64"
@@ -45,6 +45,7 @@ LENGTHS = {
     "kernels": [4 * K, 16 * K, 64 * K, 256 * K, 1024 * K],
     "windows": [4 * K, 16 * K, 64 * K, 256 * K, 1024 * K],
     "model": [2 * K, 8 * K, 32 * K, 128 * K, 256 * K, 512 * K],
+    "graphs": [512, 1 * K, 2 * K, 3000, 4 * K, 8 * K],
     "decode": [8 * K, 32 * K, 128 * K],
     "training": [4 * K],
 }
@@ -52,6 +53,7 @@ QUICK_LENGTHS = {
     "kernels": [512, 1024, 2048, 4096, 8192, 16 * K],
     "windows": [512, 1024, 2048, 4096, 8192, 16 * K],
     "model": [512, 2048, 8192],
+    "graphs": [],
     "decode": [512, 4096, 32 * K],
     "training": [SHORTEST],
 }
@@ -110,14 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     report = Report(options.output, environment(options, setting.ceilings, said))
     spent = time.perf_counter() - started
     budget = None if options.budget is None else options.budget - spent - PLOTTING
-    pair = models.Pair(options.model, options.layers, setting)
+    pair, plain = (
+        models.Pair(options.model, options.layers, setting, prepared) for prepared in (True, False)
+    )
 
     def prepare(case: Case) -> None:
-        if case.benchmark in ("scan", "windows"):  # they may need all of the memory
+        """Leave all of the memory to what is measured."""
+        if case.benchmark not in graphs.BENCHMARKS:
+            plain.forget()
+        if case.benchmark in ("scan", "windows", *graphs.BENCHMARKS):
             pair.forget()
 
     try:
-        measure_all(cases_of(options, setting, pair), report.keep, budget, prepare)
+        measure_all(cases_of(options, setting, pair, plain), report.keep, budget, prepare)
     finally:
         report.environment["load after"] = load()
         report.write()
@@ -185,9 +192,12 @@ def checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
     )
 
 
-def cases_of(options: Options, setting: kernels.Setting, pair: models.Pair) -> Iterator[Case]:
-    """All lines of a run. The order is by priority: first what shows each part at ordinary lengths, then
-    backward passes, long prompts and peers that take long to compile.
+def cases_of(
+    options: Options, setting: kernels.Setting, pair: models.Pair, plain: models.Pair
+) -> Iterator[Case]:
+    """All lines of a run, with models prepared for long prompts, and as users have them. The order is by
+    priority: first what shows each part at ordinary lengths, then backward passes, long prompts and peers
+    that take long to compile.
     """
     lengths = options.lengths
     for place, sizes in enumerate(options.sizes):
@@ -202,6 +212,9 @@ def cases_of(options: Options, setting: kernels.Setting, pair: models.Pair) -> I
         yield from models.first_token_cases(pair, lengths["model"], setting, later(1, LONG, 6))
         if not options.quick:
             yield from models.tower_cases(pair, wait[-1:], setting, later(7, LONG, 7))
+    if "graphs" in options.parts and not options.quick:
+        yield from graphs.short_prompt_cases(plain, lengths["graphs"], setting, later(-1, LONG, 6))
+        yield from graphs.generate_cases(plain, setting, later(-1, LONG, 6))
     if "decode" in options.parts:
         yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 6))
     if "training" in options.parts:

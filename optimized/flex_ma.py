@@ -18,7 +18,7 @@ from ..reference.numerics import full_precision_linear
 from .causal_conv.operator import ConvInputs, causal_conv
 from .decoding.operator import ProjectionInputs, TextStepInputs, text_projection, text_step
 from .engine import engine_of_block
-from .layout import VisionLayout, fast, permute_tokens
+from .layout import VisionLayout, begins_of, fast, permute_tokens
 from .projections import are_plain, checked_angles, narrow_products, rotated
 from .scan import ScanInputs, scan
 
@@ -38,10 +38,11 @@ class FlexMA(reference.FlexMA):
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: FlexMAState | None = None,
+        sequence: Tensor | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """`linmu.reference.FlexMA.forward`: arguments, result and errors are the same."""
         engine = engine_of_block("FlexMA", hidden_states, self.config.head_dim)
-        y, state = self.heads(hidden_states, layout, valid, position_embeddings, state, engine)
+        y, state = self.heads(hidden_states, layout, valid, position_embeddings, state, sequence, engine)
         return self.o_proj(y), state
 
     def heads(
@@ -51,6 +52,7 @@ class FlexMA(reference.FlexMA):
         valid: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         state: FlexMAState | None,
+        sequence: Tensor | None,
         engine: str | None,
         rates: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, FlexMAState]:
@@ -58,8 +60,9 @@ class FlexMA(reference.FlexMA):
 
         `rates` are dt before its softplus and the gate before its sigmoid, where the caller has them.
         """
-        self.check_inputs(hidden_states, layout, valid)
+        self.check_inputs(hidden_states, layout, valid, sequence)
         layout, angles = fast(layout), position_embeddings
+        begins = begins_of("FlexMA", layout, sequence, valid)
         one_token = layout is None and state is not None and hidden_states.shape[1] == 1
         if one_token and not self.asks_for_gradient(hidden_states, state):
             return self.text_step(hidden_states, valid, angles, state, engine)
@@ -72,7 +75,7 @@ class FlexMA(reference.FlexMA):
         if layout is not None:
             rates = [layout.in_order(rate, self.order_layer) for rate in rates]
         order = None if layout is None else layout.order(self.order_layer)
-        (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order, engine)
+        (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order, begins, engine)
         dt = F.softplus(rates[0])
         inputs = ScanInputs(
             x,
@@ -86,7 +89,8 @@ class FlexMA(reference.FlexMA):
             D=self.D,
             initial_state=None if state is None else state.scan,
             order=order,
-            openings=layout.openings if has_gate and valid is None else None,
+            openings=layout.openings_among(valid) if has_gate else None,
+            begins=begins,
             norm_weight=self.norm_weight if self.config.head_norm else None,
             eps=self.config.norm_eps,
             engine=engine,
@@ -113,6 +117,7 @@ class FlexMA(reference.FlexMA):
         valid: Tensor | None,
         state: FlexMAState | None,
         order: Tensor | None,
+        begins: Tensor | None,
         engine: str | None,
     ) -> tuple[list[Tensor], Tensor]:
         """The scale of C and eq. (2): x, B and C in scan order, and the convolution's state."""
@@ -121,7 +126,7 @@ class FlexMA(reference.FlexMA):
             start = None if state is None else state.conv
             weights = (self.conv_weight, self.conv_bias)
             return causal_conv(
-                ConvInputs([x, B, C], [1.0, 1.0, scale], *weights, valid, start, order, engine)
+                ConvInputs([x, B, C], [1.0, 1.0, scale], *weights, valid, start, order, begins, engine)
             )
         parts = [x, B, C * scale]
         if order is not None:

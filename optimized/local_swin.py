@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linmu import reference
 
+from ..reference.layout import samples_of
 from ..reference.sliding_window_attention import DonatedWindowState, WindowState
 from .elementwise.torch_engine import local_rows
 from .engine import engine_of_block
@@ -18,9 +19,9 @@ from .layout import VisionLayout, fast, rows_where
 from .projections import checked_angles, rotated
 from .sliding_window_attention import (
     attend_spans,
-    find_spans,
     is_step,
     sliding_window_attention,
+    spans_of_layer,
     step_in_place,
 )
 from .window_attention import planned_attention
@@ -41,10 +42,12 @@ class LocalSwin(reference.LocalSwin):
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: WindowState | None = None,
+        sequence: Tensor | None = None,
     ) -> tuple[Tensor, WindowState | None]:
         """`linmu.reference.LocalSwin.forward`: arguments, results and errors are the same."""
         engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
-        output, row, state = self.attend(hidden_states, layout, valid, position_embeddings, state, engine)
+        given = (valid, position_embeddings, state, sequence, engine)
+        output, row, state = self.attend(hidden_states, layout, *given)
         return local_rows(output, row) * (row >= 0)[..., None], state
 
     def attend(
@@ -54,13 +57,15 @@ class LocalSwin(reference.LocalSwin):
         valid: Tensor | None,
         position_embeddings: Angles,
         state: WindowState | None,
+        sequence: Tensor | None,
         engine: str | None,
     ) -> tuple[Tensor, Tensor, WindowState | None]:
         """Eqs. (1) to (3) of those tokens that have a part in it, (..., D); `row` (B, L) int64, where each
         token stands among them, -1 = nowhere; and the state.
         """
-        self.check_inputs(hidden_states, layout, valid)
+        self.check_inputs(hidden_states, layout, valid, sequence)
         layout = fast(layout)
+        sequence = samples_of("LocalSwin", layout, sequence)
         heads = hidden_states.new_empty(0, hidden_states.shape[1], 1, self.config.head_dim)  # what angles fit
         angles = checked_angles(heads, position_embeddings)
         if not self.config.text_window:
@@ -71,7 +76,7 @@ class LocalSwin(reference.LocalSwin):
             return self.o_proj(output.flatten(2)), tokens.row, None
         q, k, v = self.project_heads(hidden_states)
         q, k = (rotated(each, angles, engine=engine) for each in (q, k))
-        output, state = self.attend_text(q, k, v, layout, valid, state, engine)
+        output, state = self.attend_text(q, k, v, layout, valid, state, sequence, engine)
         if layout is not None:
             windows = (self.config.window_thw, self.layer_index)
             ids, plan = layout.windows(*windows), layout.window_plan(*windows)
@@ -88,6 +93,7 @@ class LocalSwin(reference.LocalSwin):
         layout: VisionLayout | None,
         valid: Tensor | None,
         state: WindowState | None,
+        sequence: Tensor | None,
         engine: str | None,
     ) -> tuple[Tensor, WindowState]:
         """Eq. (3) before W_o, (B, L, H, P), 0 on vision; and the state, overwritten if it was donated and one
@@ -101,7 +107,7 @@ class LocalSwin(reference.LocalSwin):
             ):
                 return step_in_place(q, k, v, state, valid=valid, engine=engine)
             return sliding_window_attention(q, k, v, window, valid=valid, initial_state=state)
-        asks = None if layout is None else ~layout.is_vision
+        is_vision = None if layout is None else layout.is_vision
         present = None if state is None else state.present
-        spans = find_spans(window, q.shape[1], asks, valid, None, present)
+        spans = spans_of_layer(window, q.shape[1], is_vision, valid, sequence, present)
         return attend_spans(q, k, v, window, spans, initial_state=state, engine=engine)

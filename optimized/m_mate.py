@@ -5,7 +5,7 @@ Letters: B batch, L tokens, D width.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from linmu import reference
 
@@ -35,6 +35,7 @@ class MMATE(reference.MMATE):
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: MMATEState | None = None,
+        sequence: Tensor | None = None,
     ) -> tuple[Tensor, MMATEState]:
         """`linmu.reference.MMATE.forward`: arguments, result and errors are the same.
 
@@ -44,20 +45,26 @@ class MMATE(reference.MMATE):
         flex_ma, local_swin, angles = self.flex_ma, getattr(self, "local_swin", None), position_embeddings
         before, window = (None, None) if state is None else (state.flex_ma, state.window)
         if layout is None or not self.runs_in_parts():
-            given = {"valid": valid, "position_embeddings": angles}
+            given = {"valid": valid, "position_embeddings": angles, "sequence": sequence}
             y, after = flex_ma(hidden_states, layout, state=before, **given)
             if layout is None and not self.config.text_window:
                 return y, MMATEState(*after, window)
-            local, window = local_swin(hidden_states, layout, state=window, **given)
-            (mix,), engine = narrow_products(hidden_states, [self.mix_proj]), None
-            row = self.mixed_rows(y, layout, valid)
+            if is_own(local_swin, LocalSwin):
+                engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
+                rest = (layout, valid, angles, window, sequence, engine)
+                local, row, window = local_swin.attend(hidden_states, *rest)
+            else:
+                local, window = local_swin(hidden_states, layout, state=window, **given)
+                engine, row = None, self.mixed_rows(y, layout, valid)
+            (mix,) = narrow_products(hidden_states, [self.mix_proj])
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
             *rates, mix = narrow_products(hidden_states, linears)
-            y, after = flex_ma.heads(hidden_states, layout, valid, angles, before, engine, rates)
+            given = (hidden_states, layout, valid, angles)
+            y, after = flex_ma.heads(*given, before, sequence, engine, rates)
             y = flex_ma.o_proj(y)
-            local, row, window = local_swin.attend(hidden_states, layout, valid, angles, window, engine)
+            local, row, window = local_swin.attend(*given, window, sequence, engine)
         return mix_branches(MixInputs(y, local, mix, row, engine)), MMATEState(*after, window)
 
     def mixed_rows(self, y: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> Tensor:
@@ -72,6 +79,10 @@ class MMATE(reference.MMATE):
         """
         if self.config.text_only:
             return False
-        branches = ((self.flex_ma, FlexMA), (self.local_swin, LocalSwin))
-        own = all(has_no_hooks(branch) and type(branch).forward is kind.forward for branch, kind in branches)
+        own = is_own(self.flex_ma, FlexMA) and is_own(self.local_swin, LocalSwin)
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])
+
+
+def is_own(branch: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a branch is this class's forward and nothing else."""
+    return has_no_hooks(branch) and type(branch).forward is kind.forward

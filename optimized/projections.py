@@ -46,8 +46,11 @@ def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
     if not are_plain(linears):
         return [full_precision_linear(u, linear) for linear in linears]
     wide = accumulation_dtype(u.dtype)
-    weight = torch.cat([linear.weight for linear in linears]).to(wide)  # of two dtypes the wider before
-    bias = torch.cat([linear.bias for linear in linears]).to(wide)
+    weight, bias = linears[0].weight, linears[0].bias
+    if len(linears) > 1:
+        weight = torch.cat([linear.weight for linear in linears])  # of two dtypes the wider
+        bias = torch.cat([linear.bias for linear in linears])
+    weight, bias = weight.to(wide), bias.to(wide)
     sizes = [linear.out_features for linear in linears]
     return list(narrow_product(NarrowInputs(u, weight, bias, sizes)).split_with_sizes(sizes, dim=-1))
 

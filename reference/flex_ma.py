@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .causal_conv import causal_conv
-from .checks import require, require_mask, require_shape
+from .checks import require, require_int64, require_mask, require_shape
 from .config import LinMUConfig
-from .layout import VisionLayout, permute_tokens
+from .layout import VisionLayout, permute_tokens, samples_of
 from .numerics import full_precision_linear, rms_norm_per_head
 from .projections import HeadProjections, apply_rope, split_heads
 from .scan import bidirectional_scan, scan_step
@@ -117,6 +117,7 @@ class FlexMA(HeadProjections):
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: FlexMAState | None = None,
+        sequence: Tensor | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """Mix all tokens of the sequence; eqs. (1) to (5).
 
@@ -126,18 +127,21 @@ class FlexMA(HeadProjections):
             valid: (B, L) bool, True = not padding; None = all valid.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N); read with `scan_rope` only.
             state: the state after the tokens before; None = there were none.
+            sequence: (B, L) int64, which sample of a packed row of text a token belongs to, as operators take
+                it; of a row with a layout, the layout says it. None = one a row, or as the layout says.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and the state after the last token.
         Raises:
             ValueError: for shapes or dtypes that do not fit.
         """
-        self.check_inputs(hidden_states, layout, valid)
+        self.check_inputs(hidden_states, layout, valid, sequence)
+        sequence = samples_of("FlexMA", layout, sequence)
         xBC, dt, gate = self.project(hidden_states, position_embeddings)
         order = None if layout is None else layout.order(self.order_layer)
         if order is not None:
             xBC, dt, gate = (permute_tokens(tensor, order) for tensor in (xBC, dt, gate))
-        xBC, conv_state = self.convolve(xBC, valid, state)
-        y, scan_state = self.scan(xBC, dt, gate, layout, valid, state)
+        xBC, conv_state = self.convolve(xBC, valid, state, sequence)
+        y, scan_state = self.scan(xBC, dt, gate, layout, valid, state, sequence)
         if order is not None:
             y = permute_tokens(y, layout.inverse(self.order_layer))
         return self.project_out(y, hidden_states), FlexMAState(conv_state, scan_state)
@@ -160,12 +164,15 @@ class FlexMA(HeadProjections):
         gate = torch.sigmoid(full_precision_linear(u, self.scan_gate_proj))  # eq. (3)
         return xBC, dt, gate
 
-    def convolve(self, xBC: Tensor, valid: Tensor | None, state: FlexMAState | None) -> tuple[Tensor, Tensor]:
+    def convolve(
+        self, xBC: Tensor, valid: Tensor | None, state: FlexMAState | None, sequence: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Eq. (2): (B, L, channels) -> the same, and the convolution's state (B, K-1, channels)."""
         if not self.config.conv_kernel:
             return xBC, xBC.new_zeros(xBC.shape[0], 0, xBC.shape[2])
         start = None if state is None else state.conv
-        return causal_conv(xBC, self.conv_weight, self.conv_bias, mask=valid, initial_state=start)  # eq. (2)
+        given = {"mask": valid, "initial_state": start, "sequence": sequence}
+        return causal_conv(xBC, self.conv_weight, self.conv_bias, **given)  # eq. (2)
 
     def scan(
         self,
@@ -175,6 +182,7 @@ class FlexMA(HeadProjections):
         layout: VisionLayout | None,
         valid: Tensor | None,
         state: FlexMAState | None,
+        sequence: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Eq. (4) in scan order: (B, L, H, P) and the state (B, H, N, P)."""
         x, B, C = self.split(xBC)
@@ -185,9 +193,8 @@ class FlexMA(HeadProjections):
             y, end = scan_step(start, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D=self.D, valid=valid_row)
             return y[:, None], end
         segment = layout.segment if layout is not None and self.config.reverse_scan else None
-        return bidirectional_scan(
-            x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=self.D, initial_state=start
-        )
+        given = {"segment": segment, "valid": valid, "initial_state": start, "sequence": sequence}
+        return bidirectional_scan(x, dt, A, B, C, gate=gate, D=self.D, **given)
 
     def split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, channels) -> x (B, L, G, P), B (B, L, G, N), C (B, L, H, N)."""
@@ -204,7 +211,13 @@ class FlexMA(HeadProjections):
             y = y * F.silu(self.z_proj(u))
         return self.o_proj(y)  # eq. (5)
 
-    def check_inputs(self, hidden_states: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> None:
+    def check_inputs(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout | None,
+        valid: Tensor | None,
+        sequence: Tensor | None,
+    ) -> None:
         """Check shapes here, so that errors name FlexMA's own arguments."""
         require_shape("FlexMA", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
         must = "layout must be None, as the block has no parameters for vision"
@@ -212,6 +225,7 @@ class FlexMA(HeadProjections):
         require(layout is None or not self.config.text_only, "FlexMA", must, "a layout", hint)
         batch, length, _ = hidden_states.shape
         require_mask("FlexMA", "valid", valid, (batch, length), "B, L")
+        require_int64("FlexMA", "sequence", sequence, (batch, length), "B, L")
         if layout is not None:
             same = tuple(layout.coords.shape[:2]) == (batch, length)
             got = f"{tuple(layout.coords.shape[:2])} for {(batch, length)}"

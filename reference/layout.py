@@ -6,6 +6,7 @@ Letters: B batch, L tokens, (T, Y, X) a segment's grid.
 Segment: one image (or tile of one), or one video; each of its tokens has a place [t, y, x] on a grid. Newline
 or timestamp text may stand between its tokens.
 Span: all positions from a segment's first token to its last, such text included.
+Sample: several may share a row; segments are numbered per row, and each lies in one sample.
 
 (1) Scan order: within a segment, tokens are sorted by a key that rotates with the layer; layer_index % 4 ->
         0: (t, y, x)    1: (t, x, y)    2: (y, x, t)    3: (x, y, t)
@@ -56,6 +57,32 @@ def check_coords(coords: Tensor, where: str = "coords") -> None:
                 f"row {row}: segment {segment} starts at {start} before segment {last_id} ends at {last_end}",
             )
             last_end, last_id = end, segment
+
+
+def check_samples(coords: Tensor, sequence: Tensor | None, where: str = "sequence") -> None:
+    """Raise ValueError unless `sequence` is (B, L) int64, and the tokens of a segment are of one sample."""
+    require_int64(where, "sequence", sequence, coords.shape[:2], "B, L")
+    if sequence is None:
+        return
+    for row in range(coords.shape[0]):
+        for segment, positions in segments(coords, row):
+            samples = sequence[row, positions].unique().tolist()
+            must, got = "a segment must lie in one sample", f"row {row}: segment {segment} in {samples[:4]}"
+            require(len(samples) == 1, where, must, got, "number the segments of a row, not of each sample")
+
+
+def samples_of(where: str, layout: VisionLayout | None, sequence: Tensor | None) -> Tensor | None:
+    """The samples of packed rows, (B, L) int64: the layout's where there is one, else `sequence`.
+
+    Raises:
+        ValueError: if both say something, which need not be the same.
+    """
+    if layout is None:
+        return sequence
+    must, hint = "sequence must be given by the layout where there is one", "VisionLayout(coords, sequence)"
+    same = sequence is None or sequence is layout.sequence
+    require(same, where, must, "a sequence beside a layout", hint)
+    return layout.sequence
 
 
 def segments(coords: Tensor, row: int) -> Iterator[tuple[int, Tensor]]:
@@ -148,15 +175,19 @@ class VisionLayout:
 
     Args:
         coords: (B, L, 4) int64, [segment, t, y, x], -1 on text and padding.
+        sequence: (B, L) int64, which sample of a packed row a token belongs to; the tokens of one follow each
+            other. None = one a row.
     Raises:
-        ValueError: if coords are malformed or two segments interleave.
+        ValueError: if coords are malformed, two segments interleave or one lies in two samples.
     """
 
     coords: Tensor
+    sequence: Tensor | None = None
     _memo: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_coords(self.coords, "VisionLayout")
+        check_samples(self.coords, self.sequence, "VisionLayout")
 
     @property
     def segment(self) -> Tensor:
@@ -187,7 +218,8 @@ class VisionLayout:
         coords = self.coords.to(device, **kwargs)
         if coords is self.coords:
             return self
-        return self.once(("on", coords.device), lambda: type(self)(coords))
+        sequence = None if self.sequence is None else self.sequence.to(device, **kwargs)
+        return self.once(("on", coords.device), lambda: type(self)(coords, sequence))
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` returns, computed once per `key` and kept with the layout."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import require, require_mask, require_shape
-from .layout import VisionLayout
+from .checks import require, require_int64, require_mask, require_shape
+from .layout import VisionLayout, samples_of
 from .projections import HeadProjections, apply_rope
 from .sliding_window_attention import WindowState, sliding_window_attention
 from .window_attention import window_attention
@@ -41,6 +41,7 @@ class LocalSwin(HeadProjections):
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: WindowState | None = None,
+        sequence: Tensor | None = None,
     ) -> tuple[Tensor, WindowState | None]:
         """Mix each vision token with its window, each text token with the tokens before it; eqs. (1) to (3).
 
@@ -50,13 +51,16 @@ class LocalSwin(HeadProjections):
             valid: (B, L) bool, True = not padding; None = all valid.
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N).
             state: keys, after RoPE, and values of the text window before; None = there were none.
+            sequence: (B, L) int64, which sample of a packed row of text a token belongs to, as operators take
+                it; of a row with a layout, the layout says it. None = one a row, or as the layout says.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, 0 on padding, and on text without a text window; and
             the text window after the last token, None without one.
         Raises:
             ValueError: for shapes that do not fit, or if the angles are missing.
         """
-        self.check_inputs(hidden_states, layout, valid)
+        self.check_inputs(hidden_states, layout, valid, sequence)
+        sequence = samples_of("LocalSwin", layout, sequence)
         q, k, v = self.project_heads(hidden_states)  # eq. (1)
         q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
         mixed, takes_part = 0, None
@@ -65,20 +69,26 @@ class LocalSwin(HeadProjections):
             mixed, takes_part = window_attention(q, k, v, windows), layout.is_vision  # eq. (2)
         if self.config.text_window:
             asks = None if layout is None else ~layout.is_vision
-            near, state = sliding_window_attention(
-                q, k, v, self.config.text_window, asks=asks, valid=valid, initial_state=state
-            )
+            given = {"asks": asks, "valid": valid, "sequence": sequence, "initial_state": state}
+            near, state = sliding_window_attention(q, k, v, self.config.text_window, **given)
             mixed, takes_part = mixed + near, valid  # eq. (3); each is 0 where the other is not
         output = self.o_proj(mixed.flatten(2))
         if takes_part is not None:  # an output bias would otherwise reach the rest
             output = output * takes_part[..., None]
         return output, state
 
-    def check_inputs(self, hidden_states: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> None:
+    def check_inputs(
+        self,
+        hidden_states: Tensor,
+        layout: VisionLayout | None,
+        valid: Tensor | None,
+        sequence: Tensor | None,
+    ) -> None:
         """Check what operators would name by other names."""
         require_shape("LocalSwin", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
         batch, length, _ = hidden_states.shape
         require_mask("LocalSwin", "valid", valid, (batch, length), "B, L")
+        require_int64("LocalSwin", "sequence", sequence, (batch, length), "B, L")
         if layout is None:
             has_window = self.config.text_window > 0
             require(has_window, "LocalSwin", "layout must be given without a text window", None)

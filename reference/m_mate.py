@@ -110,6 +110,7 @@ class MMATE(InitialValues):
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: MMATEState | None = None,
+        sequence: Tensor | None = None,
     ) -> tuple[Tensor, MMATEState]:
         """Mix the sequence; eq. (2).
 
@@ -120,12 +121,14 @@ class MMATE(InitialValues):
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N); needed where there is vision
                 or a text window.
             state: the state after the tokens before; None = there were none.
+            sequence: (B, L) int64, which sample of a packed row of text a token belongs to, as operators take
+                it; of a row with a layout, the layout says it. None = one a row, or as the layout says.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and the state after the last token.
         Raises:
             ValueError: for shapes or dtypes that do not fit.
         """
-        given = {"valid": valid, "position_embeddings": position_embeddings}
+        given = {"valid": valid, "position_embeddings": position_embeddings, "sequence": sequence}
         before, window = (None, None) if state is None else (state.flex_ma, state.window)
         y, after = self.flex_ma(hidden_states, layout, state=before, **given)
         if layout is not None or self.config.text_window:

@@ -9,6 +9,10 @@ of x and B, as attention's query heads read key/value heads.
     y_r = (1), (2) over the tokens of one segment, right to left, with S_{t+1} for S_{t-1}              (3)
     y   = gate · y_f + (1 - gate) · y_r + D x   on vision,         y = y_f + D x   on text              (4)
 
+Several samples may share a row: where one begins the state is zeros, so a row equals its samples alone.
+Choice: a state given belongs to the sample that is scanned first, and the state returned is that of the last.
+Whoever cuts a row where a sample ends goes on without a state.
+
 (1) and (2) are Mamba2's recurrence (arXiv 2405.21060) with its names x, dt, A, B, C, D; (3) and (4) are
 Flex-MA's (LinMU, arXiv 2601.01322). Cost: L steps of a few small torch calls each, and autograd keeps every
 state: O(L·H·N·P) memory.
@@ -29,7 +33,13 @@ from .checks import (
     require_one_device,
     require_shape,
 )
-from .numerics import accumulation_dtype, repeat_groups, without_autocast, zero_where_masked
+from .numerics import (
+    accumulation_dtype,
+    begins_sample,
+    repeat_groups,
+    without_autocast,
+    zero_where_masked,
+)
 
 
 @without_autocast
@@ -43,6 +53,7 @@ def selective_scan(
     mask: Tensor | None = None,
     initial_state: Tensor | None = None,
     reverse: bool = False,
+    sequence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan the sequence once, left to right or right to left; eqs. (1) and (2) (Mamba2, arXiv 2405.21060).
 
@@ -55,13 +66,16 @@ def selective_scan(
         mask: (B, L) bool, None = all True; False = skipped: state unchanged, y = 0, no gradient.
         initial_state: (B, H, N, P), S before the first token; zeros if None.
         reverse: run right to left.
+        sequence: (B, L) int64, which sample of a packed row a token belongs to; the tokens of one follow each
+            other, and nothing crosses from one to the next. The ids of masked tokens say nothing. None = one
+            a row.
     Returns:
         y: (B, L, H, P) in the dtype of `x`.
         final_state: (B, H, N, P) in float32, or float64 if `x` is.
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or L = 0.
     """
-    check_scan("selective_scan", x, dt, A, B, C, mask=mask, initial_state=initial_state)
+    check_scan("selective_scan", x, dt, A, B, C, mask=mask, initial_state=initial_state, sequence=sequence)
     heads, dtype = C.shape[2], x.dtype
     accumulate = accumulation_dtype(dtype)
     x, dt, A, B, C = (tensor.to(accumulate) for tensor in (x, dt, A, B, C))
@@ -71,12 +85,29 @@ def selective_scan(
     x, B = repeat_groups(x, heads), repeat_groups(B, heads)  # (B, L, H, P), (B, L, H, N)
     state = initial_scan_state(x, B) if initial_state is None else initial_state.to(accumulate)
     tokens = list(zip(*(tensor.unbind(1) for tensor in (x, dt, B, C)), strict=True))
+    begins = sample_begins(sequence, mask, reverse, len(tokens))
     outputs: list[Tensor] = []
-    for token in reversed(tokens) if reverse else tokens:
+    for token, fresh in zip(
+        *((reversed(tokens), reversed(begins)) if reverse else (tokens, begins)), strict=True
+    ):
+        if fresh is not None:
+            state = zero_where_masked(state, ~fresh[:, None, None, None])
         state, y_t = advance(state, A, *token)
         outputs.append(y_t)
     y = torch.stack(outputs[::-1] if reverse else outputs, dim=1)  # (B, L, H, P)
     return y.to(dtype), state
+
+
+def sample_begins(
+    sequence: Tensor | None, mask: Tensor | None, reverse: bool, length: int
+) -> list[Tensor | None]:
+    """(B,) bool for each token: whether a sample begins there, in the scan's direction; None = never."""
+    if sequence is None:
+        return [None] * length
+    mask = torch.ones_like(sequence, dtype=torch.bool) if mask is None else mask
+    if reverse:
+        return list(begins_sample(sequence.flip(1), mask.flip(1)).flip(1).unbind(1))
+    return list(begins_sample(sequence, mask).unbind(1))
 
 
 def advance(state: Tensor, A: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +132,7 @@ def bidirectional_scan(
     valid: Tensor | None = None,
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
+    sequence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan all tokens left to right, each segment right to left too; eq. (4) (LinMU, arXiv 2601.01322).
 
@@ -115,6 +147,9 @@ def bidirectional_scan(
         valid: (B, L) bool, True = not padding; None = all valid.
         D: (H,) skip weight of x; None = no skip.
         initial_state: (B, H, N, P) of the left-to-right direction; zeros if None.
+        sequence: (B, L) int64, which sample of a packed row a token belongs to; the tokens of one follow each
+            other, and nothing crosses from one to the next. The ids of invalid tokens say nothing. None = one
+            a row.
     Returns:
         y: (B, L, H, P) in the dtype of `x`, 0 on padding.
         final_state: (B, H, N, P) of the left-to-right direction, float32, or float64 if `x` is.
@@ -122,24 +157,32 @@ def bidirectional_scan(
         ValueError: for shapes, dtypes or devices that do not fit, or L = 0.
     """
     where = "bidirectional_scan"
-    check_scan(where, x, dt, A, B, C, mask=valid, initial_state=initial_state, mask_name="valid")
+    given = {"mask": valid, "initial_state": initial_state, "sequence": sequence}
+    check_scan(where, x, dt, A, B, C, mask_name="valid", **given)
     check_bidirectional(where, C, gate, segment, D)
     dtype = x.dtype
     x, gate = x.to(accumulation_dtype(dtype)), gate.to(accumulation_dtype(dtype))
     if valid is not None:
         x, gate = zero_where_masked(x, valid[..., None, None]), zero_where_masked(gate, valid[..., None])
-    y_f, final_state = selective_scan(x, dt, A, B, C, mask=valid, initial_state=initial_state)
+    y_f, final_state = selective_scan(x, dt, A, B, C, **given)
     y = y_f  # (B, L, H, P)
     if segment is not None:
         is_vision = segment >= 0 if valid is None else (segment >= 0) & valid
-        y_r = reverse_scan(x, dt, A, B, C, segment, is_vision)
+        y_r = reverse_scan(x, dt, A, B, C, segment, is_vision, sequence)
         gate = gate[..., None]  # (B, L, H, 1)
         y = torch.where(is_vision[..., None, None], gate * y_f + (1 - gate) * y_r, y_f)  # eq. (4)
     return add_skip(y, x, D).to(dtype), final_state
 
 
 def reverse_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segment: Tensor, is_vision: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    segment: Tensor,
+    is_vision: Tensor,
+    sequence: Tensor | None = None,
 ) -> Tensor:
     """y_r of eq. (3), (B, L, H, P): each segment alone, right to left, from a zero state; 0 on text."""
     batch, length, heads, _ = C.shape
@@ -149,7 +192,8 @@ def reverse_scan(
         columns = mask.any(0).nonzero().squeeze(-1)
         span = slice(int(columns[0]), int(columns[-1]) + 1)  # text in it is masked
         inside = (x[:, span], dt[:, span], A, B[:, span], C[:, span])
-        y_r, _ = selective_scan(*inside, mask=mask[:, span], reverse=True)  # eq. (3)
+        samples = None if sequence is None else sequence[:, span]
+        y_r, _ = selective_scan(*inside, mask=mask[:, span], reverse=True, sequence=samples)  # eq. (3)
         total = total + F.pad(y_r, (0, 0, 0, 0, span.start, length - span.stop))
     return total
 
@@ -202,7 +246,9 @@ def initial_scan_state(x: Tensor, B: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0], x.shape[2], B.shape[3], x.shape[3])
 
 
-def check_scan(where: str, x, dt, A, B, C, *, mask, initial_state, mask_name: str = "mask") -> None:
+def check_scan(
+    where: str, x, dt, A, B, C, *, mask, initial_state, sequence=None, mask_name: str = "mask"
+) -> None:
     """Shapes, dtypes and devices of the scan's arguments."""
     require_float(where, x=x, dt=dt, A=A, B=B, C=C, initial_state=initial_state)
     require_shape(where, "x", x, (None, None, None, None), "B, L, G, P")
@@ -217,7 +263,8 @@ def check_scan(where: str, x, dt, A, B, C, *, mask, initial_state, mask_name: st
     require_mask(where, mask_name, mask, (batch, length), "B, L")
     if initial_state is not None:
         require_shape(where, "initial_state", initial_state, (batch, heads, state, head_dim), "B, H, N, P")
-    require_one_device(where, x=x, **{mask_name: mask})
+    require_int64(where, "sequence", sequence, (batch, length), "B, L")
+    require_one_device(where, x=x, **{mask_name: mask}, sequence=sequence)
 
 
 def check_bidirectional(where: str, C: Tensor, gate, segment, D) -> None:

@@ -7,7 +7,7 @@ against the reference. It is computed once a case.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -91,17 +91,23 @@ FORMULATIONS: dict[str, Callable] = {
 }
 
 
+@lru_cache(maxsize=16)
+def inputs_of(case: Case) -> dict[str, Any]:
+    """The arguments, drawn once, for what leaves them as they are."""
+    return case.inputs()
+
+
 @cache
 def truth_of(case: Case, of: tuple[str, ...] | None = None, draw: int | None = None) -> Results:
     """Results and gradients of the second formulation in float64."""
-    wide = in_float64(case.inputs())
+    wide = in_float64(inputs_of(case))
     formulation = case.flat(FORMULATIONS[case.operator])
     return evaluate(formulation, wide, gradients=True, draw=draw, names=case.results, of=of)
 
 
 def rounded(case: Case, truth: Results) -> Results:
     """The truth in the dtypes that results must have."""
-    given = case.inputs()
+    given = inputs_of(case)
     tokens = given["x" if "x" in given else "q" if "q" in given else "u" if "u" in given else "student"]
     wide = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     found = {}
@@ -129,10 +135,10 @@ def sizes_of_terms(case: Case, of: tuple[str, ...] | None = None) -> Results:
     formulas = {"window_attention": sizes_in_attention, "logit_loss": sizes_in_divergence}
     formulas["sliding_window_attention"] = second_sliding_window.sizes_in_window
     sizes = {}
-    if any(is_summed(f"grad {name}") for name in case.inputs()):
+    if any(is_summed(f"grad {name}") for name in inputs_of(case)):
         sizes = sizes_of_sums(lambda draw: truth_of.__wrapped__(case, of, draw))
     if case.operator in formulas:
-        sizes |= formulas[case.operator](**in_float64(case.inputs()))
+        sizes |= formulas[case.operator](**in_float64(inputs_of(case)))
     return sizes
 
 

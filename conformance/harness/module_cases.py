@@ -197,9 +197,9 @@ def constant_factors() -> Iterator[None]:
         mates = (window_id[:, :, None] == window_id[:, None, :]) & (window_id >= 0)[:, :, None]
         return among(mates, q, k, v)
 
-    def text(q: Tensor, k: Tensor, v: Tensor, window: int, *, asks=None, valid=None, initial_state=None):
-        seen, _ = pairs_and_rest(window, q.shape[1], len(q), asks, valid)
-        _, state = sliding_window_attention(q, k, v, window, asks=asks, valid=valid)
+    def text(q: Tensor, k: Tensor, v: Tensor, window: int, *, initial_state=None, **masks):
+        seen, _ = pairs_and_rest(window, q.shape[1], len(q), **masks)
+        _, state = sliding_window_attention(q, k, v, window, **masks)
         return among(seen, q, k, v), state
 
     def among(mates: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Letters: B batch, L tokens, W window, S keys of the state, H heads, G groups, N 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from linmu.reference import WindowState
 
 from .compare import Results, cotangent
 from .second_formulation import heads_of
+
+Mask = tuple[tuple[int, ...], ...]
 
 
 def pairs_and_rest(
@@ -27,22 +30,40 @@ def pairs_and_rest(
     present: Tensor | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """(B, L, S + L) bool, which key a token reads; and for each row the places that are left at its end."""
-    before = 0 if present is None else present.shape[1]
+    masks = (
+        None if mask is None else tuple(map(tuple, mask.tolist()))
+        for mask in (asks, valid, sequence, present)
+    )
+    return pairs_and_rest_of_lists(window, length, batch, *masks)
+
+
+@lru_cache(maxsize=8)  # a case asks again and again
+def pairs_and_rest_of_lists(
+    window: int,
+    length: int,
+    batch: int,
+    asks: Mask | None,
+    valid: Mask | None,
+    sequence: Mask | None,
+    present: Mask | None,
+) -> tuple[Tensor, list[list[int]]]:
+    """The same, of masks as tuples of rows."""
+    before = 0 if present is None else len(present[0])
     seen = torch.zeros(batch, length, before + length, dtype=torch.bool)
     left = []
     for row in range(batch):
-        history = [] if present is None else present[row].nonzero().squeeze(-1).tolist()
+        history = [] if present is None else [place for place, there in enumerate(present[row]) if there]
         current = None
         for t in range(length):
-            if valid is not None and not valid[row, t]:
+            if valid is not None and not valid[row][t]:
                 continue
-            number = 0 if sequence is None else int(sequence[row, t])
+            number = 0 if sequence is None else sequence[row][t]
             if current not in (None, number):
                 history = []
             current = number
             history.append(before + t)
             history = history[-window:]
-            if asks is None or asks[row, t]:
+            if asks is None or asks[row][t]:
                 seen[row, t, history] = True
         left.append(history[len(history) - min(len(history), window - 1) :])
     return seen, left

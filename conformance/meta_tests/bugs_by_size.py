@@ -17,7 +17,7 @@ from torch import Tensor
 from linmu.reference import WindowState
 
 from ..harness.compare import in_float64
-from ..harness.large_cases import FORMULATIONS, LARGE
+from ..harness.large_cases import FORMULATIONS, LARGE, inputs_of
 from ..harness.operator_cases import Case
 from .planting import grow
 
@@ -158,7 +158,7 @@ class SizeBug:
 
     def bites(self, case: Case) -> bool:
         """Whether the case is large enough."""
-        given, letters = case.inputs(), AXES[self.operator]
+        given, letters = inputs_of(case), AXES[self.operator]
         sizes: dict[str, int] = {}
         for name, axes in letters.items():
             if isinstance(given.get(name), Tensor):

@@ -20,7 +20,10 @@ RUNS = {
         ("chunked", "doubling", "flash"),
         (*SCANS, "window_attention", "local_swin"),
         # doubling holds a state for every token: at the sizes of people it takes most of the time
-        ("-k", "(reference or sizes or finite or in_every_dtype) and not (doubling and sizes)"),
+        (
+            "-k",
+            "(reference or sizes or finite or in_every_dtype) and not (doubling and sizes or long_packed)",
+        ),
     ),
     "jax": (("jax_backend",), (*SCANS, "window_attention", "causal_conv"), ("--few-shapes",)),
 }

@@ -9,11 +9,13 @@ arguments ...], forks, runs the program in the fork as Python would, and answers
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -65,8 +67,11 @@ def started(start: Start) -> subprocess.Popen:
 
 def serve() -> None:
     """Fork for every line of standard input."""
+    gc.disable()
     for module in sys.argv[1:]:
         import_module(module)
+    gc.freeze()  # else each fork's collector looks at, and so copies, all that was imported
+    gc.enable()
     for line in iter(sys.stdin.readline, ""):
         child = os.fork()
         if not child:
@@ -76,16 +81,27 @@ def serve() -> None:
 
 
 def become(folder: str, stdout: str, stderr: str, program: str, *arguments: str) -> None:
-    """Run the program as Python does, output into files, and end."""
+    """Run the program as Python does, output into files, and end without taking down what was imported."""
     os.chdir(folder)
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     sys.argv[:] = [program, *arguments]
-    if program.endswith(".py"):
-        runpy.run_path(program, run_name="__main__")
-    else:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    sys.exit()
+    status = 0
+    try:
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

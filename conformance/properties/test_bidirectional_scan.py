@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import operator_checks
+from ..harness import operator_checks, packed_rows
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.layouts import LONG_PROMPTS, Layout, Vision
 from ..harness.operator_cases import (
@@ -31,6 +31,11 @@ NUMBERINGS = (  # of segments: large, sparse, equal modulo 2^32, equal as float3
 both = partial(property_of, "bidirectional_scan")
 
 globals().update(operator_checks.call_properties("bidirectional_scan", bidirectional_cases))
+globals().update(
+    packed_rows.packed_properties(
+        "bidirectional_scan", bidirectional_cases, partial(bidirectional_cases, layout=LONG_PROMPTS)
+    )
+)
 
 
 def with_gate(case: BidirectionalCase, share: float):

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..harness import operator_checks
+from ..harness import operator_checks, packed_rows
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.operator_cases import (
     DTYPES,
@@ -21,6 +21,7 @@ from ..harness.operator_cases import (
 conv = partial(property_of, "causal_conv")
 
 globals().update(operator_checks.call_properties("causal_conv", conv_cases))
+globals().update(packed_rows.packed_properties("causal_conv", conv_cases))
 
 
 @conv(cases=conv_cases())

@@ -13,7 +13,7 @@ from linmu import reference
 
 from ..harness import second_formulation, second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero
-from ..harness.layouts import Layout, Text, Vision
+from ..harness.layouts import Layout, Pad, Text, Vision
 from ..harness.module_cases import (
     ModuleCase,
     check_module,
@@ -32,11 +32,13 @@ from ..harness.module_checks import (
     large_cases_of,
 )
 from ..harness.operator_cases import DTYPES, property_of
+from ..harness.packed_rows import check_module_equals_samples_alone
 from ..harness.second_sliding_window import pairs_and_rest
 
 swin = partial(property_of, "LocalSwin", share=0.4)
 NAME = "LocalSwin"
 TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
+LONG_TEXT = Layout(((Text(70), Pad(4)), (Text(11), Pad(2), Text(61))))
 PROMPT = Layout(((Text(2), Vision(0, (1, 3, 3), "row"), Text(2)),))
 
 
@@ -45,6 +47,18 @@ def test_local_swin_and_gradients_match_the_reference(backend, case: ModuleCase)
     """Output, and the gradients of the input and of every parameter, in every dtype."""
     module = random_module(backend, NAME, case)
     check_module(module, reference, NAME, case)
+
+
+@swin(cases=module_cases(text_window=3), share=0.2)
+def test_local_swin_equals_the_samples_of_a_packed_row_alone(backend, case: ModuleCase):
+    """Outputs, states and gradients; the layout tells of the samples."""
+    check_module_equals_samples_alone(backend, NAME, case)
+
+
+@swin(cases=module_cases(layout=LONG_TEXT, text_window=3), share=0.1)
+def test_local_swin_equals_the_samples_of_packed_text_alone(backend, case: ModuleCase):
+    """Without a layout the module is told of the samples itself."""
+    check_module_equals_samples_alone(backend, NAME, case, has_layout=False)
 
 
 @swin(cases=module_cases(["float64"]), share=1.0)

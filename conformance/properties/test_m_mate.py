@@ -12,7 +12,7 @@ from linmu import reference
 
 from ..harness import second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, quarters
-from ..harness.layouts import Layout, Text, Vision
+from ..harness.layouts import Layout, Pad, Text, Vision
 from ..harness.module_cases import (
     ModuleCase,
     check_module,
@@ -33,10 +33,12 @@ from ..harness.module_checks import (
     large_cases_of,
 )
 from ..harness.operator_cases import DTYPES, property_of
+from ..harness.packed_rows import check_module_equals_samples_alone
 
 mate = partial(property_of, "MMATE", share=0.4)
 NAME = "MMATE"
 TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
+LONG_TEXT = Layout(((Text(70), Pad(4)), (Text(11), Pad(2), Text(61))))
 PROMPT = Layout(((Text(2), Vision(1, (1, 2, 3), "row"), Text(1), Vision(0, (2, 1, 2)), Text(2)),))
 
 
@@ -51,6 +53,18 @@ def test_m_mate_and_gradients_match_the_reference(backend, case: ModuleCase):
     """Output, state, and the gradients of the input and of every parameter, in every dtype."""
     module = random_module(backend, NAME, case)
     check_module(module, reference, NAME, case)
+
+
+@mate(cases=module_cases(), share=0.2)
+def test_m_mate_equals_the_samples_of_a_packed_row_alone(backend, case: ModuleCase):
+    """Outputs, states and gradients; the layout tells of the samples."""
+    check_module_equals_samples_alone(backend, NAME, case)
+
+
+@mate(cases=module_cases(layout=LONG_TEXT), share=0.1)
+def test_m_mate_equals_the_samples_of_packed_text_alone(backend, case: ModuleCase):
+    """Without a layout the module is told of the samples itself."""
+    check_module_equals_samples_alone(backend, NAME, case, has_layout=False)
 
 
 @mate(cases=module_cases(["float64"]), share=1.0)

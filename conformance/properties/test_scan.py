@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from linmu import reference
 
-from ..harness import operator_checks
+from ..harness import operator_checks, packed_rows
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
 from ..harness.operator_cases import (
     DTYPES,
@@ -27,10 +27,17 @@ LONG = (63, 64, 65, 97, 131)  # around and beyond the chunks that fast implement
 TOKENS = ScanCase.tokens
 scan = partial(property_of, "selective_scan")
 
+
+def long_cases(names):
+    """More tokens than a chunk, the last one ragged."""
+    return st.sampled_from(LONG).flatmap(lambda length: scan_cases(names, length=length))
+
+
 globals().update(operator_checks.call_properties("selective_scan", scan_cases))
+globals().update(packed_rows.packed_properties("selective_scan", scan_cases, long_cases))
 
 
-@scan(cases=st.sampled_from(LONG).flatmap(lambda length: scan_cases(length=length)), share=0.4)
+@scan(cases=long_cases(EXACT), share=0.4)
 def test_long_scans_match_the_reference(backend, case: ScanCase):
     """More tokens than a chunk, the last one ragged; values, state and gradients."""
     operator_checks.check_matches_the_reference(backend, case)

@@ -108,11 +108,13 @@ def build_teacher(name: str, layers: int | None, setting: Setting) -> nn.Module:
 
 @dataclass
 class Pair:
-    """Both models over one copy of the shared weights, built when first asked for."""
+    """Both models over one copy of the shared weights, built when first asked for; `prepared` as the module
+    says, or as Hugging Face makes them."""
 
     name: str
     layers: int | None
     setting: Setting
+    prepared: bool = True
     _models: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -125,7 +127,7 @@ class Pair:
         if not self._models:
             teacher = build_teacher(self.name, self.layers, self.setting)
             self._models = {TEACHER: teacher, OURS: convert(teacher).eval()}
-            for model in self._models.values():
+            for model in self._models.values() if self.prepared else ():
                 if self.setting.device.type == "cuda":
                     compile_norms_and_mlps(model, self.setting)
                 slice_mlps(model)
@@ -249,13 +251,16 @@ def tower_cases(
 
 def measure_first_token(pair: Pair, method: str, length: int, setting: Setting) -> dict[str, Any]:
     """Prefill from embeddings; the values of one line."""
-    model, where = pair.model(method), prompt(length)
-    width = model.get_input_embeddings().weight.shape[1]
+    model = pair.model(method)
+    return timed_prefill(pair, model, embedded_prompt(model, method, length, setting), setting)
+
+
+def embedded_prompt(model: nn.Module, method: str, length: int, setting: Setting) -> dict[str, Tensor]:
+    """Random embeddings of one row, their positions, and coordinates for a student."""
+    where, width = prompt(length), model.get_input_embeddings().weight.shape[1]
     embeds = random((1, length, width), setting.dtype, setting.device)
     inputs = {"inputs_embeds": embeds, "position_ids": where.positions(setting.device)}
-    if method == OURS:
-        inputs["linmu_coords"] = where.coords(setting.device)
-    return timed_prefill(pair, model, inputs, setting)
+    return inputs | ({"linmu_coords": where.coords(setting.device)} if method == OURS else {})
 
 
 def measure_from_pixels(pair: Pair, method: str, length: int, setting: Setting) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 FLUSHED = 2**28  # bytes written between two runs, more than any L2 cache holds
 LONG = 2.0  # seconds from which on a single timed run is enough
@@ -104,6 +106,49 @@ def wall_clock(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def wall_and_busy(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    seconds: float = 0.2,
+    least: int = 3,
+    most: int = 30,
+) -> tuple[Timing, float | None]:
+    """What a user waits for, and of it what the GPU works.
+
+    Args:
+        call: is run twice untimed; what it returns is dropped.
+        device: where it runs.
+        seconds: how long to measure, roughly.
+        least, most: runs.
+    Returns:
+        the time from each call until the GPU is done, nothing queued before it; the seconds of all kernels
+        and copies in a profile of one call, None on a CPU.
+    """
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def waited() -> None:
+        call()
+        synchronize()
+
+    waited()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    once = wall_clock(waited)
+    times = [wall_clock(waited) for _ in range(min(max(int(seconds / once), least), most))]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    middle, low, high = (percentile(times, share) for share in (0.5, 0.2, 0.8))
+    timing = Timing(middle, low, high, len(times), peak=peak)
+    return timing, busy_seconds(waited) if device.type == "cuda" else None
+
+
+def busy_seconds(call: Callable[[], object]) -> float:
+    """The sum of the times of all kernels and copies that a call runs, from torch's profiler."""
+    with profile(activities=[ProfilerActivity.CUDA]) as told:
+        call()
+    return sum(event.device_time for event in told.events() if event.device_type == DeviceType.CUDA) / 1e6
 
 
 def percentile(values: Sequence[float], share: float) -> float:

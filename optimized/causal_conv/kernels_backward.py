@@ -16,18 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..engine.launch import contiguous, rows_of
-from .kernels import as_kernels_take_them, grid, input_of, ranks, shared_arguments
+from .kernels import age_of_last, as_kernels_take_them, grid, input_of, ranks, shared_arguments
 from .operator import ConvGrads, ConvInputs, ConvOutputs
-from .torch_engine import of_each_part
+from .torch_engine import ENDLESS, of_each_part
 
 
 @triton.jit
 def backward_kernel(
-    U, WEIGHT, OUT_GRAD, RANK, PLACE, ORDER, COUNT, START, FINAL_GRAD, U_GRAD, WEIGHT_GRAD, BIAS_GRAD,
+    U, WEIGHT, OUT_GRAD, RANK, PLACE, ORDER, COUNT, AGE, START, FINAL_GRAD, U_GRAD, WEIGHT_GRAD, BIAS_GRAD,
     u_batch, u_token, g_batch, g_token, length, scale,
     CHANNELS: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_START: tl.constexpr, SCALES: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQUENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_START: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """Eq. (1), and what a block of tokens adds to the gradients of weight and bias."""
     batch = tl.cast(tl.program_id(2), tl.int64)
@@ -49,6 +49,9 @@ def backward_kernel(
     )
     grad = grad.to(tl.float32)
     u_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
+    reads = valid
+    if HAS_SEQUENCE:
+        age = tl.load(AGE + batch * length + token, mask=real, other=0)
     for tap in range(TAPS):
         weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         later = rank + (TAPS - 1) - tap
@@ -56,6 +59,9 @@ def backward_kernel(
         where = later
         if HAS_MASK:
             where = tl.load(PLACE + batch * length + later, mask=among, other=0)
+        if HAS_SEQUENCE:
+            reads = valid & (age >= TAPS - 1 - tap)
+            among = among & (tl.load(AGE + batch * length + where, mask=among, other=0) >= TAPS - 1 - tap)
         tile = OUT_GRAD + batch * g_batch + where[:, None] * g_token + channel[None, :]
         reached = tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0).to(tl.float32)
         u_grad += reached * weight[None, :]
@@ -65,7 +71,7 @@ def backward_kernel(
             ORDER,
             START,
             rank - (TAPS - 1) + tap,
-            valid,
+            reads,
             batch,
             u_batch,
             u_token,
@@ -83,6 +89,8 @@ def backward_kernel(
         tl.store(WEIGHT_GRAD + (part * TAPS + tap) * CHANNELS + channel, tl.sum(seen * grad, 0), mask=inside)
     slot = rank - count + (TAPS - 1)  # the place among the last K-1 inputs
     among = valid & (slot >= 0)
+    if HAS_SEQUENCE:
+        among = among & (count - 1 - rank <= age_of_last(AGE, PLACE, batch, length, count, HAS_MASK))
     tile = FINAL_GRAD + (batch * (TAPS - 1) + slot)[:, None] * CHANNELS + channel[None, :]
     u_grad += tl.load(tile, mask=among[:, None] & inside[None, :], other=0.0)
     if HAS_BIAS:
@@ -99,7 +107,7 @@ def backward_kernel(
 def backward(inputs: ConvInputs, outputs: ConvOutputs, grads: ConvOutputs) -> ConvGrads:
     """The gradients of the operator on a Triton kernel, a launch for each part."""
     inputs = as_kernels_take_them(inputs)
-    return of_each_part(partial(part_backward, inputs=inputs, index=ranks(inputs.mask)), inputs, grads)
+    return of_each_part(partial(part_backward, inputs=inputs, index=ranks(inputs)), inputs, grads)
 
 
 def part_backward(
@@ -130,6 +138,7 @@ def part_backward(
         index["PLACE"],
         inputs.order,
         index["COUNT"],
+        index["AGE"],
         start,
         final_grad.float().contiguous(),
         u_grad,
@@ -156,12 +165,21 @@ def start_gradient(
     grad = out_grad.new_zeros(batch, taps - 1, channels, dtype=torch.float32)
     row = torch.arange(batch, device=out_grad.device)
     count = torch.full_like(row, length) if index["COUNT"] is None else index["COUNT"]
+    age = index["AGE"]
     for place in range(taps - 1):  # rank place - (K-1)
         for rank in range(min(place + 1, length)):
             token = torch.full_like(row, rank) if index["PLACE"] is None else index["PLACE"][:, rank]
-            reached = torch.where((count > rank)[:, None], out_grad[row, token].float(), 0)
+            reads = count > rank
+            if age is not None:  # of the first sample
+                reads = reads & (age[row, token] == ENDLESS)
+            reached = torch.where(reads[:, None], out_grad[row, token].float(), 0)
             grad[:, place] += weight[:, place - rank].float() * reached
         slot = place - count
+        stays = slot >= 0
+        if age is not None:
+            last = (count - 1).clamp_min(0)
+            last = last if index["PLACE"] is None else index["PLACE"][row, last]
+            stays = stays & ((count == 0) | (age[row, last] == ENDLESS))
         passed = final_grad.float()[row, slot.clamp_min(0)]
-        grad[:, place] += torch.where((slot >= 0)[:, None], passed, 0)
+        grad[:, place] += torch.where(stays[:, None], passed, 0)
     return grad

@@ -27,6 +27,8 @@ class ConvInputs(NamedTuple):
         mask: (B, L) bool, True = takes part, in the order of the outputs; None = all.
         initial_state: (B, K-1, channels), the inputs before the first; zeros if None.
         order: (B, L) int64: place i of outputs and mask is token order[b, i] of the parts; None = the same.
+        begins: (B, L) int32, `layout.samples.sample_begins`, of packed rows, in the order of the outputs;
+            None = one sample a row.
         engine: "triton" or "torch"; None = by the tensors.
     """
 
@@ -37,6 +39,7 @@ class ConvInputs(NamedTuple):
     mask: Tensor | None = None
     initial_state: Tensor | None = None
     order: Tensor | None = None
+    begins: Tensor | None = None
     engine: str | None = None
 
 

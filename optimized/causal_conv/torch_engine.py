@@ -4,6 +4,8 @@ together.
 Letters: B batch, L tokens, K taps. With s the state and then the valid inputs of a row times the scale:
 
     out_t = Σ_k weight[k] s_{t+k} + bias     s̄_t = Σ_k weight[k] out̄_{t-k}     weight̄[k] = Σ_t out̄_t s_{t+k}
+
+Of packed rows, a token whose sample has `age` tokens before it reads no further back than that.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from ...reference.numerics import accumulation_dtype
 from ..layout.tokens import gather_tokens
 from .operator import ConvGrads, ConvInputs, ConvOutputs, conv_outputs
 
+ENDLESS = 2**30  # more inputs than taps
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -27,13 +31,37 @@ class Packing:
     mask: Tensor | None  # (B, L) bool
     order: Tensor | None  # (B, L): the token that stands at each place, valid ones first
     counts: Tensor | None  # (B, 1): valid tokens
+    age: (
+        Tensor | None
+    )  # (B, L): inputs that each, once moved, has before it in its sample; None = all there are
 
     @classmethod
-    def of(cls, mask: Tensor | None) -> Packing:
+    def of(cls, inputs: ConvInputs) -> Packing:
+        mask, begins = inputs.mask, inputs.begins
         if mask is None:
-            return cls(None, None, None)
+            return cls(None, None, None, None if begins is None else ages(begins))
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
-        return cls(mask, order, mask.sum(1, keepdim=True))
+        counts = mask.sum(1, keepdim=True)
+        if begins is None:
+            return cls(mask, order, counts, None)
+        return cls(mask, order, counts, ages(begins_by_rank(begins, mask.cumsum(1) - 1).gather(1, order)))
+
+    def reached(self, tensor: Tensor, steps: int) -> Tensor:
+        """(B, L, channels) of moved tokens, 0 where the input so many steps before is of another sample."""
+        if self.age is None or not steps:
+            return tensor
+        return torch.where((self.age >= steps)[..., None], tensor, 0)
+
+    def of_last_sample(self, tensor: Tensor) -> Tensor:
+        """(B, K-1, channels), of the last K-1 inputs: 0 where they are none of the row's last sample."""
+        if self.age is None:
+            return tensor
+        steps = torch.arange(tensor.shape[1], device=tensor.device).flip(0)  # back from the last input
+        if self.counts is None:
+            age = self.age[:, -1:]
+        else:
+            age = torch.where(self.counts > 0, self.age.gather(1, (self.counts - 1).clamp_min(0)), len(steps))
+        return torch.where((age >= steps)[..., None], tensor, 0)
 
     def pack(self, tensor: Tensor) -> Tensor:
         """(B, L, channels): valid tokens first, zeros after them."""
@@ -54,9 +82,24 @@ class Packing:
         return (start + place).expand(padded.shape[0], states)
 
 
+def begins_by_rank(begins: Tensor, rank: Tensor) -> Tensor:
+    """`begins` of `ConvInputs`, places -> ranks among valid tokens, (B, L) int32."""
+    return torch.where(begins < 0, begins, rank.gather(1, begins.clamp_min(0).long()).int())
+
+
+def ages(begins: Tensor, rank: Tensor | None = None) -> Tensor:
+    """(B, L) int32: how many inputs of its sample a token has before it; ENDLESS in the row's first sample.
+
+    `begins` are those of `ConvInputs` by rank among valid tokens, `rank` (B, L) int32 is that of each token;
+    None = its place.
+    """
+    rank = torch.arange(begins.shape[1], dtype=torch.int32, device=begins.device) if rank is None else rank
+    return torch.where(begins < 0, ENDLESS, rank - begins)
+
+
 def forward(inputs: ConvInputs) -> ConvOutputs:
     """The operator on the torch engine."""
-    packing, found = Packing.of(inputs.mask), []
+    packing, found = Packing.of(inputs), []
     for part in each_part(inputs):
         found.append(convolve(*part, inputs.order, packing))
     outs, states = zip(*found, strict=True)
@@ -77,17 +120,18 @@ def convolve(
     taps, length = weight.shape[1], u.shape[1]
     padded = with_start(packing.pack(scaled(in_order(u, order), scale)), taps, start)
     wide = weight.to(padded.dtype)
-    out = padded[:, :length] * wide[:, 0]
+    out = packing.reached(padded[:, :length], taps - 1) * wide[:, 0]
     for tap in range(1, taps):
-        out.addcmul_(padded[:, tap : tap + length], wide[:, tap])
+        out.addcmul_(packing.reached(padded[:, tap : tap + length], taps - 1 - tap), wide[:, tap])
     if bias is not None:
         out += bias.to(out.dtype)
-    return packing.unpack(out.to(u.dtype)), in_order(padded, packing.last(padded, taps - 1))
+    final = in_order(padded, packing.last(padded, taps - 1))
+    return packing.unpack(out.to(u.dtype)), packing.of_last_sample(final)
 
 
 def backward(inputs: ConvInputs, outputs: ConvOutputs, grads: ConvOutputs) -> ConvGrads:
     """The gradients of the operator on the torch engine, in the accumulation dtype."""
-    packing = Packing.of(inputs.mask)
+    packing = Packing.of(inputs)
     return of_each_part(partial(part_backward, order=inputs.order, packing=packing), inputs, grads)
 
 
@@ -109,12 +153,12 @@ def part_backward(
     wide, grad = weight.to(padded.dtype), packing.pack(out_grad.to(padded.dtype))
     padded_grad = torch.zeros_like(padded)
     last = packing.last(padded, taps - 1)[..., None].expand(-1, -1, u.shape[2])
-    padded_grad.scatter_(1, last, final_grad.to(padded.dtype))
+    padded_grad.scatter_(1, last, packing.of_last_sample(final_grad.to(padded.dtype)))
     weight_grad = torch.empty_like(wide)
     for tap in range(taps):
-        shifted = slice(tap, tap + length)
-        padded_grad[:, shifted].addcmul_(grad, wide[:, tap])
-        weight_grad[:, tap] = (grad * padded[:, shifted]).sum((0, 1))
+        shifted, reaching = slice(tap, tap + length), packing.reached(grad, taps - 1 - tap)
+        padded_grad[:, shifted].addcmul_(reaching, wide[:, tap])
+        weight_grad[:, tap] = (reaching * padded[:, shifted]).sum((0, 1))
     u_grad = scaled(packing.unpack(padded_grad[:, taps - 1 :]), scale)
     return (
         u_grad.clone() if order is None else in_order(u_grad, order.argsort(dim=1)),

@@ -1,4 +1,5 @@
-"""The operators around a block's scan: `linmu::rotate`, `linmu::mix_branches`, `linmu::narrow_product`.
+"""The operators around a block's scan: `linmu::rotate`, `linmu::mix_branches`, `linmu::narrow_product`; and
+around the block itself, without gradients, `linmu::add_norm` and `linmu::gate_product`.
 
 Letters: B batch, L tokens, D width, N head dim, n columns.
 """
@@ -145,4 +146,72 @@ rotate.has_gradient(
         lazy(f"{__package__}.kernels", "rotate_backward"),
     ),
     unread=("x",),  # the gradient of y stands there
+)
+
+
+class AddNormInputs(NamedTuple):
+    """What a layer's norm reads. There is no gradient.
+
+    Args:
+        x: (..., D).
+        more: as x, added before the norm; None = nothing.
+        weight: (D,) in the dtype of x.
+        eps: added to the mean square.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    x: Tensor
+    more: Tensor | None
+    weight: Tensor
+    eps: float
+    engine: str | None = None
+
+
+class AddNormOutputs(NamedTuple):
+    """total: x + more, nothing without `more`; normed: its RMS norm, times the weight. Both as x."""
+
+    total: Tensor
+    normed: Tensor
+
+
+def add_norm_outputs(inputs: AddNormInputs) -> AddNormOutputs:
+    """Shapes and dtypes of the outputs."""
+    x = inputs.x
+    return AddNormOutputs(x.new_empty(0 if inputs.more is None else x.shape), x.new_empty(x.shape))
+
+
+add_norm = Operator(
+    "add_norm",
+    AddNormInputs,
+    AddNormOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "add_norm"), lazy(f"{__package__}.kernels_layer", "add_norm")
+    ),
+    fake=add_norm_outputs,
+)
+
+
+class GateInputs(NamedTuple):
+    """gate and up (..., F), contiguous, and the engine, as elsewhere. There is no gradient."""
+
+    gate: Tensor
+    up: Tensor
+    engine: str | None = None
+
+
+class GateOutputs(NamedTuple):
+    """y: silu(gate) · up, as they are."""
+
+    y: Tensor
+
+
+gate_product = Operator(
+    "gate_product",
+    GateInputs,
+    GateOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "gate_product"),
+        lazy(f"{__package__}.kernels_layer", "gate_product"),
+    ),
+    fake=lambda inputs: inputs.gate.new_empty(inputs.gate.shape),
 )

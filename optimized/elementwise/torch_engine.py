@@ -15,11 +15,22 @@ and y = f, f̄ = ȳ, s̄ = 0 on text; l̄ = 0 in rows that no token has, whateve
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference.numerics import accumulation_dtype
 from ..layout.tokens import gather_tokens
-from .operator import MixGrads, MixInputs, MixOutputs, RotateGrads, RotateInputs, RotateOutputs
+from .operator import (
+    AddNormInputs,
+    AddNormOutputs,
+    GateInputs,
+    MixGrads,
+    MixInputs,
+    MixOutputs,
+    RotateGrads,
+    RotateInputs,
+    RotateOutputs,
+)
 
 
 def rotate(inputs: RotateInputs) -> Tensor:
@@ -72,3 +83,17 @@ def mix_backward(inputs: MixInputs, outputs: MixOutputs, grads: MixOutputs) -> M
 def local_rows(local: Tensor, row: Tensor) -> Tensor:
     """Each token's row of `local` (..., D), (B, L, D); any row on text."""
     return gather_tokens(local.flatten(0, -2)[None], row.clamp_min(0).flatten()).view(*row.shape, -1)
+
+
+def add_norm(inputs: AddNormInputs) -> AddNormOutputs:
+    """As Hugging Face's layers compute it, each step rounded where they round it."""
+    x, more, weight, eps, _ = inputs
+    total = x if more is None else x + more
+    wide = total.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return AddNormOutputs(x.new_empty(0) if more is None else total, weight * wide.to(x.dtype))
+
+
+def gate_product(inputs: GateInputs) -> Tensor:
+    """Likewise."""
+    return F.silu(inputs.gate) * inputs.up

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from linmu import reference
 
-from ...reference.checks import require
-from ...reference.layout import SCAN_AXES, inverse_order
+from ...reference.checks import require, require_int64
+from ...reference.layout import SCAN_AXES, check_samples, inverse_order, samples_of
 from .operator import LayoutPlanInputs, Plan, layout_plan
+from .samples import previous, sample_begins
 from .segments import openings
 from .sorts import Facts, Sorted, by_segment, examine, scan_rows, window_numbers
 from .tokens import flat_order, gather_tokens
@@ -83,7 +84,12 @@ class VisionTokens:
             row = torch.full_like(segment, -1)
             row.view(-1).scatter_(0, token, place)
             return cls(token, row, window[None], Plan(torch.stack([place.int(), window]), blocks))
-        plan = layout.window_plan(window_thw, layer_index)
+        return cls.of_all(layout, window_thw, layer_index)
+
+    @classmethod
+    def of_all(cls, layout: VisionLayout, window_thw: tuple[int, int, int], layer_index: int) -> VisionTokens:
+        """Text and all: its tokens are in no window."""
+        segment, plan = layout.segment, layout.window_plan(window_thw, layer_index)
         token, window = plan[0]
         window_id = torch.empty_like(window).scatter_(0, token.long(), window)
         return cls(None, layout.vision_row, window_id.view_as(segment), plan)
@@ -99,6 +105,8 @@ class VisionLayout(reference.VisionLayout):
 
     def __post_init__(self) -> None:
         _ = self.facts  # refuses malformed coordinates
+        if self.sequence is not None:
+            refuse_split_segments(self)
 
     @property
     def facts(self) -> Facts:
@@ -119,6 +127,15 @@ class VisionLayout(reference.VisionLayout):
     def openings(self) -> Tensor:
         """`segments.openings` of this layout."""
         return self.once("openings", lambda: openings(self.segment))
+
+    def openings_among(self, valid: Tensor | None) -> Tensor | None:
+        """`segments.openings` of valid tokens (B, L) bool, where they serve every layer: None = not known."""
+        return self.openings if valid is None else None
+
+    @property
+    def begins(self) -> Tensor | None:
+        """`samples.sample_begins` of this layout, all tokens valid; None = one sample a row."""
+        return self.once("begins", lambda: sample_begins(self.sequence, None))
 
     @property
     def sorted(self) -> Sorted:
@@ -168,8 +185,26 @@ class VisionLayout(reference.VisionLayout):
         return self.once("vision row", lambda: rows_where(self.is_vision, self.is_vision))
 
 
+def refuse_split_segments(layout: VisionLayout) -> None:
+    """The reference's `check_samples`, in one question to the device; loops only say what is wrong."""
+    sequence, segment = layout.sequence, layout.segment
+    require_int64("VisionLayout", "sequence", sequence, segment.shape, "B, L")
+    before, earlier = previous(layout.is_vision)
+    goes_on = layout.is_vision & earlier & (segment.gather(1, before) == segment)
+    if bool((goes_on & (sequence.gather(1, before) != sequence)).any()):
+        check_samples(layout.coords, sequence, "VisionLayout")
+
+
+def begins_of(
+    where: str, layout: VisionLayout | None, sequence: Tensor | None, valid: Tensor | None
+) -> Tensor | None:
+    """`samples.sample_begins` of a module's arguments; a layout keeps it for all layers."""
+    sequence = samples_of(where, layout, sequence)
+    return layout.begins if layout is not None and valid is None else sample_begins(sequence, valid)
+
+
 def fast(layout: reference.VisionLayout | None) -> VisionLayout | None:
     """The same layout as our `VisionLayout`, made once per layout: a caller may bring the reference's."""
     if layout is None or isinstance(layout, VisionLayout):
         return layout
-    return layout.once("optimized", lambda: VisionLayout(layout.coords))
+    return layout.once("optimized", lambda: VisionLayout(layout.coords, layout.sequence))

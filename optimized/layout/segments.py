@@ -53,8 +53,14 @@ def openings_of(openings: Tensor, length: int, chunk: int) -> Tensor:
     return openings[:, : -(-length // chunk) * step + 1 : step]
 
 
-def interleaved_row(segment: Tensor, valid: Tensor | None = None) -> int | None:
-    """The first row in which a segment goes on after another has begun, or None. Waits for the device."""
+def interleaved_row(segment: Tensor, valid: Tensor | None = None, begins: Tensor | None = None) -> int | None:
+    """The first row in which a segment goes on after another has begun, or None. Waits for the device.
+
+    With `begins`, of `samples.sample_begins`, segments of two samples are two, whatever their ids.
+    """
+    if begins is not None:
+        number = segment.unique(return_inverse=True)[1]
+        segment = torch.where(segment >= 0, number + (begins.long() + 1) * segment.numel(), -1)
     bad = interleaved(segment, valid).nonzero()
     return int(bad[0]) if len(bad) else None
 

@@ -3,8 +3,8 @@
 Letters as there: B batch, L tokens, H query heads, G groups, N state size, P head dim. `torch_engine` has the
 equations, `operator` what is registered, `kernels` and `kernels_backward` the Triton engine.
 
-Differs from the reference in one precondition: two segments of a row must not interleave, as in every layout.
-A tensor on the CPU is checked; on a GPU the check would wait for the device.
+Differs from the reference in one precondition: two segments of a sample must not interleave, as in every
+layout. A tensor on the CPU is checked; on a GPU the check would wait for the device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...reference.checks import require
 from ...reference.scan import check_bidirectional, check_scan
+from ..layout.samples import sample_begins, segments_of_samples
 from ..layout.segments import interleaved_row
 from . import operator
 from .operator import ScanInputs
@@ -31,13 +32,15 @@ def selective_scan(
     mask: Tensor | None = None,
     initial_state: Tensor | None = None,
     reverse: bool = False,
+    sequence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.selective_scan`: one direction; arguments, result and errors are the same."""
-    check_scan("selective_scan", x, dt, A, B, C, mask=mask, initial_state=initial_state)
+    check_scan("selective_scan", x, dt, A, B, C, mask=mask, initial_state=initial_state, sequence=sequence)
     if reverse:
         x, dt, B, C = (tensor.flip(1) for tensor in (x, dt, B, C))
-        mask = None if mask is None else mask.flip(1)
-    inputs = ScanInputs(x, dt, A, B, C, valid=mask, initial_state=initial_state)
+        mask, sequence = (None if tensor is None else tensor.flip(1) for tensor in (mask, sequence))
+    begins = sample_begins(sequence, mask)
+    inputs = ScanInputs(x, dt, A, B, C, valid=mask, initial_state=initial_state, begins=begins)
     y, final_state, _ = operator.scan(inputs)
     return y.flip(1) if reverse else y, final_state
 
@@ -54,6 +57,7 @@ def bidirectional_scan(
     valid: Tensor | None = None,
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
+    sequence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linmu.reference.bidirectional_scan`: arguments and result are the same, in any order of segments.
 
@@ -61,14 +65,19 @@ def bidirectional_scan(
         ValueError: as the reference, and on a CPU if two segments interleave.
     """
     where = "bidirectional_scan"
-    check_scan(where, x, dt, A, B, C, mask=valid, initial_state=initial_state, mask_name="valid")
+    given = {"mask": valid, "initial_state": initial_state, "sequence": sequence}
+    check_scan(where, x, dt, A, B, C, mask_name="valid", **given)
     check_bidirectional(where, C, gate, segment, D)
+    begins = sample_begins(sequence, valid)
     if segment is None:
         gate = None
     elif segment.device.type == "cpu" and not torch.compiler.is_compiling():
-        row = interleaved_row(segment, valid)
+        row = interleaved_row(segment, valid, begins)
         require(row is None, where, "two segments must never interleave", f"row {row}")
-    return operator.scan(ScanInputs(x, dt, A, B, C, gate, segment, valid, D, initial_state))[:2]
+    if segment is not None and begins is not None:
+        segment = segments_of_samples(segment, begins, valid)
+    inputs = ScanInputs(x, dt, A, B, C, gate, segment, valid, D, initial_state, begins=begins)
+    return operator.scan(inputs)[:2]
 
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ class ScanInputs(NamedTuple):
     Args:
         order: (B, L) int64, the token at each place of the scan: outputs go back to it. None = they stay.
         openings: `layout.segments.openings` of segment and valid, which serve every layer; None = not known.
+        begins: (B, L) int32, `layout.samples.sample_begins`, of packed rows, where each segment lies in one
+            sample; None = one sample a row.
         norm_weight: (H·P,), of the norm of each head; None = no norm.
         eps: added to the mean of squares.
         save_y: whether a gradient will be asked for, for which a norm needs y.
@@ -43,6 +45,7 @@ class ScanInputs(NamedTuple):
     initial_state: Tensor | None = None
     order: Tensor | None = None
     openings: Tensor | None = None
+    begins: Tensor | None = None
     norm_weight: Tensor | None = None
     eps: float = 0.0
     save_y: bool = False

@@ -1,10 +1,12 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernel for one token of decoding: attention over the window's state, which moves up meanwhile.
+"""Triton kernels for one token of decoding: attention over the window's state, which then moves up a place.
 
-Letters as in `torch_engine`. A program takes one group of one row: it reads every key and value anyway, so it
-writes each one a place further on and the new ones last; nobody else touches them. A ring would save these
-writes, 260 KB a layer and row of a 7B model with a window of 128, and would have to be put in order for
-whatever reads more than one token.
+Letters as in `torch_engine`. A program of the attention takes one head of one row. Its products are sums over
+a tile, not products of matrices: one query has too few rows for tensor cores, and what takes the time is
+reading the state. (With 64 places as the rows of a product, on four warps, triton 3.6 makes wgmma
+instructions that gave a wrong o or an illegal memory access on an H200.) A program of the move takes one
+group of one row, which nobody else touches. A ring would save the move, 260 KB a layer and row of a 7B model
+with a window of 128, and would have to be put in order for whatever reads more than one token.
 """
 
 from __future__ import annotations
@@ -17,57 +19,66 @@ from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import StepInputs, StepOutputs, step_outputs
 
-COLUMNS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 16}  # places that a program takes at once
+COLUMNS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 32}  # places that a program takes at once
 
 
 @triton.jit
-def step_kernel(
-    Q,
-    K,
-    V,
-    STATE_K,
-    STATE_V,
-    PRESENT,
-    NEXT,
-    ASKS,
-    VALID,
-    OUT,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    scale,
-    PLACES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    RATIO: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_ASKS: tl.constexpr,
+def attention_kernel(
+    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, OUT, q_row, q_head, k_row, k_head, v_row, v_head, scale,
+    PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
     HAS_VALID: tl.constexpr,
-):
-    """Eq. (1) for one token a row, and the state after it."""
-    row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
-    group = tl.cast(tl.program_id(0) % GROUPS, tl.int64)
+):  # fmt: skip
+    """Eq. (1) for one token a row."""
+    row = tl.cast(tl.program_id(0) // (GROUPS * RATIO), tl.int64)
+    head = tl.cast(tl.program_id(0) % (GROUPS * RATIO), tl.int64)
+    group = head // RATIO
     valid = tl.load(VALID + row) != 0 if HAS_VALID else row >= 0
     asking = valid & (tl.load(ASKS + row) != 0) if HAS_ASKS else valid
     columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     real_n, real_p = columns_n < N, columns_p < P
+    new_n, new_p = columns_n < tl.where(asking, N, 0), columns_p < tl.where(asking, P, 0)
+    q = tl.load(Q + row * q_row + head * q_head + columns_n, mask=new_n, other=0.0).to(tl.float32)
+    k = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0).to(tl.float32)
+    out = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0).to(tl.float32)
+    largest = tl.sum(q * k, 0) * scale  # it sees itself
+    total = tl.sum(tl.where(columns_n == 0, 1.0, 0.0), 0)
+    k_state = STATE_K + (row * PLACES * GROUPS + group) * N
+    v_state = STATE_V + (row * PLACES * GROUPS + group) * P
+    for start in range(0, PLACES, COLUMNS):
+        place = start + tl.arange(0, COLUMNS)
+        there = tl.load(PRESENT + row * PLACES + place, mask=place < PLACES, other=0) != 0
+        k_at = k_state + place[:, None] * (GROUPS * N) + columns_n[None, :]
+        v_at = v_state + place[:, None] * (GROUPS * P) + columns_p[None, :]
+        k_tile = tl.load(k_at, mask=there[:, None] & real_n[None, :], other=0.0).to(tl.float32)
+        v_tile = tl.load(v_at, mask=there[:, None] & real_p[None, :], other=0.0).to(tl.float32)
+        scores = tl.where(there, tl.sum(k_tile * q[None, :], 1) * scale, -1e30)
+        highest = tl.maximum(largest, tl.max(scores, 0))
+        weights = tl.exp2(scores - highest)
+        shrink = tl.exp2(largest - highest)
+        total = total * shrink + tl.sum(weights, 0)
+        out = out * shrink + tl.sum(v_tile * weights[:, None], 0)
+        largest = highest
+    out = tl.where(asking, out / total, 0.0)
+    o_at = (row * (GROUPS * RATIO) + head) * P + columns_p
+    tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=real_p)
+
+
+@triton.jit
+def move_kernel(
+    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, k_row, k_head, v_row, v_head,
+    PLACES: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
+    """The state after one token a row: each key and value a place further on, the new ones last."""
+    row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
+    group = tl.cast(tl.program_id(0) % GROUPS, tl.int64)
+    valid = tl.load(VALID + row) != 0 if HAS_VALID else row >= 0
+    columns_n, columns_p = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    real_n, real_p = columns_n < N, columns_p < P
     new_n, new_p = columns_n < tl.where(valid, N, 0), columns_p < tl.where(valid, P, 0)  # none of no token
-    head = tl.arange(0, BLOCK_H)
-    q_at = row * q_row + (group * RATIO + head)[None, :] * q_head + columns_n[:, None]
-    q_taken = (head < tl.where(asking, RATIO, 0))[None, :] & real_n[:, None]
-    q_tile = tl.load(Q + q_at, mask=q_taken, other=0.0)  # (N, heads), as products of tiles take few heads
     k_new = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0)
     v_new = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0)
-    largest = tl.sum(q_tile.to(tl.float32) * k_new.to(tl.float32)[:, None], 0) * scale  # it sees itself
-    total = tl.full([BLOCK_H], 1.0, tl.float32)
-    out = tl.zeros([BLOCK_P, BLOCK_H], tl.float32) + v_new.to(tl.float32)[:, None]
     k_state = STATE_K + (row * PLACES * GROUPS + group) * N
     v_state = STATE_V + (row * PLACES * GROUPS + group) * P
     for start in range(0, PLACES, COLUMNS):
@@ -87,22 +98,10 @@ def step_kernel(
         tl.store(v_to, v_tile, mask=kept[:, None] & real_p[None, :])
         if group == 0:
             tl.store(NEXT + row * PLACES + to, there.to(tl.uint8), mask=kept)
-        scores = tl.dot(k_tile.to(q_tile.dtype), q_tile, input_precision="ieee") * scale
-        scores = tl.where(there[:, None], scores, -1e30)
-        highest = tl.maximum(largest, tl.max(scores, 0))
-        weights = tl.exp2(scores - highest[None, :])
-        shrink = tl.exp2(largest - highest)
-        total = total * shrink + tl.sum(weights, 0)
-        values = tl.trans(v_tile.to(q_tile.dtype))
-        out = tl.dot(values, weights.to(q_tile.dtype), out * shrink[None, :], input_precision="ieee")
-        largest = highest
     tl.store(k_state + (PLACES - 1) * (GROUPS * N) + columns_n, k_new, mask=new_n)
     tl.store(v_state + (PLACES - 1) * (GROUPS * P) + columns_p, v_new, mask=new_p)
     if (group == 0) & valid:
         tl.store(NEXT + row * PLACES + (PLACES - 1), 1)
-    out = tl.where(asking, out / total[None, :], 0.0)
-    o_at = ((row * GROUPS + group) * RATIO + head)[None, :] * P + columns_p[:, None]
-    tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(head < RATIO)[None, :] & real_p[:, None])
 
 
 def step(inputs: StepInputs) -> StepOutputs:
@@ -110,33 +109,36 @@ def step(inputs: StepInputs) -> StepOutputs:
     q, k, v = (rows_of(tensor) for tensor in inputs[:3])
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     o, after = step_outputs(inputs)
-    step_kernel[(batch * groups,)](
+    present, valid = as_bytes(inputs.present), as_bytes(inputs.valid)
+    states, strides = (inputs.state_k, inputs.state_v), (*k.stride()[:2], *v.stride()[:2])
+    sizes = {
+        "PLACES": after.shape[1],
+        "GROUPS": groups,
+        "N": size,
+        "P": value_size,
+        "BLOCK_N": tile_size(size),
+        "BLOCK_P": tile_size(value_size),
+        "COLUMNS": COLUMNS[q.dtype],
+        "HAS_VALID": valid is not None,
+    }
+    attention_kernel[(batch * heads,)](
         q,
         k,
         v,
-        inputs.state_k,
-        inputs.state_v,
-        as_bytes(inputs.present),
-        as_bytes(after),
+        *states,
+        present,
         as_bytes(inputs.asks),
-        as_bytes(inputs.valid),
+        valid,
         o,
         *q.stride()[:2],
-        *k.stride()[:2],
-        *v.stride()[:2],
+        *strides,
         inputs.scale * LOG2_E,
-        PLACES=after.shape[1],
-        GROUPS=groups,
         RATIO=heads // groups,
-        N=size,
-        P=value_size,
-        BLOCK_H=tile_size(heads // groups),
-        BLOCK_N=tile_size(size),
-        BLOCK_P=tile_size(value_size),
-        COLUMNS=COLUMNS[q.dtype],
         HAS_ASKS=inputs.asks is not None,
-        HAS_VALID=inputs.valid is not None,
         num_warps=4,
-        num_stages=2,
+        **sizes,
+    )
+    move_kernel[(batch * groups,)](
+        k, v, *states, present, as_bytes(after), valid, *strides, num_warps=4, num_stages=2, **sizes
     )
     return StepOutputs(o, after)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...reference.numerics import accumulation_dtype
-from ..engine import say_once
 from ..engine.operator import Engines, Operator, lazy
 
 
@@ -123,26 +122,11 @@ def step_outputs(inputs: StepInputs) -> StepOutputs:
     return StepOutputs(o, present.new_empty(present.shape))
 
 
-def step_on_kernels(inputs: StepInputs) -> StepOutputs:
-    """The kernel, in the interpreter; on a GPU the torch engine, which is said once.
-
-    Choice: with W = N = P = 128 in bfloat16, an H200 gave the right state and a wrong o; the interpreter and
-    smaller windows on the GPU do not show it. Until that is explained, wrong is worse than slow.
-    """
-    if inputs.q.is_cuda:
-        say_once("step", "torch engine from sliding_window_step on (its kernel is not proven on GPUs)")
-        return torch_step(inputs)
-    return kernel_step(inputs)
-
-
-torch_step = lazy(f"{__package__}.torch_engine", "step")
-kernel_step = lazy(f"{__package__}.kernels_step", "step")
-
 attend_step = Operator(
     "sliding_window_step",
     StepInputs,
     StepOutputs,
-    forward=Engines(torch_step, step_on_kernels),
+    forward=Engines(lazy(f"{__package__}.torch_engine", "step"), lazy(f"{__package__}.kernels_step", "step")),
     fake=step_outputs,
     head_dims=lambda inputs: (inputs.q.shape[2], inputs.v.shape[2]),
     overwrites=("state_k", "state_v"),

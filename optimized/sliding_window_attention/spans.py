@@ -10,11 +10,16 @@ a key are neighbours too. Nothing is asked from the device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_of_forward: ContextVar[dict[int, Spans] | None] = ContextVar("spans of a forward", default=None)
 
 
 class Spans(NamedTuple):
@@ -66,6 +71,37 @@ def find_spans(
     missing = wanted < 1 if begin is None else (wanted < 1) | (last < begin[:, -1:])
     needed = None if valid is None and present is None else there
     return Spans(asks, needed, low, high, last.long().masked_fill_(missing, -1))
+
+
+@contextmanager
+def one_forward() -> Iterator[None]:
+    """Within, what asks `spans_of_layer` are the layers of one forward, over the same tokens, masks and
+    `present` of states: those of one window find their spans once.
+    """
+    before = _of_forward.set({})
+    try:
+        yield
+    finally:
+        _of_forward.reset(before)
+
+
+def spans_of_layer(
+    window: int,
+    length: int,
+    is_vision: Tensor | None,
+    valid: Tensor | None,
+    sequence: Tensor | None,
+    present: Tensor | None,
+) -> Spans:
+    """`find_spans` of a layer in which text asks: is_vision (B, L) bool; None = all text."""
+    known = None if torch.compiler.is_compiling() else _of_forward.get()
+    if known is not None and window in known:
+        return known[window]
+    asks = None if is_vision is None else ~is_vision
+    spans = find_spans(window, length, asks, valid, sequence, present)
+    if known is not None:
+        known[window] = spans
+    return spans
 
 
 def sequence_of_keys(present: Tensor | None, valid: Tensor, sequence: Tensor) -> Tensor:

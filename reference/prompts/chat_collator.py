@@ -85,6 +85,11 @@ class ChatCollator:
         for name in dict.fromkeys(name for sample in samples for name in sample):
             tensors = [sample[name] for sample in samples if name in sample]
             if name in self.padding:
+                ids = [sample["input_ids"] for sample in samples]  # a document has no token types: it is text
+                tensors = [
+                    sample.get(name, torch.full_like(own, self.padding[name]))
+                    for sample, own in zip(samples, ids, strict=True)
+                ]
                 missing = [longest - tensor.shape[1] for tensor in tensors]
                 sides = [(count, 0) if left else (0, count) for count in missing]
                 fill = self.padding[name]

@@ -319,6 +319,8 @@ class ContextParallel:
             This rank's (B, n, D), and the state after the whole prompt, the same on every rank.
         """
         config = block.config
+        if layout is not None and layout.sequence is not None:
+            raise NotImplementedError("ContextParallel.m_mate: the row must be one sample, got packed ones")
         y, after = self.flex_ma(block.flex_ma, u, layout, valid, position_embeddings, state)
         window = None if state is None else state.window
         if layout is not None or config.text_window:

@@ -219,6 +219,15 @@ class StudentGeneration:
         )
 
 
+def has_m_rope(student: PreTrainedModel, given: Mapping[str, Any]) -> bool:
+    """Say whether a forward's arguments have pictures that M-RoPE can place."""
+    compute = getattr(student.base_model, "get_rope_index", None)
+    if compute is None or given.get("input_ids") is None or not student.has_vision(given):
+        return False
+    types = "mm_token_type_ids"
+    return given.get(types) is not None or types not in inspect.signature(compute).parameters
+
+
 def rope_index(student: PreTrainedModel, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """M-RoPE positions (3, B, L) of a prompt with vision, and what later tokens' are ahead, (B, 1).
 

@@ -19,7 +19,7 @@ from ..layout import VisionLayout
 from ..m_mate import MMATE
 from .cache import cache_slot
 
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")  # how attention is told of packed rows
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")  # of packed rows, that the model did not take
 NO_LAYOUT_GIVEN = object()  # not None, which says that the tokens are all text
 
 
@@ -34,6 +34,7 @@ class SelfAttentionAdapter:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         linmu_layout: VisionLayout | None = NO_LAYOUT_GIVEN,
         past_key_values: Cache | None = None,
+        linmu_sequence: Tensor | None = None,
         **unused,
     ) -> tuple[Tensor, None]:
         """Mix the sequence.
@@ -46,10 +47,13 @@ class SelfAttentionAdapter:
             position_embeddings: the teacher's (cos, sin), each (B or 1, L, N).
             linmu_layout: where the vision tokens are, from the model's forward; None = all text.
             past_key_values: what older transformers call `cache`.
+            linmu_sequence: (B, L) int64, the samples of packed rows, from the model's forward; None = one a
+                row.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and None in the place of attention weights.
         Raises:
-            ValueError: if the layout is missing, for packed batches, or for shapes that do not fit.
+            ValueError: if the layout is missing, for packed rows that the model's forward was not told of, or
+                for shapes that do not fit.
         """
         require(
             linmu_layout is not NO_LAYOUT_GIVEN,
@@ -59,7 +63,9 @@ class SelfAttentionAdapter:
             "call the whole model, not an inner part of it",
         )
         packing = [name for name in PACKING if unused.get(name) is not None]
-        require(not packing, "SelfAttentionAdapter", "the batch must be padded, not packed", packing)
+        hint = "call the whole model with cu_seq_lens_q, or pad the batch"
+        must = "packed rows must come as linmu_sequence"
+        require(not packing, "SelfAttentionAdapter", must, packing, hint)
         cache = past_key_values if cache is None else cache
         must, hint = "there must be no cache, as states cannot be exported", "export with use_cache=False"
         require(cache is None or not torch.compiler.is_exporting(), "torch.export", must, "a cache", hint)
@@ -70,6 +76,7 @@ class SelfAttentionAdapter:
             valid=valid_tokens(attention_mask, hidden_states.shape[1]),
             position_embeddings=position_embeddings,
             state=None if slot is None else slot.donate(),
+            sequence=linmu_sequence if linmu_layout is None else None,  # which a layout says itself
         )
         if slot is not None:
             slot.store(state, hidden_states.shape[1])

@@ -7,7 +7,7 @@ Put before a family's class:  class LinMUQwen2VL...(LinMUModel, Qwen2VLForCondit
 How each layer learns where the vision tokens are: forward lets the family's `PromptLayout` find them, makes
 one `VisionLayout` of their coordinates, and passes it to every layer as the keyword `linmu_layout`. In
 generate(), where Hugging Face has replaced pixels and grids by embeddings, the coordinates come as
-`linmu_coords`.
+`linmu_coords`. The samples of packed rows are found too, and passed to every layer as `linmu_sequence`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from ..numerics import accumulation_dtype
 from ..prompts.grids import placement_coords
 from .backend import Backend, backend_of
 from .cache import CACHE_NAME, name_cache
-from .generation import StudentGeneration
+from .generation import StudentGeneration, has_m_rope, rope_index
 from .mixer import as_self_attn
+from .packed_rows import started_anew, take_samples
+from .quantised import refuse_not_finite, refuse_packed, summary
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
 
@@ -65,23 +67,30 @@ def mixers(model: nn.Module) -> dict[int, MMATE]:
 def with_vision_layout(forward: Callable) -> Callable:
     """Make of a family's forward one that tells the layers where the vision tokens are.
 
-    It takes one argument more: `linmu_coords`, (B, L, 4) int64 as in `VisionLayout`, for those who pass
-    `inputs_embeds`; by default the coordinates come from `input_ids` and the grids.
+    It takes two arguments more: `linmu_coords`, (B, L, 4) int64 as in `VisionLayout`, for those who pass
+    `inputs_embeds`; by default the coordinates come from `input_ids` and the grids. And `linmu_sequence`, (B,
+    L) int64, the samples of packed rows, which may be padded; by default `packed_rows` finds them.
     """
     base = inspect.signature(forward)
 
     @wraps(forward)
-    def forward_with_layout(self, *args, linmu_coords: Tensor | None = None, **kwargs):
+    def forward_with_layout(
+        self, *args, linmu_coords: Tensor | None = None, linmu_sequence: Tensor | None = None, **kwargs
+    ):
         kwargs = base.bind_partial(self, *args, **kwargs).arguments
         kwargs |= kwargs.pop("kwargs", {})
         del kwargs["self"]
         name_cache(kwargs)
-        kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs)
+        sequence = self.take_samples(linmu_sequence, kwargs)
+        kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs, sequence)
+        if sequence is not None:
+            kwargs["linmu_sequence"] = sequence
         return forward(self, **kwargs)
 
-    own = inspect.Parameter("linmu_coords", inspect.Parameter.KEYWORD_ONLY, default=None)
+    names = ("linmu_coords", "linmu_sequence")
+    own = (inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names)
     *named, wildcard = base.parameters.values()
-    forward_with_layout.__signature__ = base.replace(parameters=[*named, own, wildcard])
+    forward_with_layout.__signature__ = base.replace(parameters=[*named, *own, wildcard])
     return forward_with_layout
 
 
@@ -145,7 +154,7 @@ class LinMUModel(StudentGeneration):
         """Open a student's folder, as any Hugging Face model is opened.
 
         Raises:
-            ValueError: if the folder's tensors are damaged, or not exactly this model's.
+            ValueError: if the folder's tensors are damaged, not exactly this model's, or cannot be quantised.
         """
         kwargs.setdefault("use_safetensors", True)
         kwargs["ignore_mismatched_sizes"] = True  # reported below, with missing keys
@@ -159,20 +168,50 @@ class LinMUModel(StudentGeneration):
                 "the folder must hold exactly this student's tensors",
             )
             require(not names, where, must, f"{kind.replace('_', ' ')}: {listing}", "save the student again")
+        if getattr(model, "hf_quantizer", None) is not None:
+            refuse_not_finite(model)
+            logger.warning(summary(model))
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Save a folder that is ready for the Hub: safetensors, configurations and a model card."""
+        """Save a folder that is ready for the Hub: safetensors, configurations and a model card.
+
+        Raises:
+            ValueError: for 4-bit weights that a forward on a CPU has packed anew.
+        """
+        refuse_packed(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_card(self, save_directory)
 
-    def vision_layout(self, coords: Tensor | None, kwargs: dict[str, Any]) -> VisionLayout | None:
+    def take_samples(self, sequence: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """Return the samples of packed rows, `packed_rows.take_samples`; None = one a row.
+
+        Positions start anew in each, if the caller has none; M-RoPE's also if there are pictures and only the
+        text's positions are given, which tell of the samples and no more.
+        """
+        sequence = take_samples(type(self).__name__, sequence, kwargs)
+        positions = kwargs.get("position_ids")
+        if sequence is None:
+            return None
+        if has_m_rope(self, kwargs) and (positions is None or positions.ndim == 2):
+            positions = rope_index(self, kwargs)[0]  # (3, B, L)
+        elif positions is None:
+            positions = torch.arange(sequence.shape[1], device=sequence.device).expand(sequence.shape)
+        else:
+            return sequence
+        kwargs["position_ids"] = started_anew(positions, sequence, kwargs["attention_mask"].bool())
+        return sequence
+
+    def vision_layout(
+        self, coords: Tensor | None, kwargs: dict[str, Any], sequence: Tensor | None = None
+    ) -> VisionLayout | None:
         """Return the layout of one forward's tokens; None = all text.
 
         Args:
             coords: (B, L, 4) int64 if the caller knows them.
             kwargs: the forward's arguments.
+            sequence: (B, L) int64, the samples of packed rows; None = one a row.
         Raises:
             ValueError: if `coords` are missing for `inputs_embeds`, or tokens and grids do not fit.
         Warns:
@@ -197,7 +236,7 @@ class LinMUModel(StudentGeneration):
             coords = self.picture_coords(input_ids, kwargs)
         if coords is None or not bool((coords >= 0).any()):
             return None
-        return self.linmu_backend.VisionLayout(coords.to(tokens.device))
+        return self.linmu_backend.VisionLayout(coords.to(tokens.device), sequence)
 
     def picture_coords(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Return (B, L, 4) of a forward's pictures; None = text, whatever the ids.

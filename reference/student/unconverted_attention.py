@@ -2,8 +2,8 @@
 
 Converted layers want the padding mask as it is, (B, S) bool, S tokens seen so far and now; building the usual
 (B, 1, L, S) mask for them would cost what LinMU saves. So the decoder's attention implementation is "linmu":
-its mask function passes the padding mask on, or None without padding, and its attention makes of it what
-softmax needs.
+its mask function passes the padding mask on, or None without padding, and its attention makes of it, and of
+the samples of packed rows, what softmax needs.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def padding_mask(
     Returns:
         (B, S) bool, or None if there is no padding.
     Raises:
-        ValueError: for packed sequences and sliding windows.
+        ValueError: for sliding windows, and for packed sequences of which the model's forward was not told.
     """
     require(
         mask_function is causal_mask_function,
         "padding_mask",
         "attention must be plain causal",
         "packed sequences or a sliding window",
-        "pad the batch instead, with an attention_mask; for torch.export pass one in any case",
+        "call the whole model, for torch.compile and torch.export with an attention_mask in any case",
     )
     compiled = torch.compiler.is_compiling()  # a graph cannot depend on what the mask holds
     if attention_mask is None or (not compiled and bool(attention_mask.all())):
@@ -53,24 +53,33 @@ def padding_mask(
 
 
 def causal_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    linmu_sequence: Tensor | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
-    """Causal softmax attention under a padding mask.
+    """Causal softmax attention under a padding mask, in each sample of packed rows.
 
     Args:
         module: the attention layer.
         query: (B, H, L, N), the last L of S tokens.
         key, value: (B, G, S, N).
         attention_mask: (B, S) bool, True = not padding; None = no padding.
+        linmu_sequence: (B, L) int64, the sample of a token; then S = L. None = one a row.
         **kwargs: as Hugging Face passes them.
     Returns:
         (B, L, H, N), and None in the place of attention weights. Padding attends to itself.
     """
     length, total = query.shape[2], key.shape[2]
-    if attention_mask is not None or 1 < length < total:
+    if attention_mask is not None or linmu_sequence is not None or 1 < length < total:
         queries = torch.arange(total - length, total, device=query.device)[:, None]
         keys = torch.arange(total, device=query.device)
         mask = (keys <= queries)[None]  # (1, L, S)
+        if linmu_sequence is not None:
+            mask = mask & (linmu_sequence[:, :, None] == linmu_sequence[:, None, :])  # (B, L, S)
         if attention_mask is not None:
             mask = (mask & attention_mask[:, None]) | (keys == queries)  # (B, L, S)
         attention_mask = mask[:, None].expand(query.shape[0], 1, length, total)

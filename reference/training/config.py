@@ -56,8 +56,22 @@ class SampleSettings:
     """bound on the frames of a video, evenly thinned; 0 = all"""
     group_by_length: bool = False
     """fill batches with samples of about one length, so that little is padded"""
+    packing: bool = False
+    """lay the samples of a batch side by side, in rows of a fixed number of tokens, not each in its own"""
+    packing_tokens: int = 0
+    """tokens of a row with --packing, a longer sample is broken; 0 = --max_length"""
     workers: int = 0
     """processes that prepare batches; 0 = the main one"""
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a packed row; 0 = rows are not packed."""
+        return (self.packing_tokens or self.max_length) if self.packing else 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a sample may have; 0 = any number."""
+        return min(filter(None, (self.max_length, self.row_tokens)), default=0)
 
 
 @dataclass(frozen=True)
@@ -248,8 +262,23 @@ def check_settings(config: Config) -> None:
         "log_every",
     ):
         check(flat[name] >= 1, f"--{name} must be at least 1", flat[name])
-    for name in ("max_length", "max_pixels", "max_frames", "workers", "calibration_batches"):
+    for name in (
+        "max_length",
+        "max_pixels",
+        "max_frames",
+        "packing_tokens",
+        "workers",
+        "calibration_batches",
+    ):
         check(flat[name] >= 0, f"--{name} must be 0 or more", flat[name])
+    samples = config.samples
+    must = "--packing must come with the tokens of a row, --packing_tokens or --max_length"
+    check(not samples.packing or samples.row_tokens, must, "neither")
+    check(
+        samples.packing or not samples.packing_tokens,
+        "--packing_tokens must come with --packing",
+        "no --packing",
+    )
 
 
 def check_stage(name: str, stage: StageSettings, runs: bool) -> None:
@@ -312,18 +341,19 @@ PRESETS = {
         stage_ii=replace(DEMO.stage_ii, steps=2000, learning_rate=1e-4, learning_rate_new=5e-4),
         stage_iii=replace(DEMO.stage_iii, steps=10000, learning_rate=5e-5, layer=0.3),
     ),
+    # Tried on SmolLM2-135M, for 16 M tokens: results/smollm2-135m. All steps are 99 M, in rows of 1,024.
     "text": replace(
         DEMO,
         preset="text",
         output="runs/text",
         dtype="bfloat16",
-        mixer=MixerOptions(scan_rope=True, text_only=True),
+        mixer=MixerOptions(scan_rope=True, text_window=256, text_only=True),
         samples=SampleSettings(workers=4),
-        mlps=MLPSettings(mlp_learning_rate=5e-4),
-        optimizer=OptimizerSettings(batch_size=16),
+        mlps=MLPSettings(mlp_learning_rate=1e-3, lora_rank=64),
+        optimizer=OptimizerSettings(batch_size=32),
         watch=WatchSettings(eval_samples=200, save_every=500),
-        stage_i=replace(DEMO.stage_i, steps=50, learning_rate=5e-4, learning_rate_new=2e-3),
-        stage_ii=replace(DEMO.stage_ii, steps=100, learning_rate=3e-4, learning_rate_new=1e-3),
-        stage_iii=replace(DEMO.stage_iii, steps=400, learning_rate=3e-4, layer=0.3),
+        stage_i=replace(DEMO.stage_i, steps=50, learning_rate=2e-3, learning_rate_new=8e-3),
+        stage_ii=replace(DEMO.stage_ii, steps=80, learning_rate=1e-3, learning_rate_new=3e-3),
+        stage_iii=replace(DEMO.stage_iii, steps=2900, learning_rate=1e-3, learning_rate_new=2e-3, layer=0.3),
     ),
 }

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, se
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..demo import TEACHER
+from ..prompts.packing_collator import PackingCollator
 from ..student.backend import backend_of
 from ..student.convert import convert
 from .calibration import calibrate_norms
@@ -93,6 +94,8 @@ class Run:
         with refused_as_teacher(self.teacher):
             self.processor = open_processor(self.teacher)
             self.encoder = chat_collator(self.processor, self.config.samples)
+        row_tokens = self.config.samples.row_tokens
+        self.collator = PackingCollator(self.encoder, row_tokens) if row_tokens else self.encoder
         world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
         self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
         self.held_out = HeldOut(held_out, self.encoder, self.config)
@@ -276,7 +279,7 @@ class Run:
             model=lesson,
             args=arguments,
             train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
-            data_collator=self.encoder.with_names,
+            data_collator=self.collator.with_names,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Progress(stage.name, self.folder / "metrics.jsonl"))

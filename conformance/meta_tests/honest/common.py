@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from linmu.reference.checks import require_int64
 from linmu.reference.numerics import accumulation_dtype, without_autocast
 from linmu.reference.scan import check_bidirectional, check_scan, check_step
 
@@ -21,12 +25,14 @@ def make_operators(scan: Scan) -> tuple[Callable, Callable, Callable]:
             (y, final state).
     """
 
+    @of_packed_rows("mask")
     @without_autocast
     def selective_scan(x, dt, A, B, C, *, mask=None, initial_state=None, reverse=False):
         check_scan("selective_scan", x, dt, A, B, C, mask=mask, initial_state=initial_state)
         y, state = masked_scan(scan, x, dt, A, B, C, mask, initial_state, reverse)
         return y.to(x.dtype), state
 
+    @of_packed_rows("valid")
     @without_autocast
     def bidirectional_scan(x, dt, A, B, C, *, gate, segment=None, valid=None, D=None, initial_state=None):
         where = "bidirectional_scan"
@@ -60,6 +66,44 @@ def make_operators(scan: Scan) -> tuple[Callable, Callable, Callable]:
         return y[:, 0], state
 
     return selective_scan, bidirectional_scan, scan_step
+
+
+def of_packed_rows(mask_name: str) -> Callable:
+    """Give an operator of rows `sequence`: it runs once for each sample of a row, all other tokens masked."""
+
+    def decorate(operator: Callable) -> Callable:
+        @wraps(operator)
+        def call(*tensors: Tensor, sequence=None, initial_state=None, **given: Any) -> tuple[Tensor, Tensor]:
+            if sequence is None:
+                return operator(*tensors, initial_state=initial_state, **given)
+            tokens = (*tensors, given.get("x"), given.get("u"))
+            shape = next(each for each in tokens if each is not None).shape[:2]
+            require_int64(operator.__name__, "sequence", sequence, shape, "B, L")
+            mask = given.get(mask_name)
+            mask = torch.ones(shape, dtype=torch.bool, device=sequence.device) if mask is None else mask
+            number, total, state = sample_numbers(sequence, mask, given.get("reverse", False)), 0, None
+            for sample in range(int(number.max()) + 1):
+                own, start = mask & (number == sample), initial_state if sample == 0 else None
+                y, end = operator(*tensors, initial_state=start, **given | {mask_name: own})
+                there = own.any(1).view(-1, *(1,) * (end.ndim - 1))
+                total, state = total + y, end if state is None else torch.where(there, end, state)
+            return total, state
+
+        return call
+
+    return decorate
+
+
+def sample_numbers(sequence: Tensor, mask: Tensor, reverse: bool) -> Tensor:
+    """(B, L): the samples of each row numbered from 0 in the direction of the scan; ids of masked tokens say
+    nothing."""
+    number = torch.zeros_like(sequence)
+    for row, kept in enumerate(mask):
+        places = kept.nonzero().flatten().tolist()
+        places = places[::-1] if reverse else places
+        for before, place in pairwise(places):
+            number[row, place] = number[row, before] + int(sequence[row, place] != sequence[row, before])
+    return number
 
 
 def masked_scan(scan: Scan, x, dt, A, B, C, mask, initial_state, reverse: bool) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from linmu.reference.causal_conv import check_conv
 from linmu.reference.numerics import accumulation_dtype
 from linmu.reference.window_attention import check_window_attention
 
-from .common import make_operators
+from .common import make_operators, of_packed_rows
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_platforms", "cpu")
@@ -111,6 +111,7 @@ def causal_conv_in_jax(u, weight, bias, places, mask):
     return (((seen * weight.T).sum(2) + bias) * mask[..., None],)
 
 
+@of_packed_rows("mask")
 def causal_conv(u, weight, bias=None, *, mask=None, initial_state=None):
     check_conv("causal_conv", u, weight, bias, mask, initial_state)
     wide, dtype, (batch, length, channels) = accumulation_dtype(u.dtype), u.dtype, u.shape

@@ -11,14 +11,19 @@ import pytest
 import torch
 
 from linmu import optimized
-from linmu.optimized import benchmark
+from linmu.optimized import benchmark, graphs
 from linmu.optimized.benchmarks import decoding, kernels, models, training
+from linmu.optimized.benchmarks import graphs as bench_graphs
 from linmu.optimized.benchmarks.cases import Case, LeftOutError, measure_all
 from linmu.optimized.benchmarks.counts import Sizes, attention_counts, scan_counts, window_counts
 from linmu.optimized.benchmarks.problems import WINDOW, prompt, window_problem
 from linmu.optimized.benchmarks.report import Report
 from linmu.optimized.benchmarks.results import crossover, growth_exponent, with_ratios
 from linmu.optimized.benchmarks.timing import Ceilings, time_calls
+from linmu.optimized.graphs import install
+from linmu.optimized.graphs.decoder import GraphedDecoder, Limits
+
+from ..student.tape import tape
 
 CPU = torch.device("cpu")
 SIZES = Sizes(heads=2, groups=1, head_dim=16)
@@ -306,6 +311,25 @@ def test_a_chain_of_steps_gives_the_tokens_that_the_model_gives(method):
     assert torch.equal(found, whole[:, -1:])
 
 
+def test_short_prompts_and_generate_are_measured_with_graphs_and_without(monkeypatch, tmp_path):
+    """Every method gives a line; only the capture, and the GPU's own times, need a GPU."""
+    limits = Limits((512,), 8, 4096, 4)
+    monkeypatch.setattr(graphs, "accelerate", lambda model: install(model, limits, lambda: tape))
+    for name, value in {"PROMPT": 320, "FEW": 1, "MANY": 2}.items():
+        monkeypatch.setattr(bench_graphs, name, value)
+    monkeypatch.setattr(bench_graphs, "wall_and_busy", partial(bench_graphs.wall_and_busy, most=1))
+    pair = models.Pair("small", 1, SETTING, prepared=False)
+    cases = [*bench_graphs.short_prompt_cases(pair, [320], SETTING, lambda *_: 0)]
+    cases += [*bench_graphs.generate_cases(pair, SETTING, lambda *_: 0)][:1]
+    report = Report(tmp_path, {"device": "a CPU"})
+    measure_all(cases, report.keep)
+    assert [line["status"] for line in report.lines] == ["ok"] * 5
+    assert {line["method"] for line in report.lines} == set(bench_graphs.PROMPT_METHODS)
+    assert not isinstance(pair.model("LinMU").get_decoder().forward, GraphedDecoder)
+    report.keep(report.lines[0] | {"busy": 0.0125, "length": 640})
+    assert "| busy ms |" in report.markdown() and "| 12.5 |" in report.markdown()
+
+
 def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
     report = Report(tmp_path, {"device": "a GPU"})
     line = {"size": "7B", "length": 32768, "status": "ok", "seconds": 0.1, "low": 0.1, "high": 0.1}
@@ -325,7 +349,7 @@ def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
     [
         (
             ["--quick", "--only", "scan"],
-            "--only must be among kernels,windows,model,decode,training, got scan",
+            "--only must be among kernels,windows,model,graphs,decode,training, got scan",
         ),
         (["--quick", "--lengths", "64"], "--lengths must be at least 320, got 64"),
         (["--quick", "--sizes", "28x4"], "--sizes like 28x4x128"),

@@ -34,9 +34,12 @@ for kind in (type(model), type(config)):
 # Runs each argument in a process of its own, forked from one that has the slow parts of transformers in
 # memory, but not yet `transformers` itself; prints those that fail.
 FORK_EACH = """
-import os, sys, traceback
+import gc, os, sys, traceback
 import transformers.models.auto.modeling_auto, transformers.models.auto.processing_auto
+import transformers.generation
+import transformers.models.qwen2.modeling_qwen2, transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
 del sys.modules["transformers"]
+gc.freeze()  # each fork's collector would look at, and so copy, all that was imported
 for code in sys.argv[1:]:
     child = os.fork()
     if not child:

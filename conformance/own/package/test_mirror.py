@@ -10,7 +10,7 @@ import pytest
 
 from linmu import optimized, reference
 
-OWN_NAMES = {"get_engine", "set_engine"}  # what only a backend with engines has
+OWN_NAMES = {"accelerate", "get_engine", "set_engine", "unaccelerate"}  # of kernels and their launches
 NAMES = sorted(reference.__all__)
 MODULES = ("FlexMA", "LocalSwin", "MMATE")
 

@@ -1,11 +1,10 @@
-"""Two processes train students by plain DDP, one of them on text alone; gradients go to the folder named."""
+"""Two processes train students by plain DDP, one of them on text alone; gradients go to a folder."""
 
 from __future__ import annotations
 
 import datetime
 import importlib
-import os
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,7 +41,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def main(folder: str) -> None:
+def train(folder: Path) -> None:
+    """What each process does."""
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
     for family, package in STUDENTS:
         tiny = BUILDERS[family]()
@@ -52,10 +52,5 @@ def main(folder: str) -> None:
             model.zero_grad()
             model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
         if dist.get_rank() == 0:
-            save_file(gradients(model.module), f"{folder}/{family}-{package}.safetensors")
+            save_file(gradients(model.module), folder / f"{family}-{package}.safetensors")
     dist.barrier()
-    os._exit(0)  # gloo's threads now and then do not end with the interpreter
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

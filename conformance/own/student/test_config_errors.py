@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from linmu.reference import LinMUConfig, VisionLayout
+from linmu import optimized, reference
+from linmu.reference import LinMUConfig
 
-from ...properties.test_errors import assert_says, half_text, interleaved
+from ...properties.test_errors import LAYOUT, assert_says, half_text, interleaved
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,29 @@ def test_an_impossible_configuration_is_refused(changes, words):
     assert_says(lambda: LinMUConfig(**{**sizes, **changes}), "LinMUConfig", words)
 
 
-def test_an_impossible_layout_is_refused():
+@pytest.mark.parametrize("backend", (reference, optimized), ids=("reference", "optimized"))
+def test_an_impossible_layout_is_refused(backend):
     """A layout is checked once, when it is made."""
-    assert_says(lambda: VisionLayout(interleaved()), "VisionLayout", ("interleave",))
-    assert_says(lambda: VisionLayout(half_text()), "VisionLayout", ("-1",))
+    layout, coords, samples = backend.VisionLayout, LAYOUT.coords, torch.zeros(2, 5, dtype=torch.int64)
+    assert_says(lambda: layout(interleaved()), "VisionLayout", ("interleave",))
+    assert_says(lambda: layout(half_text()), "VisionLayout", ("-1",))
+    assert_says(lambda: layout(coords, samples[:, :4]), "VisionLayout", ("sequence", "(2, 4)"))
+    assert_says(lambda: layout(coords, samples.int()), "VisionLayout", ("sequence", "int64"))
+    layout(coords, samples)
+    samples[0, 3:] = 7
+    split = ("one sample", "row 0", "segment 0", "[0, 7]")
+    assert_says(lambda: layout(coords, samples), "VisionLayout", split)
+
+
+@pytest.mark.parametrize("name", ("FlexMA", "LocalSwin"))
+@pytest.mark.parametrize("backend", (reference, optimized), ids=("reference", "optimized"))
+def test_samples_are_told_once(backend, name):
+    """By the layout where there is one: what a caller says beside it might be something else."""
+    module = getattr(backend, name)(LinMUConfig(width=6, heads=2, groups=1, head_dim=2), 0)
+    u, samples = torch.zeros(2, 5, 6), torch.zeros(2, 5, dtype=torch.int64)
+    angles = (torch.ones(1, 5, 2), torch.zeros(1, 5, 2))
+
+    def call():
+        return module(u, backend.VisionLayout(LAYOUT.coords), sequence=samples, position_embeddings=angles)
+
+    assert_says(call, name, ("sequence", "VisionLayout(coords, sequence)"))

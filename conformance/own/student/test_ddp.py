@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .ddp_steps import STUDENTS, batches, gradients, student_of
+from ..ranks import run_ranks
+from .ddp_steps import STUDENTS, batches, gradients, student_of, train
 from .tiny_families import BUILDERS
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The folder of gradients that two processes wrote."""
     folder = tmp_path_factory.mktemp("gradients")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launch += [
-        "--master_port",
-        str(free_port()),
-        "-m",
-        "linmu.conformance.own.student.ddp_steps",
-        str(folder),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks(2, folder, train, folder)
     return folder
 
 

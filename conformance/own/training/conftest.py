@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
+
+from .figures import undrawn
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +18,10 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     folder = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="package", autouse=True)
+def short_runs() -> Iterator[None]:
+    """Runs draw no figures, and do not wait for the disk: `fstat`, too, refuses what is no open file."""
+    with undrawn(), mock.patch.object(os, "fsync", os.fstat):
+        yield

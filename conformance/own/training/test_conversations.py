@@ -128,7 +128,7 @@ def test_images_and_frames_shrink_to_max_pixels(folder):
 BROKEN = {
     "bad JSON": ("{", "JSONDecodeError"),
     "no object": ("[]", "ValueError: a sample must be an object"),
-    "no messages": ({"text": "x"}, "must have a list of messages"),
+    "no messages": ({"question": "x"}, "must have a list of messages"),
     "no turns": ({"messages": []}, "must have a list of messages"),
     "a user speaks last": ({"messages": [ASK]}, r"roles must be user and assistant in turns.*\['user'\]"),
     "the same role twice": ({"messages": [ASK, ASK, SAY]}, "roles must be"),

@@ -77,7 +77,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_unbroken_one
     while True:
         folder = tmp_path / "killed"
         child = run_in_child(folder)
-        child.join(draw.uniform(0.2, 3.0) if kills < wanted else None)
+        child.join(draw.uniform(0.2, 1.4) if kills < wanted else None)  # a run takes about as long
         if child.is_alive():
             child.kill()
             child.join()

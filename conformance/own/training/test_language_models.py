@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,6 +106,20 @@ def test_a_document_is_supervised_throughout_and_padding_is_not(teacher):
     decoded = [collator.processor.tokenizer.decode(ids[ids != IGNORED]) for ids in batch["labels"]]
     assert decoded == DOCUMENTS[:2]
     assert batch["attention_mask"].sum(1).tolist() == [len(text) for text in DOCUMENTS[:2]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_documents_and_pictures_may_share_a_batch_of_a_teacher_that_sees(side):
+    collator = ChatCollator(load_processor(str(TEACHER), padding_side=side))
+    seen = row()["messages"]
+    seen[0]["content"][1]["image"] = Image.new("RGB", (48, 48))
+    items = [{"kind": "all", "messages": seen}, {"kind": "all", "text": "read row 3. 1 2 3"}]
+    batch, alone = collator(items), collator([items[1]])
+    own = batch["attention_mask"][1].bool()
+    assert batch["input_ids"].shape == batch["mm_token_type_ids"].shape == batch["labels"].shape
+    assert batch["input_ids"][1][own].tolist() == alone["input_ids"][0].tolist()
+    assert not batch["mm_token_type_ids"][1].any() and batch["mm_token_type_ids"][0].any()
+    assert batch["labels"][1][own].tolist() == alone["labels"][0].tolist()
 
 
 def test_broken_documents_are_refused_by_what_is_wrong(teacher, data):

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.safety.distributed_means import share
 
+from ..ranks import free_port
 from .flags import steps
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,12 +96,6 @@ def load_on_the_first_process_alone(rank: int) -> None:
         return model
 
     PreTrainedModel.from_pretrained = classmethod(load_zeros)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run_together(arguments: list[str], environment: dict[str, str] | None = None) -> None:

@@ -22,6 +22,7 @@ from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
 from linmu.reference.training.stages import stage_of
 
+from .figures import drawn
 from .flags import steps
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -172,7 +173,8 @@ def test_the_ablation_leaves_out_one_thing_at_a_time(tmp_path, capsys, pytestcon
     few = ["without stage ii", "without Local-Swin", "without Flex-MA"]
     names = list(VARIANTS) if pytestconfig.getoption("thorough") else few
     flags = [*TINY, *steps(1, 1, 1), "--output", str(tmp_path), "--calibration_batches", "0"]
-    main(["ablate", "--seeds", "1", "--variants", ",".join(names), *flags])
+    with drawn():
+        main(["ablate", "--seeds", "1", "--variants", ",".join(names), *flags])
     table = (tmp_path / "ablation.md").read_text()
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == names
     assert table in capsys.readouterr().out and (tmp_path / "ablation.png").is_file()

@@ -15,6 +15,7 @@ from linmu.reference.training.evaluation.evaluation import evaluate
 from linmu.reference.training.progress import append_json, forget_after, read_metrics
 
 from ..student.tiny_checkpoint import build_teacher, every_kind, shake_mixers
+from .figures import drawn
 from .flags import steps
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -26,7 +27,8 @@ TINY += ["--save_every", "9", "--log_every", "1", "--cpu", "--backend", "optimiz
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("watched") / "run"
-    main([*TINY, "--report", "tensorboard", "--output", str(folder)])
+    with drawn():
+        main([*TINY, "--report", "tensorboard", "--output", str(folder)])
     return folder
 
 

@@ -38,13 +38,13 @@ HELD_MEMORY = 115 * 1024  # bytes that it takes at most
 
 @triton.jit
 def output_kernel(
-    X, B, C, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, VALID, FORWARD_READ_DECAY,
-    REVERSE_READ_DECAY, FORWARD_STATE, REVERSE_STATE, D, ORDER, NORM, Y, Y_BEFORE_NORM,
+    X, B, C, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, BEGIN, VALID,
+    FORWARD_READ_DECAY, REVERSE_READ_DECAY, FORWARD_STATE, REVERSE_STATE, D, ORDER, NORM, Y, Y_BEFORE_NORM,
     x_batch, x_token, x_head, b_batch, b_token, b_head, c_batch, c_token, c_head, length, chunks, eps,
     HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     STEP: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_VISION: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_NORM: tl.constexpr, SAVES_Y: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_VISION: tl.constexpr, HAS_SEQUENCE: tl.constexpr, HAS_SKIP: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_NORM: tl.constexpr, SAVES_Y: tl.constexpr,
 ):  # fmt: skip
     """Eq. (3): both directions of the reference's `bidirectional_scan`, one part of a chunk of one head; then
     its `rms_norm_per_head`, and `permute_tokens` back to where ORDER took the tokens from.
@@ -82,7 +82,9 @@ def output_kernel(
         weights *= pair_decay(
             i[:, None], j[None, :], FORWARD_SUM, REVERSE_SUM, at[:, None], at_j[None, :], HAS_VISION
         )
-        before, together = pair_masks(i[:, None], j[None, :], SEGMENT, at_segment, HAS_VISION)
+        before, together = pair_masks(
+            i[:, None], j[None, :], SEGMENT, BEGIN, at_segment, HAS_VISION, HAS_SEQUENCE
+        )
         weights *= pair_gates(before, together, FORWARD_GATE, REVERSE_GATE, at[:, None], HAS_VISION)
         weights *= tl.load(DT + at_j)[None, :]
         if HAS_SKIP:  # a token writes to itself

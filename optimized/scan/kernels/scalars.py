@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...engine.launch import as_bytes, ceil_div, power_of_2
+from ...engine.launch import as_bytes, ceil_div, contiguous, power_of_2
 from ...layout.segments import next_segment, openings_of, vision_mask
 from ..operator import ScanInputs
 from .tiles import decayed, token_rows
@@ -38,6 +38,7 @@ class Scalars:
     segment: Tensor | None  # (B, K, C) int32, -1 on text and where masked
     opens: Tensor | None  # (B, K + 1) int64: `next_segment`
     valid: Tensor | None  # (B, L) bytes
+    begin: Tensor | None  # (B, K, C) int32: where the token's sample does, from the chunk's start, < 0 before
 
     @property
     def gated_read(self) -> Tensor:
@@ -55,12 +56,14 @@ class Scalars:
             "FORWARD_GATE": self.gates[0] if both else None,
             "REVERSE_GATE": self.gates[1] if both else None,
             "SEGMENT": self.segment,
+            "BEGIN": self.begin,
             "VALID": self.valid,
             "chunks": chunks,
             "HEADS": heads,
             "CHUNK": chunk,
             "HAS_VALID": self.valid is not None,
             "HAS_VISION": both,
+            "HAS_SEQUENCE": self.begin is not None,
         }
 
     def by_direction(self, name: str, tensor: Tensor) -> dict[str, Tensor | None]:
@@ -83,10 +86,11 @@ def summed_steps(dt, rate):
 
 @triton.jit
 def scalars_kernel(
-    TIME_STEP, A, GATE, IDS, VALID, OPENS, DT, SUMS, GATES, READ_DECAY, WRITE_WEIGHT, CHUNK_DECAY, SEGMENT,
+    TIME_STEP, A, GATE, IDS, VALID, OPENS, BEGINS, DT, SUMS, GATES, READ_DECAY, WRITE_WEIGHT, CHUNK_DECAY,
+    SEGMENT, BEGIN,
     step_batch, step_token, step_head, gate_batch, gate_token, gate_head, length, chunks,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_VISION: tl.constexpr,
+    HAS_VISION: tl.constexpr, HAS_SEQUENCE: tl.constexpr,
 ):  # fmt: skip
     """`scan_decays`, and the weights of reads and writes, for one chunk and a block of heads."""
     chunk = tl.program_id(0)
@@ -103,9 +107,23 @@ def scalars_kernel(
     at = at_chunk[None, :] * CHUNK + place
     tl.store(DT + at, dt, mask=real)
     tl.store(SUMS + at, forward_sum.to(tl.float32), mask=real)
-    tl.store(READ_DECAY + at, decayed(forward_sum.to(tl.float32)), mask=real)
-    tl.store(WRITE_WEIGHT + at, decayed((end[None, :] - forward_sum).to(tl.float32)) * dt, mask=real)
-    tl.store(CHUNK_DECAY + at_chunk, decayed(end.to(tl.float32)), mask=heads < HEADS)
+    read, passed = decayed(forward_sum.to(tl.float32)), decayed(end.to(tl.float32))
+    write = decayed((end[None, :] - forward_sum).to(tl.float32)) * dt
+    if (
+        HAS_SEQUENCE
+    ):  # the state that enters is of a sample that begins before, what leaves is of the last one
+        first = tl.cast(chunk, tl.int64) * CHUNK
+        last = tl.load(BEGINS + batch * length + tl.minimum(first + CHUNK, length) - 1)
+        begin = tl.load(BEGINS + batch * length + rows, mask=rows < length, other=0)
+        begin = (tl.where(rows < length, begin, last) - first)[:, None]
+        if tl.program_id(1) == 0:
+            tl.store(BEGIN + (batch * chunks + chunk) * CHUNK + place, begin.to(tl.int32))
+        read = tl.where(begin < 0, read, 0.0)
+        write = tl.where(place >= last - first, write, 0.0)
+        passed = tl.where(last < first, passed, 0.0)
+    tl.store(READ_DECAY + at, read, mask=real)
+    tl.store(WRITE_WEIGHT + at, write, mask=real)
+    tl.store(CHUNK_DECAY + at_chunk, passed, mask=heads < HEADS)
     if HAS_VISION:
         beyond = tl.cast(tl.num_programs(2), tl.int64) * chunks * HEADS  # the next direction's chunks
         segment = tl.load(IDS + batch * length + rows, mask=valid, other=-1)[:, None]
@@ -173,6 +191,7 @@ def scan_scalars(inputs: ScanInputs, chunk: int) -> Scalars:
         segment=None if segment is None else empty(batch, chunks, chunk).view(torch.int32),
         opens=opens,
         valid=as_bytes(inputs.valid),
+        begin=None if inputs.begins is None else inputs.begins.new_empty(batch, chunks, chunk),
     )
     block = min(HEADS_AT_ONCE, power_of_2(heads))
     scalars_kernel[(chunks, ceil_div(heads, block), batch)](
@@ -182,6 +201,7 @@ def scan_scalars(inputs: ScanInputs, chunk: int) -> Scalars:
         segment,
         scalars.valid,
         opens,
+        contiguous(inputs.begins),
         scalars.dt,
         scalars.sums,
         scalars.gates,
@@ -189,6 +209,7 @@ def scan_scalars(inputs: ScanInputs, chunk: int) -> Scalars:
         scalars.write_weight,
         scalars.chunk_decay,
         scalars.segment,
+        scalars.begin,
         *dt.stride(),
         *((0, 0, 0) if gate is None else gate.stride()),
         length=length,
@@ -198,5 +219,6 @@ def scan_scalars(inputs: ScanInputs, chunk: int) -> Scalars:
         CHUNK=chunk,
         HAS_VALID=scalars.valid is not None,
         HAS_VISION=segment is not None,
+        HAS_SEQUENCE=scalars.begin is not None,
     )
     return scalars

@@ -62,13 +62,15 @@ def along(POINTER, at):
 
 
 @triton.jit
-def pair_masks(i, j, SEGMENT, at, HAS_VISION: tl.constexpr):
+def pair_masks(i, j, SEGMENT, BEGIN, at, HAS_VISION: tl.constexpr, HAS_SEQUENCE: tl.constexpr):
     """Where readers i and writers j, places of one chunk along either axis, are a pair of the forward and of
     the reverse direction."""
-    together = j >= i
+    before, together = j <= i, j >= i
+    if HAS_SEQUENCE:
+        before = before & (j >= along(BEGIN, at + i))
     if HAS_VISION:
         together = together & (along(SEGMENT, at + i) == along(SEGMENT, at + j))
-    return j <= i, together
+    return before, together
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def pair_decay(i, j, FORWARD_SUM, REVERSE_SUM, at_i, at_j, HAS_VISION: tl.conste
 
 @triton.jit
 def pair_gates(before, together, FORWARD_GATE, REVERSE_GATE, at_i, HAS_VISION: tl.constexpr):
-    """gF_i [j≤i] + gR_i [j≥i, one segment] of eq. (2)."""
+    """gF_i [j≤i, one sample] + gR_i [j≥i, one segment] of eq. (2)."""
     if HAS_VISION:
         gates = tl.where(before, along(FORWARD_GATE, at_i), 0.0)
         return gates + tl.where(together, along(REVERSE_GATE, at_i), 0.0)

@@ -32,14 +32,14 @@ from ..kernels.tiles import (
 
 @triton.jit
 def reader_kernel(
-    X, B, C, Y_GRAD, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, VALID,
+    X, B, C, Y_GRAD, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, BEGIN, VALID,
     FORWARD_READ_DECAY, REVERSE_READ_DECAY, FORWARD_STATE, REVERSE_STATE, C_GRAD, SKIP_GRAD, GATE_GRAD,
     FORWARD_SPANS, REVERSE_SPANS, FORWARD_READ_PRODUCT, REVERSE_READ_PRODUCT,
     x_batch, x_token, x_head, b_batch, b_token, b_head, c_batch, c_token, c_head, g_batch, g_token, g_head,
     length, chunks,
     HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     STEP_N: tl.constexpr, STEP_P: tl.constexpr, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_VISION: tl.constexpr,
+    HAS_VISION: tl.constexpr, HAS_SEQUENCE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of C, and the scalars of a chunk of one head: `inside_chunk` and `read_side` of the torch
     engine."""
@@ -75,7 +75,8 @@ def reader_kernel(
     target *= pair_decay(i, j, FORWARD_SUM, REVERSE_SUM, at[:, None], at[None, :], HAS_VISION)
     target *= tl.load(DT + at)[None, :]
     spent = target * pair_products(q, c_token, rows, valid, k, b_token, rows, valid, N, STEP_N, CHUNK)
-    before, together = pair_masks(i, j, SEGMENT, (batch * chunks + chunk) * CHUNK, HAS_VISION)
+    at_segment = (batch * chunks + chunk) * CHUNK
+    before, together = pair_masks(i, j, SEGMENT, BEGIN, at_segment, HAS_VISION, HAS_SEQUENCE)
     if HAS_VISION:
         gate_grad = tl.where(before, spent, 0.0) - tl.where(together, spent, 0.0)
         tl.store(GATE_GRAD + at, tl.sum(gate_grad, 1))

@@ -27,13 +27,13 @@ def product_at(PRODUCT, WEIGHT, at, there):
 
 @triton.jit
 def rates_kernel(
-    A, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, VALID, FORWARD_WRITE_WEIGHT,
+    A, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, BEGIN, VALID, FORWARD_WRITE_WEIGHT,
     REVERSE_WRITE_WEIGHT, FORWARD_CHUNK_DECAY, REVERSE_CHUNK_DECAY, OPENS, FORWARD_STATE_PRODUCT,
     REVERSE_STATE_PRODUCT, FORWARD_SPANS, REVERSE_SPANS, FORWARD_READ_PRODUCT, REVERSE_READ_PRODUCT,
     FORWARD_WRITE_PRODUCT, REVERSE_WRITE_PRODUCT, PAIR_DT, PAIR_GATE, DT_GRAD, A_GRAD, GATE_GRAD,
     length, chunks,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_VISION: tl.constexpr,
+    HAS_VISION: tl.constexpr, HAS_SEQUENCE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of dt, A and the gate for one chunk and a block of heads. That of a = dt A is the sum of
     every product of a write and a read that spans the token: pairs of the chunk, reads of the state that
@@ -58,7 +58,11 @@ def rates_kernel(
     chunk_decay = tl.load(FORWARD_CHUNK_DECAY + at_chunk, mask=inside, other=0.0)
     rate += (chunk_decay * tl.load(FORWARD_STATE_PRODUCT + at_chunk, mask=inside, other=0.0))[None, :]
     end = tl.sum(tl.where(place == CHUNK - 1, forward_sum, 0.0), 0)
-    dt_grad = tl.load(PAIR_DT + at, mask=real, other=0.0) + written * decayed(end[None, :] - forward_sum)
+    reach = decayed(end[None, :] - forward_sum)
+    if HAS_SEQUENCE:  # what leaves the chunk is of its last sample
+        last = tl.load(BEGIN + (batch * chunks + chunk) * CHUNK + CHUNK - 1)
+        reach = tl.where(place >= last, reach, 0.0)
+    dt_grad = tl.load(PAIR_DT + at, mask=real, other=0.0) + written * reach
     out = ((batch * length + rows) * HEADS)[:, None] + heads[None, :]
     where = (rows < length)[:, None] & real
     if HAS_VISION:

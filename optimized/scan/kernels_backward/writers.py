@@ -50,15 +50,15 @@ def through_state(
 
 @triton.jit
 def writer_kernel(
-    X, B, C, Y_GRAD, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, VALID,
+    X, B, C, Y_GRAD, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, BEGIN, VALID,
     FORWARD_WRITE_WEIGHT, REVERSE_WRITE_WEIGHT, FORWARD_STATE, REVERSE_STATE, D, X_GRAD, B_GRAD, DT_GRAD,
     FORWARD_WRITE_PRODUCT, REVERSE_WRITE_PRODUCT,
     x_batch, x_token, x_head, b_batch, b_token, b_head, c_batch, c_token, c_head, g_batch, g_token, g_head,
     length, chunks,
     HEADS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, STEP_N: tl.constexpr, STEP_P: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_VISION: tl.constexpr, HAS_SKIP: tl.constexpr,
-    OF_X: tl.constexpr,
+    ROWS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_VISION: tl.constexpr, HAS_SEQUENCE: tl.constexpr,
+    HAS_SKIP: tl.constexpr, OF_X: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x or of B of a part of a chunk, head by head of a group: `inside_chunk` and
     `write_side` of the torch engine. The launch for B also stores the scalars."""
@@ -87,7 +87,9 @@ def writer_kernel(
             at_i = at_chunk * CHUNK + i
             readers, seen = token_rows(VALID, batch, chunk * CHUNK + other * ROWS, length, ROWS, HAS_VALID)
             scores = pair_products(k, b_token, rows, valid, q, c_token, readers, seen, N, STEP_N, ROWS)
-            before, together = pair_masks(i[None, :], j[:, None], SEGMENT, at_segment, HAS_VISION)
+            before, together = pair_masks(
+                i[None, :], j[:, None], SEGMENT, BEGIN, at_segment, HAS_VISION, HAS_SEQUENCE
+            )
             decay = pair_decay(
                 i[None, :], j[:, None], FORWARD_SUM, REVERSE_SUM, at_i[None, :], at[:, None], HAS_VISION
             )

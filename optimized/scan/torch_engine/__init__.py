@@ -16,6 +16,9 @@ directions, the forward weights below its diagonal, the reverse weights above. A
 eqs. (1) to (4). Time and memory are linear in L; work goes through slabs of chunks small enough for a
 processor's cache.
 
+Of packed rows a pair of (2) is of one sample, and what (3) reads of S_F, and (4) writes to it and leaves of
+it, is 0 for the tokens of another sample than the state's. Segments never lie in two.
+
 forward     eq. (3), then the norm and the order       norm     each head's, both passes
 backward    the gradients, everything recomputed       decays   the scalars of eq. (1)
 states      what enters and leaves the chunks          chunks   the tokens in chunks, and their pairs

@@ -57,6 +57,7 @@ class Chunks:
     segment: Tensor | None  # (K, B, 1, C), -1 where masked; None without any segment
     forward: Direction
     reverse: Direction | None  # None without any segment, or in chunks of text
+    begins: Tensor | None = None  # (K, B, 1, C): where the sample of a token does; None = one sample a row
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -126,6 +127,7 @@ def cut(inputs: ScanInputs) -> Chunks:
         segment=None if segment is None else chunk_first(decays.segment),
         forward=forward_direction(decays),
         reverse=None if segment is None else reverse_direction(decays),
+        begins=None if decays.begins is None else chunk_first(decays.begins),
     )
 
 
@@ -174,6 +176,8 @@ class Pairs:
         """The pairs of a slab. No later token is met by text, so gR may be 1 - gF everywhere."""
         size = slab.C.shape[3]
         earlier = slab.C.new_ones(size, size).tril_()  # and the token itself
+        if slab.begins is not None:
+            earlier = earlier * (slab.begins[..., :, None] == slab.begins[..., None, :])  # (K, B, 1, C, C)
         if slab.reverse is None:
             return cls(None, earlier)
         together = slab.segment[..., :, None] == slab.segment[..., None, :]

@@ -37,6 +37,13 @@ class Decays:
     opens: Tensor | None = (
         None  # (B, K+1): segment of the first vision token from each chunk's start on, or -1
     )
+    begins: Tensor | None = None  # (B, K, 1, C): where the sample of a token does; None = one sample a row
+
+    @property
+    def chunk_start(self) -> Tensor:
+        """(K, 1, 1): the place of each chunk's first token. A sample that begins before enters the chunk."""
+        chunks, size = self.dt.shape[1], self.dt.shape[3]
+        return torch.arange(0, chunks * size, size, device=self.dt.device)[:, None, None]
 
     def exp(self, exponent: Tensor) -> Tensor:
         """e to a sum of steps, at most 1, in the accumulation dtype."""
@@ -44,7 +51,8 @@ class Decays:
 
     def forward_chunk_decay(self) -> Tensor:
         """e^{f_end}: what a chunk leaves of the state that enters it, (B, K, H)."""
-        return self.exp(self.forward_step.sum(-1))
+        decay = self.exp(self.forward_step.sum(-1))
+        return decay if self.begins is None else decay * (self.begins[..., -1] < self.chunk_start[..., 0])
 
     def reverse_chunk_decay(self) -> Tensor:
         """e^{b_end}, 0 where another segment opens inside the chunk, (B, K, H)."""
@@ -52,8 +60,9 @@ class Decays:
         return self.exp(self.reverse_step.sum(-1)) * same[..., None]
 
     def forward_read(self) -> Tensor:
-        """e^{f_i}, without the gate."""
-        return self.exp(self.forward_step.cumsum(-1))
+        """e^{f_i}, without the gate, 0 where the state that enters is of an earlier sample."""
+        read = self.exp(self.forward_step.cumsum(-1))
+        return read if self.begins is None else read * (self.begins < self.chunk_start)
 
     def reverse_read(self) -> Tensor:
         """e^{b_end - b_i}, without the gate, 0 outside the segment that enters at the chunk's end."""
@@ -61,8 +70,9 @@ class Decays:
         return self.exp(reverse_cumsum(self.reverse_step)) * reads
 
     def forward_reach(self) -> Tensor:
-        """e^{f_end - f_j}: what is left of token j's write at the end of its chunk."""
-        return self.exp(F.pad(reverse_cumsum(self.forward_step)[..., 1:], (0, 1)))
+        """e^{f_end - f_j}: what is left of token j's write at the end of its chunk, 0 in earlier samples."""
+        reach = self.exp(F.pad(reverse_cumsum(self.forward_step)[..., 1:], (0, 1)))
+        return reach if self.begins is None else reach * (self.begins == self.begins[..., -1:])
 
     def reverse_reach(self) -> Tensor:
         """e^{b_j}: what is left at the chunk's start, 0 outside the segment that leaves there."""
@@ -89,8 +99,9 @@ def scan_decays(inputs: ScanInputs, chunk: int, dtype: torch.dtype) -> Decays:
 
     dt, A = scalars(inputs.dt, valid), inputs.A.to(dtype)
     step = dt.double() * A.double()[:, None]  # (B, K, H, C)
+    begins = None if inputs.begins is None else split_samples(inputs.begins, chunk)[:, :, None]
     if vision is None:
-        return Decays(dt, step, torch.ones_like(dt[:, :, :1]))
+        return Decays(dt, step, torch.ones_like(dt[:, :, :1]), begins=begins)
     is_vision = split_tokens(vision, chunk, False)[:, :, None]  # (B, K, 1, C)
     forward_gate = scalars(inputs.gate, vision, fill=1)
     return Decays(
@@ -101,6 +112,7 @@ def scan_decays(inputs: ScanInputs, chunk: int, dtype: torch.dtype) -> Decays:
         reverse_gate=(1 - forward_gate) * is_vision,
         segment=split_tokens(torch.where(vision, segment, -1), chunk, -1)[:, :, None],
         opens=next_segment(segment, vision, chunk),
+        begins=begins,
     )
 
 
@@ -141,6 +153,12 @@ def split_tokens(tensor: Tensor, chunk: int, fill: float) -> Tensor:
         tail = tensor.new_full((tensor.shape[0], missing, *tensor.shape[2:]), fill)
         tensor = torch.cat([tensor, tail], dim=1)
     return tensor.unflatten(1, (-1, chunk))
+
+
+def split_samples(begins: Tensor, chunk: int) -> Tensor:
+    """`sample_begins` (B, L) -> (B, K, C), the last chunk filled with what the row ends with."""
+    missing = -begins.shape[1] % chunk
+    return torch.cat([begins, begins[:, -1:].expand(-1, missing)], dim=1).unflatten(1, (-1, chunk))
 
 
 def join_tokens(tensor: Tensor, length: int) -> Tensor:

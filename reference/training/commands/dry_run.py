@@ -70,7 +70,7 @@ def dry_run(run: Run) -> None:
         raise RefusedError(refusals[0])
     check(readable[HELD_OUT], *NOTHING_HELD_OUT)
     data, _, index = largest
-    batch = run.encoder([data[index]] * run.config.optimizer.batch_size)
+    batch = run.collator([data[index]] * run.config.optimizer.batch_size)
     run.say(f"the largest batch, {run.config.optimizer.batch_size} times the longest sample:")
     for name, tensor in batch.items():
         run.say(f"  {name:20} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")

@@ -43,13 +43,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
     Raises:
         RefusedError: for a folder that holds no student, and for data as a run does.
     """
-    check(arguments and not arguments[0].startswith("-"), "evaluate must be followed by a folder", "none")
-    folder, *flags = arguments
-    check((Path(folder) / "config.json").is_file(), "evaluate must be given a student's folder", folder)
-    own_data = any(flag.split("=")[0] == "--data" for flag in flags) and "demo" not in flags
-    if own_data and not any(flag.split("=")[0] == "--teacher" for flag in flags):
-        flags += ["--teacher", NO_TEACHER]
-    config = parse(flags)
+    folder, config = parse_after_folder("evaluate", arguments)
     process = PartialState(cpu=config.cpu)
     models = open_models(folder, config, process.device)
     encoder = chat_collator(open_processor(folder), config.samples)
@@ -68,6 +62,21 @@ def evaluate_student(arguments: list[str]) -> Rows:
         if broken:
             print(f"skipped {len(broken)} broken samples")
     return rows
+
+
+def parse_after_folder(command: str, arguments: list[str]) -> tuple[str, Config]:
+    """The student's folder that follows a command, and the settings of the flags behind it.
+
+    Raises:
+        RefusedError: if it is none, and as `parse` does.
+    """
+    check(arguments and not arguments[0].startswith("-"), f"{command} must be followed by a folder", "none")
+    folder, *flags = arguments
+    check((Path(folder) / "config.json").is_file(), f"{command} must be given a student's folder", folder)
+    own_data = any(flag.split("=")[0] == "--data" for flag in flags) and "demo" not in flags
+    if own_data and not any(flag.split("=")[0] == "--teacher" for flag in flags):
+        flags += ["--teacher", NO_TEACHER]
+    return folder, parse(flags)
 
 
 def open_models(folder: str, config: Config, device: torch.device) -> dict[str, PreTrainedModel]:

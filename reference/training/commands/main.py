@@ -10,9 +10,11 @@ from ..config import Config, check_settings
 from ..refusal import RefusedError
 from ..run import Run
 from .ablation import ablate
+from .benchmark import benchmark
 from .command_line import parse
 from .dry_run import dry_run
 from .evaluate import evaluate_student
+from .quantise import quantise_student
 
 ABOUT = "Distil a vision-language model into LinMU, in three stages (LinMU, arXiv 2601.01322)."
 
@@ -29,6 +31,10 @@ def main(arguments: list[str] | None = None) -> Any:
         return ablate(arguments[1:], distil)
     if arguments[:1] == ["evaluate"]:
         return evaluate_student(arguments[1:])
+    if arguments[:1] == ["quantise"]:
+        return quantise_student(arguments[1:])
+    if arguments[:1] == ["benchmark"]:
+        return benchmark(arguments[1:])
     return distil(parse(arguments, ABOUT))
 
 

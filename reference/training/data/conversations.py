@@ -126,8 +126,8 @@ class Conversations(Dataset):
         """Parse one row and open its images: {"kind", "messages" or "text", "name"}, prepared."""
         row = self.rows.row(line)
         document = document_of(row)
-        item = {"kind": kind_of(row), "name": self.rows.name(line)}
-        item |= {"messages": self.read_conversation(row)} if document is None else {"text": document}
+        content = {"messages": self.read_conversation(row)} if document is None else {"text": document}
+        item = {"kind": kind_of(row), "name": self.rows.name(line)} | content
         return item if self.prepare is None else self.prepare(item)
 
     def read_conversation(self, row: dict[str, Any]) -> list[dict[str, Any]]:

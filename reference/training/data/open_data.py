@@ -99,7 +99,7 @@ def open_dataset(
 
 def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:
     """What makes tensors of samples."""
-    return ChatCollator(processor, supervise=settings.supervise, max_length=settings.max_length)
+    return ChatCollator(processor, supervise=settings.supervise, max_length=settings.most_tokens)
 
 
 def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:

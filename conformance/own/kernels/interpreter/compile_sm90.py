@@ -46,7 +46,7 @@ FLOAT32 |= {
 }
 # fmt: on
 INT64 = {"IDS", "TOKEN", "WINDOW", "FIRST", "LAST", "RANK", "PLACE", "ORDER", "COUNT", "OPENS", "ROW"}
-INT32 = {"SEGMENT"}
+INT32 = {"SEGMENT", "BEGIN", "BEGINS", "AGE"}
 MASKS = {"VALID", "MASK", "ASKS"}
 LINEAR = re.compile(r"tensor<(\d+)x(\d+)x[a-z0-9]+, #linear")  # tiles, not scalars of tokens
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
@@ -54,7 +54,7 @@ STRIDES = ("batch", "token", "head")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
-SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "SAVES_Y": True}
+SCAN |= {"HAS_ORDER": True, "HAS_NORM": True, "SAVES_Y": True, "HAS_SEQUENCE": False}
 SWEEP = {"REVERSED": 1, "STARTS": True, "LEAVES": True}
 GRADIENT = {"gradient": True}
 CONV = {
@@ -66,6 +66,7 @@ CONV = {
     "COLUMNS": 64,
     "HAS_MASK": True,
     "HAS_ORDER": True,
+    "HAS_SEQUENCE": False,
     "HAS_BIAS": True,
     "HAS_START": True,
     "SCALES": True,
@@ -77,12 +78,13 @@ PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS"
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
-SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "BLOCK_H": 16, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
+SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
+NORM = {"WIDTH": 3584, "BLOCK": 4096, "HAS_MORE": True}
 MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
 WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
@@ -194,7 +196,15 @@ KERNELS = {
     ),
     "sliding_step": (
         "sliding_window_attention.kernels_step",
-        "step_kernel",
+        "attention_kernel",
+        SLIDING_STEP,
+        4,
+        3,
+        {"PRESENT": "*u8"},
+    ),
+    "sliding_move": (
+        "sliding_window_attention.kernels_step",
+        "move_kernel",
         SLIDING_STEP,
         4,
         2,
@@ -215,9 +225,16 @@ KERNELS = {
         3,
         {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"},
     ),
+    "add_norm": ("elementwise.kernels_layer", "add_norm_kernel", NORM, 8, 3, {}),
+    "gate": ("elementwise.kernels_layer", "gate_kernel", {"BLOCK": 1024}, 4, 3, {}),
     "text_step": ("decoding.kernels.text_step", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
+}
+KERNELS |= {
+    f"{name}_packed": (module, kernel, chosen | {"HAS_SEQUENCE": True}, *rest)
+    for name, (module, kernel, chosen, *rest) in KERNELS.items()
+    if "HAS_SEQUENCE" in chosen and not name.startswith("sweep")
 }
 
 
@@ -309,7 +326,7 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     elif warps == "step":
         warps = text_step_kernels.WARPS[size > 64]
     options = {"num_warps": warps, "num_stages": stages}
-    if name == "output":
+    if function == "output_kernel":
         options = scan_output.output_tiles(size, size, scan_tiles.token_dtype(DTYPES[dtype]), fixed["CHUNK"])[
             1
         ]

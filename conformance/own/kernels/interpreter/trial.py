@@ -82,6 +82,10 @@ def bidirectional_cases() -> Iterator[Arguments]:
         everything = {"gate": gate, "segment": segment, "valid": valid, "D": numbers(sizes[0])}
         yield spoil_at(given | everything, ("x", "dt", "B", "C", "gate"), valid)
     yield given | {"gate": gate, "initial_state": None}
+    some = slice(21, 71)  # two chunks
+    tokens = {name: given[name][:, some] for name in ("x", "dt", "B", "C")}
+    tokens |= {"gate": gate[:, some], "segment": segment[:, some], "valid": valid[:, some]}
+    yield packed(spoil_at(given | everything | tokens, tuple(tokens)[:5], tokens["valid"]))
 
 
 def selective_cases() -> Iterator[Arguments]:
@@ -91,6 +95,7 @@ def selective_cases() -> Iterator[Arguments]:
             "mask": mask,
             "reverse": reverse,
         }
+    yield packed(scan_arguments(50, 2, 1, 4, 3))
 
 
 def step_cases() -> Iterator[Arguments]:
@@ -105,6 +110,21 @@ def conv_cases() -> Iterator[Arguments]:
         given = {"u": numbers(2, 19, 20), "weight": numbers(20, taps), "bias": numbers(20), "mask": mask}
         start = {"initial_state": numbers(2, taps - 1, 20)}
         yield spoil_at(given, ("u",), mask) | start
+        yield packed(spoil_at(given, ("u",), mask) | start)
+
+
+def packed(given: Arguments) -> Arguments:
+    """Samples of many lengths, one token among them, some longer than a chunk; in the second row the last one
+    is the first. None begins in a segment."""
+    batch, length = next(given[name] for name in ("x", "u") if name in given).shape[:2]
+    begins = torch.zeros(batch, length, dtype=torch.bool)
+    begins[:, [place for place in (3, 4, 11, 17, 39, length - 2) if place < length]] = True
+    segment = given.get("segment")
+    if segment is not None:
+        begins[:, 1:] &= (segment[:, 1:] != segment[:, :-1]) | (segment[:, 1:] < 0)
+    begins[1, length // 2 :] = False
+    begins[1, 19:] = False
+    return given | {"sequence": 2**33 * begins.cumsum(1)}
 
 
 def window_cases() -> Iterator[Arguments]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import Tensor
 
 from linmu import optimized, reference
 
@@ -30,18 +31,39 @@ SIZES = {
     "window_thw": (1, 2, 2),
     "text_window": 3,
 }
+SAMPLES = (3, 6, 13, 20)  # places where one begins, between the images
 OPTIONS = ({}, {"scan_rope": True, "output_gate": True, "head_norm": False}, {"conv_kernel": 0})
 
 
+class PackedCase(ModuleCase):
+    """The same with several samples a row, cut where no row has an image."""
+
+    @property
+    def vision_layout(self) -> reference.VisionLayout:
+        coords = self.layout.coords
+        return reference.VisionLayout(coords, samples_between(coords[..., 0]))
+
+
+def samples_between(segment: Tensor) -> Tensor:
+    """(B, L) int64: a sample begins before and after each image, and in text at SAMPLES."""
+    begins = torch.zeros_like(segment)
+    for row, ids in enumerate(segment.tolist()):
+        for place in range(1, len(ids)):
+            inside = set(ids[:place]) & set(ids[place:]) - {-1}
+            begins[row, place] = not inside and (place in SAMPLES or ids[place] != ids[place - 1])
+    return begins.cumsum(1) + 2**40
+
+
 def main(dtype: str) -> None:
-    """Raises the AssertionError of the first case that fails."""
+    """Raises the AssertionError of the first case that fails; in bfloat16 with packed rows."""
     shrink_blocks()
     mend_bfloat16()
     mend_scalars()
     optimized.set_engine("triton")
     for layer_index, options in enumerate(OPTIONS if dtype == "float32" else OPTIONS[:1]):
         config = reference.LinMUConfig(**SIZES, **options)
-        case = ModuleCase(Layout(ROWS), config, layer_index, dtype, seed=layer_index)
+        kind = ModuleCase if dtype == "float32" else PackedCase
+        case = kind(Layout(ROWS), config, layer_index, dtype, seed=layer_index)
         module = random_module(optimized, "MMATE", case)
         with watch_memory():
             check_module(module, reference, "MMATE", case)

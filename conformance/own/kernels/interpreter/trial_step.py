@@ -1,5 +1,6 @@
 """Run one token of text through linmu.optimized's Triton kernels in the interpreter, watched, against the
-reference: outputs and states. Started by test_text_step.py.
+reference: outputs and states; and a layer's norm and gate against the torch engine. Started by
+test_text_step.py.
 
     TRITON_INTERPRET=1 python trial_step.py DTYPE
 """
@@ -7,12 +8,16 @@ reference: outputs and states. Started by test_text_step.py.
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from linmu import optimized, reference
 from linmu.optimized.decoding.kernels import text_step as text_step_kernels
+from linmu.optimized.elementwise import kernels_layer as layer_kernels
+from linmu.optimized.elementwise.operator import AddNormInputs, GateInputs, add_norm, gate_product
+from linmu.optimized.engine.operator import Operator
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 
@@ -38,12 +43,32 @@ def step(module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: Flex
     return {"output": y, "conv state": state.conv, "scan state": state.scan}
 
 
+def check_layer_kernels(dtype: torch.dtype) -> None:
+    """Rows shorter and longer than a warp, memory in other orders; equal to the order of one sum."""
+    for shape in ((2, 3, 5), (1, 2, 300), (3, 64)):
+        x, more, up = (torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2] for _ in range(3))
+        weight = torch.randn(shape[-1]).to(dtype)
+        for given in ((add_norm, AddNormInputs(x, more, weight, 1e-6)), (gate_product, GateInputs(x, up))):
+            compare_engines(*given)
+        compare_engines(add_norm, AddNormInputs(x, None, weight, 1e-2))
+
+
+def compare_engines(operator: Operator, inputs: NamedTuple) -> None:
+    with watch_memory():
+        found = operator(inputs._replace(engine="triton"))
+    wanted = operator(inputs._replace(engine="torch"))
+    torch.testing.assert_close(found, wanted)
+
+
 @torch.no_grad()
 def main(dtype: str) -> None:
     """Raises the AssertionError of the first case that fails."""
     mend_bfloat16()
     mend_scalars()
     shrink_blocks()
+    layer_kernels.BLOCK = 64
+    if dtype != "mixed":
+        check_layer_kernels(getattr(torch, dtype))
     for rows, outputs in text_step_kernels.OUTPUTS.items():
         text_step_kernels.ELEMENTS[rows] = 2 * rows * outputs  # three steps along the width
     for batch in BATCHES:

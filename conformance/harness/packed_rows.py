@@ -1,0 +1,213 @@
+"""Packed rows: several samples side by side, told apart by `sequence`, equal the samples alone.
+
+`packed_properties` turns the checks into the tests of one operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linmu.reference import VisionLayout
+
+from .compare import Results, assert_same, cotangent
+from .layouts import Layout
+from .module_cases import ModuleCase, random_module
+from .module_checks import tensors_of
+from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
+from .operator_checks import check_matches_the_reference, check_strides
+
+SAMPLES = 4  # of a row, about
+
+
+class PackedCase(ChangedCase):
+    """The case with rows cut into samples, none of them through a span of vision.
+
+    Attributes:
+        samples: of each row, the places of one after the other.
+    """
+
+    def __init__(self, case: Case, draw: int = 0) -> None:
+        self.samples = samples_of(case.shape, case.seed, getattr(case, "layout", None))
+        super().__init__(case, {"sequence": ids_of(self.samples, valid_tokens(case), case.seed, draw)})
+        self.masks = (*case.masks, "sequence")
+
+
+def samples_of(shape: tuple[int, int], seed: int, layout: Layout | None) -> list[list[slice]]:
+    """The rows (B, L) cut at random; some samples have one token."""
+    batch, length = shape
+    starts = Numbers(seed + 5).some(batch, length, share=min(0.5, SAMPLES / length))
+    cut = []
+    for row, begins in enumerate(starts):
+        for _, first, stop in () if layout is None else layout.spans(row):
+            begins[first + 1 : stop] = False
+        edges = [0, *(i for i in begins.nonzero().flatten().tolist() if i > 0), length]
+        cut.append([slice(*edge) for edge in pairwise(edges)])
+    return cut
+
+
+def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> Tensor:
+    """(B, L) int64, an id for each sample: they rise from 0, the same ones in every row.
+
+    With another `draw` they come in any order, are equal modulo 2^32 and as float32, or small and negative,
+    and those of tokens that are not valid are noise.
+    """
+    numbers, ids = Numbers(seed + 6 + draw), torch.zeros(valid.shape, dtype=torch.int64)
+    factor, first = (1, 0) if not draw else (2**32, 2**59) if seed % 2 else (1, -3)
+    for row, own in enumerate(samples):
+        order = torch.randperm(len(own), generator=numbers.generator) if draw else torch.arange(len(own))
+        for place, sample in zip(order.tolist(), own, strict=True):
+            ids[row, sample] = place * factor + first
+    noise = torch.randint(-3, 3, valid.shape, generator=numbers.generator)
+    return torch.where(valid, ids, noise) if draw else ids
+
+
+def valid_tokens(case: Case) -> Tensor:
+    """(B, L) bool."""
+    given = case.inputs()
+    mask = given.get("mask", given.get("valid"))
+    return torch.ones(case.shape, dtype=torch.bool) if mask is None else mask
+
+
+def sample_by_sample(operator: Callable, case: PackedCase, **given: Any) -> tuple[Tensor, Tensor]:
+    """What the operator gives for each sample alone, put together again.
+
+    The state before belongs to the sample that comes first, the state after is that of the last; a sample
+    without any valid token is none.
+    """
+    tokens = (*case.case.tokens, *case.case.masks)
+    rows, states = [], []
+    for row, samples in enumerate(case.samples):
+        one = slice(row, row + 1)
+        start = None if given["initial_state"] is None else given["initial_state"][one]
+        outputs, state = [], start
+        for sample in reversed(samples) if given.get("reverse") else samples:
+            alone = given | {name: given[name][one, sample] for name in tokens if given[name] is not None}
+            alone |= {"sequence": None, "initial_state": start}
+            y, end = operator(**alone)
+            outputs.append(y)
+            if valid_tokens(case)[row, sample].any():
+                start, state = None, end
+        state = end if state is None else state
+        rows.append(torch.cat(outputs[::-1] if given.get("reverse") else outputs, dim=1))
+        states.append(state)
+    return torch.cat(rows), torch.cat(states).to(end.dtype)
+
+
+def check_equals_samples_alone(backend: Any, case: Case) -> None:
+    """Values, gradients of every argument, and the states before and after."""
+    packed = PackedCase(case)
+    alone = fed(partial(sample_by_sample, operator_of(backend, case), packed), packed, gradients=True)
+    assert_same(run(backend, packed, gradients=True), alone, case)
+
+
+def check_ids_mean_nothing_else(backend: Any, case: Case) -> None:
+    """They say where a sample begins: large ones, equal ones in other rows, any at invalid tokens."""
+    wanted = run(backend, PackedCase(case), gradients=True)
+    assert_same(run(backend, PackedCase(case, draw=1), gradients=True), wanted, case)
+
+
+def check_packed_matches(backend: Any, case: Case) -> None:
+    """In every dtype, values and gradients."""
+    check_matches_the_reference(backend, PackedCase(case))
+
+
+def check_packed_strides(backend: Any, case: Case) -> None:
+    """As of all arguments."""
+    check_strides(backend, PackedCase(case))
+
+
+def check_one_sample(backend: Any, case: Case) -> None:
+    """One id a row is no id."""
+    wanted = run(backend, case, gradients=True)
+    for number in (0, -1, 2**60):
+        one = case.changed(sequence=torch.full(case.shape, number))
+        assert_same(run(backend, one, gradients=True), wanted, case)
+
+
+def check_module_equals_samples_alone(
+    backend: Any, name: str, case: ModuleCase, *, has_layout: bool = True
+) -> None:
+    """Outputs on valid tokens, states, the gradients of the input and of every parameter.
+
+    Without a layout, all tokens are text and the module is told of the samples itself.
+    """
+    module, valid = random_module(backend, name, case), case.layout.valid
+    samples = samples_of(case.layout.shape, case.seed, case.layout)
+    sequence = ids_of(samples, valid, case.seed, draw=1)
+
+    def of(place: tuple[slice, slice], u: Tensor, sequence: Tensor | None = None) -> tuple:
+        given = {
+            "valid": valid[place],
+            "position_embeddings": tuple(a[place] for a in case.position_embeddings()),
+        }
+        if has_layout:
+            given["layout"] = VisionLayout(case.layout.coords[place].contiguous(), sequence)
+        else:
+            given["sequence"] = sequence
+        output, state = module(u[place], **given)
+        return output * valid[place][..., None], tensors_of(state)
+
+    def packed(u: Tensor) -> tuple[Tensor, ...]:
+        output, state = of((slice(None), slice(None)), u, sequence)
+        return output, *state
+
+    def alone(u: Tensor) -> tuple[Tensor, ...]:
+        outputs, states = [], []
+        for row, own in enumerate(samples):
+            places = [(slice(row, row + 1), sample) for sample in own]
+            found = [of(place, u) for place in places]
+            outputs.append(torch.cat([output for output, _ in found], dim=1))
+            there = [state for place, (_, state) in zip(places, found, strict=True) if valid[place].any()]
+            states.append(there[-1] if there else found[-1][1])
+        return torch.cat(outputs), *map(torch.cat, zip(*states, strict=True))
+
+    assert_same(with_gradients(module, case, packed), with_gradients(module, case, alone), case)
+
+
+def with_gradients(module: nn.Module, case: ModuleCase, function: Callable) -> Results:
+    """What a function of the hidden states gives, and the gradients of these and of the parameters."""
+    u, parameters = case.hidden_states().requires_grad_(), dict(module.named_parameters())
+    outputs = function(u)
+    asked = [(i, output) for i, output in enumerate(outputs) if output.requires_grad]
+    cotangents = [cotangent(output, i) for i, output in asked]
+    leaves = {"hidden_states": u, **parameters}
+    found = torch.autograd.grad([o for _, o in asked], list(leaves.values()), cotangents, allow_unused=True)
+    grads = {
+        f"grad {key}": torch.zeros_like(leaf) if grad is None else grad
+        for (key, leaf), grad in zip(leaves.items(), found, strict=True)
+    }
+    return {f"result {i}": output.detach() for i, output in enumerate(outputs)} | grads
+
+
+def packed_properties(operator: str, cases: Callable, long: Callable | None = None) -> dict[str, Callable]:
+    """The tests of this file for one operator, by name; `long(dtypes)` draws rows of more than a chunk."""
+    test, exact = partial(property_of, operator), cases(EXACT)
+    long_ones = (
+        {}
+        if long is None
+        else {
+            "test_long_packed_rows_equal_their_samples_alone": test(cases=long(EXACT), share=0.15)(
+                check_equals_samples_alone
+            ),
+            "test_long_packed_rows_match_the_reference": test(cases=long(DTYPES), share=0.1)(
+                check_packed_matches
+            ),
+        }
+    )
+    return long_ones | {
+        "test_a_packed_row_equals_its_samples_alone": test(cases=exact, share=0.5)(
+            check_equals_samples_alone
+        ),
+        "test_ids_of_samples_say_where_they_begin_and_nothing_else": test(cases=exact, share=0.5)(
+            check_ids_mean_nothing_else
+        ),
+        "test_packed_rows_match_the_reference": test(cases=cases(DTYPES), share=0.5)(check_packed_matches),
+        "test_strides_of_packed_rows_do_not_matter": test(cases=exact, share=0.2)(check_packed_strides),
+        "test_a_row_of_one_sample_is_not_packed": test(cases=exact, share=0.2)(check_one_sample),
+    }

@@ -1,0 +1,179 @@
+"""Broken packed rows: operators and modules that let samples meet, and the properties that must notice.
+
+A bug receives the reference's operator first, then the arguments of a call; or the reference's class.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from linmu.reference import VisionLayout
+
+from ..properties import test_bidirectional_scan as both
+from ..properties import test_causal_conv as conv
+from ..properties import test_flex_ma as flex
+from ..properties import test_local_swin as swin
+from ..properties import test_m_mate as mate
+from ..properties import test_scan as scan
+from .planting import planted
+
+
+def last_sample(sequence: torch.Tensor) -> torch.Tensor:
+    """(B, L) bool: whether a token is of the sample that its row ends with."""
+    return (sequence.flip(1) == sequence[:, -1:]).cumprod(1).flip(1).bool()
+
+
+@planted(
+    "selective_scan",
+    scan.test_a_packed_row_equals_its_samples_alone,
+    scan.test_packed_rows_match_the_reference,
+    scan.test_long_packed_rows_equal_their_samples_alone,
+    scan.test_long_packed_rows_match_the_reference,
+)
+def the_scan_crosses_samples(reference, *tensors, sequence=None, **rest):
+    return reference(*tensors, **rest)
+
+
+@planted("selective_scan", scan.test_a_packed_row_equals_its_samples_alone)
+def a_sample_of_the_scan_begins_one_token_late(reference, *tensors, sequence=None, **rest):
+    late = sequence
+    if sequence is not None:
+        late = torch.cat([sequence[:, :1], sequence[:, :-1]], dim=1)
+    return reference(*tensors, sequence=late, **rest)
+
+
+@planted("selective_scan", scan.test_a_packed_row_equals_its_samples_alone)
+def the_initial_state_is_lost_in_packed_rows(reference, *tensors, sequence=None, initial_state=None, **rest):
+    start = initial_state if sequence is None else None
+    return reference(*tensors, sequence=sequence, initial_state=start, **rest)
+
+
+@planted("selective_scan", scan.test_ids_of_samples_say_where_they_begin_and_nothing_else)
+def ids_of_samples_are_wrapped_to_32_bits(reference, *tensors, sequence=None, **rest):
+    narrow = None if sequence is None else sequence.int().long()
+    return reference(*tensors, sequence=narrow, **rest)
+
+
+@planted("selective_scan", scan.test_ids_of_samples_say_where_they_begin_and_nothing_else)
+def samples_begin_at_masked_tokens_too(reference, x, *tensors, mask=None, sequence=None, **rest):
+    if mask is None or sequence is None:
+        return reference(x, *tensors, mask=mask, sequence=sequence, **rest)
+    runs = (sequence.diff(dim=1) != 0).cumsum(1)
+    return reference(x, *tensors, mask=mask, sequence=torch.nn.functional.pad(runs, (1, 0)), **rest)
+
+
+@planted("selective_scan", scan.test_a_row_of_one_sample_is_not_packed)
+def a_packed_row_starts_from_nothing(reference, *tensors, initial_state=None, sequence=None, **rest):
+    start = None if sequence is not None and initial_state is not None else initial_state
+    return reference(*tensors, initial_state=start, sequence=sequence, **rest)
+
+
+@planted("selective_scan", scan.test_strides_of_packed_rows_do_not_matter)
+def ids_are_read_as_if_they_were_contiguous(reference, *tensors, sequence=None, **rest):
+    if sequence is not None:
+        sequence = sequence.as_strided(sequence.shape, (sequence.shape[1], 1))
+    return reference(*tensors, sequence=sequence, **rest)
+
+
+@planted(
+    "bidirectional_scan",
+    both.test_a_packed_row_equals_its_samples_alone,
+    both.test_packed_rows_match_the_reference,
+    both.test_long_packed_rows_equal_their_samples_alone,
+)
+def both_directions_cross_samples(reference, *tensors, sequence=None, **rest):
+    return reference(*tensors, **rest)
+
+
+@planted("bidirectional_scan", both.test_a_packed_row_equals_its_samples_alone)
+def padding_is_a_sample_of_its_own(reference, *tensors, valid=None, sequence=None, **rest):
+    y, state = reference(*tensors, valid=valid, sequence=sequence, **rest)
+    if valid is None or sequence is None:
+        return y, state
+    return y, state * valid[:, -1].view(-1, 1, 1, 1)
+
+
+@planted("bidirectional_scan", both.test_a_packed_row_equals_its_samples_alone)
+def all_rows_have_the_samples_of_the_first(reference, *tensors, sequence=None, **rest):
+    shared = None if sequence is None else sequence[:1].expand_as(sequence)
+    return reference(*tensors, sequence=shared, **rest)
+
+
+@planted(
+    "causal_conv",
+    conv.test_a_packed_row_equals_its_samples_alone,
+    conv.test_packed_rows_match_the_reference,
+)
+def taps_reach_into_the_sample_before(reference, *tensors, sequence=None, **rest):
+    _, state = reference(*tensors, sequence=sequence, **rest)
+    return reference(*tensors, **rest)[0], state
+
+
+@planted("causal_conv", conv.test_a_packed_row_equals_its_samples_alone)
+def the_state_holds_inputs_of_earlier_samples(reference, *tensors, sequence=None, **rest):
+    out, _ = reference(*tensors, sequence=sequence, **rest)
+    return out, reference(*tensors, **rest)[1]
+
+
+@planted("causal_conv", conv.test_ids_of_samples_say_where_they_begin_and_nothing_else)
+def ids_of_samples_are_made_floats(reference, *tensors, sequence=None, **rest):
+    rounded = None if sequence is None else sequence.float().long()
+    return reference(*tensors, sequence=rounded, **rest)
+
+
+@planted("causal_conv", conv.test_a_packed_row_equals_its_samples_alone)
+def no_gradient_reaches_the_taps_of_a_later_sample(reference, u, weight, *rest, sequence=None, **named):
+    out, state = reference(u, weight, *rest, sequence=sequence, **named)
+    if sequence is None:
+        return out, state
+    own = (last_sample(sequence) & ~last_sample(sequence).all(1, keepdim=True))[..., None]
+    return torch.where(own, out.detach(), out), state
+
+
+def unpacked(layout):
+    """The layout without its samples."""
+    return None if layout is None else VisionLayout(layout.coords)
+
+
+@planted(
+    "FlexMA",
+    flex.test_flex_ma_equals_the_samples_of_a_packed_row_alone,
+    flex.test_flex_ma_equals_the_samples_of_packed_text_alone,
+)
+def the_branch_does_not_hear_of_samples(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, sequence=None, **rest):
+            return super().forward(hidden_states, unpacked(layout), **rest)
+
+    return Broken
+
+
+@planted(
+    "LocalSwin",
+    swin.test_local_swin_equals_the_samples_of_a_packed_row_alone,
+    swin.test_local_swin_equals_the_samples_of_packed_text_alone,
+)
+def the_text_window_crosses_samples(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, sequence=None, **rest):
+            return super().forward(hidden_states, unpacked(layout), **rest)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_m_mate_equals_the_samples_of_packed_text_alone)
+def the_block_hears_of_samples_only_from_a_layout(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, sequence=None, **rest):
+            return super().forward(hidden_states, layout, **rest)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_m_mate_equals_the_samples_of_a_packed_row_alone)
+def the_block_hears_of_samples_only_without_a_layout(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, **rest):
+            return super().forward(hidden_states, unpacked(layout), **rest)
+
+    return Broken

@@ -1,0 +1,439 @@
+"""A decoder's forward from CUDA graphs: prompts by buckets of length, and decoding a token at a time.
+
+Letters: B batch, L tokens, D width. What a call brings is brought into the shapes of its graph: a prompt is
+padded on its left to the bucket's length, which is exact, and a layout is made before. Static buffers take
+all of it; then the graph runs, and its results are copied out. Embeddings, the vision tower and the logits
+are the model's own, outside.
+
+Decoding keeps the states in its graph's static buffers, and lends these to the slots of the cache. When
+another cache decodes with the same graph, the first one's slots get copies of their own before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+from ...reference.m_mate import MMATEState
+from ...reference.sliding_window_attention import WindowState
+from ...reference.student.cache import CACHE_NAME, LinMUCacheLayer, cache_slot, name_cache
+from ..engine import say_once
+from ..layout import VisionLayout, fast
+from ..sliding_window_attention import one_forward
+from .capture import Capture, copies, copy_all
+from .layers import through_layers
+from .obstacles import Watch, arguments, state_of_torch
+from .static_layout import StaticLayout, Window, layout_tensors, padded_layout
+
+# The decoders whose forward is what `run_layers` does, and whether their positions are M-RoPE's.
+DECODERS = {Qwen2Model: False, LlamaModel: False, Qwen2VLTextModel: True, Qwen2_5_VLTextModel: True}
+ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE_NAME}
+FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # angles that follow from positions alone
+HOW_TO_TURN_OFF = "linmu.optimized.unaccelerate(student) turns the graphs off"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is captured at most.
+
+    Args:
+        lengths: the buckets of prompts, in tokens, rising.
+        most_rows: of a batch.
+        most_tokens: of a prompt's graph, all rows and padding together.
+        most_graphs: that are kept; the one used longest ago goes first.
+    """
+
+    lengths: tuple[int, ...]
+    most_rows: int
+    most_tokens: int
+    most_graphs: int
+
+
+class Request(NamedTuple):
+    """One forward: embeds (B, L, D); positions (B, L) or (3, B, L); valid (B, L) bool, None = all; the
+    layout, None = text; each layer's state, none = there were no tokens before.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    layout: VisionLayout | None
+    states: list[MMATEState]
+
+
+@dataclass
+class Graph:
+    """A captured run of the layers.
+
+    Args:
+        tokens: embeds, positions and valid, as in `Request`; static buffers, as are the next two.
+        layout: `layout_tensors`; empty = text.
+        states: what it reads of the layers' states; of a decoding graph, where it leaves them, too.
+        replay: runs it.
+        hidden: (B, bucket, D), what it gives.
+        after: the states that it leaves.
+        slots: of the cache to which a decoding graph has lent `states`.
+    """
+
+    tokens: dict[str, Tensor]
+    layout: dict[Any, Tensor]
+    states: list[MMATEState]
+    replay: Callable[[], None] | None = None
+    hidden: Tensor | None = None
+    after: list[MMATEState] = field(default_factory=list)
+    slots: list[weakref.ref] = field(default_factory=list)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All static buffers but the states."""
+        return [*self.tokens.values(), *self.layout.values()]
+
+    def take_states(self, slots: list[LinMUCacheLayer]) -> None:
+        """Make these slots the holders of `states`, with their own values in it."""
+        if any(slot.state is not state for slot, state in zip(slots, self.states, strict=True)):
+            self.lend_states(slots, [slot.state for slot in slots])
+
+    def lend_states(self, slots: list[LinMUCacheLayer], values: list[MMATEState]) -> None:
+        """Put these values into `states`, and `states` into the slots."""
+        self.give_back(slots)
+        copy_all(tensors_of(self.states), tensors_of(values))
+        for slot, state in zip(slots, self.states, strict=True):
+            slot.state = state
+        self.slots = [weakref.ref(slot) for slot in slots]
+
+    def give_back(self, slots: list[LinMUCacheLayer]) -> None:
+        """Leave the holders copies of their own, unless they are these slots."""
+        for holder, state in zip(self.slots, self.states, strict=False):
+            slot = holder()
+            if slot is None or slot.state is None or slot in slots:
+                continue
+            lent = {id(tensor) for tensor in state.tensors}
+            if any(id(tensor) in lent for tensor in slot.state.tensors):
+                slot.state = state_of(copies(slot.state.tensors))
+        self.slots = []
+
+
+class GraphedDecoder:
+    """The forward of a student's decoder, from graphs where nothing watches it; put over the module's own.
+
+    Args:
+        decoder: one of `DECODERS`, all its layers converted.
+        limits: what is captured.
+        new_capture: makes what captures, on the decoder's device.
+    """
+
+    def __init__(self, decoder: nn.Module, limits: Limits, new_capture: Callable[[], Capture]) -> None:
+        self.decoder, self.limits, self.new_capture = decoder, limits, new_capture
+        self._start()
+
+    def _start(self) -> None:
+        self.graphs: OrderedDict[tuple, Graph] = OrderedDict()
+        self.watch: Watch | None = None
+        self.capture: Capture | None = None
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without graphs."""
+        return {name: self.__dict__[name] for name in ("decoder", "limits", "new_capture")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._start()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.eager)
+
+    @property
+    def eager(self) -> Callable:
+        """The forward that there would be without graphs."""
+        return type(self.decoder).forward.__get__(self.decoder)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all static buffers, the graphs' own pool not counted."""
+        graphs = self.graphs.values()
+        return sum(
+            tensor.nbytes for graph in graphs for tensor in (*graph.buffers, *tensors_of(graph.states))
+        )
+
+    def __call__(self, input_ids: Tensor | None = None, **given: Any) -> BaseModelOutputWithPast | tuple:
+        """The decoder's forward: arguments, result and errors are the same.
+
+        Raises:
+            RuntimeError: if a graph cannot be captured or run.
+        """
+        if input_ids is not None:
+            given["input_ids"] = input_ids
+        if torch.compiler.is_compiling():
+            return self.eager(**given)
+        with self.lock:
+            obstacle = self.obstacle(given)
+            if obstacle is None:
+                return self.run(given)
+        say_once(f"graphs: {obstacle}", f"a forward runs without CUDA graphs: {obstacle}")
+        return self.eager(**given)
+
+    def obstacle(self, given: dict[str, Any]) -> str | None:
+        """Why these arguments cannot run from a graph now; None = they can."""
+        if self.watch is None or self.watch.has_changed():
+            self.graphs.clear()
+            self.watch = Watch(self.decoder)
+        name_cache(given)
+        tokens = given.get("inputs_embeds")
+        tokens = given.get("input_ids") if tokens is None else tokens
+        if tokens is None or not tokens.numel() or tokens.device != self.device:
+            return "no tokens on its device"
+        found = state_of_torch(self.device) or self.watch.obstacle()
+        found = found or arguments(given, ARGUMENTS, self.decoder.config)
+        return found or self.size_obstacle(tokens) or self.mask_obstacle(given, tokens)
+
+    def size_obstacle(self, tokens: Tensor) -> str | None:
+        """What of the limits (B, L) tokens exceed."""
+        batch, length = tokens.shape[:2]
+        if batch > self.limits.most_rows:
+            return f"more than most_rows={self.limits.most_rows} rows"
+        bucket = self.bucket(length)
+        if bucket is None:
+            return f"prompts longer than the largest of lengths, {self.limits.lengths[-1]}"
+        if batch * bucket > self.limits.most_tokens:
+            return (
+                f"prompts of more than most_tokens={self.limits.most_tokens}, all rows and padding together"
+            )
+        return None
+
+    def mask_obstacle(self, given: dict[str, Any], tokens: Tensor) -> str | None:
+        """What masks and positions say that a graph has no place for."""
+        mask, positions, (batch, length) = (
+            given.get("attention_mask"),
+            given.get("position_ids"),
+            tokens.shape[:2],
+        )
+        if mask is not None:
+            is_padding = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch
+            if not is_padding or mask.shape[1] < length:
+                return "a mask other than (B, S)"
+        use_cache = self.uses_cache(given)
+        if given.get(CACHE_NAME) is not None and not use_cache:
+            return "a cache with use_cache=False"
+        if positions is None:
+            return None
+        if positions.ndim == 2 and mask is None and not use_cache and not self.has_mrope:
+            return "positions without mask and cache, which may be packed rows"
+        *axes, rows, tokens = positions.shape
+        fits = axes in ([[], [1], [3], [4]] if self.has_mrope else [[]])
+        return None if fits and rows in (1, batch) and tokens == length else "positions of another shape"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return self.decoder.embed_tokens.weight.device
+
+    @property
+    def has_mrope(self) -> bool:
+        """Whether positions have three axes."""
+        return DECODERS[type(self.decoder)]
+
+    def uses_cache(self, given: dict[str, Any]) -> bool:
+        """Whether the caller wants a cache."""
+        asked = given.get("use_cache")
+        return bool(self.decoder.config.use_cache if asked is None else asked)
+
+    def bucket(self, length: int) -> int | None:
+        """The smallest of `lengths` that holds so many tokens; None = none does."""
+        return next((bucket for bucket in self.limits.lengths if bucket >= length), None)
+
+    def run(self, given: dict[str, Any]) -> BaseModelOutputWithPast:
+        """The forward from graphs."""
+        embeds, cache, uses_cache = given.get("inputs_embeds"), given.get(CACHE_NAME), self.uses_cache(given)
+        if cache is None and uses_cache:
+            cache = DynamicCache(config=self.decoder.config)
+        layers = range(len(self.decoder.layers))
+        slots = [] if cache is None else [cache_slot(cache, layer) for layer in layers]
+        with torch.inference_mode(False), torch.no_grad():
+            embeds = self.decoder.embed_tokens(given["input_ids"]) if embeds is None else embeds
+            request = self.request(embeds, given, slots)
+            is_token = embeds.shape[1] == 1 and request.layout is None and request.states
+            try:
+                hidden = self.decode(request, slots) if is_token else self.prefill(request, slots)
+            except Exception as error:
+                self.graphs.clear()
+                kind = type(error).__name__
+                raise RuntimeError(
+                    f"accelerate: a forward must run from CUDA graphs, got {kind}: {error}; {HOW_TO_TURN_OFF}"
+                ) from error
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
+
+    def request(self, embeds: Tensor, given: dict[str, Any], slots: list[LinMUCacheLayer]) -> Request:
+        """The arguments as graphs take them."""
+        batch, length, _ = embeds.shape
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        valid = None if mask is None else mask[:, -length:].bool()
+        if positions is None:
+            past = slots[0].seen_tokens if slots else 0
+            positions = torch.arange(past, past + length, device=embeds.device)[None]
+        if self.has_mrope and positions.ndim == 3:
+            positions = positions[-3:]  # one before them would be that of text, for packed rows
+        positions = positions.expand((3, batch, length) if self.has_mrope else (batch, length))
+        states = [slot.state for slot in slots if slot.state is not None]
+        return Request(embeds, positions, valid, fast(given.get("linmu_layout")), states)
+
+    def decode(self, request: Request, slots: list[LinMUCacheLayer]) -> Tensor:
+        """One token after others, (B, 1, D); the slots keep the states."""
+        tokens = whole_tokens(request, 0, masked=True)
+        key = ("token", len(request.embeds))
+        graph, is_new = self.graph(key, tokens, {}, request.states)
+        graph.take_states(slots)
+        copy_all(graph.tokens.values(), tokens.values())
+        if is_new:
+            before = copies(tensors_of(graph.states))
+            self.record(graph, keeps_states=True)
+            copy_all(tensors_of(graph.states), before)  # it was a token, too
+        graph.replay()
+        for slot in slots:
+            slot.seen_tokens += 1
+        return graph.hidden.clone()
+
+    def prefill(self, request: Request, slots: list[LinMUCacheLayer]) -> Tensor:
+        """Any other forward, (B, L, D); the slots get the new states."""
+        batch, length, _ = request.embeds.shape
+        bucket = self.bucket(length)
+        pad = bucket - length
+        masked = pad > 0 or (request.valid is not None and not bool(request.valid.all()))
+        tokens, layout = whole_tokens(request, pad, masked), {}
+        if request.layout is not None:
+            whole = padded_layout(request.layout, pad)
+            layout = layout_tensors(whole, tokens.get("valid"), windows_of(self.decoder))
+        key = ("prompt", batch, bucket, masked, bool(layout), bool(request.states))
+        graph, is_new = self.graph(key, tokens, layout, request.states)
+        copy_all(graph.buffers, [*tokens.values(), *layout.values()])
+        copy_all(tensors_of(graph.states), tensors_of(request.states))
+        if is_new:
+            self.record(graph, keeps_states=False)
+            copy_all(tensors_of(graph.states), tensors_of(request.states))  # a run may overwrite them
+        graph.replay()
+        for slot, state in zip(slots, graph.after, strict=False):
+            slot.store(state, length)
+        self.keep(slots, graph.after)
+        return graph.hidden[:, pad:].clone()
+
+    def keep(self, slots: list[LinMUCacheLayer], after: list[MMATEState]) -> None:
+        """Give the slots these values in memory that lasts: in that of the graph which will decode them, if
+        there is one.
+        """
+        if not slots:
+            return
+        decoding = self.graphs.get(("token", len(after[0].scan)))
+        if decoding is not None:
+            decoding.lend_states(slots, after)
+            return
+        new = iter(copies(tensors_of(after)))
+        for slot, state in zip(slots, after, strict=True):
+            slot.state = state_of([next(new) for _ in state.tensors])
+
+    def graph(
+        self, key: tuple, tokens: dict[str, Tensor], layout: dict[Any, Tensor], states: list[MMATEState]
+    ) -> tuple[Graph, bool]:
+        """The graph of this name, and whether it is new, with buffers like these and nothing captured."""
+        if key in self.graphs:
+            self.graphs.move_to_end(key)
+            return self.graphs[key], False
+        while len(self.graphs) >= self.limits.most_graphs:
+            self.graphs.popitem(last=False)
+        tokens, layout = ({name: zeros_like(each) for name, each in g.items()} for g in (tokens, layout))
+        states = [state_of([zeros_like(tensor) for tensor in state.tensors]) for state in states]
+        self.graphs[key] = Graph(tokens, layout, states)
+        return self.graphs[key], True
+
+    def record(self, graph: Graph, keeps_states: bool) -> None:
+        """Capture the layers over a graph's buffers; with `keeps_states`, its states become those after."""
+
+        def run() -> tuple[Tensor, list[MMATEState]]:
+            layout = StaticLayout(graph.layout) if graph.layout else None
+            hidden, after = run_layers(self.decoder, **graph.tokens, layout=layout, states=graph.states)
+            if keeps_states:
+                for old, new in zip(tensors_of(graph.states), tensors_of(after), strict=True):
+                    if old is not new:
+                        old.copy_(new)
+            return hidden, after
+
+        if self.capture is None:
+            self.capture = self.new_capture()
+        graph.replay, (graph.hidden, graph.after) = self.capture(run)
+
+
+def run_layers(
+    decoder: nn.Module,
+    embeds: Tensor,
+    positions: Tensor,
+    valid: Tensor | None = None,
+    layout: VisionLayout | None = None,
+    states: Sequence[MMATEState] = (),
+) -> tuple[Tensor, list[MMATEState]]:
+    """A decoder's forward between masks and logits: the normed hidden states (B, L, D) and all states after.
+
+    Arguments as in `Request`; the states may be overwritten.
+    """
+    cache = DynamicCache()
+    for index, state in enumerate(states):
+        cache_slot(cache, index).state = state
+    options = {CACHE_NAME: cache, "use_cache": True, "attention_mask": valid, "linmu_layout": layout}
+    options["position_embeddings"] = decoder.rotary_emb(embeds, positions)
+    with one_forward():
+        hidden = through_layers(decoder, embeds, **options)
+    return hidden, [slot.state for slot in cache.layers]
+
+
+def whole_tokens(request: Request, pad: int, masked: bool) -> dict[str, Tensor]:
+    """embeds, positions and, if `masked`, valid of a request, behind so many tokens of padding."""
+    batch, length, _ = request.embeds.shape
+    tokens = {
+        "embeds": F.pad(request.embeds, (0, 0, pad, 0)) if pad else request.embeds,
+        "positions": F.pad(request.positions, (pad, 0)) if pad else request.positions,
+    }
+    if masked:
+        valid = request.valid
+        if valid is None:
+            valid = torch.ones(batch, length, dtype=torch.bool, device=request.embeds.device)
+        tokens["valid"] = F.pad(valid, (pad, 0)) if pad else valid
+    return tokens
+
+
+def windows_of(decoder: nn.Module) -> set[Window]:
+    """What the layers read of a layout's windows."""
+    found = set()
+    for layer in decoder.layers:
+        config, index = layer.self_attn.config, layer.self_attn.layer_index
+        found.add((config.window_thw, index % 2 == 1))
+    return found
+
+
+def tensors_of(states: Iterable[MMATEState]) -> list[Tensor]:
+    """All tensors of some layers' states."""
+    return [tensor for state in states for tensor in state.tensors]
+
+
+def state_of(tensors: Sequence[Tensor]) -> MMATEState:
+    """The inverse of `MMATEState.tensors`."""
+    conv, scan, *window = tensors
+    return MMATEState(conv, scan, WindowState(*window) if window else None)
+
+
+def zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros of that shape and dtype, contiguous."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,116 @@
+"""Why a forward cannot run from a graph: each a phrase, said once, before the forward runs as it always did.
+
+A graph knows nothing of what Python would do: a hook, an adapter or another weight put in later would be
+passed over in silence. So every call asks; a decoder of 28 layers answers within some 0.1 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, repeat
+from operator import contains, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import get_engine
+from ..engine.torch_state import is_observed
+
+CAPTURING = "transformers.utils.output_capturing"
+
+
+class Watch:
+    """What a captured decoder was made of, and whether it still is.
+
+    Args:
+        decoder: whose modules are watched.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.modules = [module for module in decoder.modules() if module is not decoder]
+        self.spaces = [vars(module) for module in self.modules]
+        everything = [vars(decoder), *self.spaces]
+        parts = [space[kind] for space in everything for kind in ("_modules", "_parameters", "_buffers")]
+        self.filled, self.empty = [part for part in parts if part], [part for part in parts if not part]
+        kinds = ("_forward_hooks", "_forward_pre_hooks")
+        self.hooks = [space[kind] for space in everything for kind in kinds]
+        self.kind = kind_of(self.modules)
+        self.members = [*self.now()]
+        self.tensors = [*decoder.parameters(), *decoder.buffers()]
+        self.pointers = [*map(Tensor.data_ptr, self.tensors)]
+        self.patched = [space for space in self.spaces if "forward" in space]
+        self.forwards = [space["forward"] for space in self.patched]
+
+    def now(self) -> Iterator[nn.Module | Tensor | None]:
+        """The decoder's modules and tensors, as they are found in it."""
+        return chain.from_iterable(map(dict.values, self.filled))
+
+    def has_changed(self) -> bool:
+        """Whether modules, tensors, their memory, or forwards put over modules are other ones."""
+        same = (
+            all(map(is_, self.now(), self.members))
+            and sum(map(len, self.filled)) == len(self.members)
+            and not any(self.empty)
+            and self.pointers == [*map(Tensor.data_ptr, self.tensors)]
+            and sum(map(contains, self.spaces, repeat("forward"))) == len(self.patched)
+            and all(
+                space.get("forward") is own for space, own in zip(self.patched, self.forwards, strict=True)
+            )
+        )
+        return not same
+
+    def obstacle(self) -> str | None:
+        """What in the decoder follows its calls, or changes with them."""
+        every = nn.modules.module  # hooks of all modules
+        found = every._global_forward_hooks or every._global_forward_pre_hooks
+        if found or (any(self.hooks) and any(map(watches, self.hooks))):
+            return "hooks on its modules"
+        return self.kind
+
+
+def watches(hooks: dict[int, Any]) -> bool:
+    """Whether some of a module's hooks do anything: Hugging Face leaves its own there after hidden states
+    were asked for once, and they sleep until they are asked for again.
+    """
+    return any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks.values())
+
+
+def kind_of(modules: list[nn.Module]) -> str | None:
+    """Modules that change what they do from call to call."""
+    for module in modules:
+        if hasattr(module, "active_adapters"):  # of PEFT
+            return "adapters that are not merged (merge_and_unload() makes them weights)"
+        if hasattr(module, "_hf_hook"):  # of accelerate
+            return "weights that are offloaded"
+    return None
+
+
+def state_of_torch(device: torch.device) -> str | None:
+    """What of torch's state asks for an eager forward."""
+    if torch.is_grad_enabled():
+        return "gradients are recorded (torch.no_grad() turns that off)"
+    if is_observed():
+        return "torch.compile, a mode or a transform observes it, or LINMU_SHORTCUTS=0"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast"
+    if device.type != "cuda":
+        return None
+    if get_engine(device) != "triton":
+        return "the torch engine"
+    return "another capture" if torch.cuda.is_current_stream_capturing() else None
+
+
+IGNORED = {"return_dict", "output_attentions", "output_hidden_states", "linmu_layout"}  # where they are falsy
+
+
+def arguments(given: dict[str, Any], known: set[str], config: Any) -> str | None:
+    """Arguments that a graph has no place for."""
+    for name in ("output_attentions", "output_hidden_states"):
+        asked = given.get(name)
+        if getattr(config, name, False) if asked is None else asked:
+            return name
+    if given.get("return_dict") is False:
+        return "return_dict=False"
+    other = sorted(name for name, value in given.items() if name not in known | IGNORED and value is not None)
+    return f"the arguments {', '.join(other)}" if other else None
