@@ -22,7 +22,7 @@ from PIL import Image
 
 from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.chat_collator import content_blocks
-from linmu.reference.training.data.turns import read_turns
+from linmu.reference.training.data.turns import document_of, read_turns
 
 from ..forks import COMMANDS, run_forked
 
@@ -172,7 +172,8 @@ def run_shell(source: str, folder: Path) -> str:
 
 def make_pictures(jsonl: str, folder: Path) -> None:
     """A small picture for every path that the example data names."""
-    read = [read_turns(json.loads(line)) for line in jsonl.splitlines()]
+    rows = [json.loads(line) for line in jsonl.splitlines()]
+    read = [read_turns(row) for row in rows if document_of(row) is None]
     names = {block["image"] for messages in read for block in content_blocks(messages, "image")}
     videos = [block["video"] for messages in read for block in content_blocks(messages, "video")]
     names |= {name for video in videos for name in video}

@@ -240,7 +240,7 @@ ROWS = {name: ({"messages": messages}, says) for name, (messages, says) in REFUS
     "half a character": (GOOD | {"image": "\ud83d.png"}, r"FileNotFoundError: .ud83d.png must exist"),
     "half a character of text": ({"messages": [ASK | {"content": "\ud83d"}, SAY]}, "half of a surrogate"),
     "a name of two lines": (GOOD | {"image": "a\nb\0.png"}, r"a.nb.x00.png must exist"),
-    "a prompt alone": ({"prompt": "a"}, "a prompt and a completion, got keys"),
+    "a prompt alone": ({"prompt": "a"}, "a prompt and a completion, or a text, got keys"),
     "an fps of a row": (GOOD | {"video": "film.mp4", "fps": 0}, "got 0"),
     "a base64 image": (GOOD | {"image": "data:image/png;base64," + "A" * 400_000}, r"\(400022 characters\)"),
 }  # fmt: skip
