@@ -7,6 +7,8 @@ are as Hugging Face makes them: torch.compile, which the other benchmarks of mod
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .. import graphs
 from .cases import Case, LeftOutError, values_of
@@ -21,14 +24,14 @@ from .decoding import graphed
 from .kernels import OURS, Setting
 from .models import TEACHER, Pair, attention_of, embedded_prompt, name_of, video_inputs
 from .problems import prompt
-from .timing import wall_and_busy
+from .timing import Timing, busy_seconds, percentile, wall_and_busy
 
 EAGER, TEACHER_GRAPH = "LinMU, eager", "teacher, from a graph"
 BENCHMARKS = ("short", "generate")
 PROMPT_METHODS = (OURS, EAGER, TEACHER, TEACHER_GRAPH)
 GENERATE_METHODS = (OURS, EAGER, TEACHER)
 ROWS = (1, 8)
-PROMPT, FEW, MANY = 1024, 2, 34  # tokens of the prompt, and generated: the difference is timed
+PROMPT, FEW, MANY = 1024, 2, 34  # tokens of the prompt, and generated
 
 Priority = Callable[[str, int], int]
 
@@ -87,29 +90,38 @@ def measure_prompt(pair: Pair, method: str, length: int, setting: Setting) -> di
     return values_of(timing, **more) | {"memory": timing.peak, "tokens_per_second": length / timing.seconds}
 
 
+class Clock(StoppingCriteria):
+    """Never stops; notes when each token is chosen. generate() waits for each before it asks."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def measure_generate(pair: Pair, method: str, rows: int, setting: Setting) -> dict[str, Any]:
     """Greedy tokens after a prompt with its pixels; the values of one line, of one token of all rows."""
     model = pair.model(TEACHER if method == TEACHER else OURS)
     inputs = video_inputs(model, prompt(PROMPT), setting)
     inputs = {name: torch.cat([value] * rows) for name, value in inputs.items()}
 
-    def tokens(count: int) -> None:
+    def tokens(count: int) -> list[float]:
+        """Seconds between the tokens."""
+        clock = Clock()
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options["stopping_criteria"] = StoppingCriteriaList([clock])
         model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, **options)
+        return [after - before for before, after in itertools.pairwise(clock.times)]
 
+    busy = None
     with attention_of(pair.attention), run_by(method, model):
-        (few, few_busy), (many, many_busy) = (
-            wall_and_busy(partial(tokens, count), setting.device, seconds=0, least=2) for count in (FEW, MANY)
-        )
-    steps = MANY - FEW
-    seconds = (many.seconds - few.seconds) / steps
-    busy = None if many_busy is None else (many_busy - few_busy) / steps
-    values = values_of(many, batch=rows, busy=busy, attention=name_of(pair.attention))
-    values |= {
-        "seconds": seconds,
-        "low": seconds,
-        "high": seconds,
-        "spread": 0.0,
-        "first_seconds": few.seconds,
-    }
-    return values | {"memory": many.peak, "tokens_per_second": rows / seconds}
+        tokens(FEW)  # compiles, and captures
+        times = [seconds for _ in range(2) for seconds in tokens(MANY)]
+        if setting.device.type == "cuda":
+            few, many = (busy_seconds(partial(tokens, count)) for count in (FEW, MANY))
+            busy = (many - few) / (MANY - FEW)
+    timing = Timing(*(percentile(times, share) for share in (0.5, 0.2, 0.8)), len(times))
+    values = values_of(timing, batch=rows, busy=busy, attention=name_of(pair.attention))
+    return values | {"tokens_per_second": rows / timing.seconds}

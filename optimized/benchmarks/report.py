@@ -58,8 +58,9 @@ DEFINITIONS = {
         "forward from one graph of exactly that prompt. Nothing is compiled by torch, in neither model."
     ),
     "generate": (
-        "One greedy token of `generate()` after a prompt of that length with a video's pixels: 34 tokens less"
-        " 2, over 32. Wall and busy as above; the teacher's cache is Hugging Face's own."
+        "One greedy token of `generate()` after a prompt of that length with a video's pixels: the median of"
+        " the times between two tokens, of which generate() waits for each. Busy as above, the difference of "
+        "34 tokens and 2 over 32; the teacher's cache is Hugging Face's own."
     ),
     "training": (
         "One optimizer step on one prompt with its pixels: forward, backward with layers recomputed, "

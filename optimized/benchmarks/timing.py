@@ -113,7 +113,6 @@ def wall_and_busy(
     device: torch.device,
     *,
     seconds: float = 0.2,
-    least: int = 3,
     most: int = 30,
 ) -> tuple[Timing, float | None]:
     """What a user waits for, and of it what the GPU works.
@@ -122,7 +121,7 @@ def wall_and_busy(
         call: is run twice untimed; what it returns is dropped.
         device: where it runs.
         seconds: how long to measure, roughly.
-        least, most: runs.
+        most: runs, three at least.
     Returns:
         the time from each call until the GPU is done, nothing queued before it; the seconds of all kernels
         and copies in a profile of one call, None on a CPU.
@@ -137,17 +136,18 @@ def wall_and_busy(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     once = wall_clock(waited)
-    times = [wall_clock(waited) for _ in range(min(max(int(seconds / once), least), most))]
+    times = [wall_clock(waited) for _ in range(min(max(int(seconds / once), 3), most))]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     middle, low, high = (percentile(times, share) for share in (0.5, 0.2, 0.8))
     timing = Timing(middle, low, high, len(times), peak=peak)
-    return timing, busy_seconds(waited) if device.type == "cuda" else None
+    return timing, busy_seconds(call) if device.type == "cuda" else None
 
 
 def busy_seconds(call: Callable[[], object]) -> float:
     """The sum of the times of all kernels and copies that a call runs, from torch's profiler."""
     with profile(activities=[ProfilerActivity.CUDA]) as told:
         call()
+        torch.cuda.synchronize()
     return sum(event.device_time for event in told.events() if event.device_type == DeviceType.CUDA) / 1e6
 
 

@@ -52,8 +52,8 @@ def accelerate(
     prompt's activations.
 
     Args:
-        student: on a GPU, of a family whose decoder is Qwen2's, Llama's, Qwen2-VL's or Qwen2.5-VL's, all its
-            layers converted by this package.
+        student: on a GPU, of a family whose decoder is Qwen2's, Llama's, Qwen2-VL's or Qwen2.5-VL's, as all
+            families' but Qwen3-VL's are; all its layers converted, and computed by this package.
         lengths: the buckets of prompts, in tokens: each is padded to the next. Longer ones run as before.
         most_rows: of a batch; larger ones run as before.
         most_tokens: of a prompt, all rows and padding together; larger ones run as before.

@@ -33,6 +33,7 @@ from ...reference.m_mate import MMATEState
 from ...reference.sliding_window_attention import WindowState
 from ...reference.student.cache import CACHE_NAME, LinMUCacheLayer, cache_slot, name_cache
 from ..engine import say_once
+from ..engine.operator import on_device_of
 from ..layout import VisionLayout, fast
 from ..sliding_window_attention import one_forward
 from .capture import Capture, copies, copy_all
@@ -167,10 +168,8 @@ class GraphedDecoder:
     @property
     def nbytes(self) -> int:
         """Bytes of all static buffers, the graphs' own pool not counted."""
-        graphs = self.graphs.values()
-        return sum(
-            tensor.nbytes for graph in graphs for tensor in (*graph.buffers, *tensors_of(graph.states))
-        )
+        held = [(*graph.buffers, *tensors_of(graph.states)) for graph in self.graphs.values()]
+        return sum(tensor.nbytes for tensors in held for tensor in tensors)
 
     def __call__(self, input_ids: Tensor | None = None, **given: Any) -> BaseModelOutputWithPast | tuple:
         """The decoder's forward: arguments, result and errors are the same.
@@ -185,7 +184,7 @@ class GraphedDecoder:
         with self.lock:
             obstacle = self.obstacle(given)
             if obstacle is None:
-                return self.run(given)
+                return on_device_of(self.decoder.embed_tokens.weight, self.run, given)
         say_once(f"graphs: {obstacle}", f"a forward runs without CUDA graphs: {obstacle}")
         return self.eager(**given)
 
@@ -212,17 +211,15 @@ class GraphedDecoder:
         if bucket is None:
             return f"prompts longer than the largest of lengths, {self.limits.lengths[-1]}"
         if batch * bucket > self.limits.most_tokens:
-            return (
-                f"prompts of more than most_tokens={self.limits.most_tokens}, all rows and padding together"
-            )
+            return f"prompts of more than most_tokens={self.limits.most_tokens}, rows and padding together"
         return None
 
     def mask_obstacle(self, given: dict[str, Any], tokens: Tensor) -> str | None:
         """What masks and positions say that a graph has no place for."""
-        mask, positions, (batch, length) = (
+        (batch, length), mask, positions = (
+            tokens.shape[:2],
             given.get("attention_mask"),
             given.get("position_ids"),
-            tokens.shape[:2],
         )
         if mask is not None:
             is_padding = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[0] == batch
@@ -296,7 +293,7 @@ class GraphedDecoder:
     def decode(self, request: Request, slots: list[LinMUCacheLayer]) -> Tensor:
         """One token after others, (B, 1, D); the slots keep the states."""
         tokens = whole_tokens(request, 0, masked=True)
-        key = ("token", len(request.embeds))
+        key = ("token", len(request.embeds), request.embeds.dtype)
         graph, is_new = self.graph(key, tokens, {}, request.states)
         graph.take_states(slots)
         copy_all(graph.tokens.values(), tokens.values())
@@ -319,7 +316,8 @@ class GraphedDecoder:
         if request.layout is not None:
             whole = padded_layout(request.layout, pad)
             layout = layout_tensors(whole, tokens.get("valid"), windows_of(self.decoder))
-        key = ("prompt", batch, bucket, masked, bool(layout), bool(request.states))
+        kinds = (masked, bool(layout), bool(request.states))
+        key = ("prompt", batch, request.embeds.dtype, bucket, *kinds)
         graph, is_new = self.graph(key, tokens, layout, request.states)
         copy_all(graph.buffers, [*tokens.values(), *layout.values()])
         copy_all(tensors_of(graph.states), tensors_of(request.states))
@@ -329,16 +327,16 @@ class GraphedDecoder:
         graph.replay()
         for slot, state in zip(slots, graph.after, strict=False):
             slot.store(state, length)
-        self.keep(slots, graph.after)
+        self.keep(slots, graph.hidden, graph.after)
         return graph.hidden[:, pad:].clone()
 
-    def keep(self, slots: list[LinMUCacheLayer], after: list[MMATEState]) -> None:
-        """Give the slots these values in memory that lasts: in that of the graph which will decode them, if
-        there is one.
+    def keep(self, slots: list[LinMUCacheLayer], hidden: Tensor, after: list[MMATEState]) -> None:
+        """Give the slots these values in memory that lasts: in that of the graph which will decode what
+        follows `hidden`, if there is one.
         """
         if not slots:
             return
-        decoding = self.graphs.get(("token", len(after[0].scan)))
+        decoding = self.graphs.get(("token", len(hidden), hidden.dtype))
         if decoding is not None:
             decoding.lend_states(slots, after)
             return

@@ -101,7 +101,8 @@ def state_of_torch(device: torch.device) -> str | None:
     return "another capture" if torch.cuda.is_current_stream_capturing() else None
 
 
-IGNORED = {"return_dict", "output_attentions", "output_hidden_states", "linmu_layout"}  # where they are falsy
+# Answered above, or nothing to a decoder.
+IGNORED = {"linmu_layout", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict"}
 
 
 def arguments(given: dict[str, Any], known: set[str], config: Any) -> str | None:

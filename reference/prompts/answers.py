@@ -198,9 +198,7 @@ class RenderedAnswers:
 
     def difference(self, conversation: Conversation, turn: int, text: str) -> tuple[int, int]:
         """What this turn adds to the prompt for it, up to its end of turn."""
-        must = "a conversation must begin with a question"
-        require(turn > 0, WHERE, must, "an answer")
-        prompt = render(self.processor, conversation[:turn], add_generation_prompt=True)
+        prompt = self.prompt_for(conversation, turn)
         last = turn + 1 == len(conversation)
         answered = text if last else render(self.processor, conversation[: turn + 1])
         stop = answered.find(self.end, len(prompt)) + len(self.end)
@@ -213,9 +211,7 @@ class RenderedAnswers:
         self, conversation: Conversation, turn: int, text: str, start: int, stop: int
     ) -> tuple[int, int]:
         """What is marked, without the white space that the prompt for it ends with, up to its end of turn."""
-        must = "a conversation must begin with a question"
-        require(turn > 0, WHERE, must, "an answer")
-        prompt = render(self.processor, conversation[:turn], add_generation_prompt=True)
+        prompt = self.prompt_for(conversation, turn)
         marked = text[start:stop]
         space = marked[: len(marked) - len(marked.lstrip())]
         while not prompt.endswith(space):
@@ -225,6 +221,11 @@ class RenderedAnswers:
         must = f"the chat template must close a marked answer with {self.end!r}"
         require(after is not None, WHERE, must, repr(text[start : stop + 40]))
         return start + len(space), after.end()
+
+    def prompt_for(self, conversation: Conversation, turn: int) -> str:
+        """What the model is given to write this turn."""
+        require(turn > 0, WHERE, "a conversation must begin with a question", "an answer")
+        return render(self.processor, conversation[:turn], add_generation_prompt=True)
 
 
 class ObservedTokenizer:
@@ -263,16 +264,19 @@ class TokenSpans:
         """The places among L of the tokens of these characters, of which `end_id`, if given, is the last.
 
         Raises:
-            ValueError: for a token that lies across a border.
+            ValueError: for a token that lies across a border, or an end that is not there.
         """
         first = int(np.searchsorted(self.stops, start, side="right"))
         last = int(np.searchsorted(self.starts, stop, side="left")) - 1
+        is_closed = end_id is None or (last >= first and self.ids[last] == end_id)
+        must = "an answer must be among the tokens up to its end of turn"
+        require(is_closed, WHERE, must, "one that the processor cuts off")
         begins = first <= last and (self.stops[first - 1] if first else 0) == start <= self.starts[first]
-        closes = begins and (self.stops[last] <= stop if end_id is None else self.ids[last] == end_id)
+        closes = end_id is not None or self.stops[last] <= stop
         must = "an answer's first and last tokens must be its own"
         got = "a token that is partly the chat template's or a picture's"
         hint = "an answer must not begin with white space; or " + MARKED
-        require(bool(closes), WHERE, must, got, hint)
+        require(bool(begins and closes), WHERE, must, got, hint)
         return self.index[first : last + 1]
 
 
@@ -338,8 +342,6 @@ def places_of(parts: Sequence[str], text: str) -> list[int | None]:
     for part in reversed(inner):
         late.insert(0, text.rfind(part, 0, max(late[0], 0)))
     early.append(late[-1])
-    if inner:
-        late[0] = 0
     fits = text.startswith(parts[0]) and text.endswith(last) and min(*early, *late) >= 0 and stop <= early[-1]
     must = "the processor must keep the text between pictures as the chat template writes it"
     require(fits and (bool(inner) or text == last), WHERE, must, repr(text[:200]))

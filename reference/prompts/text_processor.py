@@ -16,11 +16,14 @@ class TextProcessor:
     Templates of text decoders take a turn's content as one text, so the blocks of a turn are joined.
 
     Args:
-        tokenizer: of the decoder, with a chat template if conversations are to be rendered.
+        tokenizer: of the decoder, with a chat template if conversations are to be rendered. Without a padding
+            token it is given its end token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        if tokenizer.pad_token is None:  # as Llama 3's; padding is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token
 
     def apply_chat_template(
         self,

@@ -36,7 +36,7 @@ from .backend import Backend, backend_of
 from .cache import CACHE_NAME, name_cache
 from .generation import StudentGeneration, has_m_rope, rope_index
 from .mixer import as_self_attn
-from .packed_rows import started_anew, take_samples
+from .packed_rows import SampleSpans, started_anew, take_samples
 from .quantised import refuse_not_finite, refuse_packed, summary
 from .saved_folder import whole_weights, write_card
 from .unconverted_attention import ATTENTION
@@ -85,6 +85,7 @@ def with_vision_layout(forward: Callable) -> Callable:
         kwargs["linmu_layout"] = self.vision_layout(linmu_coords, kwargs, sequence)
         if sequence is not None:
             kwargs["linmu_sequence"] = sequence
+            kwargs["linmu_spans"] = SampleSpans(sequence, kwargs["attention_mask"])
         return forward(self, **kwargs)
 
     names = ("linmu_coords", "linmu_sequence")

@@ -13,6 +13,7 @@ on values: there `cu_seq_lens_*` are the way.
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -57,7 +58,36 @@ def take_samples(where: str, sequence: Tensor | None, kwargs: dict[str, Any]) ->
     kwargs["use_cache"] = False
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = torch.ones(batch, length, dtype=torch.int64, device=tokens.device)
+    require_shape(where, "attention_mask", kwargs["attention_mask"], (batch, length), "B, L")
     return sequence.to(tokens.device)
+
+
+class SampleSpans:
+    """Where the samples of packed rows stand: asked of the device once a forward, if some layer asks.
+
+    Args:
+        sequence: (B, L) int64; ids of invalid tokens say nothing.
+        valid: (B, L), 0 = padding.
+    """
+
+    def __init__(self, sequence: Tensor, valid: Tensor) -> None:
+        self.sequence, self.valid = sequence, valid
+
+    @cached_property
+    def places(self) -> list[list[slice]] | None:
+        """The samples of each row, one after the other; None where padding lies inside of one."""
+        ids, valid = torch.stack([self.sequence, self.valid.to(self.sequence.dtype)]).cpu()
+        rows = []
+        for own, kept in zip(ids, valid.bool(), strict=True):
+            places = kept.nonzero().flatten()
+            ends = own[places].diff() != 0  # of a sample, before the next
+            if bool(((places.diff() != 1) & ~ends).any()):
+                return None
+            last = torch.cat([ends, ends.new_ones(min(1, len(places)))]).nonzero().flatten()
+            first = torch.cat([last.new_zeros(1), last + 1])[:-1]
+            edges = zip(places[first].tolist(), places[last].tolist(), strict=True)
+            rows.append([slice(start, stop + 1) for start, stop in edges])
+        return rows
 
 
 def started_anew(positions: Tensor, sequence: Tensor, valid: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..checks import require
+from .packed_rows import SampleSpans
 
 ATTENTION = "linmu"
 
@@ -59,9 +60,13 @@ def causal_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     linmu_sequence: Tensor | None = None,
+    linmu_spans: SampleSpans | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Causal softmax attention under a padding mask, in each sample of packed rows.
+
+    Choice: samples one by one, which costs no more than they do alone. Only where padding lies inside of one,
+    and under torch.compile, whose graph cannot depend on where they are, all at once under a mask (B, L, L).
 
     Args:
         module: the attention layer.
@@ -69,10 +74,14 @@ def causal_attention(
         key, value: (B, G, S, N).
         attention_mask: (B, S) bool, True = not padding; None = no padding.
         linmu_sequence: (B, L) int64, the sample of a token; then S = L. None = one a row.
+        linmu_spans: where these samples are; None = look at their ids.
         **kwargs: as Hugging Face passes them.
     Returns:
-        (B, L, H, N), and None in the place of attention weights. Padding attends to itself.
+        (B, L, H, N), and None in the place of attention weights. On padding it is anything finite.
     """
+    spans = None if linmu_spans is None or torch.compiler.is_compiling() else linmu_spans.places
+    if spans is not None:
+        return sample_by_sample(module, query, key, value, spans, **kwargs), None
     length, total = query.shape[2], key.shape[2]
     if attention_mask is not None or linmu_sequence is not None or 1 < length < total:
         queries = torch.arange(total - length, total, device=query.device)[:, None]
@@ -84,6 +93,23 @@ def causal_attention(
             mask = (mask & attention_mask[:, None]) | (keys == queries)  # (B, L, S)
         attention_mask = mask[:, None].expand(query.shape[0], 1, length, total)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def sample_by_sample(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, spans: list[list[slice]], **kwargs
+) -> Tensor:
+    """Causal softmax attention of each sample alone, (B, L, H, N), 0 between them; arguments as above."""
+    rows = []
+    for row, samples in enumerate(spans):
+        one, parts, place = slice(row, row + 1), [], 0
+        for span in [*samples, slice(query.shape[2], query.shape[2])]:
+            parts.append(query.new_zeros(1, span.start - place, query.shape[1], value.shape[3]))
+            if span.stop > span.start:
+                own = (tensor[one, :, span] for tensor in (query, key, value))
+                parts.append(sdpa_attention_forward(module, *own, None, **kwargs)[0])
+            place = span.stop
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, causal_attention)

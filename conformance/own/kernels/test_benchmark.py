@@ -315,7 +315,7 @@ def test_short_prompts_and_generate_are_measured_with_graphs_and_without(monkeyp
     """Every method gives a line; only the capture, and the GPU's own times, need a GPU."""
     limits = Limits((512,), 8, 4096, 4)
     monkeypatch.setattr(graphs, "accelerate", lambda model: install(model, limits, lambda: tape))
-    for name, value in {"PROMPT": 320, "FEW": 1, "MANY": 2}.items():
+    for name, value in {"PROMPT": 320, "FEW": 1, "MANY": 3}.items():
         monkeypatch.setattr(bench_graphs, name, value)
     monkeypatch.setattr(bench_graphs, "wall_and_busy", partial(bench_graphs.wall_and_busy, most=1))
     pair = models.Pair("small", 1, SETTING, prepared=False)

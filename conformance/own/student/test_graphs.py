@@ -34,7 +34,7 @@ from .tiny_checkpoint import (
     shake_mixers,
     words,
 )
-from .tiny_families import text_decoder
+from .tiny_families import idefics3, internvl, llava_onevision, text_decoder
 
 LIMITS = graphed.Limits((8, 16, 32, 64), 8, 256, 32)
 STEPS = 3
@@ -128,6 +128,15 @@ def test_generate_gives_the_same_from_graphs(pair):
     assert {("token", 1), ("token", 2), ("prompt", 1)} <= kinds
 
 
+@pytest.mark.parametrize("make", [llava_onevision, internvl, idefics3], ids=lambda make: make.__name__)
+def test_families_on_these_decoders_give_the_same_from_graphs(make):
+    tiny = make()
+    pair = both(optimized.convert(tiny.teacher))
+    inputs = tiny.inputs(f"a{{{next(iter(tiny.sizes))}}}b")
+    assert_same_tokens(pair, **{n: t.double() if t.is_floating_point() else t for n, t in inputs.items()})
+    assert {key[0] for key in pair.graphs} == {"prompt", "token"}
+
+
 def test_a_second_turn_gives_the_same_from_graphs(pair):
     more = torch.tensor([words(5, 9)])
     for inputs in prompts_of(pair)[:2]:
@@ -204,7 +213,7 @@ def test_a_forward_gives_the_same_from_graphs(vision, side):
 def test_a_prompt_as_long_as_its_bucket_runs_without_a_mask(vision):
     inputs = prompt(words(16, 5))
     assert_same_forward(vision, **inputs)
-    assert ("prompt", 1, 16, False, False, False) in vision.graphs
+    assert ("prompt", 1, torch.float64, 16, False, False, False) in vision.graphs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -250,7 +259,7 @@ def plant_states_of_another_prompt(monkeypatch):
 
 
 def plant_states_left_where_the_next_prompt_writes(monkeypatch):
-    monkeypatch.setattr(graphed.GraphedDecoder, "keep", lambda self, slots, after: None)
+    monkeypatch.setattr(graphed.GraphedDecoder, "keep", lambda *_: None)
 
 
 def plant_lent_states_that_are_not_given_back(monkeypatch):
@@ -448,7 +457,7 @@ def test_graphs_are_bounded_and_the_oldest_goes_first(few):
     graphs.install(few.fast, graphed.Limits((8, 16, 32), 8, 256, 2), lambda: tape)
     for length in (5, 12, 6, 20, 7):
         assert_same_forward(few, **prompt(words(length, 1)))
-    assert [key[2] for key in few.graphs] == [32, 8]
+    assert [key[3] for key in few.graphs] == [32, 8]
     assert few.fast.get_decoder().forward.nbytes > 0
 
 

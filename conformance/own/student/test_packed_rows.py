@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from linmu.reference import Lesson, Objective, attach_teacher, convert
+from linmu.reference.student.packed_rows import SampleSpans
+from linmu.reference.student.unconverted_attention import causal_attention
 
 from .tiny_checkpoint import shake_mixers, student_backend
 from .tiny_families import BUILDERS, Tiny
@@ -80,14 +82,14 @@ def positions(samples: list[dict[str, Tensor]]) -> Tensor:
 
 
 def test_a_packed_row_equals_its_samples_alone(tiny, student):
-    """By the edges of the samples or by positions that restart, with a mask of ones or none."""
+    """Told by the edges of the samples, without a mask, or by positions that start anew, with one of ones."""
     samples = samples_of(tiny)
+    row = packed(tiny, samples)
+    by_positions = row | {"position_ids": positions(samples)}
+    del row["attention_mask"]
+    by_edges = row | {"cu_seq_lens_q": edges(samples), "cu_seq_lens_k": edges(samples)}
     with torch.no_grad():
         alone = torch.cat([student(**sample, use_cache=False).logits for sample in samples], dim=1)
-        row = packed(tiny, samples)
-        unmasked = {name: value for name, value in row.items() if name != "attention_mask"}
-        by_edges = unmasked | {"cu_seq_lens_q": edges(samples), "cu_seq_lens_k": edges(samples)}
-        by_positions = row | {"position_ids": positions(samples)}
         for given in (by_edges, by_positions):
             assert (student(**given).logits - alone).abs().max() < TOLERANCE, tiny.name
 
@@ -165,3 +167,38 @@ def test_positions_of_padded_rows_tell_of_no_samples(pair):
         found = student(**rows, position_ids=positions, use_cache=False).logits
         alone = student(input_ids=rows["input_ids"][:1, -4:], use_cache=False).logits
     assert (found[:1, -4:] - alone).abs().max() < TOLERANCE
+
+
+def test_attention_sample_by_sample_is_attention_under_a_mask():
+    """Values and gradients on valid tokens; rows of padding before, between, behind, and of padding alone."""
+    torch.manual_seed(0)
+    sequence = torch.tensor([[5, 5, 5, 9, 9, 1, 0, 0, 2], [3, 3, 7, 7, 8, 8, 8, 8, 8], [0] * 9])
+    valid = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0, 1], [0, 0, 1, 1, 0, 1, 1, 1, 0], [0] * 9])
+    tensors = [torch.randn(3, heads, 9, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    spans = SampleSpans(sequence, valid)
+    places = [[(each.start, each.stop) for each in row] for row in spans.places]
+    assert places == [[(0, 3), (3, 5), (5, 6), (8, 9)], [(2, 4), (5, 8)], []]
+    found = []
+    for given in (spans, None):
+        o, _ = causal_attention(module, *tensors, valid.bool(), sequence, given)
+        o = o * valid[..., None, None]
+        found.append((o, *torch.autograd.grad((o * o.detach().cos()).sum(), tensors)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_padding_inside_a_sample_is_attended_under_a_mask(pair):
+    """As in every other batch, its tokens are passed over."""
+    tiny, student = pair
+    sequence = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    valid = torch.tensor([[1, 0, 1, 1, 1, 1, 0, 1]])
+    assert SampleSpans(sequence, valid).places is None
+    ids = tiny.inputs("12345678")["input_ids"]
+    with torch.no_grad():
+        row = student(input_ids=ids, attention_mask=valid, linmu_sequence=sequence).logits
+        for own in (slice(0, 4), slice(4, 8)):
+            alone = student(input_ids=ids[:, own], attention_mask=valid[:, own], use_cache=False).logits
+            kept = valid[:, own].bool()
+            assert (row[:, own][kept] - alone[kept]).abs().max() < TOLERANCE

@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from linmu.reference.prompts.answers import ChatMLAnswers
+from linmu.reference.prompts.answers import OPENS, ChatMLAnswers
 from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
 from linmu.reference.prompts.text_processor import TextProcessor
 
@@ -141,6 +141,16 @@ def test_a_picture_in_an_answer_is_not_learnt(family):
         assert "<" not in first and "7" in first and ("8" in first) == (len(blocks) == 4)
 
 
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end():
+    tokenizer = byte_tokenizer(LLAMA3.special)
+    tokenizer.chat_template, tokenizer.pad_token = LLAMA3.template, None
+    batch = ChatCollator(TextProcessor(tokenizer))(
+        [{"messages": [user(text("how" * n)), answer(text("7"))]} for n in (1, 3)]
+    )
+    assert (batch["input_ids"][0, :6] == tokenizer.eos_token_id).all()
+    assert batch["attention_mask"].sum(1).diff().item() == 6
+
+
 def test_all_text_is_learnt_by_any_template():
     collator = ChatCollator(processor_of("idefics3"), supervise="all")
     want = "<|begin_of_text|>User: how<end_of_utterance>\nAssistant: 7<end_of_utterance>\n"
@@ -165,7 +175,7 @@ class FramesInText:
     image_token = "<image>"
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.limit = tokenizer, None
 
     def apply_chat_template(self, conversations, *, tokenize=False, add_generation_prompt=False, **kwargs):
         template = {name: value for name, value in kwargs.items() if name == "chat_template"}
@@ -174,7 +184,8 @@ class FramesInText:
         if not tokenize:
             return texts
         texts = [text.replace("<image>", "7 Frame:<image><image>\n\n") for text in texts]
-        batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
+        cut = {"truncation": self.limit is not None, "max_length": self.limit}
+        batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, **cut)
         return {**batch, "pixel_values": torch.zeros(1)}
 
 
@@ -257,6 +268,13 @@ def test_marks_are_followed_where_a_prompt_does_not_show_the_header():
         assert said_by(of_text(template), messages) == [want]
 
 
+def test_a_text_that_looks_like_a_mark_is_refused():
+    messages = [user(text(OPENS)), answer(text("7"))]
+    collator = of_text(marked(LLAMA3.template))
+    with pytest.raises(ValueError, match=r"must write the same with its .* marks as without"):
+        collator([{"messages": messages}])
+
+
 REFUSED = {
     "no end of turn": (LLAMA3.template.replace("<|eot_id|>", "\n"), "close an answer with a control"),
     "a text that is not written": ("{% for m in messages %}{{ m.role }}{% endfor %}", "close an answer"),
@@ -267,6 +285,11 @@ REFUSED = {
     "earlier turns are dropped": (
         "{% for m in messages[-2:] %}<|start_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
         + "{% if add_generation_prompt %}<|start_header_id|>{% endif %}",
+        "render turns alike",
+    ),
+    "earlier answers are dropped": (
+        "{% for m in messages %}<|start_header_id|>{{ m.content if m.role == 'user' or loop.last }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}",
         "render turns alike",
     ),
     "every turn is marked": (
@@ -281,6 +304,13 @@ def test_a_template_that_does_not_tell_its_answers_is_refused(template, says):
     messages = [user(text("how")), answer(text("7")), user(text("z")), answer(text("9"))]
     with pytest.raises(ValueError, match=rf"ChatCollator: the chat template must .*({says})"):
         of_text(template)([{"messages": messages}])
+
+
+def test_an_answer_that_a_processor_cuts_off_is_refused():
+    collator, messages = merging(IDEFICS3), [user(text("how")), answer(text("777"))]
+    collator.processor.limit = len("<User: how<\nAssistant: 77")  # a token for each control token
+    with pytest.raises(ValueError, match="up to its end of turn, got one that the processor cuts off"):
+        collator([{"messages": messages}])
 
 
 def test_a_place_between_pictures_that_could_be_another_is_refused():

@@ -90,6 +90,14 @@ def test_a_sample_longer_than_a_row_is_refused(collator, items):
         PackingCollator(collator, 5).with_names(items)
 
 
+def test_pictures_that_come_in_rows_of_prompts_are_refused(collator, items):
+    """Idefics3's: tiles of one prompt cannot stand for those of several."""
+    sample = collator.encode(items[0])
+    sample["tensors"]["pixel_attention_mask"] = torch.ones(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="a row of tiles for each prompt; train this family without packing"):
+        PackingCollator(collator, ROW)([sample])
+
+
 def test_a_packed_batch_teaches_what_a_padded_one_does(lesson, items):
     """Losses, and gradients of all that is trained, first tokens of samples supervised; two rows, padded."""
     collator = ChatCollator(load_processor(str(TEACHER), padding_side="right"), supervise="all")

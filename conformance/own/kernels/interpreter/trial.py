@@ -240,7 +240,8 @@ def main(operator: str, dtype: torch.dtype) -> int:
     optimized.set_engine("triton")
     failed = 0
     fine = FINE[operator]() if operator in FINE and dtype != torch.bfloat16 else ()
-    cases = enumerate(chain(CASES[operator](), fine))
+    drawn = (given for given in CASES[operator]() if dtype == torch.bfloat16 or "sequence" not in given)
+    cases = enumerate(chain(drawn, fine))  # packed rows are told apart alike in every dtype
     if dtype == torch.float16:  # the kernels of float32 or bfloat16 otherwise
         cases = islice(cases, 2, None, 2)
     for number, given in cases:
