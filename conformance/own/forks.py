@@ -31,8 +31,11 @@ class Start:
     variables: tuple[tuple[str, str], ...] = ()
 
 
+TRIALS = (
+    "linmu.conformance.own.kernels.interpreter"  # not pytest's `conformance`, which would be imported again
+)
 INTERPRETER = Start(
-    ("linmu.optimized", "linmu.conformance.own.kernels.interpreter.hasten"),
+    ("linmu.optimized", f"{TRIALS}.hasten"),
     (("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1")),
 )
 COMMANDS = Start(

@@ -14,7 +14,7 @@ import json
 
 import pytest
 
-from ..forks import Start, run_forked
+from ..forks import TRIALS, Start, run_forked
 
 SHARED_MEMORY = 227 * 1024
 PRODUCTS = {
@@ -91,8 +91,8 @@ def compiled(kernel: str, sizes: dict[str, tuple[int, ...]]) -> dict[str, dict[s
     asked = (f"{dtype}:{','.join(map(str, each))}" for dtype, each in sizes.items())
     # the second is what triton 3.9 does anyway, said aloud to keep it quiet
     variables = ("TRITON_INTERPRET", "0"), ("TRITON_DEFAULT_FP_FUSION", "1")
-    start = Start(("linmu.optimized", f"{__package__}.interpreter.hasten_compile"), variables)
-    done = run_forked(start, f"{__package__}.interpreter.compile_sm90", kernel, *asked)
+    start = Start(("linmu.optimized", f"{TRIALS}.hasten_compile"), variables)
+    done = run_forked(start, f"{TRIALS}.compile_sm90", kernel, *asked)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ..forks import INTERPRETER, run_forked
+from ..forks import INTERPRETER, TRIALS, run_forked
 
 OPERATORS = (
     "bidirectional_scan",
@@ -29,7 +29,7 @@ OPERATORS = (
 def interpreted(program: str | Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run a trial, by its name, or a file under Triton's interpreter."""
     if isinstance(program, str):
-        program = f"{__package__}.interpreter.{program}"
+        program = f"{TRIALS}.{program}"
     return run_forked(INTERPRETER, program, *arguments)
 
 
