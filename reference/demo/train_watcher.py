@@ -53,6 +53,7 @@ def teach(
     student.requires_grad_(False)
     layers = student.get_decoder().layers.requires_grad_(True)
     optimizer = torch.optim.AdamW(layers.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     collate, film, right = ChatCollator(processor), digits_film("train", seed), []
     for step in range(steps):
         rate = learning_rate * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -65,7 +66,7 @@ def teach(
         torch.nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
         optimizer.step()
         labels = batch["labels"][:, 1:]
-        answers = (labels != IGNORED) & (labels != collate.end)
+        answers = (labels != IGNORED) & (labels != end)
         right.append((output.logits[:, :-1].argmax(-1) == labels)[answers].float().mean().item())
         if (step + 1) % TOLD == 0:
             mean = sum(right[-TOLD:]) / TOLD

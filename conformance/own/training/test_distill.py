@@ -351,7 +351,7 @@ def test_evaluate_measures_what_the_run_measured(finished, capsys):
         for measure in ("accuracy", "kinds", "agreement"):
             assert got[mine][measure] == pytest.approx(rows[theirs][measure]), measure
         assert got[mine]["kl"] == pytest.approx(rows[theirs]["kl"], rel=1e-3)
-    assert "accuracy         KL" in capsys.readouterr().out
+    assert "accuracy perplexity         KL" in capsys.readouterr().out
 
 
 def test_evaluate_works_without_a_teacher_on_own_data(finished, own_data):
