@@ -23,8 +23,9 @@ class Scheduling(LoadScopeScheduling):
 
 def number_of_workers() -> int:
     """One more than there are cores, for tests that wait, if all fit into the memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)) + 1, memory // MEMORY))
+    return max(1, min(cores + 1, memory // MEMORY))
 
 
 def place(nodeid: str) -> int:
