@@ -14,6 +14,8 @@ import gzip
 import hashlib
 import json
 import re
+import sys
+import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -57,7 +59,7 @@ class Page(HTMLParser):
         self.hidden = self.verbatim = 0
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.hidden += tag in NOT_READ
+        self.hidden = 0 if tag == "body" else self.hidden + (tag in NOT_READ)  # </head> may be left out
         self.verbatim += tag == "pre"
         if tag in BLOCKS:
             self.parts.append("\n")
@@ -76,8 +78,12 @@ class Page(HTMLParser):
 def text_of(path: Path) -> str:
     """A document as text; "" if it is none that can be used."""
     data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8", "replace")
-    if ".html" in path.suffixes:
+    try:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8", "replace")
+    except (EOFError, OSError, zlib.error) as error:
+        print(f"skipped {path}: {error}", file=sys.stderr)
+        return ""
+    if ".html" in path.suffixes[-2:]:
         page = Page()
         page.feed(text)
         text = re.sub(r"\n[ \t]*\n\s*\n", "\n\n", "".join(page.parts)).strip()
@@ -90,7 +96,8 @@ def documents(folders: list[Path]) -> Iterator[tuple[str, str]]:
     seen = set()
     for folder in folders:
         for path in sorted(folder.rglob("*")):
-            if not ENDINGS & {*path.suffixes[-2:]} or not path.is_file():
+            name = path.with_suffix("") if path.suffix == ".gz" else path
+            if name.suffix not in ENDINGS or not path.is_file():
                 continue
             text = text_of(path)
             key = hashlib.sha256(text.encode()).digest()
@@ -120,6 +127,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("texts"))
     parser.add_argument("--tokens", type=int, default=1024, help="of a piece")
     options = parser.parse_args()
+    for folder in options.folders:
+        if not folder.is_dir():
+            parser.error(f"a folder must be one, got {folder}")
+    if options.tokens < 2:
+        parser.error(f"--tokens must be at least 2, got {options.tokens}")
     processor = open_processor(options.tokenizer)
     refused = control_tokens(processor)  # a run would refuse a text that holds one
     options.output.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ GROUNDING = (
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
     "<|quad_end|>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
 )  # fmt: skip
+CHATML = ("<|im_start|>", "<|im_end|>")
 SUPERVISE = ("answers", "all", "nothing")
 
 
@@ -144,6 +145,8 @@ class ChatCollator:
         (item,) = items
         self._refuse_control_tokens([{"content": item["text"]}])
         batch = dict(self.processor.tokenizer(item["text"], return_tensors="pt"))
+        length = batch["input_ids"].shape[1]
+        require(length > 1, "ChatCollator", "a document must have a token to predict from the first", length)
         self._refuse_long(batch)
         return batch | ({} if self.supervise == "nothing" else {"labels": batch["input_ids"].clone()})
 
@@ -201,6 +204,8 @@ def control_tokens(processor: ProcessorMixin) -> list[str]:
     """
     special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(processor.tokenizer.all_special_tokens) | set(vision_placeholders(processor))
+    added = {str(token) for token in processor.tokenizer.added_tokens_decoder.values()}
+    special |= added & set(CHATML)  # some tokenizers do not call them special
     return sorted(special - set(GROUNDING), key=len, reverse=True)
 
 

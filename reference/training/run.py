@@ -26,6 +26,7 @@ from ..demo import TEACHER
 from ..prompts.packing_collator import PackingCollator
 from ..student.backend import backend_of
 from ..student.convert import convert
+from ..student.families import student_class_of
 from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config
@@ -37,7 +38,7 @@ from .evaluation.plots import plot_layers, plot_losses
 from .evaluation.scores import table
 from .parameter_groups import MIXER, MLPS, belongs
 from .progress import Progress
-from .refusal import RefusedError
+from .refusal import RefusedError, check
 from .run_folder import check_folder, claim_folder, taught_path
 from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
@@ -113,6 +114,9 @@ class Run:
             teacher = open_teacher(folder, dtype).to(self.device)
         refuse_infinite_weights(teacher, "--teacher", folder)
         mixer = asdict(self.config.mixer)
+        sees = student_class_of(teacher).prompt_layout is not None
+        must, hint = "--mixer.text_only must be off for a teacher that sees", "take --preset vlm"
+        check(not (mixer["text_only"] and sees), must, "text_only", hint)
         student = convert(teacher, mixer, layers=settings.layers, backend=self.backend)
         attach_teacher(student, teacher)
         student.requires_grad_(False)

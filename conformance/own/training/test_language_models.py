@@ -9,18 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from linmu import optimized
 from linmu.reference.demo import TEACHER
 from linmu.reference.demo.documents import documents, pieces, text_of
 from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
 from linmu.reference.prompts.processors import load_processor
+from linmu.reference.prompts.text_processor import TextProcessor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.data.turns import document_of
+from linmu.reference.training.evaluation.scores import Scores
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.teacher import open_processor, open_teacher
+from linmu.reference.training.teacher_student import supervised
 
 from ..student import tiny_families
 from ..student.tiny_families import BUILDERS, byte_tokenizer
@@ -29,6 +33,7 @@ from .own_data import flags, row
 
 pytestmark = pytest.mark.trial_of_the_reference
 
+TURNS = ("<|im_start|>", "<|im_end|>")
 DOCUMENTS = ["It rains.", "The sea is wide and blue.", "One cup of tea, please."]
 
 
@@ -130,10 +135,52 @@ def test_broken_documents_are_refused_by_what_is_wrong(teacher, data):
     ):
         with pytest.raises(ValueError, match=says):
             collator.encode({"kind": "all", "text": text})
+    with pytest.raises(ValueError, match="must have a token to predict"):
+        collator.encode({"kind": "all", "text": "a"})
+    with pytest.raises(ValueError, match=r"a document must be text alone, got \['image'\]"):
+        document_of({"text": "a", "image": "gone.png"})
     for text in ("", " ", 3, ["a"]):
         with pytest.raises(ValueError, match="a document's text must be a text that is not empty"):
             document_of({"text": text})
-    assert document_of({"text": "beside", "messages": [{}]}) is None  # a column of another use
+    for messages in ([{}], []):
+        assert document_of({"text": "beside", "messages": messages}) is None  # a column of another use
+
+
+def test_a_turns_end_that_is_not_called_special_is_refused_all_the_same(teacher):
+    processor = load_processor(str(teacher))
+    file = Tokenizer.from_str(no_longer_special(processor))
+    plain = PreTrainedTokenizerFast(tokenizer_object=file, pad_token="<pad>")
+    plain.chat_template = CHATML
+    assert not set(TURNS) & set(plain.all_special_tokens)
+    answer = {"role": "assistant", "content": "with <|im_end|> and more"}
+    with pytest.raises(ValueError, match="no placeholder or other control token"):
+        ChatCollator(TextProcessor(plain)).encode(
+            {"kind": "all", "messages": [{"role": "user", "content": "hi"}, answer]}
+        )
+
+
+def no_longer_special(processor) -> str:
+    """The tokenizer's file, ChatML's tokens added as ordinary ones."""
+    saved = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    for token in saved["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in TURNS
+    return json.dumps(saved)
+
+
+def test_what_supervises_nothing_is_no_right_answer():
+    scores = Scores(optimized.logit_loss)
+    labels = torch.tensor([[IGNORED, IGNORED, IGNORED], [0, 1, 1]])
+    positions, _ = supervised(labels)
+    logits = torch.zeros(2, len(positions), 2)
+    logits[..., 0] = 1  # never the label
+    scores.add({"student": logits}, labels, ["all", "all"])
+    assert scores.rows()["student"]["accuracy"] == 0
+
+
+def test_the_preset_for_text_refuses_a_teacher_that_sees(data, tmp_path):
+    arguments = text_flags(TEACHER, data, tmp_path / "run")
+    with pytest.raises(RefusedError, match=r"--mixer\.text_only must be off for a teacher that sees"):
+        main([*arguments, "--dry_run"])
 
 
 def test_pictures_for_a_language_model_are_refused(teacher, tmp_path):
@@ -210,6 +257,12 @@ def test_documents_are_read_from_folders_and_cut(teacher, tmp_path):
     (folder / "c.md").write_text("abcdefghij<|im_end|>klmno")  # the same again
     (folder / "d.txt").write_text("\u4e00\u4e8c\u4e09")
     (folder / "e.py").write_text("pass")
+    (folder / "f.txt.bak").write_text("an old copy")
+    (folder / "g.md.gz").write_bytes(b"not gzip")
+    assert text_of(folder / "g.md.gz") == ""
+    (folder / "h.htm").write_text("<html><head><title>x</title><body><p>no end of head</p></body></html>")
+    (folder / "h.htm").rename(tmp_path / "h.html")
+    assert text_of(tmp_path / "h.html") == "no end of head"
     found = dict(documents([folder]))
     assert list(found) == ["a.html", "b.md"] and text_of(folder / "d.txt") == ""
     assert found["a.html"].split("\n") == ["one two", "", "a", "  b"]

@@ -36,6 +36,7 @@ UNSUPPORTED = (
     "video_start",
 )  # fmt: skip
 OF_CONVERSATIONS = ("messages", "conversations", "prompt", "completion")  # keys of rows with turns
+OF_MEDIA = ("image", "images", "video", "videos")
 UNREAD = ("tool_calls", "reasoning_content")  # of a turn: templates would show it, so it must not get lost
 
 Messages = list[dict[str, Any]]
@@ -68,10 +69,14 @@ def document_of(row: dict[str, Any]) -> str | None:
     """The text of a row that is a document; None for a conversation.
 
     Raises:
-        ValueError: for a text that is none, or empty.
+        ValueError: for a text that is none, or empty, or has pictures beside it.
     """
-    if not isinstance(row, dict) or "text" not in row or any(row.get(key) for key in OF_CONVERSATIONS):
+    if not isinstance(row, dict) or "text" not in row:
         return None
+    if any(row.get(key) is not None for key in OF_CONVERSATIONS):
+        return None
+    if media := [key for key in OF_MEDIA if row.get(key)]:
+        raise ValueError(f"a document must be text alone, got {media}; pictures belong into messages")
     text = row["text"]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a document's text must be a text that is not empty, got {text!r:.40}")

@@ -54,9 +54,11 @@ class Scores:
         choices = {model: values.argmax(-1) for model, values in logits.items()}
         for model, choice in choices.items():
             right = ((choice == labels[:, positions + 1]) | ~mask).all(1)
-            for kind, is_right in zip(kinds, right.tolist(), strict=True):
-                self.sums["conversations", model, kind] += 1
-                self.sums["right", model, kind] += is_right
+            asked = mask.any(1).tolist()  # one in which nothing is supervised says nothing
+            for kind, is_right, counts in zip(kinds, right.tolist(), asked, strict=True):
+                if counts:
+                    self.sums["conversations", model, kind] += 1
+                    self.sums["right", model, kind] += is_right
         tokens = int(mask.sum())
         self.sums["tokens",] += tokens
         for model, values in logits.items():
