@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_float32_matmul_precision("highest")  # float32 means IEEE on every side
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     names = config.getoption("backend")
+    if names and "" not in sys.path:  # as `python -m pytest` has it: a backend may lie in the current folder
+        sys.path.insert(0, str(config.invocation_params.dir))
     try:
         config.stash[BACKENDS] = [load(name) for name in names] if names else own_backends()
     except ImportError as error:

@@ -11,7 +11,8 @@ Sample: several may share a row; segments are numbered per row, and each lies in
 (1) Scan order: within a segment, tokens are sorted by a key that rotates with the layer; layer_index % 4 ->
         0: (t, y, x)    1: (t, x, y)    2: (y, x, t)    3: (x, y, t)
 (2) Windows: two tokens of a segment share one  <=>  floor((c + s) / w) agrees on all three axes,
-        with shift s = w // 2 in odd layers on axes longer than w, else 0 (Swin's rule)
+        with shift s = w // 2 in odd layers on axes longer than w, else 0 (Swin's rule);
+        c as given, not from the segment's corner, but an axis is as long as its c go: max - min + 1
 
 Choice, after LinGen (arXiv 2412.09856): these four keys. The alternative is raster order, key 0 in all
 layers.

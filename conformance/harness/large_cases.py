@@ -195,7 +195,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "512 tokens": scan(512, 2, 1, 16, 8),
         "256 tokens, reverse": scan(256, 2, 2, 8, 16, batch=2, reverse=True),
         "300 rows": scan(3, 2, 1, 3, 2, batch=300),
-        "272 heads": scan(3, 272, 68, 3, 2, mask="some"),
+        "272 heads, 8 to a group": scan(3, 272, 34, 3, 2, mask="some"),
     },
     "bidirectional_scan": {
         "N=P=128": both(MODEL_PROMPT, 4, 2, 128, 128),
@@ -205,7 +205,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "3,800 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
         "512 tokens": both(WHOLE_CHUNKS, 2, 1, 8, 16),
         "300 images": both((tuple(Vision(i, (1, 1, 2)) for i in range(300)),), 2, 1, 2, 3),
-        "272 heads": both(((Text(2), Vision(0, (1, 1, 3))),), 272, 68, 3, 2),
+        "272 heads, 8 to a group": both(((Text(2), Vision(0, (1, 1, 3))),), 272, 34, 3, 2),
         "300 rows": both(((Text(1), Vision(0, (1, 1, 3))),) * 300, 2, 1, 2, 3),
     },
     "scan_step": {
@@ -213,7 +213,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "N=136 P=144": StepCase(2, 4, 1, 136, 144, True, False, "float32", 2),
         "N=P=128, mixed": StepCase(3, 4, 2, 128, 128, True, True, "mixed", 3),
         "300 rows": StepCase(300, 2, 1, 3, 2, True, True, "float32", 4),
-        "272 heads": StepCase(2, 272, 68, 3, 2, True, True, "float32", 5),
+        "272 heads, 8 to a group": StepCase(2, 272, 34, 3, 2, True, True, "float32", 5),
     },
     "window_attention": {
         "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2, everywhere=True),
@@ -222,15 +222,16 @@ LARGE: dict[str, dict[str, Case]] = {
         "2,200 tokens in one window": windows(2200, 1, 1, 3, 1, everywhere=True),
         "2,200 tokens in 1,500 windows": windows(2200, 2, 1, 4, 1500),
         "256 tokens in one window": windows(256, 2, 1, 64, 1, everywhere=True),
-        "272 heads": windows(20, 272, 68, 3, 2),
+        "272 heads, 8 to a group": windows(20, 272, 34, 3, 2),
         "300 rows": windows(4, 2, 1, 3, 2, batch=300),
     },
     "sliding_window_attention": {
         "window of 129, N=P=144": sliding(300, 4, 2, 144, 129),
         "N=P=128, bfloat16": sliding(260, 4, 2, 128, 128, dtype="bfloat16", asks="some"),
         "2,200 tokens in a window of 1,000": sliding(2200, 1, 1, 3, 1000),
+        "window of 256, packed, padding": sliding(700, 2, 2, 3, 256, valid="some", packed=True),
         "2,200 tokens, padding": sliding(2200, 2, 1, 4, 70, valid="some", packed=True),
-        "272 heads": sliding(20, 272, 68, 3, 5),
+        "272 heads, 8 to a group": sliding(20, 272, 34, 3, 5),
         "300 rows": sliding(4, 2, 1, 3, 3, batch=300, valid="left"),
     },
     "causal_conv": {

@@ -131,10 +131,42 @@ def check_grad_mode(backend: Any, case: Case) -> None:
 
 
 def check_strides(backend: Any, case: Case) -> None:
-    """Arguments with their last axis first in memory and with gaps, masks and ids too; expanded gradients."""
-    strided = case.changed(**{name: oddly_strided(value) for name, value in case.inputs().items()})
-    assert_same(run(backend, strided), run(backend, case), case)
-    assert_same(gradients_of_the_sum(backend, strided), gradients_of_the_sum(backend, case), case)
+    """Arguments with gaps, masks and ids too: with their last axis first in memory, and as slices of wider
+    rows whose middle axes are swapped; gradients that are expanded, and that are transposed.
+    """
+    plain = run(backend, case), gradients_of_the_sum(backend, case)
+    for layout in (oddly_strided, cut_from_wider_rows):
+        strided = case.changed(**{name: layout(value) for name, value in case.inputs().items()})
+        assert_same(run(backend, strided), plain[0], case)
+        assert_same(gradients_of_the_sum(backend, strided), plain[1], case)
+    transposed, contiguous = (gradients_of_products(backend, case, swapped) for swapped in (True, False))
+    assert_same(transposed, contiguous, case)
+
+
+def gradients_of_products(backend: Any, case: Case, swapped: bool) -> Results:
+    """Gradients of the sum of all results times fixed numbers, taken from each result with its middle axes
+    `swapped`, as a caller's (B, H, L, P) is, or as it comes: autograd hands on the same numbers, transposed
+    or contiguous.
+    """
+
+    def total(**given: Any) -> Tensor:
+        outputs = operator_of(backend, case)(**given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(product(output) for output in outputs if output.is_floating_point())
+
+    def product(output: Tensor) -> Tensor:
+        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+        weights = swap(weights.view(swap(output).shape))
+        taken = swap(output) * swap(weights) if swapped else output * weights.contiguous()
+        return taken.to(torch.promote_types(output.dtype, torch.float32)).sum()
+
+    results = evaluate(total, case.inputs(), gradients=True, names=("sum",))
+    return {name: value for name, value in results.items() if name != "sum"}  # whose order of adding differs
+
+
+def swap(tensor: Tensor) -> Tensor:
+    """The two axes before the last one exchanged, or the only two."""
+    return tensor.transpose(1, 2) if tensor.ndim > 2 else tensor.transpose(0, -1) if tensor.ndim else tensor
 
 
 def gradients_of_the_sum(backend: Any, case: Case) -> Results:
@@ -156,6 +188,18 @@ def oddly_strided(value: Any) -> Any:
     view = buffer[..., 0].permute(*range(value.ndim)[::-1])
     view.copy_(value)
     return view
+
+
+def cut_from_wider_rows(value: Any) -> Any:
+    """The same values, the last axis whole in memory but its rows apart, the axes before it swapped: what a
+    fused projection gives, seen as (B, H, L, N)."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    swapped = value.transpose(1, 2) if value.ndim > 3 else value
+    buffer = value.new_zeros(*swapped.shape[:-1], 2 * value.shape[-1] + 1)
+    view = buffer[..., : value.shape[-1]]
+    view.copy_(swapped)
+    return view.transpose(1, 2) if value.ndim > 3 else view
 
 
 def check_arguments_are_left(backend: Any, case: Case) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 
 from ..harness import operator_checks, packed_rows
@@ -137,3 +138,17 @@ def test_absent_arguments_mean_their_neutral_values(backend, case: ConvCase):
         bias=torch.zeros_like(case.inputs()["weight"][:, 0]),
     )
     assert_same(run(backend, neutral), wanted, case)
+
+
+@pytest.mark.needs("causal_conv")
+def test_the_state_before_is_the_first_samples_in_a_row_shorter_than_the_taps(backend):
+    """The last sample never meets it: neither its outputs nor the state after, of fewer than K-1 inputs."""
+    generator = torch.Generator().manual_seed(0)
+    u, state = (torch.randn(1, 3, 2, generator=generator) for _ in range(2))
+    weight, bias = torch.randn(2, 4, generator=generator), torch.randn(2, generator=generator)
+    sequence = torch.tensor([[5, 6, 6]])
+    out, after = backend.causal_conv(u, weight, bias, initial_state=state, sequence=sequence)
+    first, _ = backend.causal_conv(u[:, :1], weight, bias, initial_state=state)
+    last, own = backend.causal_conv(u[:, 1:], weight, bias)
+    torch.testing.assert_close(out, torch.cat([first, last], dim=1))
+    torch.testing.assert_close(after, own)

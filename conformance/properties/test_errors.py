@@ -71,7 +71,11 @@ EMPTY_CONV = {name: VALID["causal_conv"][name][:, :0] for name in ("u", "mask")}
 WRONG: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("selective_scan", {"x": torch.randn(2, 5, 6)}, ("x", "B, L, G, P", "(2, 5, 6)")),
     ("selective_scan", {"x": torch.ones(2, 5, 2, 6, dtype=torch.int64)}, ("x", "float", "int64")),
-    ("selective_scan", {"x": torch.randn(2, 5, 3, 6)}, ("multiple of groups", "H=4", "G=3")),
+    (
+        "selective_scan",
+        {"x": torch.randn(2, 5, 3, 6), "B": torch.randn(2, 5, 3, 3)},
+        ("multiple of groups", "H=4", "G=3"),
+    ),
     ("selective_scan", {"x": [1.0]}, ("x", "tensor", "list")),
     ("selective_scan", {"dt": torch.ones(2, 4, 4)}, ("dt", "B, L, H", "(2, 4, 4)")),
     ("selective_scan", {"dt": torch.ones(2, 5, 2)}, ("dt", "B, L, H", "(2, 5, 2)")),
@@ -123,7 +127,11 @@ WRONG: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("scan_step", {"D": torch.ones(2)}, ("D", "(H)", "(2,)")),
     ("window_attention", {"q": torch.randn(2, 5, 12)}, ("q", "B, L, H, N", "(2, 5, 12)")),
     ("window_attention", {"k": torch.randn(2, 5, 2, 4)}, ("k", "B, L, G, N", "(2, 5, 2, 4)")),
-    ("window_attention", {"k": torch.randn(2, 5, 3, 3)}, ("multiple of groups", "H=4", "G=3")),
+    (
+        "window_attention",
+        {"k": torch.randn(2, 5, 3, 3), "v": torch.randn(2, 5, 3, 6)},
+        ("multiple of groups", "H=4", "G=3"),
+    ),
     ("window_attention", {"v": torch.randn(2, 5, 4, 6)}, ("v", "B, L, G, P", "(2, 5, 4, 6)")),
     ("window_attention", {"v": torch.ones(2, 5, 2, 6).int()}, ("v", "float", "int32")),
     ("window_attention", {"window_id": torch.zeros(2, 5)}, ("window_id", "int64", "float32")),
