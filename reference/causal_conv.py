@@ -56,11 +56,7 @@ def causal_conv(
         u = zero_where_masked(u, mask[..., None])
     start = u.new_zeros(batch, taps - 1, channels) if initial_state is None else initial_state
     window = start.to(accumulate)  # (B, K-1, channels)
-    begins = None
-    if sequence is not None:
-        begins = begins_sample(
-            sequence, torch.ones_like(sequence, dtype=torch.bool) if mask is None else mask
-        )
+    begins = None if sequence is None else begins_sample(sequence, mask)
     outputs: list[Tensor] = []
     for t, u_t in enumerate(u.unbind(1)):
         if begins is not None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .causal_conv import causal_conv
-from .checks import require, require_int64, require_mask, require_shape
+from .checks import require
 from .config import LinMUConfig
 from .layout import VisionLayout, permute_tokens, samples_of
 from .numerics import full_precision_linear, rms_norm_per_head
@@ -219,13 +219,10 @@ class FlexMA(HeadProjections):
         sequence: Tensor | None,
     ) -> None:
         """Check shapes here, so that errors name FlexMA's own arguments."""
-        require_shape("FlexMA", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
+        batch, length = self.check_tokens("FlexMA", hidden_states, valid, sequence)
         must = "layout must be None, as the block has no parameters for vision"
         hint = "make it with text_only off, convert(teacher, {'text_only': False})"
         require(layout is None or not self.config.text_only, "FlexMA", must, "a layout", hint)
-        batch, length, _ = hidden_states.shape
-        require_mask("FlexMA", "valid", valid, (batch, length), "B, L")
-        require_int64("FlexMA", "sequence", sequence, (batch, length), "B, L")
         if layout is not None:
             same = tuple(layout.coords.shape[:2]) == (batch, length)
             got = f"{tuple(layout.coords.shape[:2])} for {(batch, length)}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import require, require_int64, require_mask, require_shape
+from .checks import require
 from .layout import VisionLayout, samples_of
 from .projections import HeadProjections, apply_rope
 from .sliding_window_attention import WindowState, sliding_window_attention
@@ -85,10 +85,7 @@ class LocalSwin(HeadProjections):
         sequence: Tensor | None,
     ) -> None:
         """Check what operators would name by other names."""
-        require_shape("LocalSwin", "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
-        batch, length, _ = hidden_states.shape
-        require_mask("LocalSwin", "valid", valid, (batch, length), "B, L")
-        require_int64("LocalSwin", "sequence", sequence, (batch, length), "B, L")
+        batch, length = self.check_tokens("LocalSwin", hidden_states, valid, sequence)
         if layout is None:
             has_window = self.config.text_window > 0
             require(has_window, "LocalSwin", "layout must be given without a text window", None)

@@ -47,17 +47,18 @@ def zero_where_masked(tensor: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, tensor, tensor.new_zeros(()))
 
 
-def begins_sample(sequence: Tensor, valid: Tensor) -> Tensor:
+def begins_sample(sequence: Tensor, valid: Tensor | None) -> Tensor:
     """Where a sample of a packed row begins: at a valid token whose id is not that of the valid one before.
 
     A row's first sample goes on from what was before the row, so it is not said to begin.
 
     Args:
         sequence: (B, L) int64, which sample a token belongs to; the ids of invalid tokens say nothing.
-        valid: (B, L) bool.
+        valid: (B, L) bool; None = all.
     Returns:
         (B, L) bool.
     """
+    valid = torch.ones_like(sequence, dtype=torch.bool) if valid is None else valid
     current = sequence.gather(1, valid.int().argmax(1, keepdim=True)).squeeze(1)  # the first valid token's
     begins = []
     for own, takes_part in zip(sequence.unbind(1), valid.unbind(1), strict=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import require, require_shape
+from .checks import require, require_int64, require_mask, require_shape
 from .config import LinMUConfig
 from .numerics import accumulation_dtype
 
@@ -54,6 +54,16 @@ class HeadProjections(InitialValues):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def check_tokens(
+        self, where: str, hidden_states: Tensor, valid: Tensor | None, sequence: Tensor | None
+    ) -> tuple[int, int]:
+        """Check what both branches are given of B·L tokens, under their callers' names. Returns (B, L)."""
+        require_shape(where, "hidden_states", hidden_states, (None, None, self.config.width), "B, L, D")
+        shape = hidden_states.shape[0], hidden_states.shape[1]
+        require_mask(where, "valid", valid, shape, "B, L")
+        require_int64(where, "sequence", sequence, shape, "B, L")
+        return shape
 
     @torch.no_grad()
     def copy_attention(self, attention: nn.Module) -> None:

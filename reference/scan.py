@@ -104,9 +104,9 @@ def sample_begins(
     """(B,) bool for each token: whether a sample begins there, in the scan's direction; None = never."""
     if sequence is None:
         return [None] * length
-    mask = torch.ones_like(sequence, dtype=torch.bool) if mask is None else mask
     if reverse:
-        return list(begins_sample(sequence.flip(1), mask.flip(1)).flip(1).unbind(1))
+        mask = None if mask is None else mask.flip(1)
+        return list(begins_sample(sequence.flip(1), mask).flip(1).unbind(1))
     return list(begins_sample(sequence, mask).unbind(1))
 
 

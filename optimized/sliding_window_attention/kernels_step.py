@@ -11,7 +11,6 @@ with a window of 128, and would have to be put in order for whatever reads more 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -19,7 +18,7 @@ from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import StepInputs, StepOutputs, step_outputs
 
-COLUMNS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 32}  # places that a program takes at once
+COLUMNS = 32  # places that a program takes at once
 
 
 @triton.jit
@@ -118,7 +117,7 @@ def step(inputs: StepInputs) -> StepOutputs:
         "P": value_size,
         "BLOCK_N": tile_size(size),
         "BLOCK_P": tile_size(value_size),
-        "COLUMNS": COLUMNS[q.dtype],
+        "COLUMNS": COLUMNS,
         "HAS_VALID": valid is not None,
     }
     attention_kernel[(batch * heads,)](

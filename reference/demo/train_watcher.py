@@ -16,6 +16,7 @@ from itertools import islice
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin, set_seed
 
+from ..prompts.answers import TURN_END
 from ..prompts.chat_collator import IGNORED, ChatCollator
 from ..prompts.processors import load_processor
 from .film import digits_film
@@ -53,7 +54,7 @@ def teach(
     student.requires_grad_(False)
     layers = student.get_decoder().layers.requires_grad_(True)
     optimizer = torch.optim.AdamW(layers.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = processor.tokenizer.convert_tokens_to_ids(TURN_END)
     collate, film, right = ChatCollator(processor), digits_film("train", seed), []
     for step in range(steps):
         rate = learning_rate * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -28,7 +28,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
 from ..checks import require
 
 WHERE = "ChatCollator"
-ANSWER_HEADER = "<|im_start|>assistant\n"
+TURN_START = "<|im_start|>"
+ANSWER_HEADER = f"{TURN_START}assistant\n"
 TURN_END = "<|im_end|>"
 QUESTION, ANSWER = "linmu-mark-one", "linmu-mark-two"
 OPENS, CLOSES = "\ue0a1linmu-answer\ue0a2", "\ue0a3linmu-answer\ue0a4"

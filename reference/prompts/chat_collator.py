@@ -20,14 +20,13 @@ from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
 from ..checks import require
-from .answers import ChatMLAnswers, RenderedAnswers, answers_of
+from .answers import TURN_END, TURN_START, ChatMLAnswers, RenderedAnswers, answers_of
 
 IGNORED = -100
 GROUNDING = (
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
     "<|quad_end|>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
 )  # fmt: skip
-CHATML = ("<|im_start|>", "<|im_end|>")
 SUPERVISE = ("answers", "all", "nothing")
 
 
@@ -205,7 +204,7 @@ def control_tokens(processor: ProcessorMixin) -> list[str]:
     special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(processor.tokenizer.all_special_tokens) | set(vision_placeholders(processor))
     added = {str(token) for token in processor.tokenizer.added_tokens_decoder.values()}
-    special |= added & set(CHATML)  # some tokenizers do not call them special
+    special |= added & {TURN_START, TURN_END}  # some tokenizers do not call them special
     return sorted(special - set(GROUNDING), key=len, reverse=True)
 
 

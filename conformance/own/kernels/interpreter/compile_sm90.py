@@ -263,7 +263,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     elif chosen["kernel"] == "output_kernel":
         known |= scan_output.output_tiles(size, size, scanned, known["CHUNK"])[0]
     elif "PLACES" in chosen:
-        known["COLUMNS"] = sliding_step.COLUMNS[kind]
+        known["COLUMNS"] = sliding_step.COLUMNS
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}
