@@ -189,10 +189,15 @@ class Lesson(nn.Module):
         for hook in self.hooks:
             hook.remove()
         self.set_role("student")
-        for layer in self.layers:
-            layer.self_attn.call = None
-            layer.self_attn.outputs.clear()
+        self.forget()
         return self.student
+
+    def forget(self) -> None:
+        """Drop what the last passes left: outputs hold all that autograd recorded of them."""
+        for index, layer in enumerate(self.layers):
+            layer.self_attn.call = self.layer_calls[index] = None
+            layer.self_attn.outputs.clear()
+            self.layer_outputs[index].clear()
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
         """Teach one batch.
@@ -208,14 +213,26 @@ class Lesson(nn.Module):
         """
         objective = self.objective
         positions, mask = supervised(labels) if objective.logits else (None, None)
+        logits = {}
         if objective.inputs == "teacher":
             with torch.no_grad():
                 self.run("teacher", inputs)
             self.follow_teacher(whole_layers=objective.layer > 0)
         else:
             logits = self.run_both(inputs, positions)
-        groups = self.token_groups(inputs, labels)
-        terms = {}
+        return self.terms(logits, mask, self.token_groups(inputs, labels))
+
+    def terms(
+        self, logits: dict[str, Tensor], mask: Tensor | None, groups: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The result of `forward`, of what the last passes left.
+
+        Args:
+            logits: (B, n, V) by role, where they are taught.
+            mask: (B, n) bool, which of them count.
+            groups: masks (B, L) bool.
+        """
+        objective, terms = self.objective, {}
         if objective.mixer:
             terms["mixer"] = self._mean_loss(self.mixer_outputs, groups)
         if objective.layer:
@@ -274,7 +291,8 @@ class Lesson(nn.Module):
                 args, kwargs = call
                 layer(*args, **kwargs)
             elif getattr(layer, "gradient_checkpointing", False) and layer.training:
-                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False)
+                # M-MATE draws nothing at random, and a CUDA graph cannot ask for the generator's state
+                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False, preserve_rng_state=False)
             else:
                 layer.self_attn.mix_teachers_input()
 
