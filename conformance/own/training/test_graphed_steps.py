@@ -20,7 +20,7 @@ from linmu.reference.training.parameter_groups import MIXER, MLPS, belongs
 from linmu.reference.training.safety.memory import leave_inputs_alone, recompute_layers
 
 from ..student.tape import tape
-from ..student.tiny_checkpoint import build_teacher, shake_mixers
+from ..student.tiny_checkpoint import build_teacher, every_kind, shake_mixers
 from ..student.tiny_families import text_decoder
 
 LIMITS = Limits((8, 12, 16, 24, 32, 48, 64), 8, 512, 2)
@@ -122,3 +122,35 @@ def test_steps_of_text_are_those_of_the_lesson(text, stage):
         text.teach(words(number))
         text.step()
     assert text.fast.graphs.runs - before == 2
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "recomputed"])
+def test_padded_packed_and_recomputed_steps_accumulate(text, kind):
+    """Of shapes that share a graph, and of objectives that follow each other."""
+    pair = text
+    if kind == "recomputed":
+        pair = Both(text_decoder().teacher, recompute=True)
+    for stage in ("ii, teacher's", "iii"):
+        pair.set(OBJECTIVES[stage])
+        before = pair.fast.graphs.runs
+        batches = [
+            words(seed, length, padding=2 * (kind == "padded"), packed=kind == "packed")
+            for seed, length in ((0, 11), (1, 11), (2, 10), (3, 11))
+        ]
+        pair.teach(*batches)
+        pair.step()
+        assert pair.fast.graphs.runs - before == 3
+
+
+@STAGES
+def test_steps_with_pictures_are_those_of_the_lesson(sees, stage):
+    sees.set(OBJECTIVES[stage])
+    before = sees.fast.graphs.runs
+    inputs = every_kind("right")
+    inputs = {name: each.double() if each.is_floating_point() else each for name, each in inputs.items()}
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, :5] = -100
+    for _ in range(3):
+        sees.teach(inputs | {"labels": labels})
+        sees.step()
+    assert sees.fast.graphs.runs - before == 2
