@@ -22,7 +22,6 @@ class Lesson(reference.Lesson):
 
     hidden_loss = staticmethod(hidden_loss)
     logit_loss = staticmethod(logit_loss)
-    graphs: TrainingGraphs | None = None
 
     def accelerate(self) -> Lesson:
         """Let losses with gradients come from CUDA graphs, forward and backward in one; returns the lesson.

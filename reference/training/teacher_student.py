@@ -161,7 +161,10 @@ class Lesson(nn.Module):
         layers: the converted decoder layers.
         layer_calls: what each was given in the last pass as teacher.
         layer_outputs: (B, L, D) by role, of each in the last passes.
+        graphs: what runs steps from CUDA graphs; None = they run as they are.
     """
+
+    graphs: Any = None
 
     hidden_loss = staticmethod(hidden_loss)
     logit_loss = staticmethod(logit_loss)
@@ -183,6 +186,11 @@ class Lesson(nn.Module):
             before, after = self._before_layer(index), self._after_layer(index)
             self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self.hooks.append(layer.register_forward_hook(after))
+
+    def accelerate(self) -> Lesson:
+        """Let losses with gradients come from CUDA graphs, where a backend has them; the reference has none.
+        Returns the lesson."""
+        return self
 
     def close(self) -> nn.Module:
         """Take the hooks off and give the student back, its teacher still attached."""
