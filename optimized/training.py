@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.checks import require
 from ..reference.training import teacher_student as reference
+from ..reference.training.batch_facts import Facts
 from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
 from .graphs.capture import CudaCapture
 from .graphs.training_step import LIMITS, TrainingGraphs
@@ -46,7 +47,9 @@ class Lesson(reference.Lesson):
         self.graphs = None
         return super().close()
 
-    def forward(self, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """As the reference's."""
-        terms = None if self.graphs is None else self.graphs(labels, inputs)
+    def forward(
+        self, labels: Tensor | None = None, facts: Facts | None = None, **inputs: Any
+    ) -> dict[str, Tensor]:
+        """As the reference's; `facts` of the batch, if the caller has them, spare graphs a question."""
+        terms = None if self.graphs is None else self.graphs(labels, inputs, facts)
         return super().forward(labels, **inputs) if terms is None else terms

@@ -27,8 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from ...reference.student.packed_rows import started_anew
 from ...reference.student.unconverted_attention import padding_is_known
+from ...reference.training.batch_facts import Facts, ask, is_answered
 from ...reference.training.safety.distributed_means import processes
-from ...reference.training.teacher_student import IGNORED_LABEL, Lesson
+from ...reference.training.teacher_student import Lesson
 from ..engine import get_engine, say_once
 from ..engine.torch_state import is_observed
 from ..layout import VisionLayout, fast
@@ -46,16 +47,6 @@ HOW_TO_TURN_OFF = "distill.py --no-cuda_graphs, or a Lesson without accelerate()
 
 TEXT = {"input_ids", "attention_mask", "position_ids", "linmu_sequence"}  # what graphs know of text
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "linmu_sequence")
-
-
-class Facts(NamedTuple):
-    """What the values of a batch say that shapes do not: the names of its groups of tokens, whether there is
-    padding, and how many positions are supervised in some row.
-    """
-
-    groups: tuple[str, ...]
-    has_padding: bool
-    positions: int
 
 
 class Problem(NamedTuple):
@@ -209,10 +200,9 @@ class TrainingGraphs:
         """A batch in the shapes of its graph, or why there is none."""
         lesson, taught = self.lesson, bool(self.lesson.objective.logits)
         masks = lesson.token_masks(inputs, labels)
-        answered = None if labels is None else labels[:, 1:] != IGNORED_LABEL
         if facts is None:
-            facts = ask(masks, inputs["attention_mask"], answered)
-        if not facts.groups or (taught and answered is None):
+            facts = ask(masks, inputs["attention_mask"], labels)
+        if not facts.groups or (taught and labels is None):
             return "batches without tokens, or without labels"
         if lesson.student.prompt_layout is None:
             call, layout = text_call(inputs), None
@@ -227,7 +217,7 @@ class TrainingGraphs:
         groups = {name: padded(masks[name], pad) for name in facts.groups}
         answers = {}
         if taught:
-            answers = answering(answered, self.bucket(max(facts.positions, 1)))
+            answers = answering(is_answered(labels), self.bucket(max(facts.positions, 1)))
             answers["positions"] = answers["positions"] + pad
         tensors = {}
         if layout is not None:
@@ -376,22 +366,6 @@ def fresh_leaves(module: nn.Module, trained: list[nn.Parameter]) -> Iterator[lis
     finally:
         for space, name, own in places:
             space[name] = own
-
-
-def ask(masks: dict[str, Tensor], attention_mask: Tensor, answered: Tensor | None) -> Facts:
-    """The facts of a batch, in one question to its device.
-
-    Args:
-        masks: (B, L) bool, `Lesson.token_masks`.
-        attention_mask: (B, L).
-        answered: (B, L-1) bool, whether the next token is supervised; None = there are no labels.
-    """
-    found = [mask.any() for mask in masks.values()]
-    found.append((attention_mask == 0).any())
-    found.append(found[-1].new_zeros(()) if answered is None else answered.any(0).sum())
-    *some, has_padding, positions = torch.stack([each.long() for each in found]).tolist()
-    groups = tuple(name for name, is_there in zip(masks, some, strict=True) if is_there)
-    return Facts(groups, bool(has_padding), positions)
 
 
 def answering(answered: Tensor, most: int) -> dict[str, Tensor]:

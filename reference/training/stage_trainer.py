@@ -24,6 +24,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..checks import require
+from .batch_facts import WithFacts, placeholders_of
 from .parameter_groups import MLPS, belongs
 from .safety.atomic_writes import PART, finish_folder
 from .safety.distributed_means import processes, total
@@ -54,7 +55,9 @@ class StageTrainer(Trainer):
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.part = Path(self.args.output_dir) / f"checkpoint{PART}"
         self.saving, self.watched = False, True
-        self.asks_late = is_on_gpu(self.model)
+        self.asks_late, self.facts = is_on_gpu(self.model), None
+        if self.model.graphs is not None:
+            self.data_collator = WithFacts(self.data_collator, placeholders_of(self.model))
         self.late: LateQuestions | None = None
         self.tokens: list[torch.Tensor] = []  # that were taught and are not counted yet
         if self.is_fsdp_enabled and not all(objective.end_to_end for objective in stage.objectives):
@@ -62,7 +65,7 @@ class StageTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.reshard_after_forward = False
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        names = inputs.pop("names", [])
+        names, self.facts = inputs.pop("names", []), inputs.pop("facts", None)
         self.tokens.append(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         where = f"stage {self.stage.name}, step {self.state.global_step + 1}"
@@ -107,7 +110,8 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         objectives = self.stage.objectives
         self.model.objective = objectives[self.state.global_step * len(objectives) // self.state.max_steps]
-        terms = model(**inputs)
+        facts = {} if self.facts is None else {"facts": self.facts}
+        terms = model(**inputs, **facts)
         for name, value in terms.items():
             self.terms[name].append(value.detach())
         return (terms["loss"], terms) if return_outputs else terms["loss"]

@@ -324,11 +324,7 @@ class Lesson(nn.Module):
 
     def token_masks(self, inputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
         """Masks (B, L) bool of vision, text and answering tokens; padding is in none."""
-        valid, vision = inputs["attention_mask"].bool(), self.vision_tokens(inputs)
-        answering = torch.zeros_like(valid)
-        if labels is not None:
-            answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-        return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
+        return token_masks(inputs["attention_mask"], self.vision_tokens(inputs), labels)
 
     def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Mask (B, L) bool of image and video tokens: as the caller's coordinates say, otherwise the ids.
@@ -372,6 +368,15 @@ class Lesson(nn.Module):
             self.layer_outputs[index][self.role] = output[0] if isinstance(output, tuple) else output
 
         return hook
+
+
+def token_masks(attention_mask: Tensor, vision: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """`Lesson.token_masks` of an attention mask (B, L) and vision tokens (B, L) bool."""
+    valid = attention_mask.bool()
+    answering = torch.zeros_like(valid)
+    if labels is not None:
+        answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+    return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
 
 
 def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:
