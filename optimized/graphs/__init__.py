@@ -1,4 +1,4 @@
-"""A student's forward, generate() and training steps from CUDA graphs: what keeps the GPU from waiting for the host.
+"""A student's forward, generate() and training steps from CUDA graphs: the GPU need not wait for the host.
 
     optimized.accelerate(student)
     student.generate(...)              # as before, exact
