@@ -1,9 +1,18 @@
-"""`reference/training/`: the same distillation with this backend's losses."""
+"""`reference/training/`: the same distillation with this backend's losses, and steps from CUDA graphs."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.checks import require
 from ..reference.training import teacher_student as reference
+from ..reference.training.batch_facts import Facts
 from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
+from .graphs.capture import CudaCapture
+from .graphs.training_step import LIMITS, TrainingGraphs
 from .losses import hidden_loss, logit_loss
 
 __all__ = ["Lesson", "Objective", "attach_teacher", "detach_teacher"]
@@ -14,3 +23,33 @@ class Lesson(reference.Lesson):
 
     hidden_loss = staticmethod(hidden_loss)
     logit_loss = staticmethod(logit_loss)
+
+    def accelerate(self) -> Lesson:
+        """Let losses with gradients come from CUDA graphs, forward and backward in one; returns the lesson.
+
+        The first batch of a shape runs as before, the second is captured, which takes seconds; later ones are
+        copied into its buffers. Then "loss" alone has a gradient, and its backward must come before the next
+        batch's forward. Whatever graphs cannot do runs as before, and the reason is said once on stderr:
+        several processes, hooks, sharded or quantised weights, packed rows of a model that sees, other
+        decoders than Qwen2's, Llama's, Qwen2-VL's and Qwen2.5-VL's. Gradients are kept twice, and all graphs
+        share one pool of memory, as large as the largest step's activations.
+
+        Raises:
+            ValueError: for a student that is not on a GPU.
+        """
+        device = self.student.get_decoder().embed_tokens.weight.device
+        require(device.type == "cuda", "Lesson.accelerate", "student must be on a GPU", device)
+        self.graphs = TrainingGraphs(self, LIMITS, CudaCapture)
+        return self
+
+    def close(self) -> torch.nn.Module:
+        """As the reference's; graphs are freed."""
+        self.graphs = None
+        return super().close()
+
+    def forward(
+        self, labels: Tensor | None = None, facts: Facts | None = None, **inputs: Any
+    ) -> dict[str, Tensor]:
+        """As the reference's; `facts` of the batch, if the caller has them, spare graphs a question."""
+        terms = None if self.graphs is None else self.graphs(labels, inputs, facts)
+        return super().forward(labels, **inputs) if terms is None else terms
