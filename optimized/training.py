@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..reference.checks import require
 from ..reference.training import teacher_student as reference
 from ..reference.training.batch_facts import Facts
+from ..reference.training.safety.distributed_means import share
 from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
 from .graphs.capture import CudaCapture
 from .graphs.training_step import LIMITS, TrainingGraphs
-from .losses import hidden_loss, logit_loss
+from .lesson_modules import replace_forwards, restore_forwards
+from .losses import hidden_loss, hidden_losses, logit_loss
+from .sliding_window_attention import one_forward
 
 __all__ = ["Lesson", "Objective", "attach_teacher", "detach_teacher"]
 
 
 class Lesson(reference.Lesson):
-    """`linmu.reference.Lesson`; logits are compared in slabs of the vocabulary."""
+    """`linmu.reference.Lesson` in fewer kernels: `lesson_modules`, and losses that read their inputs once."""
 
     hidden_loss = staticmethod(hidden_loss)
     logit_loss = staticmethod(logit_loss)
+
+    def __init__(self, student: nn.Module, objective: Objective) -> None:
+        super().__init__(student, objective)
+        self.replaced = replace_forwards(student.get_decoder())
 
     def accelerate(self) -> Lesson:
         """Let losses with gradients come from CUDA graphs, forward and backward in one; returns the lesson.
@@ -42,9 +48,11 @@ class Lesson(reference.Lesson):
         self.graphs = TrainingGraphs(self, LIMITS, CudaCapture)
         return self
 
-    def close(self) -> torch.nn.Module:
-        """As the reference's; graphs are freed."""
+    def close(self) -> nn.Module:
+        """Free the graphs, take hooks and faster forwards off and give the student back, its teacher still
+        attached."""
         self.graphs = None
+        restore_forwards(self.replaced)
         return super().close()
 
     def forward(
@@ -52,4 +60,12 @@ class Lesson(reference.Lesson):
     ) -> dict[str, Tensor]:
         """As the reference's; `facts` of the batch, if the caller has them, spare graphs a question."""
         terms = None if self.graphs is None else self.graphs(labels, inputs, facts)
-        return super().forward(labels, **inputs) if terms is None else terms
+        if terms is not None:
+            return terms
+        with one_forward():  # all layers read the same spans of keys, found once
+            return super().forward(labels, **inputs)
+
+    def _mean_loss(self, outputs: list[dict[str, Tensor]], groups: list[Tensor]) -> Tensor:
+        """Mean of the hidden loss over layers and groups of tokens."""
+        losses, sizes = hidden_losses([(each["student"], each["teacher"]) for each in outputs], groups)
+        return (losses * share(sizes).to(losses)).mean()
