@@ -60,20 +60,21 @@ class Both:
         self.fast.graphs = TrainingGraphs(self.fast, LIMITS, lambda: tape)
 
     def teach(self, *batches: dict[str, Tensor]) -> None:
-        """Forward and backward of batches, gradients accumulated; losses and gradients must be the same."""
+        """Forward and backward of batches, gradients accumulated; losses and gradients must be the same, but
+        for what Hugging Face's norms round to float32."""
         for batch in batches:
             terms = [lesson(**batch) for lesson in (self.eager, self.fast)]
             for each in terms:
                 (each["loss"] / len(batches)).backward()
             want, got = ({name: term.detach() for name, term in each.items()} for each in terms)
-            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-12)
         wanted = dict(self.eager.named_parameters())
         for name, parameter in self.fast.named_parameters():
             want = wanted[name].grad
             assert (parameter.grad is None) == (want is None), name
-            if want is not None:  # elements may be sums that cancel
+            if want is not None:
                 distance, size = float((parameter.grad - want).norm()), float(want.norm())
-                assert distance <= 1e-11 * size + 1e-14, (name, distance, size)
+                assert distance <= 1e-6 * size + 1e-12, (name, distance, size)
 
     def set(self, objective: Objective) -> None:
         for lesson in (self.eager, self.fast):
