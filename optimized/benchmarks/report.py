@@ -66,7 +66,8 @@ DEFINITIONS = {
         "One optimizer step: forward, backward, clipping, AdamW; on one prompt with its pixels, layers "
         "recomputed, or on rows of text, padded by up to a sixteenth or packed with up to five samples each, "
         "which count as full. On a GPU LinMU's losses and gradients come from one CUDA graph a step, as in "
-        "`distill.py`; eager is without. Wall and busy as above. Memory is the peak of everything."
+        "`distill.py`; eager is without. Wall and busy as above. Memory is the peak of everything, from "
+        "graphs what is reserved for it."
     ),
 }
 METHOD = (
