@@ -128,6 +128,7 @@ def build_vlm(
     )
     for name in biases:
         nn.init.zeros_(language.get_parameter(name))
+    nn.init.zeros_(model.model.visual.merger.mlp[-1].weight)  # else its outputs are ten times an embedding
     if not decoder.config.tie_word_embeddings:
         model.lm_head.weight.data = widened(decoder.lm_head.weight.data.float(), model.lm_head)
     token = tokenizer.convert_tokens_to_ids

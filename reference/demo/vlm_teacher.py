@@ -44,9 +44,9 @@ LARGEST = 64  # cells a side of the largest picture
 WARMUP = 20  # steps
 SEEING = {"batch_size": 64, "learning_rate": 2e-3}
 ANSWERING = {
-    "short": {"batch_size": 128, "learning_rate": 5e-4},
-    "middle": {"batch_size": 32, "learning_rate": 4e-4},
-    "long": {"batch_size": 8, "learning_rate": 2e-4},
+    "short": {"batch_size": 128, "learning_rate": 8e-4},
+    "middle": {"batch_size": 32, "learning_rate": 5e-4},
+    "long": {"batch_size": 8, "learning_rate": 3e-4},
 }
 MOST_STEPS = 20_000
 
@@ -168,7 +168,6 @@ def train(
     )
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean
     trainer.train()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return trainer.state.global_step
 
 
@@ -268,7 +267,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("decoder", help="GGUF file, folder or Hub id of a Llama; or random")
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
     parser.add_argument(
-        "--seconds", type=float, nargs=4, default=(20, 45, 30, 50), help="to see, at short, middle, long"
+        "--seconds", type=float, nargs=4, default=(20, 55, 30, 45), help="to see, at short, middle, long"
     )
     parser.add_argument("--steps", type=int, default=MOST_STEPS, help="most of any of the four")
     parser.add_argument("--most-in-batch", type=int, default=1024, help="samples, where memory is short")
