@@ -267,7 +267,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("decoder", help="GGUF file, folder or Hub id of a Llama; or random")
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
     parser.add_argument(
-        "--seconds", type=float, nargs=4, default=(20, 55, 30, 45), help="to see, at short, middle, long"
+        "--seconds", type=float, nargs=4, default=(15, 60, 30, 45), help="to see, at short, middle, long"
     )
     parser.add_argument("--steps", type=int, default=MOST_STEPS, help="most of any of the four")
     parser.add_argument("--most-in-batch", type=int, default=1024, help="samples, where memory is short")
