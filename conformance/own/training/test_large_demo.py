@@ -101,21 +101,9 @@ def test_unknown_levels_and_kinds_are_refused():
 
 
 def test_questions_are_written_as_distill_reads_them(tmp_path):
-    counts = [
-        "--short",
-        "5",
-        "--middle",
-        "0",
-        "--long",
-        "1",
-        "--held-out",
-        "2",
-        "--held-out-level",
-        "short",
-        "--workers",
-        "1",
-    ]
-    large_questions.main(["--output", str(tmp_path), *counts])
+    counts = {"short": 5, "middle": 0, "long": 1, "held-out": 2, "held-out-level": "short", "workers": 1}
+    flags = [part for name, value in counts.items() for part in (f"--{name}", str(value))]
+    large_questions.main(["--output", str(tmp_path), *flags])
     rows = Conversations(tmp_path / "train.jsonl")
     assert len(rows) == 6 and len(Conversations(tmp_path / "held_out.jsonl")) == 2
     wanted = LargeQuestions("short", "train", 1).__getitems__(range(5))
