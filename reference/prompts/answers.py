@@ -38,6 +38,10 @@ MARKED = "put {% generation %} and {% endgeneration %} around the answer in the 
 Conversation = Sequence[Mapping[str, Any]]
 
 
+class NoChatTemplateError(ValueError):
+    """A tokenizer that cannot read conversations: no fault of a sample."""
+
+
 class Found(NamedTuple):
     """(B, L) bool each: the tokens of answers to be learnt, and which of these end a turn."""
 
@@ -286,10 +290,15 @@ def render(processor: Any, conversation: Conversation, **settings: Any) -> str:
     return processor.apply_chat_template([list(conversation)], tokenize=False, **settings)[0]
 
 
+def chat_template_of(processor: ProcessorMixin | Any) -> str:
+    """The template that conversations are rendered with; "" if there is none."""
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or ""
+    return template.get("default", "") if isinstance(template, dict) else template
+
+
 def template_with_marks(processor: ProcessorMixin | Any) -> str | None:
     """A chat template with `OPENS` and `CLOSES` for its {% generation %} marks; None if it has none."""
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    template = template.get("default", "") if isinstance(template, dict) else template
+    template = chat_template_of(processor)
     tag = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 
     def mark(found: re.Match) -> str:

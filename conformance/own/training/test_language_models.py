@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.prompts.text_processor import TextProcessor
 from linmu.reference.training.commands.main import main
+from linmu.reference.training.config import PRESETS, SampleSettings
+from linmu.reference.training.data import open_data
+from linmu.reference.training.data.conversations import BrokenSampleError
 from linmu.reference.training.data.turns import document_of
 from linmu.reference.training.evaluation.scores import Scores
 from linmu.reference.training.refusal import RefusedError
@@ -165,6 +169,27 @@ def no_longer_special(processor) -> str:
     for token in saved["added_tokens"]:
         token["special"] = token["special"] and token["content"] not in TURNS
     return json.dumps(saved)
+
+
+@pytest.mark.parametrize("place", [0, 3, 7], ids=["held out", "first rows", "late"])
+def test_a_missing_chat_template_is_no_fault_of_a_sample(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(open_data, "LOOKED_AT", 5)
+    encoder = ChatCollator(TextProcessor(byte_tokenizer(CHATML)))
+    path, documents = tmp_path / "d.jsonl", [{"text": text} for text in DOCUMENTS * 3]
+    config = replace(PRESETS["text"], data=(str(path),), samples=SampleSettings(on_broken="skip"))
+
+    def read(rows: list) -> int:
+        path.write_text("\n".join(map(json.dumps, rows)))
+        parts = open_data.open_data(config, encoder, None, 1)
+        return len([part[i] for part in parts for i in range(len(part))])
+
+    assert read(documents) == len(documents)
+    conversation = row("no", picture=None)
+    says = r'must have a chat template to read conversations.*none.*documents, rows {"text": \.\.\.}, or set'
+    with pytest.raises(RefusedError, match=says) as error:
+        read([*documents[:place], conversation, *documents])
+    assert f"{path}, line {place + 1}" in str(error.value)
+    assert not isinstance(error.value, BrokenSampleError)
 
 
 def test_what_supervises_nothing_is_no_right_answer():

@@ -12,12 +12,14 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import ProcessorMixin
 
 from ...demo import DigitsQuestions
-from ...prompts.chat_collator import ChatCollator
+from ...prompts.chat_collator import SET_TEMPLATE, ChatCollator
 from ..config import Config, SampleSettings
 from ..refusal import RefusedError, check
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
-from .sources import open_rows
+from .sources import JsonLines, Table, open_rows
+from .turns import OF_CONVERSATIONS
 
+LOOKED_AT = 1000  # rows of a data set that are looked at before a run
 HELD_OUT = 20  # one sample in so many is held out unless --eval_data names others
 
 
@@ -39,7 +41,7 @@ def open_data(
     try:
         sources, weights = zip(*map(parse_weight, config.data), strict=True)
         parts = [
-            open_dataset(config, source, encoder.encode, report, config.samples.streaming)
+            open_dataset(config, source, encoder, encoder.encode, report, config.samples.streaming)
             for source in sources
         ]
         if config.eval_data:
@@ -64,7 +66,8 @@ def open_held_out(
         return [DigitsQuestions("heldout", config.seed, ENDLESS)]
     try:
         sources = [parse_weight(name)[0] for name in names]
-        return [open_dataset(config, source, partial(with_tensors, encoder), report) for source in sources]
+        prepare = partial(with_tensors, encoder)
+        return [open_dataset(config, source, encoder, prepare, report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
@@ -89,12 +92,34 @@ def parse_weight(source: str) -> tuple[str, float]:
 
 
 def open_dataset(
-    config: Config, source: str, prepare: Any, report: Path | None, streaming: bool = False
+    config: Config,
+    source: str,
+    encoder: ChatCollator,
+    prepare: Any,
+    report: Path | None,
+    streaming: bool = False,
 ) -> Conversations:
     """One data set of conversations."""
     rows = open_rows(source, streaming, config.seed)
+    if not encoder.reads_conversations and not streaming:
+        refuse_conversations(rows)
     options = (config.samples.on_broken, config.samples.max_frames, config.samples.max_pixels)
     return Conversations(rows, *options, prepare=prepare, report=report)
+
+
+def refuse_conversations(rows: JsonLines | Table) -> None:
+    """Refuse, at the start, conversations for a tokenizer without a chat template.
+
+    Beyond the first rows, and in a stream, they are refused when their turn comes.
+    """
+    for index in range(min(len(rows), LOOKED_AT)):
+        try:
+            row = rows.row(index)
+            is_conversation = any(row.get(key) is not None for key in OF_CONVERSATIONS)
+        except Exception:  # a broken sample, named when its turn comes
+            continue
+        must = "--teacher must have a chat template to read conversations"
+        check(not is_conversation, must, f"none for {rows.name(index)}", SET_TEMPLATE)
 
 
 def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:
