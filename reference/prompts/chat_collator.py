@@ -28,6 +28,8 @@ from .answers import (
     RenderedAnswers,
     answers_of,
     chat_template_of,
+    render,
+    require_whole,
 )
 
 IGNORED = -100
@@ -151,7 +153,10 @@ class ChatCollator:
         self._refuse_lost_media(batch, conversations)
         if not prompts:
             learnt = ~torch.isin(batch["input_ids"], self.placeholder_ids)
-            if finds:
+            if not finds:
+                for conversation in conversations:
+                    self._refuse_cut_answers(conversation)
+            else:
                 found = self.answers.find(batch["input_ids"], conversations, processor)
                 # an answer may hold a picture
                 learnt = found.learnt & (~torch.isin(batch["input_ids"], self.control_ids) | found.ends)
@@ -168,6 +173,13 @@ class ChatCollator:
         require(length > 1, "ChatCollator", "a document must have a token to predict from the first", length)
         self._refuse_long(batch)
         return batch | ({} if self.supervise == "nothing" else {"labels": batch["input_ids"].clone()})
+
+    def _refuse_cut_answers(self, conversation: Sequence[Mapping[str, Any]]) -> None:
+        """The template must write all of every answer that is learnt, wherever it stands."""
+        text = render(self.processor, conversation)
+        for turn, said in enumerate(conversation):
+            if said["role"] == "assistant":
+                require_whole(conversation, turn, text)
 
     def _refuse_long(self, batch: Mapping[str, Tensor]) -> None:
         """A sample must not be longer than asked for."""
