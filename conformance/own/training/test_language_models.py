@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from linmu import optimized
 from linmu.reference.demo import TEACHER
 from linmu.reference.demo.documents import documents, pieces, text_of
+from linmu.reference.demo.documents import main as write_documents
 from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.prompts.text_processor import TextProcessor
@@ -220,6 +221,17 @@ def test_a_gguf_file_that_does_not_open_is_refused_by_name(data, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(RefusedError, match=r"--teacher must be a model .*, got .*model\.gguf"):
         main(text_flags(tmp_path / "model.gguf", data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["nothere.gguf", "./a/nothere.gguf", "{}/b/nothere.gguf", "{}/nothere.gguf"])
+def test_a_gguf_file_that_is_not_there_is_refused_by_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    name = name.format(tmp_path)
+    with pytest.raises(RefusedError, match=f"^distill: --teacher must be a file that is there, got {name}$"):
+        open_processor(name)
+    monkeypatch.setattr("sys.argv", ["documents", name, str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"got {name}"):
+        write_documents()
 
 
 def test_a_gguf_file_is_unpacked_distilled_and_saved_as_a_plain_model(data, tmp_path):

@@ -20,6 +20,7 @@ from .sources import JsonLines, Table, open_rows
 from .turns import OF_CONVERSATIONS
 
 LOOKED_AT = 1000  # rows of a data set that are looked at before a run
+BUNDLED = 400  # questions of the demo that are measured, all of them being short
 HELD_OUT = 20  # one sample in so many is held out unless --eval_data names others
 
 
@@ -37,7 +38,7 @@ def open_data(
         RefusedError: if there are no such data.
     """
     if config.data == ("demo",):
-        return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
+        return tuple(bundled_questions(config, split, encoder) for split in ("train", "heldout"))
     try:
         sources, weights = zip(*map(parse_weight, config.data), strict=True)
         parts = [
@@ -63,13 +64,30 @@ def open_held_out(
 ) -> list[Dataset]:
     """Data sets to measure on, as they stand; weights do not count."""
     if names == ("demo",):
-        return [DigitsQuestions("heldout", config.seed, ENDLESS)]
+        return [bundled_questions(config, "heldout", encoder)]
     try:
         sources = [parse_weight(name)[0] for name in names]
         prepare = partial(with_tensors, encoder)
         return [open_dataset(config, source, encoder, prepare, report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
+
+
+def bundled_questions(config: Config, split: str, encoder: ChatCollator) -> DigitsQuestions:
+    """The bundled data.
+
+    Raises:
+        RefusedError: if --max_length or --packing_tokens is less than the tokens of their longest sample.
+    """
+    data, most = DigitsQuestions(split, config.seed, ENDLESS), config.samples.most_tokens
+    if most:
+        # One sample in 70 is as long as any can be.
+        ids = ChatCollator(encoder.processor, supervise="all")(data.__getitems__(range(BUNDLED)))
+        longest = ids["attention_mask"].sum(1)
+        flag = "--max_length" if config.samples.max_length == most else "--packing_tokens"
+        must = f"{flag} must be at least the {longest.max()} tokens of the demo's sample {longest.argmax()}"
+        check(longest.max() <= most, must, most, f"set {flag} {longest.max()}")
+    return data
 
 
 def parse_weight(source: str) -> tuple[str, float]:
