@@ -309,7 +309,9 @@ def with_groups_as_heads(operator: str, given: dict[str, Any]) -> tuple[dict[str
 def with_a_short_window(longest: int, given: dict[str, Any]) -> Any:
     """Outputs of a window of `longest` tokens at most, and the right state."""
     state, window = given["initial_state"], min(given["window"], longest)
-    last = None if state is None else WindowState(*(part[:, part.shape[1] - (window - 1) :] for part in state))
+    last = (
+        None if state is None else WindowState(*(part[:, part.shape[1] - (window - 1) :] for part in state))
+    )
     outputs = right("sliding_window_attention", given)
     return right("sliding_window_attention", given | {"window": window, "initial_state": last})[0], outputs[1]
 

@@ -16,7 +16,7 @@ from ..harness import second_formulation
 from ..harness.compare import assert_exact
 from ..harness.layouts import Layout, Text, Vision, layouts
 from ..harness.operator_cases import property_of
-from ..harness.operator_checks import oddly_strided
+from ..harness.operator_checks import memory_of, oddly_strided
 
 AXES = {0: (1, 2, 3), 1: (1, 3, 2), 2: (2, 3, 1), 3: (3, 2, 1)}  # columns of coords, most significant first
 
@@ -35,7 +35,7 @@ class LayoutCase:
 CASES = st.builds(
     LayoutCase,
     layouts(),
-    st.integers(0, 9),
+    st.integers(0, 9) | st.sampled_from((34, 127, 1026)),
     st.tuples(*[st.integers(1, 4)] * 3),
     st.booleans(),
     st.integers(0, 2**16),
@@ -318,6 +318,9 @@ def test_layouts_do_not_depend_on_strides_and_leave_their_arguments(backend, cas
     coords = case.layout.coords
     strided, copy = oddly_strided(coords), coords.clone()
     order = backend.scan_order(coords, case.layer_index)
+    ids, inverse = backend.window_ids(coords, case.window_thw, case.shifted), backend.inverse_order(order)
+    for result, argument in ((order, coords), (ids, coords), (inverse, order)):
+        assert memory_of(result) != memory_of(argument), f"a result must be a new tensor: {case!r}"
     assert_exact(backend.scan_order(strided, case.layer_index), order, case, "order of strided coords")
     assert_exact(strided, copy, case, "coords after the call")
     for name, call in (
