@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..reference.training import teacher_student as reference
 from ..reference.training.safety.distributed_means import share
 from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
-from .lesson_modules import replace_forwards, restore_forwards
+from .lesson_modules import replace_methods, restore_methods
 from .losses import hidden_loss, hidden_losses, logit_loss
 from .sliding_window_attention import one_forward
 
@@ -22,7 +22,7 @@ class Lesson(reference.Lesson):
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__(student, objective)
-        self.replaced = replace_forwards(student.get_decoder())
+        self.replaced = replace_methods(student.get_decoder())
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
         """`linmu.reference.Lesson.forward`; all layers read the same spans of keys, found once."""
@@ -30,8 +30,8 @@ class Lesson(reference.Lesson):
             return super().forward(labels, **inputs)
 
     def close(self) -> nn.Module:
-        """Take hooks and faster forwards off and give the student back, its teacher still attached."""
-        restore_forwards(self.replaced)
+        """Take hooks and faster methods off and give the student back, its teacher still attached."""
+        restore_methods(self.replaced)
         return super().close()
 
     def _mean_loss(self, outputs: list[dict[str, Tensor]], groups: list[Tensor]) -> Tensor:
