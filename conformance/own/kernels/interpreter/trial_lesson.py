@@ -100,6 +100,7 @@ def taught(backend: ModuleType, teacher: nn.Module, inputs: dict[str, Tensor]) -
     lesson = backend.Lesson(student.train(), TOGETHER)
     found = lesson(labels=labels, **inputs)
     found["loss"].backward()
+    assert backend is reference or {name for _, name in lesson.replaced} == {"forward", "project_heads"}
     lesson.close()
     left = {"forward", "project_heads"}
     assert not any(left & vars(module).keys() for module in student.modules())
