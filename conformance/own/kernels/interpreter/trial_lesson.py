@@ -103,7 +103,7 @@ def taught(backend: ModuleType, teacher: nn.Module, inputs: dict[str, Tensor]) -
     assert backend is reference or {name for _, name in lesson.replaced} == {"forward", "project_heads"}
     lesson.close()
     left = {"forward", "project_heads"}
-    assert not any(left & vars(module).keys() for module in student.modules())
+    assert not any(left & vars(module).keys() for module in student.get_decoder().modules())
     trained = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in (found | trained).items()}
 
