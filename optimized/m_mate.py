@@ -51,12 +51,16 @@ class MMATE(reference.MMATE):
                 return y, MMATEState(*after, window)
             if is_own(local_swin, LocalSwin):
                 engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
-                rest = (layout, valid, angles, window, sequence, engine)
+                vkq = mix = None
+                if layout is None:
+                    vkq, mix = local_swin.project_token(hidden_states, self.mix_proj, window, engine)
+                rest = (layout, valid, angles, window, sequence, engine, vkq)
                 local, row, window = local_swin.attend(hidden_states, *rest)
             else:
                 local, window = local_swin(hidden_states, layout, state=window, **given)
-                engine, row = None, self.mixed_rows(y, layout, valid)
-            (mix,) = narrow_products(hidden_states, [self.mix_proj])
+                engine, row, mix = None, self.mixed_rows(y, layout, valid), None
+            if mix is None:
+                (mix,) = narrow_products(hidden_states, [self.mix_proj])
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]

@@ -1,4 +1,4 @@
-"""`reference/projections.py` with RoPE in one pass; the GEMMs are the library's.
+"""`reference/projections.py` with RoPE in one pass; GEMMs are the library's, but for a token of few rows.
 
 q, k and v stay three GEMMs. Joined in one they would read u once, which saves 7 KB of the 60 KB that a token
 of width 3584 moves there; but that takes a copy of the weights, or modules that cannot be adapted one by one.
@@ -13,11 +13,14 @@ from ..reference.checks import FLOAT_DTYPES
 from ..reference.numerics import accumulation_dtype, full_precision_linear
 from ..reference.projections import HeadProjections, checked_angles, split_heads
 from ..reference.projections import apply_rope as apply_rope_to_angles_with_gradients
+from .decoding.operator import ProjectionInputs, ProjectionOutputs, text_projection
 from .elementwise.operator import NarrowInputs, RotateInputs, narrow_product, rotate
 from .elementwise.torch_engine import angles_of
 from .engine.torch_state import has_no_hooks
 
-__all__ = ["HeadProjections", "apply_rope", "are_plain", "narrow_products", "split_heads"]
+__all__ = ["HeadProjections", "apply_rope", "are_plain", "narrow_products", "split_heads", "token_products"]
+
+MOST_ROWS = 4  # of the batch, in one launch of all projections of a token: beyond, a GEMM's tensor cores pay
 
 
 def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -42,8 +45,8 @@ def rotated(
 
 
 def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
-    """`full_precision_linear` of each: one product that reads `u` once, if they are plain."""
-    if not are_plain(linears):
+    """`full_precision_linear` of each: one product that reads `u` once, if they are plain and it is long."""
+    if u.shape[1] == 1 or not are_plain(linears):
         return [full_precision_linear(u, linear) for linear in linears]
     wide = accumulation_dtype(u.dtype)
     weight, bias = linears[0].weight, linears[0].bias
@@ -53,6 +56,22 @@ def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
     weight, bias = weight.to(wide), bias.to(wide)
     sizes = [linear.out_features for linear in linears]
     return list(narrow_product(NarrowInputs(u, weight, bias, sizes)).split_with_sizes(sizes, dim=-1))
+
+
+def token_products(
+    u: Tensor, linears: list[nn.Module], narrow: nn.Module, gate: nn.Module | None, engine: str | None
+) -> ProjectionOutputs | None:
+    """All products with one token, u (B, 1, D), by `text_projection`, whose three weights `linears` are, and
+    `narrow` its dt; None where modules must be called, and for large batches, which GEMMs suit better.
+    """
+    wide = linears if gate is None else [*linears, gate]
+    plain = are_plain(wide, u.dtype) and are_plain([narrow])
+    if not plain or u.shape[0] > MOST_ROWS or torch.is_autocast_enabled(u.device.type):
+        return None
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    gated = (None, None) if gate is None else (gate.weight, gate.bias)
+    inputs = ProjectionInputs(u[:, 0], weights, biases, narrow.weight, narrow.bias, *gated, engine)
+    return text_projection(inputs)
 
 
 def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> bool:

@@ -377,9 +377,7 @@ class GraphedDecoder:
             layout = None if coords is None else StaticLayout(coords)
             hidden, after = run_layers(self.decoder, **tokens, layout=layout, states=graph.states)
             if keeps_states:
-                for old, new in zip(tensors_of(graph.states), tensors_of(after), strict=True):
-                    if old is not new:
-                        old.copy_(new)
+                copy_all(tensors_of(graph.states), tensors_of(after))
             return hidden, after
 
         if self.capture is None:
