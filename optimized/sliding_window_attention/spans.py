@@ -109,7 +109,7 @@ def spans_of_layer(
         asks = None if is_vision is None else ~is_vision
         return find_spans(window, length, asks, valid, sequence, present)
 
-    return once_a_forward(("spans", window), make)
+    return once_a_forward(("spans", window, is_vision is None), make)
 
 
 def sequence_of_keys(present: Tensor | None, valid: Tensor, sequence: Tensor) -> Tensor:
