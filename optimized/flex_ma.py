@@ -19,7 +19,7 @@ from .causal_conv.operator import ConvInputs, causal_conv
 from .decoding.operator import TextStepInputs, text_step
 from .engine import engine_of_block
 from .layout import VisionLayout, begins_of, fast, permute_tokens
-from .projections import checked_angles, narrow_products, rotated, token_products
+from .projections import checked_angles, narrow_columns, rotated, token_products
 from .scan import ScanInputs, scan
 
 __all__ = ["FlexMA", "FlexMAState"]
@@ -52,11 +52,11 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | None,
         sequence: Tensor | None,
         engine: str | None,
-        rates: tuple[Tensor, Tensor] | None = None,
+        rates: Tensor | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (1) to (5) without W_o: (B, L, H·P), and the state after the last token.
 
-        `rates` are dt before its softplus and the gate before its sigmoid, where the caller has them.
+        `rates` (B, L, 2H): dt before its softplus and the gate before its sigmoid, where the caller has them.
         """
         self.check_inputs(hidden_states, layout, valid, sequence)
         layout, angles = fast(layout), position_embeddings
@@ -69,19 +69,20 @@ class FlexMA(reference.FlexMA):
         has_gate = layout is not None and self.config.reverse_scan
         if rates is None:
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
-            rates = narrow_products(hidden_states, linears)
+            rates = narrow_columns(hidden_states, linears)
         if layout is not None:
-            rates = [layout.in_order(rate, self.order_layer) for rate in rates]
+            rates = layout.in_order(rates, self.order_layer)
+        rate, gate_rate = rates.tensor_split([self.config.heads], dim=-1)
         order = None if layout is None else layout.order(self.order_layer)
         (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order, begins, engine)
-        dt = F.softplus(rates[0])
+        dt = F.softplus(rate)
         inputs = ScanInputs(
             x,
             dt,
             -torch.exp(self.A_log.to(dt.dtype)),
             B,
             C,
-            gate=torch.sigmoid(rates[1]) if has_gate else None,
+            gate=torch.sigmoid(gate_rate) if has_gate else None,
             segment=layout.segment if has_gate else None,
             valid=valid,
             D=self.D,

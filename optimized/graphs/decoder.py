@@ -34,6 +34,7 @@ from ...reference.student.cache import CACHE_NAME, LinMUCacheLayer, cache_slot, 
 from ..engine import say_once
 from ..engine.operator import on_device_of
 from ..layout import VisionLayout, fast
+from ..m_mate import prepare_layers
 from ..sliding_window_attention import one_forward
 from .capture import Capture, copies, copy_all
 from .layers import through_layers
@@ -403,6 +404,7 @@ def run_layers(
     options = {CACHE_NAME: cache, "use_cache": True, "attention_mask": valid, "linmu_layout": layout}
     options["position_embeddings"] = decoder.rotary_emb(embeds, positions)
     with one_forward():
+        prepare_layers([layer.self_attn for layer in decoder.layers], embeds, layout)
         hidden = through_layers(decoder, embeds, **options)
     return hidden, [slot.state for slot in cache.layers]
 
