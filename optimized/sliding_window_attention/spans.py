@@ -109,6 +109,7 @@ def spans_of_layer(
         asks = None if is_vision is None else ~is_vision
         return find_spans(window, length, asks, valid, sequence, present)
 
+    # of one forward, a student's text asks, and a teacher's every token
     return once_a_forward(("spans", window, is_vision is None), make)
 
 
