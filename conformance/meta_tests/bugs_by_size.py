@@ -145,7 +145,7 @@ TABLE: tuple[tuple[str, str, str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("window_attention", "k", "tokens", (65536,), ("lost",)),
     ("window_attention", "window_id", "tokens", (65536,), ("lost",)),
     ("window_attention", "o", "tokens", (65536,), ("lost", "without gradient")),
-    ("sliding_window_attention", "o", "tokens", (65536,), ("lost", "without gradient")),
+    ("sliding_window_attention", "o", "tokens", (65536,), ("lost",)),
     ("sliding_window_attention", "window", "window", (256, 1024), ("cut short",)),
     ("sliding_window_attention", "sequence", "L", (128,), ("ignored far to the left",)),
     ("causal_conv", "weight", "K", (8, 16), ("lost", "without gradient")),

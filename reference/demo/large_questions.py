@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("questions"))
-    for level, count in zip(LEVELS, (0, 500, 1500), strict=True):
+    for level, count in zip(LEVELS, (0, 0, 3000), strict=True):
         parser.add_argument(
             f"--{level}", type=int, default=count, help=f"training questions of level {level}"
         )

@@ -44,8 +44,8 @@ LARGEST = 64  # cells a side of the largest picture
 WARMUP = 20  # steps
 SEEING = {"batch_size": 64, "learning_rate": 2e-3}
 ANSWERING = {
-    "short": {"batch_size": 128, "learning_rate": 8e-4},
-    "middle": {"batch_size": 32, "learning_rate": 5e-4},
+    "short": {"batch_size": 192, "learning_rate": 6e-4},
+    "middle": {"batch_size": 40, "learning_rate": 5e-4},
     "long": {"batch_size": 8, "learning_rate": 3e-4},
 }
 MOST_STEPS = 20_000
@@ -227,11 +227,18 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():
         model.cuda()
     result: dict[str, Any] = {"seconds": {"opened": time.perf_counter() - began}, "steps": {}, "accuracy": {}}
+    result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
-    def tell(stage: str, measured: Any, steps: int, started: float) -> None:
+    def keep(stage: str, measured: Any, steps: int, started: float) -> None:
+        """Save what there is, so that a run that is ended early leaves a teacher, too."""
         now = time.perf_counter()
         result["steps"][stage], result["accuracy"][stage] = steps, measured
-        result["seconds"][stage] = now - started
+        result["seconds"][stage], result["seconds"]["all"] = now - started, now - began
+        if torch.cuda.is_available():
+            result["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        model.config.use_cache = True  # the trainer switches it off
+        model.save_pretrained(options.output)
+        (options.output / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({stage: measured, "steps": steps, "seconds": round(now - started, 1)}), flush=True)
 
     seeing, *answering = options.seconds
@@ -240,22 +247,14 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     collate = partial(collate_cells, load_processor(options.output))
     cells = partial(LabelledCells, "train", options.seed)
     steps = train(InOrderTrainer, reader, cells, collate, options, seeing, **SEEING)
-    tell("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
+    keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
 
     collate = AnswerCollator(options.output, MERGE)
     for level, seconds in zip(LEVELS, answering, strict=True):
         started = time.perf_counter()
         questions = partial(LargeQuestions, level, "train", options.seed)
         steps = train(AnswerTrainer, model, questions, collate, options, seconds, **ANSWERING[level])
-        tell(level, measure(model, collate, level, options), steps, started)
-
-    model.config.use_cache = True  # the trainer switches it off
-    model.save_pretrained(options.output)
-    if torch.cuda.is_available():
-        result["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    result["seconds"]["all"] = time.perf_counter() - began
-    (options.output / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
+        keep(level, measure(model, collate, level, options), steps, started)
     return result
 
 
@@ -267,7 +266,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("decoder", help="GGUF file, folder or Hub id of a Llama; or random")
     parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
     parser.add_argument(
-        "--seconds", type=float, nargs=4, default=(15, 60, 30, 45), help="to see, at short, middle, long"
+        "--seconds", type=float, nargs=4, default=(12, 65, 33, 55), help="to see, at short, middle, long"
     )
     parser.add_argument("--steps", type=int, default=MOST_STEPS, help="most of any of the four")
     parser.add_argument("--most-in-batch", type=int, default=1024, help="samples, where memory is short")
