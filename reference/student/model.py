@@ -237,9 +237,10 @@ class LinMUModel(StudentGeneration):
             hint = "-1 throughout for text; coords are (B, L, 4) [segment, t, y, x]"
             require(input_ids is not None, where, must, None, hint)
             coords = self.picture_coords(input_ids, kwargs)
-        if coords is None or not bool((coords >= 0).any()):
+        if coords is None:
             return None
-        return self.linmu_backend.VisionLayout(coords.to(tokens.device), sequence)
+        layout = self.linmu_backend.VisionLayout(coords.to(tokens.device), sequence)
+        return layout if layout.has_vision else None
 
     def picture_coords(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Return (B, L, 4) of a forward's pictures; None = text, whatever the ids.
