@@ -11,13 +11,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from ..checks import require
 from ..layout import VisionLayout
 from ..m_mate import MMATE
 from ..training.teacher_student import Lesson
+from .context_parallel import Operators
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,14 @@ class Backend:
         MMATE: the block; parameters and their names are the reference's.
         VisionLayout: what it reads the coordinates of tokens from.
         Lesson: teacher and student in one model.
+        operators: what a rank runs on its own tokens of a split prompt.
     """
 
     name: str
     MMATE: type[MMATE] = MMATE
     VisionLayout: type[VisionLayout] = VisionLayout
     Lesson: type[Lesson] = Lesson
+    operators: Operators = field(default_factory=Operators)
 
 
 REFERENCE = Backend("reference")
