@@ -166,6 +166,13 @@ def check_tables(alone: Path, together: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_two_processes_that_share_the_tokens_see_the_losses_of_one(alone, uneven, tmp_path, kind):
+    arguments = [*TINY, *data_of(uneven), "--batch_size", "4", "--output", str(tmp_path / "run")]
+    run_together([*arguments, "--context_parallel", "2"], FSDP if kind == "FSDP2" else None)
+    check_losses(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_two_processes_see_the_losses_of_one(alone, uneven, tmp_path, kind):
     arguments = [*TINY, *data_of(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
     run_together(arguments, FSDP if kind == "FSDP2" else None)
