@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..causal_conv import causal_conv
@@ -149,6 +149,8 @@ class ContextParallel:
         group = (self.mesh, 0)
         flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).contiguous()
         arrived = all_to_all_single_autograd(flat, receive_sizes, send_sizes, group)
+        if isinstance(arrived, AsyncCollectiveTensor) and not arrived.requires_grad:
+            arrived = arrived.trigger_wait()  # a plain tensor, that a cache may hold and copy
         return arrived.reshape(sum(receive_sizes), *tensor.shape[1:])
 
     def gather(self, tensor: Tensor) -> Tensor:
