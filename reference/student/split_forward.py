@@ -93,10 +93,13 @@ def context_parallel(
         mesh: of one dimension. Every rank must call backward where one does.
         lengths: (L, ranks) -> how many tokens each rank holds, each at least 1.
     Raises:
-        ValueError: for a mesh of several dimensions; in a forward, as `Context.split`.
+        ValueError: for a mesh of several dimensions, and within another such context; in a forward, as
+            `Context.split`.
     """
     require(mesh.ndim == 1, WHERE, "mesh must have one dimension", mesh.ndim, "take one, mesh['context']")
-    before, decoder = student.context, student.get_decoder()
+    must, hint = "a student's prompts must be split once", "leave the other context first"
+    require(student.context is None, WHERE, must, student.context, hint)
+    decoder = student.get_decoder()
     hooks = [
         decoder.register_forward_pre_hook(give_slice, with_kwargs=True, prepend=True),
         decoder.register_forward_hook(give_last_tokens, with_kwargs=True),
@@ -105,7 +108,7 @@ def context_parallel(
     try:
         yield
     finally:
-        student.context = before
+        student.context = None
         for hook in hooks:
             hook.remove()
 

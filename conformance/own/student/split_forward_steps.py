@@ -212,6 +212,8 @@ def refuses(case: Case, mesh: DeviceMesh) -> None:
             case.student(input_ids=ids[:, :2])
         with pytest.raises(ValueError, match="output_router_logits must be off"):
             case.student(input_ids=ids, output_router_logits=True)
+        with pytest.raises(ValueError, match="split once"), context_parallel(case.student, mesh):
+            pass
     square = DeviceMesh("cpu", [list(range(mesh.size()))])
     with (
         pytest.raises(ValueError, match="mesh must have one dimension"),

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PreTrainedModel
 
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.training.commands.main import main
+from linmu.reference.training.data.conversations import InOrder, SharedBatches
 from linmu.reference.training.safety.distributed_means import share
 
 from ..ranks import free_port
@@ -205,6 +208,20 @@ def test_two_sharded_processes_resume_to_the_losses_of_one(alone, uneven, tmp_pa
     one, two = losses(alone), losses(tmp_path / "run")
     assert list(two) == [("i", 1), ("i", 2), ("i", 3)]
     check_steps(one, two)
+
+
+@pytest.mark.parametrize(("processes", "shared", "batch"), [(4, 2, 3), (2, 2, 1), (3, 3, 2)])
+def test_processes_that_share_tokens_get_the_same_batches(processes, shared, batch):
+    """As accelerate deals batches out: one to each process in turn."""
+    samples = InOrder(list(range(100)), 4 * batch * processes // shared)
+    data = SharedBatches(samples, batch, shared)
+    batches = BatchSampler(SequentialSampler(data), batch, drop_last=False)
+    dealt = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
+    got = [[data.__getitems__(indices) for indices in own] for own in dealt]
+    for first in range(0, processes, shared):
+        assert all(got[rank] == got[first] for rank in range(first, first + shared))
+    steps = zip(*got[::shared], strict=True)
+    assert [item for step in steps for own in step for item in own] == list(range(len(samples)))
 
 
 def test_a_single_process_takes_its_own_mean():
