@@ -79,7 +79,7 @@ class Context:
 
 @contextmanager
 def context_parallel(
-    student: nn.Module, mesh: DeviceMesh, lengths: Callable[[int, int], Sequence[int]] = evenly
+    student: nn.Module, mesh: DeviceMesh | None, lengths: Callable[[int, int], Sequence[int]] = evenly
 ) -> Iterator[None]:
     """Within, a student's forwards are split by tokens over the ranks of `mesh`, which all call it alike.
 
@@ -90,12 +90,15 @@ def context_parallel(
 
     Args:
         student: of any family.
-        mesh: of one dimension. Every rank must call backward where one does.
+        mesh: of one dimension; None = prompts stay whole. Every rank must call backward where one does.
         lengths: (L, ranks) -> how many tokens each rank holds, each at least 1.
     Raises:
         ValueError: for a mesh of several dimensions, and within another such context; in a forward, as
             `Context.split`.
     """
+    if mesh is None:
+        yield
+        return
     require(mesh.ndim == 1, WHERE, "mesh must have one dimension", mesh.ndim, "take one, mesh['context']")
     must, hint = "a student's prompts must be split once", "leave the other context first"
     require(student.context is None, WHERE, must, student.context, hint)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,7 @@ class Run:
         trainer = StageTrainer(
             stage,
             new_names,
-            self.context_mesh(),
+            self.context_mesh,
             model=lesson,
             args=arguments,
             train_dataset=shared if optimizer.context_parallel > 1 else samples,
@@ -306,6 +307,7 @@ class Run:
         trainer.add_callback(progress)
         return trainer
 
+    @cached_property
     def context_mesh(self) -> DeviceMesh | None:
         """The processes that share this one's batch, which follow each other; None = it has its own."""
         group = self.config.optimizer.context_parallel

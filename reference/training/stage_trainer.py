@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ class StageTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         objectives = self.stage.objectives
         self.model.objective = objectives[self.state.global_step * len(objectives) // self.state.max_steps]
-        with context_parallel(self.model.student, self.mesh) if self.mesh else nullcontext():
+        with context_parallel(self.model.student, self.mesh):
             terms = model(**inputs)
         for name, value in terms.items():
             self.terms[name].append(value.detach())
