@@ -140,7 +140,8 @@ def goes_on(case: Case, mesh: DeviceMesh, lengths: Lengths) -> None:
     new = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 13, 14, 15]])
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
     given = {"input_ids": new, "attention_mask": mask, "use_cache": True}
-    given["position_ids"] = mask.cumsum(1)[:, -new.shape[1] :] - 1
+    if hasattr(student.base_model, "rope_deltas"):  # which counts from the prompt that it saw last
+        given["position_ids"] = mask.cumsum(1)[:, -new.shape[1] :] - 1
     wanted = student(**given, **{CACHE_NAME: copy.deepcopy(cache)}).logits
     with context_parallel(student, mesh, evenly):
         got = student(**given, **{CACHE_NAME: cache})
