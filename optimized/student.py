@@ -18,12 +18,13 @@ from .m_mate import MMATE
 from .scan import bidirectional_scan
 from .sliding_window_attention import sliding_window_attention
 from .training import Lesson
+from .vision_tower import hasten_tower
 from .window_attention import window_attention
 
 __all__ = ["convert", "load"]
 
 OPERATORS = Operators(causal_conv, bidirectional_scan, sliding_window_attention, window_attention)
-BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson, OPERATORS))
+BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson, hasten_tower, OPERATORS))
 
 
 def convert(

@@ -278,9 +278,10 @@ class Run:
             save_steps=watch.save_every,
             save_total_limit=2,
             logging_steps=watch.log_every,
-            include_num_input_tokens_seen="non_padding",
+            logging_nan_inf_filter=False,  # it asks the device every step; StageTrainer stops the run
             dataloader_num_workers=config.samples.workers,
             dataloader_pin_memory=self.device.type == "cuda",
+            accelerator_config={"non_blocking": self.device.type == "cuda"},
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,  # `with_gradient_anchor` sees to it that there are none
             disable_tqdm=True,
@@ -292,6 +293,8 @@ class Run:
         samples = in_order(config, self.training, steps * per_step, seen, self.batches_at_once)
         shared = SharedBatches(samples, optimizer.batch_size, optimizer.context_parallel)
         lesson = self.lesson(stage.objectives[0])
+        if optimizer.cuda_graphs and self.device.type == "cuda":
+            lesson.accelerate()
         new_names = set(lesson.layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
             stage,

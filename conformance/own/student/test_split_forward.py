@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from linmu import optimized
+from linmu.optimized import lesson_modules
 from linmu.reference.student.split_forward import evenly
 
 from ..ranks import run_ranks
@@ -21,3 +23,20 @@ def test_logits_losses_gradients_caches_and_lessons_are_those_of_one_process(tmp
 def test_slices_differ_by_one_token_at_most(length, ranks):
     lengths = evenly(length, ranks)
     assert sum(lengths) == length and len(lengths) == ranks and max(lengths) - min(lengths) <= 1
+
+
+def test_a_lessons_fast_attention_leaves_split_rows_to_the_one_that_fetches_all_keys(monkeypatch):
+    """On a GPU it would see this rank's keys alone."""
+    monkeypatch.setattr(lesson_modules, "engine_of_block", lambda *_: "triton")
+    given = {}
+
+    class Attention(torch.nn.Module):
+        head_dim, attention_dropout = 4, 0.0
+
+        def forward(self, hidden_states, **kwargs):
+            given.update(kwargs)
+            return hidden_states, None
+
+    u, mask, split = torch.zeros(1, 2, 8), torch.ones(1, 2), object()
+    lesson_modules.attended(Attention(), u, (u, u), attention_mask=mask, linmu_split=split)
+    assert given["linmu_split"] is split and given["attention_mask"] is mask
