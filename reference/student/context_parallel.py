@@ -20,8 +20,9 @@ computed once and shared by all layers, with host reads: one object a prompt. `s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -101,7 +102,7 @@ class Route:
 
 
 class ContextParallel:
-    """The operators of a block over a prompt whose tokens are split over the ranks of a mesh.
+    """The operators of a block over one prompt, of one layout, split by tokens over the ranks of a mesh.
 
     Args:
         mesh: of one dimension; its ranks hold the prompt's slices in order.
@@ -125,13 +126,13 @@ class ContextParallel:
         self.owner = torch.arange(self.ranks, device=device).repeat_interleave(
             torch.tensor(self.lengths, device=device)
         )
-        self._memo: dict[int, tuple[Tensor, Any]] = {}
+        self.made: dict[Hashable, Any] = {}
 
-    def once(self, tensor: Tensor, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns, computed once for a tensor of the layout, which all layers share."""
-        if id(tensor) not in self._memo:
-            self._memo[id(tensor)] = tensor, make()  # the tensor stays alive: no other gets its id
-        return self._memo[id(tensor)][1]
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns of the layout, computed once per `key` for all layers."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     @property
     def slice(self) -> slice:
@@ -242,12 +243,14 @@ class ContextParallel:
         return last_where(mine, size, *history), last_where(there, size, *history)
 
     @without_autocast
-    def window_attention(self, q, k, v, window_id, *, scale=None):
+    def window_attention(self, q, k, v, window_id, *, scale=None, key=None):
         """`window_attention` of this rank's q, k, v with the prompt's window_id (B, L).
 
-        A window is computed by the rank that holds its first token; so what travels is what is cut off.
+        Layers of one `key` have the same ids; None = find the way anew. A window is computed by the rank that
+        holds its first token; so what travels is what is cut off.
         """
-        route, here = self.once(window_id, lambda: self.to_windows(window_id))
+        make = partial(self.to_windows, window_id)
+        route, here = make() if key is None else self.once(key, make)
         # One token of zeros more, in a window of its own: every rank runs the operator and its gradient, also
         # where no token is in a window, so that the collectives of backward pair up.
         arrived = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in map(route.there, (q, k, v))]
@@ -286,7 +289,7 @@ class ContextParallel:
         read = self.reads(A, steps.cumsum(1), reader, forward[self.rank])  # eq. (2)
         added = read
         if own is not None:
-            cut, is_cut = self.once(segment, lambda: self.cuts(segment))
+            cut, is_cut = self.once("cuts", lambda: self.cuts(segment))
             added = read * torch.where(own[..., None] >= 0, gate, torch.ones_like(gate))[..., None]
         if own is not None and is_cut:
             into_left, from_right = (
@@ -380,8 +383,8 @@ class ContextParallel:
         xBC, dt, gate = FlexMA.project(flex, u, position_embeddings)
         route = None
         if layout is not None:
-            order = layout.order(flex.order_layer)
-            route = self.once(order, lambda: self.in_order(order))
+            layer = flex.order_layer
+            route = self.once(("order", layer % 4), lambda: self.in_order(layout.order(layer)))
         if route is not None:
             xBC, dt, gate = (route.there(each).unflatten(0, (len(u), -1)) for each in (xBC, dt, gate))
         conv_start, scan_start = (None, None) if state is None else (state.conv, state.scan)
@@ -392,7 +395,7 @@ class ContextParallel:
         x, B, C = FlexMA.split(flex, xBC)
         A = -torch.exp(flex.A_log.to(dt.dtype))
         has_reverse = layout is not None and flex.config.reverse_scan
-        segment = self.once(layout.coords, lambda: layout.segment) if has_reverse else None
+        segment = layout.segment if has_reverse else None
         y, scan_state = self.bidirectional_scan(
             x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=flex.D, initial_state=scan_start
         )
@@ -406,8 +409,9 @@ class ContextParallel:
         q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
         mixed, takes_part = 0, None
         if layout is not None:
-            windows = layout.windows(swin.config.window_thw, swin.layer_index)
-            mixed, takes_part = self.window_attention(q, k, v, windows), layout.is_vision
+            sizes, layer = swin.config.window_thw, swin.layer_index
+            windows, key = layout.windows(sizes, layer), ("windows", sizes, layer % 2)
+            mixed, takes_part = self.window_attention(q, k, v, windows, key=key), layout.is_vision
         if swin.config.text_window:
             asks = None if layout is None else ~layout.is_vision
             near, state = self.sliding_window_attention(

@@ -72,6 +72,11 @@ def compare(mesh, lengths, coords, layer, masked, started, backend):
         state=state,
     )
     (got * parallel.local(weight)).sum().backward()
+    made = set(parallel.made)
+    block.layer_index = block.flex_ma.layer_index = block.local_swin.layer_index = layer + 4
+    with torch.no_grad():
+        parallel.m_mate(block, mine, layout, position_embeddings=tuple(map(parallel.local, angles)))
+    assert set(parallel.made) == made, "a layer of the same order must find the way there"
     close = {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(got, parallel.local(y), **close)
     torch.testing.assert_close(mine.grad, parallel.local(whole.grad), **close)
