@@ -7,7 +7,8 @@
     branches    of M-MATE: q, k and v of one input
 
 Only modules of known classes, whose forward is their own, get another one; each call asks whether what it is
-given is what it knows, and is Hugging Face's own forward otherwise. Rounding is theirs.
+given is what it knows, and is Hugging Face's own forward otherwise. Norms and gates round where theirs do;
+RoPE and adapters round once where theirs do at every step.
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def attended(
     drops = attention.training and attention.attention_dropout
     cached = any(others.get(name) is not None for name in ("cache", "past_key_values"))
     windowed = getattr(attention, "sliding_window", None) is not None
-    if engine != "triton" or drops or cached or windowed or position_embeddings is None:
+    together = position_embeddings is not None and position_embeddings[0].ndim == 3  # M-RoPE's too
+    if engine != "triton" or drops or cached or windowed or not together:
         given = {"attention_mask": attention_mask, "linmu_sequence": linmu_sequence, **others}
         return type(attention).forward(
             attention, hidden_states, position_embeddings=position_embeddings, **given
