@@ -143,17 +143,20 @@ def attended(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     linmu_sequence: Tensor | None = None,
+    linmu_split: Any = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The teacher's causal attention of whole rows, under a padding mask (B, L), in each sample of packed
-    rows. What it says of padding is 0, where Hugging Face's is anything finite."""
+    rows; Hugging Face's own where rows are split over processes. What it says of padding is 0, where Hugging
+    Face's is anything finite."""
     engine = engine_of_block("attention", hidden_states, attention.head_dim)
     drops = attention.training and attention.attention_dropout
     cached = any(others.get(name) is not None for name in ("cache", "past_key_values"))
     windowed = getattr(attention, "sliding_window", None) is not None
     together = position_embeddings is not None and position_embeddings[0].ndim == 3  # M-RoPE's too
-    if engine != "triton" or drops or cached or windowed or not together:
+    if engine != "triton" or drops or cached or windowed or not together or linmu_split is not None:
         given = {"attention_mask": attention_mask, "linmu_sequence": linmu_sequence, **others}
+        given |= {} if linmu_split is None else {"linmu_split": linmu_split}
         return type(attention).forward(
             attention, hidden_states, position_embeddings=position_embeddings, **given
         )

@@ -200,7 +200,7 @@ KERNELS = {
         "sliding_window_attention.kernels_step",
         "attention_kernel",
         SLIDING_STEP,
-        4,
+        8,
         3,
         {"PRESENT": "*u8"},
     ),
@@ -269,7 +269,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     elif chosen["kernel"] == "output_kernel":
         known |= scan_output.output_tiles(size, size, scanned, known["CHUNK"])[0]
     elif "PLACES" in chosen:
-        known["COLUMNS"] = sliding_step.COLUMNS
+        moves = chosen["kernel"] == "move_kernel"
+        known["COLUMNS"] = sliding_step.MOVED if moves else sliding_step.READ[size > 128]
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}
