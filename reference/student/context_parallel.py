@@ -165,8 +165,10 @@ class ContextParallel:
         return self.exchange(sent, self.lengths, [len(mine)] * self.ranks).movedim(0, dim)
 
     def in_order(self, order: Tensor) -> Route | None:
-        """Route to the prompt's scan order, (B, L) int64: afterwards rank r holds its slice of the scan. None =
-        it does so already."""
+        """Route to the prompt's scan order, (B, L) int64: afterwards rank r holds its slice of the scan.
+
+        None = it does so already.
+        """
         if bool((order == torch.arange(order.shape[1], device=order.device)).all()):
             return None
         position = order.argsort(1)  # where each token stands in the scan
