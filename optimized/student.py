@@ -14,10 +14,11 @@ from ..reference.student.model import LinMUModel
 from .layout import VisionLayout
 from .m_mate import MMATE
 from .training import Lesson
+from .vision_tower import hasten_tower
 
 __all__ = ["convert", "load"]
 
-BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson))
+BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson, hasten_tower))
 
 
 def convert(

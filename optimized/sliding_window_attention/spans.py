@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_of_forward: ContextVar[dict[int, Spans] | None] = ContextVar("spans of a forward", default=None)
+_of_forward: ContextVar[dict[tuple[int, bool], Spans] | None] = ContextVar("spans of a forward", default=None)
 
 
 class Spans(NamedTuple):
@@ -95,12 +95,13 @@ def spans_of_layer(
 ) -> Spans:
     """`find_spans` of a layer in which text asks: is_vision (B, L) bool; None = all text."""
     known = None if torch.compiler.is_compiling() else _of_forward.get()
-    if known is not None and window in known:
-        return known[window]
+    key = window, is_vision is None  # of one forward, a student's text asks, and a teacher's every token
+    if known is not None and key in known:
+        return known[key]
     asks = None if is_vision is None else ~is_vision
     spans = find_spans(window, length, asks, valid, sequence, present)
     if known is not None:
-        known[window] = spans
+        known[key] = spans
     return spans
 
 

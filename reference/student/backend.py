@@ -11,8 +11,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+
+from torch import nn
 
 from ..checks import require
 from ..layout import VisionLayout
@@ -33,12 +36,14 @@ class Backend:
         MMATE: the block; parameters and their names are the reference's.
         VisionLayout: what it reads the coordinates of tokens from.
         Lesson: teacher and student in one model.
+        prepare: called with each new student, to change how its other parts compute.
     """
 
     name: str
     MMATE: type[MMATE] = MMATE
     VisionLayout: type[VisionLayout] = VisionLayout
     Lesson: type[Lesson] = Lesson
+    prepare: Callable[[nn.Module], None] | None = None
 
 
 REFERENCE = Backend("reference")

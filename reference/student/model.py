@@ -122,6 +122,8 @@ class LinMUModel(StudentGeneration):
             layers[index].self_attn = with_float32_parameters(adapter_class(sizes, index))
         super().set_attn_implementation(attention_by_part(config))
         self.post_init()
+        if self.linmu_backend.prepare is not None:
+            self.linmu_backend.prepare(self)
         for module in self.modules():  # only attention's projections could be split by heads: M-MATE is whole
             if getattr(module, "_tp_plan", None):
                 plan = module._tp_plan.items()

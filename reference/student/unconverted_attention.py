@@ -8,6 +8,10 @@ the samples of packed rows, what softmax needs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,6 +22,19 @@ from ..checks import require
 from .packed_rows import SampleSpans
 
 ATTENTION = "linmu"
+
+_has_padding: ContextVar[bool | None] = ContextVar("whether masks hold padding", default=None)
+
+
+@contextmanager
+def padding_is_known(has_padding: bool) -> Iterator[None]:
+    """Within, masks of forwards are taken to hold padding, or none, and the device is not asked: a CUDA graph
+    cannot wait for its answer."""
+    before = _has_padding.set(has_padding)
+    try:
+        yield
+    finally:
+        _has_padding.reset(before)
 
 
 def padding_mask(
@@ -47,10 +64,18 @@ def padding_mask(
         "packed sequences or a sliding window",
         "call the whole model, for torch.compile and torch.export with an attention_mask in any case",
     )
-    compiled = torch.compiler.is_compiling()  # a graph cannot depend on what the mask holds
-    if attention_mask is None or (not compiled and bool(attention_mask.all())):
+    if attention_mask is None or not may_hold_padding(attention_mask):
         return None
     return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def may_hold_padding(attention_mask: Tensor) -> bool:
+    """Whether a mask (B, S) must be heeded; it must where its values cannot be asked for."""
+    known = _has_padding.get()
+    if known is not None:
+        return known
+    # under torch.compile a graph cannot depend on what the mask holds
+    return torch.compiler.is_compiling() or not bool(attention_mask.all())
 
 
 def causal_attention(

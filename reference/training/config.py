@@ -112,6 +112,8 @@ class OptimizerSettings:
     """batches per step"""
     gradient_checkpointing: bool = False
     """recompute layers in the backward pass, to save memory"""
+    cuda_graphs: bool = True
+    """on a GPU, run each step's forward and backward from one CUDA graph, where the backend can"""
     warmup: float = 0.05
     """share of a stage's steps in which its learning rate rises"""
 

@@ -265,9 +265,10 @@ class Run:
             save_steps=watch.save_every,
             save_total_limit=2,
             logging_steps=watch.log_every,
-            include_num_input_tokens_seen="non_padding",
+            logging_nan_inf_filter=False,  # it asks the device every step; StageTrainer stops the run
             dataloader_num_workers=config.samples.workers,
             dataloader_pin_memory=self.device.type == "cuda",
+            accelerator_config={"non_blocking": self.device.type == "cuda"},
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,  # `with_gradient_anchor` sees to it that there are none
             disable_tqdm=True,
@@ -277,6 +278,8 @@ class Run:
         per_step = optimizer.batch_size * optimizer.gradient_accumulation * arguments.world_size
         seen = steps_before(stage.name, config) * per_step
         lesson = self.lesson(stage.objectives[0])
+        if optimizer.cuda_graphs and self.device.type == "cuda":
+            lesson.accelerate()
         new_names = set(lesson.layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
             stage,

@@ -161,7 +161,10 @@ class Lesson(nn.Module):
         layers: the converted decoder layers.
         layer_calls: what each was given in the last pass as teacher.
         layer_outputs: (B, L, D) by role, of each in the last passes.
+        graphs: what runs steps from CUDA graphs; None = they run as they are.
     """
+
+    graphs: Any = None
 
     hidden_loss = staticmethod(hidden_loss)
     logit_loss = staticmethod(logit_loss)
@@ -184,15 +187,25 @@ class Lesson(nn.Module):
             self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self.hooks.append(layer.register_forward_hook(after))
 
+    def accelerate(self) -> Lesson:
+        """Let losses with gradients come from CUDA graphs, where a backend has them; the reference has none.
+        Returns the lesson."""
+        return self
+
     def close(self) -> nn.Module:
         """Take the hooks off and give the student back, its teacher still attached."""
         for hook in self.hooks:
             hook.remove()
         self.set_role("student")
-        for layer in self.layers:
-            layer.self_attn.call = None
-            layer.self_attn.outputs.clear()
+        self.forget()
         return self.student
+
+    def forget(self) -> None:
+        """Drop what the last passes left: outputs hold all that autograd recorded of them."""
+        for index, layer in enumerate(self.layers):
+            layer.self_attn.call = self.layer_calls[index] = None
+            layer.self_attn.outputs.clear()
+            self.layer_outputs[index].clear()
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
         """Teach one batch.
@@ -208,14 +221,26 @@ class Lesson(nn.Module):
         """
         objective = self.objective
         positions, mask = supervised(labels) if objective.logits else (None, None)
+        logits = {}
         if objective.inputs == "teacher":
             with torch.no_grad():
                 self.run("teacher", inputs)
             self.follow_teacher(whole_layers=objective.layer > 0)
         else:
             logits = self.run_both(inputs, positions)
-        groups = self.token_groups(inputs, labels)
-        terms = {}
+        return self.terms(logits, mask, self.token_groups(inputs, labels))
+
+    def terms(
+        self, logits: dict[str, Tensor], mask: Tensor | None, groups: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The result of `forward`, of what the last passes left.
+
+        Args:
+            logits: (B, n, V) by role, where they are taught.
+            mask: (B, n) bool, which of them count.
+            groups: masks (B, L) bool.
+        """
+        objective, terms = self.objective, {}
         if objective.mixer:
             terms["mixer"] = self._mean_loss(self.mixer_outputs, groups)
         if objective.layer:
@@ -274,7 +299,8 @@ class Lesson(nn.Module):
                 args, kwargs = call
                 layer(*args, **kwargs)
             elif getattr(layer, "gradient_checkpointing", False) and layer.training:
-                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False)
+                # M-MATE draws nothing at random, and a CUDA graph cannot ask for the generator's state
+                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False, preserve_rng_state=False)
             else:
                 layer.self_attn.mix_teachers_input()
 
@@ -298,11 +324,7 @@ class Lesson(nn.Module):
 
     def token_masks(self, inputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
         """Masks (B, L) bool of vision, text and answering tokens; padding is in none."""
-        valid, vision = inputs["attention_mask"].bool(), self.vision_tokens(inputs)
-        answering = torch.zeros_like(valid)
-        if labels is not None:
-            answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-        return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
+        return token_masks(inputs["attention_mask"], self.vision_tokens(inputs), labels)
 
     def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Mask (B, L) bool of image and video tokens: as the caller's coordinates say, otherwise the ids.
@@ -346,6 +368,15 @@ class Lesson(nn.Module):
             self.layer_outputs[index][self.role] = output[0] if isinstance(output, tuple) else output
 
         return hook
+
+
+def token_masks(attention_mask: Tensor, vision: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """`Lesson.token_masks` of an attention mask (B, L) and vision tokens (B, L) bool."""
+    valid = attention_mask.bool()
+    answering = torch.zeros_like(valid)
+    if labels is not None:
+        answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+    return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
 
 
 def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:
