@@ -4,6 +4,7 @@
     MLPs        gate and up of one input, adapters of low rank as part of the products, the gate in one kernel
     attention   the teacher's: RoPE in one kernel, and padding or packed rows seen by the kernel of sliding
                 windows, a window as long as the row, in the place of a mask (B, L, L) made in every layer
+    branches    of M-MATE: q, k and v of one input
 
 Only modules of known classes, whose forward is their own, get another one; each call asks whether what it is
 given is what it knows, and is Hugging Face's own forward otherwise. Rounding is theirs.
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from ..reference.student.unconverted_attention import causal_attention
 from ..reference.training.teacher_student import TeacherStudentMixer
 from .elementwise.operator import GateInputs, NormInputs, frozen_norm, gate_product
 from .elementwise.shared_products import Part, shared_products
 from .engine import engine_of_block
 from .engine.torch_state import has_no_hooks, is_observed
+from .flex_ma import FlexMA
 from .graphs.layers import MLPS, NORMS, is_own, kinds
+from .local_swin import LocalSwin
 from .projections import are_plain, is_readable, rotated
 from .sliding_window_attention import spans_of_layer
 from .sliding_window_attention.operator import SlidingInputs, attend
@@ -33,31 +37,34 @@ ATTENTIONS = kinds("Attention")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def replace_forwards(decoder: nn.Module) -> list[nn.Module]:
-    """Put these forwards over the decoder's modules. Returns what `restore_forwards` takes."""
+def replace_methods(decoder: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Put these methods over those of the decoder's modules. Returns what `restore_methods` takes."""
     replaced = []
-    for module, forward in replacements(decoder):
-        module.forward = partial(forward, module)
-        replaced.append(module)
+    for module, name, method in replacements(decoder):
+        if name not in vars(module):  # another lesson's are in place
+            vars(module)[name] = partial(method, module)
+            replaced.append((module, name))
     return replaced
 
 
-def restore_forwards(replaced: list[nn.Module]) -> None:
-    """Undo `replace_forwards`."""
-    for module in replaced:
-        vars(module).pop("forward", None)
+def restore_methods(replaced: list[tuple[nn.Module, str]]) -> None:
+    """Undo `replace_methods`."""
+    for module, name in replaced:
+        vars(module).pop(name, None)
     replaced.clear()
 
 
-def replacements(decoder: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
-    """The modules that have a faster forward, and that."""
+def replacements(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Callable]]:
+    """The modules that have a faster method, its name, and that."""
     for module in decoder.modules():
         if is_own(module, NORMS):
-            yield module, normed
+            yield module, "forward", normed
         elif is_own(module, MLPS) and is_own(module.act_fn, {SiLUActivation, nn.SiLU}):
-            yield module, through_mlp
+            yield module, "forward", through_mlp
+        elif isinstance(module, FlexMA | LocalSwin):
+            yield module, "project_heads", project_heads
         elif isinstance(module, TeacherStudentMixer) and is_own(module.attention, ATTENTIONS):
-            yield module.attention, attended
+            yield module.attention, "forward", attended
 
 
 def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -88,6 +95,15 @@ def products(x: Tensor, linears: list[nn.Module]) -> tuple[Tensor, ...]:
     ):
         return tuple(linear(x) for linear in linears)
     return shared_products(x.to(dtype), parts)
+
+
+def project_heads(branch: FlexMA | LocalSwin, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`HeadProjections.project_heads`."""
+    q, k, v = (
+        y.unflatten(-1, (-1, branch.config.head_dim))
+        for y in products(u, [branch.q_proj, branch.k_proj, branch.v_proj])
+    )
+    return (branch.q_norm(q), branch.k_norm(k), v) if branch.config.qk_norm else (q, k, v)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
@@ -126,17 +142,20 @@ def attended(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
     linmu_sequence: Tensor | None = None,
+    linmu_split: Any = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The teacher's causal attention of whole rows, under a padding mask (B, L), in each sample of packed
-    rows. What it says of padding is 0, where Hugging Face's is anything finite."""
+    rows; Hugging Face's own where rows are split over processes. What it says of padding is 0, where Hugging
+    Face's is anything finite."""
     engine = engine_of_block("attention", hidden_states, attention.head_dim)
     drops = attention.training and attention.attention_dropout
     cached = any(others.get(name) is not None for name in ("cache", "past_key_values"))
     windowed = getattr(attention, "sliding_window", None) is not None
-    masked = attention_mask is not None or linmu_sequence is not None
-    if engine != "triton" or drops or cached or windowed or position_embeddings is None or not masked:
+    together = position_embeddings is not None and position_embeddings[0].ndim == 3  # M-RoPE's too
+    if engine != "triton" or drops or cached or windowed or not together or linmu_split is not None:
         given = {"attention_mask": attention_mask, "linmu_sequence": linmu_sequence, **others}
+        given |= {} if linmu_split is None else {"linmu_split": linmu_split}
         return type(attention).forward(
             attention, hidden_states, position_embeddings=position_embeddings, **given
         )
@@ -144,6 +163,10 @@ def attended(
     q, k, v = (y.unflatten(-1, (-1, attention.head_dim)) for y in products(hidden_states, linears))
     q, k = (rotated(each, position_embeddings, engine=engine) for each in (q, k))
     length = q.shape[1]
+    if attention_mask is None and linmu_sequence is None:
+        by_head = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        o, _ = causal_attention(attention, *by_head, None, scaling=attention.scaling)
+        return attention.o_proj(o.flatten(2)), None
     valid = None if attention_mask is None else attention_mask.bool()
     spans = spans_of_layer(length, length, None, valid, linmu_sequence, None)
     o, _ = attend(SlidingInputs(q, k, v, *spans[:4], length, float(attention.scaling), engine))

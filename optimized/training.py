@@ -11,9 +11,10 @@ from ..reference.training import teacher_student as reference
 from ..reference.training.batch_facts import Facts
 from ..reference.training.safety.distributed_means import share
 from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
+from .engine import get_engine
 from .graphs.capture import CudaCapture
 from .graphs.training_step import LIMITS, TrainingGraphs
-from .lesson_modules import replace_forwards, restore_forwards
+from .lesson_modules import replace_methods, restore_methods
 from .losses import hidden_loss, hidden_losses, logit_loss
 from .sliding_window_attention import one_forward
 
@@ -28,7 +29,7 @@ class Lesson(reference.Lesson):
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__(student, objective)
-        self.replaced = replace_forwards(student.get_decoder())
+        self.replaced: list[tuple[nn.Module, str]] = []
 
     def accelerate(self) -> Lesson:
         """Let losses with gradients come from CUDA graphs, forward and backward in one; returns the lesson.
@@ -52,13 +53,16 @@ class Lesson(reference.Lesson):
         """Free the graphs, take hooks and faster forwards off and give the student back, its teacher still
         attached."""
         self.graphs = None
-        restore_forwards(self.replaced)
+        restore_methods(self.replaced)
         return super().close()
 
     def forward(
         self, labels: Tensor | None = None, facts: Facts | None = None, **inputs: Any
     ) -> dict[str, Tensor]:
         """As the reference's; `facts` of the batch, if the caller has them, spare graphs a question."""
+        device = next(self.layers[0].parameters()).device
+        if not self.replaced and get_engine(device) == "triton":  # few kernels are no gain to a CPU
+            self.replaced = replace_methods(self.student.get_decoder())
         terms = None if self.graphs is None else self.graphs(labels, inputs, facts)
         if terms is not None:
             return terms

@@ -38,7 +38,7 @@ from ..sliding_window_attention import one_forward
 from .capture import Capture, copy_all
 from .decoder import DECODERS, FIXED_ROPE, Limits, zeros_like
 from .obstacles import CAPTURING
-from .static_layout import StaticLayout, layout_tensors, padded_layout
+from .static_layout import StaticLayout, is_within_bounds
 
 LENGTHS = (64, 128, 192, *(2**k * quarters // 4 for k in range(8, 16) for quarters in (4, 5, 6, 7)), 65536)
 LIMITS = Limits(LENGTHS, most_rows=1024, most_tokens=2**17, most_graphs=16)
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
     Args:
         call: the decoder's arguments, tensors of L tokens.
-        layout: where vision tokens are; None = text.
+        layout: "coords" (B, L, 4) of vision tokens; empty = text.
         groups: masks (B, L) bool by name.
         answers: "positions" (n,) int64 and "mask" (B, n) bool; empty = logits are not taught.
         has_padding: whether the attention mask must be heeded.
@@ -219,11 +219,12 @@ class TrainingGraphs:
         if taught:
             answers = answering(is_answered(labels), self.bucket(max(facts.positions, 1)))
             answers["positions"] = answers["positions"] + pad
-        tensors = {}
+        where = {}
         if layout is not None:
-            valid = call["attention_mask"].bool() if has_padding else None
-            tensors = layout_tensors(padded_layout(layout, pad), valid, windows_of(lesson))
-        return Problem(call, tensors, groups, answers, has_padding)
+            if not is_within_bounds(layout):
+                return "coordinates with very large numbers"
+            where["coords"] = F.pad(layout.coords, (0, 0, pad, 0), value=-1)
+        return Problem(call, where, groups, answers, has_padding)
 
     def run(self, problem: Problem) -> dict[str, Tensor] | None:
         """A step from its graph, which is captured if it is new; None = before that."""
@@ -296,7 +297,7 @@ class TrainingGraphs:
     def terms(self, buffers: Problem) -> dict[str, Tensor]:
         """What `Lesson.forward` does, from the decoder on."""
         lesson, objective = self.lesson, self.lesson.objective
-        layout = StaticLayout(buffers.layout) if buffers.layout else None
+        layout = StaticLayout(buffers.layout["coords"]) if buffers.layout else None
         head = lesson.student.get_output_embeddings()
 
         def run(role: str) -> Tensor | None:
@@ -432,12 +433,6 @@ def decoder_call(
 def padded(tensor: Tensor, pad: int, has_width: bool = False) -> Tensor:
     """(..., L), or (B, L, D) where it has a width, behind so many tokens of zeros."""
     return F.pad(tensor, (0, 0, pad, 0) if has_width else (pad, 0)) if pad else tensor
-
-
-def windows_of(lesson: Lesson) -> set:
-    """What the blocks of a lesson read of a layout's windows."""
-    blocks = [layer.self_attn.mixer for layer in lesson.layers]
-    return {(block.config.window_thw, block.layer_index % 2 == 1) for block in blocks}
 
 
 def kind_of(lesson: Lesson) -> str | None:

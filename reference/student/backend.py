@@ -12,7 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from torch import nn
@@ -21,6 +21,7 @@ from ..checks import require
 from ..layout import VisionLayout
 from ..m_mate import MMATE
 from ..training.teacher_student import Lesson
+from .context_parallel import Operators
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Backend:
         VisionLayout: what it reads the coordinates of tokens from.
         Lesson: teacher and student in one model.
         prepare: called with each new student, to change how its other parts compute.
+        operators: what a rank runs on its own tokens of a split prompt.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Backend:
     VisionLayout: type[VisionLayout] = VisionLayout
     Lesson: type[Lesson] = Lesson
     prepare: Callable[[nn.Module], None] | None = None
+    operators: Operators = field(default_factory=Operators)
 
 
 REFERENCE = Backend("reference")

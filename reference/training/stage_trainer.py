@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -24,6 +25,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..checks import require
+from ..student.split_forward import context_parallel
 from .batch_facts import WithFacts, placeholders_of
 from .parameter_groups import MLPS, belongs
 from .safety.atomic_writes import PART, finish_folder
@@ -45,11 +47,17 @@ class StageTrainer(Trainer):
     Args:
         stage: what is trained, on what, and how fast.
         new_names: names within M-MATE of the tensors that were not copied from the teacher.
+        mesh: the processes that share a batch's tokens; None = each has a batch of its own. Choice: not
+            accelerate's `ParallelismConfig(cp_size)`, which splits the buffers of ring attention and needs
+            FSDP. To DDP and FSDP, and to the loss, such a process is one of many that hold some tokens.
         **kwargs: of `transformers.Trainer`.
     """
 
-    def __init__(self, stage: Stage, new_names: set[str], **kwargs: Any) -> None:
+    def __init__(
+        self, stage: Stage, new_names: set[str], mesh: DeviceMesh | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        self.mesh = mesh
         self.stage, self.new_names = stage, new_names
         self.model_accepts_loss_kwargs = False  # Lesson's **kwargs are the model's, and its loss is a mean
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -111,7 +119,8 @@ class StageTrainer(Trainer):
         objectives = self.stage.objectives
         self.model.objective = objectives[self.state.global_step * len(objectives) // self.state.max_steps]
         facts = {} if self.facts is None else {"facts": self.facts}
-        terms = model(**inputs, **facts)
+        with context_parallel(self.model.student, self.mesh):
+            terms = model(**inputs, **facts)
         for name, value in terms.items():
             self.terms[name].append(value.detach())
         return (terms["loss"], terms) if return_outputs else terms["loss"]

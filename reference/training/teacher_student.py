@@ -18,6 +18,9 @@ Where (1) and (2) take their input from (LinMU, arXiv 2601.01322 for the stages;
     "teacher"  layer l of both sees the teacher's hidden states; every layer learns on its own
     "student"  the student runs on its own states, its targets are the teacher's run over the same batch
 With "student" and `end_to_end` off, gradients stop between layers, so a layer still learns on its own.
+
+Within `context_parallel` every rank brings the whole batch and teaches its own tokens: terms (1) to (3) are
+its share, as those of processes with batches of their own are.
 """
 
 from __future__ import annotations
@@ -228,6 +231,7 @@ class Lesson(nn.Module):
             self.follow_teacher(whole_layers=objective.layer > 0)
         else:
             logits = self.run_both(inputs, positions)
+            mask = None if mask is None else mask[:, self.is_mine(positions, labels.shape[1])]
         return self.terms(logits, mask, self.token_groups(inputs, labels))
 
     def terms(
@@ -249,6 +253,12 @@ class Lesson(nn.Module):
             loss = self.logit_loss(logits["student"], logits["teacher"], mask, objective.temperature)
             terms["logits"] = loss * share(mask.sum().to(loss))
         return {"loss": sum(getattr(objective, name) * term for name, term in terms.items()), **terms}
+
+    def is_mine(self, positions: Tensor, length: int) -> Tensor:
+        """(n,) bool: which positions of a prompt this rank teaches, all of them where prompts are whole."""
+        context = self.student.context
+        mine = slice(0, length) if context is None else context.slice(length)
+        return (mine.start <= positions) & (positions < mine.stop)
 
     def run(self, role: str, inputs: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
         """One pass as teacher or student. Returns logits (B, n, V) of the positions (n,); of the last if
@@ -319,6 +329,8 @@ class Lesson(nn.Module):
     def token_groups(self, inputs: dict[str, Tensor], labels: Tensor | None) -> list[Tensor]:
         """Masks of `token_masks`; groups that are empty in the batches of all processes are left out."""
         groups = self.token_masks(inputs, labels)
+        if (context := self.student.context) is not None:
+            groups = {name: group[:, context.slice(group.shape[1])] for name, group in groups.items()}
         counts = total(torch.stack([group.sum() for group in groups.values()]))
         return [group for group, count in zip(groups.values(), counts.tolist(), strict=True) if count]
 

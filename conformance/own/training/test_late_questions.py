@@ -52,9 +52,7 @@ def test_a_number_that_is_none_is_named_late_and_moves_nothing(lesson, kind):
         return output[0] + rows, *output[1:]
 
     hook, seen = mixer.register_forward_hook(spoil, with_kwargs=True), []
-    says = (
-        r"step 1: the loss must be finite, got (inf|nan); first in layer 1, the student's mixer, samples b;"
-    )
+    says = r"step 1: the loss must be finite, got (inf|nan); first in layer 1, the student's mixer, samples b"
     if kind == "gradient":
         says = r"step 1: gradients must be finite, got nan or inf in student.*\.mixer\..*, samples a, b"
     try:

@@ -277,6 +277,30 @@ class InOrder(Dataset):
         return [i for number in mixed for i in whole[number]] + rest
 
 
+class SharedBatches(Dataset):
+    """The batches of `data`, each several times: once for each of the processes that share its tokens, which
+    follow each other and get batch after batch in turn.
+
+    Args:
+        data: a dataset with a length, of whole batches.
+        batch_size: samples of one batch.
+        times: processes that share a batch.
+    """
+
+    def __init__(self, data: Dataset, batch_size: int, times: int) -> None:
+        self.data, self.batch_size, self.times = data, batch_size, times
+
+    def __len__(self) -> int:
+        return len(self.data) * self.times
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        batches = [divmod(index, self.batch_size) for index in indices]
+        return self.data.__getitems__([b // self.times * self.batch_size + place for b, place in batches])
+
+
 def order_of(data: Dataset, seed: int) -> int | None:
     """The seed that orders a data set; None for one that comes in an order of its own."""
     return None if len(data) >= ENDLESS else seed
