@@ -4,8 +4,9 @@ m_mate, flex_ma, local_swin, projections    the reference's modules on the opera
 scan, causal_conv, window_attention, losses, layout    an operator each, under the reference's file name
 decoding, elementwise    one token of text; RoPE and the mix of the branches
 engine    Triton kernels or torch: which one runs, and how to force one
-student, training    a Hugging Face model on these modules, and its distillation
-graphs    its forward and generate() from CUDA graphs
+student, training, lesson_modules    a Hugging Face model on these modules, and its distillation
+vision_tower    Qwen's towers, all windows of one length in one call
+graphs    its forward, generate() and training steps from CUDA graphs
 
 README.md says how an operator is called and how to add a kernel.
 """

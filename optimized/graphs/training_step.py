@@ -43,7 +43,7 @@ from .static_layout import StaticLayout, is_within_bounds
 LENGTHS = (64, 128, 192, *(2**k * quarters // 4 for k in range(8, 16) for quarters in (4, 5, 6, 7)), 65536)
 LIMITS = Limits(LENGTHS, most_rows=1024, most_tokens=2**17, most_graphs=16)
 EAGER_STEPS = 1  # of each shape, before it is captured: one that is met once is not worth it
-HOW_TO_TURN_OFF = "distill.py --no-cuda_graphs, or a Lesson without accelerate(), runs without them"
+HOW_TO_TURN_OFF = "distill.py --no_cuda_graphs, or a Lesson without accelerate(), runs without them"
 
 TEXT = {"input_ids", "attention_mask", "position_ids", "linmu_sequence"}  # what graphs know of text
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "linmu_sequence")

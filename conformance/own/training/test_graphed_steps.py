@@ -282,7 +282,7 @@ def test_a_backward_after_the_next_forward_is_refused(fast):
 def test_what_cannot_be_captured_says_how_to_turn_graphs_off(fast, monkeypatch):
     monkeypatch.setattr(fast.layers[0].mlp, "forward", lambda x: x * x.sum().item())
     teach(fast, words(0, 5))
-    with pytest.raises(RuntimeError, match=r"got RuntimeError: .*waits for the device.*--no-cuda_graphs"):
+    with pytest.raises(RuntimeError, match=r"got RuntimeError: .*waits for the device.*--no_cuda_graphs"):
         teach(fast, words(0, 5))
     monkeypatch.undo()
     assert not fast.layer_outputs[0]
