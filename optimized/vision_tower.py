@@ -34,7 +34,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttention
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention
 
-from .elementwise.operator import AddNormInputs, GateInputs, RotateInputs, add_norm, gate_product, rotate
+from .elementwise.operator import GateInputs, NormInputs, RotateInputs, frozen_norm, gate_product, rotate
 from .engine.torch_state import has_no_hooks
 
 ATTENTIONS = (
@@ -139,12 +139,12 @@ def runs_by_length(beginnings: list[int], device: torch.device) -> list[Run]:
 
 
 def norm(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The stock RMS norm, in one kernel where a GPU computes no gradient of it."""
+    """The stock RMS norm, on a GPU in one kernel."""
     weight = module.weight
-    learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    if learns or not hidden_states.is_cuda or weight.dtype != hidden_states.dtype:
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if trained or not hidden_states.is_cuda or weight.dtype != hidden_states.dtype:
         return type(module).forward(module, hidden_states)
-    return add_norm(AddNormInputs(hidden_states, None, weight, module.variance_epsilon)).normed
+    return frozen_norm(NormInputs(hidden_states, weight, module.variance_epsilon))
 
 
 def aligned_mlp(module: Qwen2_5_VLMLP, hidden_state: Tensor) -> Tensor:
@@ -164,9 +164,5 @@ def filled_mlp(module: Qwen2_5_VLMLP, hidden: Tensor, more: int) -> Tensor:
         F.linear(hidden, F.pad(each.weight, (0, 0, 0, more)), F.pad(each.bias, (0, more)))
         for each in (module.gate_proj, module.up_proj)
     )
-    if torch.is_grad_enabled() and gate.requires_grad:
-        inner = module.act_fn(gate) * up
-    else:
-        inner = gate_product(GateInputs(gate, up))
-    down = module.down_proj
+    inner, down = gate_product(GateInputs(gate, up)), module.down_proj
     return F.linear(inner, F.pad(down.weight, (0, more)), down.bias)
