@@ -19,6 +19,7 @@ FOLDER = __name__
 MODELS = (  # by the names in a student's config.json
     "LinMUQwen2VLForConditionalGeneration",
     "LinMUQwen2_5_VLForConditionalGeneration",
+    "LinMUQwen3VLForConditionalGeneration",
     "LinMUQwen2ForCausalLM",
     "LinMULlamaForCausalLM",
 )

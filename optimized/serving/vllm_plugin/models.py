@@ -19,6 +19,7 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from ....reference.checks import require
 from ....reference.prompts.grids import placement_coords
@@ -141,6 +142,12 @@ class LinMUQwen2VLForConditionalGeneration(PictureModel, Qwen2VLForConditionalGe
 
 class LinMUQwen2_5_VLForConditionalGeneration(PictureModel, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     """A Qwen2.5-VL student."""
+
+
+class LinMUQwen3VLForConditionalGeneration(PictureModel, Qwen3VLForConditionalGeneration):
+    """A Qwen3-VL student; vLLM adds DeepStack's features of the pictures between its layers."""
+
+    supports_mm_device_do_normalize = False  # on the device vLLM gives videos the mean and std of images
 
 
 class LinMUQwen2ForCausalLM(StateModel, Qwen2ForCausalLM):
