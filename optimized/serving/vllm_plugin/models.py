@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -26,8 +27,9 @@ from ....reference.prompts.grids import placement_coords
 from ....reference.student.families import FAMILIES
 from ....reference.student.generation import MODALITIES, rope_index
 from ....reference.student.model import LinMUModel, mixers
-from .layer import StateLayer, Step, check_decodes_are_text
+from .layer import StateLayer, Step, check_decodes_are_text, state_dtypes, state_shapes
 from .positions import pack, unpack
+from .tensor_parallel import part_of_rank, sizes_of_rank
 
 MIXER_WEIGHT = re.compile(r".*\blayers\.(\d+)\.self_attn\.((?:flex_ma|local_swin|mix_proj)\..*)")
 
@@ -39,15 +41,23 @@ def student_of(config) -> LinMUModel:
         return kinds[type(config)](config, "optimized")
 
 
+def state_of(vllm_config: VllmConfig) -> tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]:
+    """Return the shapes and dtypes of a row of states, which all converted layers have alike."""
+    config = next(iter(mixers(student_of(vllm_config.model_config.hf_config)).values())).config
+    config = sizes_of_rank(config, vllm_config.parallel_config.tensor_parallel_size)
+    return tuple(state_shapes(config).values()), state_dtypes(config, vllm_config.model_config.dtype)
+
+
 class StateModel:
     """What all families share; put before vLLM's class.
 
     Attributes:
         student: on the meta device.
-        states: the layers by their index.
+        states: the converted layers by their index.
     """
 
-    has_inner_state = is_attention_free = True  # vLLM's protocols, which as bases would not call `super()`
+    # vLLM's protocols, which as bases would not call `super()`; `say_hybrid` chooses between the last two
+    has_inner_state = is_attention_free = is_hybrid = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -58,10 +68,23 @@ class StateModel:
         for index, mixer in mixers(student).items():
             name = layers[index].self_attn.attn.layer_name
             del named[name]
-            layer = StateLayer(mixer.config, index, vllm_config, name.removesuffix(".attn"))
+            sizes = sizes_of_rank(mixer.config, get_tensor_model_parallel_world_size())
+            layer = StateLayer(sizes, index, vllm_config, name.removesuffix(".attn"))
             layers[index].self_attn = self.states[index] = layer
+        self.rank = get_tensor_model_parallel_rank()
+        self.ranks = get_tensor_model_parallel_world_size()
         self.rotary = type(student.get_decoder().rotary_emb)(config.get_text_config())
         object.__setattr__(self, "student", student)  # no module of this one: it has no weights
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """As `state_shapes`; vLLM makes the pages of attention as long as those of states."""
+        return state_of(vllm_config)[0]
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """As `state_dtypes`."""
+        return state_of(vllm_config)[1]
 
     def decoder(self) -> nn.Module:
         """Return vLLM's decoder, whose `layers` have a `self_attn`."""
@@ -85,6 +108,7 @@ class StateModel:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As vLLM's, which gets what does not belong to a block."""
+        wholes = mixers(self.student)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         loaded = set()
 
@@ -94,10 +118,12 @@ class StateModel:
                 if match is None:
                     yield name, tensor
                     continue
-                parameter = self.states[int(match[1])].block.get_parameter(match[2])
-                same = parameter.shape == tensor.shape
-                require(same, "load_weights", f"{name} must be {tuple(parameter.shape)}", tuple(tensor.shape))
-                parameter.data.copy_(tensor)
+                index, inner = int(match[1]), match[2]
+                whole = wholes[index].get_parameter(inner).shape
+                same = whole == tensor.shape
+                require(same, "load_weights", f"{name} must be {tuple(whole)}", tuple(tensor.shape))
+                parameter = self.states[index].block.get_parameter(inner)
+                parameter.data.copy_(part_of_rank(inner, tensor, wholes[index].config, self.rank, self.ranks))
                 loaded.add(names[id(parameter)])
 
         loaded |= super().load_weights(others())
