@@ -1,8 +1,8 @@
 """A block's heads over the ranks of tensor parallelism.
 
 Heads meet one another nowhere between q, k, v and the output product: not in the convolution, the scan, its
-norm, or either attention. So a rank holds a part of them in both branches, with the groups that they read, and
-the mix, which is linear in the branches, is summed over ranks once.
+norm, or either attention. So a rank holds a part of them in both branches, with the groups that they read,
+and the mix, which is linear in the branches, is summed over ranks once.
 """
 
 from __future__ import annotations
