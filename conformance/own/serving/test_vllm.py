@@ -7,10 +7,12 @@ float32: there is no margin behind which a wrong state could hide.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu.optimized import convert, load
 from linmu.reference.prompts.qwen_processing import FrameProcessor
@@ -33,6 +35,7 @@ vllm = pytest.importorskip(
     "vllm", reason="pip install 'linmu[vllm]' brings vLLM, see optimized/serving/README.md"
 )
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.forward_context import get_forward_context  # noqa: E402
 
 AT_ONCE = 32
 LETTERS = list(range(256))  # no placeholder is ever drawn
@@ -267,3 +270,71 @@ def is_long(request: Request) -> bool:
         return False
     frames, height, width, _ = request.videos[0].shape
     return frames // 2 > max(height, width) // 8 + 1
+
+
+def test_chunks_end_neither_in_a_picture_nor_before_one_of_one_token():
+    from linmu.optimized.serving.vllm_plugin.scheduler import whole_tokens
+
+    pictures = [(3, 4), (9, 1), (11, 1)]
+    ends = [past + whole_tokens(pictures, past, tokens) for past, tokens in [(0, n) for n in range(1, 14)]]
+    #        text 0-2, picture 3-6, text 7, 8, picture 9, text 10, picture 11, text
+    assert ends == [1, 2, 3, 3, 3, 3, 7, 8, 8, 10, 10, 12, 13]
+    assert whole_tokens(pictures, 8, 1) == 0 and whole_tokens(pictures, 8, 2) == 2
+    assert whole_tokens([(0, 1)], 0, 1) == 1  # a prompt's first token has no state before: a prefill
+
+
+class AsksTheHost(TorchDispatchMode):
+    """Counts what a CUDA graph cannot hold: values and shapes that depend on a tensor's content."""
+
+    KINDS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        indices = args[1] if operator.overloadpacket is torch.ops.aten.index and len(args) > 1 else ()
+        by_mask = any(torch.is_tensor(index) and index.dtype == torch.bool for index in indices)
+        if by_mask or any(kind in str(operator) for kind in self.KINDS):
+            self.found.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("served", ["qwen3_vl, two layers attend"], indirect=True)
+def test_a_step_that_decodes_asks_the_host_for_nothing(served, monkeypatch):
+    """As far as a CPU can tell of what a CUDA graph can hold."""
+    model, mixed, decoding = served.model(), [], []
+    monkeypatch.setattr(model, "has_graphs", True)
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        metadata = get_forward_context().attn_metadata[next(iter(model.states.values())).name]
+        with AsksTheHost() as mode:
+            output = forward(*args, **kwargs)
+        (mixed if metadata.num_prefills else decoding).append(mode.found)
+        return output
+
+    monkeypatch.setattr(model, "forward", watched)
+    served.check_all([served.request(seed) for seed in (5001, 5003)])
+    assert len(decoding) > 3 and not any(decoding) and all(mixed)
+
+
+def test_graphs_are_captured_of_decoding_steps_only_and_only_if_asked_for():
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from linmu.optimized.serving.vllm_plugin.metadata import StateMetadataBuilder
+    from linmu.optimized.serving.vllm_plugin.settings import choose_graphs
+
+    def chosen(mode):
+        compilation = SimpleNamespace(cudagraph_mode=mode, mode=CompilationMode.VLLM_COMPILE)
+        model = SimpleNamespace(enforce_eager=False)
+        choose_graphs(SimpleNamespace(compilation_config=compilation, model_config=model))
+        return model.enforce_eager, compilation.mode
+
+    assert chosen(None)[0] and chosen(CUDAGraphMode.NONE)[0]
+    assert chosen(CUDAGraphMode.FULL_DECODE_ONLY) == (False, CompilationMode.NONE)
+    with pytest.raises(ValueError, match="must be NONE or FULL_DECODE_ONLY"):
+        chosen(CUDAGraphMode.FULL_AND_PIECEWISE)
+    support = StateMetadataBuilder.get_cudagraph_support(None, None)
+    assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

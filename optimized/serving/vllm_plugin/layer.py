@@ -21,8 +21,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ....reference.checks import require
 from ....reference.config import LinMUConfig
-from ....reference.m_mate import MMATEState
-from ....reference.sliding_window_attention import WindowState
+from ....reference.m_mate import DonatedMMATEState, MMATEState
+from ....reference.sliding_window_attention import DonatedWindowState
 from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
 from .positions import check_whole
@@ -140,8 +140,8 @@ class StateLayer(MambaBase, nn.Module):
             self.write(row, state)
         return tensor_model_parallel_all_reduce(output)
 
-    def read(self, rows: Tensor) -> MMATEState:
-        """Return copies of the states in these rows of the pool."""
+    def read(self, rows: Tensor) -> DonatedMMATEState:
+        """Return copies of the states in these rows of the pool, which the block may overwrite."""
         found = {name: pool[rows] for name, pool in zip(self.names, self.kv_cache, strict=True)}
         scan = found["scan"]
         conv = found.get("conv", scan.new_zeros(len(rows), 0, self.config.conv_channels))
@@ -149,8 +149,8 @@ class StateLayer(MambaBase, nn.Module):
         if self.config.text_window:
             none = scan.new_zeros(len(rows), 0, self.config.groups, self.config.head_dim).to(self.dtype)
             present = found.get("present", scan.new_zeros(len(rows), 0)) > 0
-            window = WindowState(found.get("keys", none), found.get("values", none), present)
-        return MMATEState(conv, scan, window)
+            window = DonatedWindowState(found.get("keys", none), found.get("values", none), present)
+        return DonatedMMATEState(conv, scan, window)
 
     def write(self, rows: Tensor, state: MMATEState) -> None:
         """Put states into these rows of the pool."""

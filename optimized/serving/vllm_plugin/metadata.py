@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 from vllm.v1.attention.backends.mamba_attn import (
     BaseMambaAttentionMetadata,
     BaseMambaAttentionMetadataBuilder,
@@ -28,6 +29,7 @@ class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
     """Decoding rows come first. A prompt of one token is a prefill: it has no state before."""
 
     metadata_cls = StateMetadata
+    _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     needs_causal_conv1d_metadata = False
 
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False, **kwargs):

@@ -71,6 +71,7 @@ class StateModel:
             sizes = sizes_of_rank(mixer.config, get_tensor_model_parallel_world_size())
             layer = StateLayer(sizes, index, vllm_config, name.removesuffix(".attn"))
             layers[index].self_attn = self.states[index] = layer
+        self.has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         self.rank = get_tensor_model_parallel_rank()
         self.ranks = get_tensor_model_parallel_world_size()
         self.rotary = type(student.get_decoder().rotary_emb)(config.get_text_config())
@@ -93,17 +94,20 @@ class StateModel:
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         """As vLLM's; tells the layers where the pictures are, which came with the positions."""
         coords = sizes = None
+        metadata = get_forward_context().attn_metadata
+        if metadata is not None:
+            metadata = metadata[next(iter(self.states.values())).name]
         if self.student.prompt_layout is not None and positions.ndim == 2:
             positions, coords, sizes = unpack(positions)
-            coords = coords if bool((coords >= 0).any()) else None
+            # a captured step asks the host for nothing: that it holds no picture is the scheduler's care
+            decodes = self.has_graphs and metadata is not None and metadata.num_prefills == 0
+            coords = coords if not decodes and bool((coords >= 0).any()) else None
         like = next(iter(self.states.values())).block.flex_ma.v_proj.weight
         step = Step(self.rotary(like, positions[..., None, :]), coords, sizes)
-        metadata = get_forward_context().attn_metadata
         for layer in self.states.values():
             layer.step = step
         if metadata is not None:
-            first = next(iter(self.states.values())).name
-            check_decodes_are_text(step, metadata[first].num_decode_tokens)
+            check_decodes_are_text(step, metadata.num_decode_tokens)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

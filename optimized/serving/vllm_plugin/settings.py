@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.model_executor.models.config import MambaModelConfig, VerifyAndUpdateConfig
 
 from ....reference.checks import require
@@ -34,11 +34,30 @@ class StudentSettings(VerifyAndUpdateConfig):
         scheduling.scheduler_cls = "linmu.optimized.serving.vllm_plugin.scheduler.WholeBlocksScheduler"
         scheduling.async_scheduling = False  # that scheduler is a synchronous one
         scheduling.disable_chunked_mm_input = True  # vLLM then refuses images longer than a step
-        vllm_config.model_config.enforce_eager = True  # CUDA graphs of the layer were not tested
+        choose_graphs(vllm_config)
         os.environ[RUNNER] = "0"  # the other runner keeps positions in int32, too narrow for `positions`
         text = vllm_config.model_config.hf_config.get_text_config()
         say_hybrid(vllm_config.model_config, len(converted_layers(vllm_config)) < text.num_hidden_layers)
         MambaModelConfig.verify_and_update_config(vllm_config)
+
+
+def choose_graphs(vllm_config: VllmConfig) -> None:
+    """Run eagerly, or, where it was asked for, capture steps in which every request decodes.
+
+    Such a graph holds the whole forward, so nothing is compiled and no operator need be split off. Choice:
+    off unless asked for, as no GPU has run it.
+
+    Raises:
+        ValueError: for another mode: a prefill looks at its pictures on the host.
+    """
+    compilation, graphs = vllm_config.compilation_config, CUDAGraphMode.FULL_DECODE_ONLY
+    given = compilation.cudagraph_mode
+    must = "cudagraph_mode must be NONE or FULL_DECODE_ONLY"
+    require(given in (None, CUDAGraphMode.NONE, graphs), WHERE, must, given)
+    if given == graphs:
+        compilation.mode = CompilationMode.NONE
+    else:
+        vllm_config.model_config.enforce_eager = True
 
 
 def converted_layers(vllm_config: VllmConfig) -> list[int]:
