@@ -40,6 +40,7 @@ from vllm.forward_context import get_forward_context  # noqa: E402
 AT_ONCE = 32
 LETTERS = list(range(256))  # no placeholder is ever drawn
 LONGEST = 448  # tokens of a prompt and its answer; a step has room for as many
+GRAPHS = os.environ.get("LINMU_VLLM_GRAPHS") == "1"  # on a GPU: decoding steps replayed
 REQUESTS = int(os.environ.get("LINMU_VLLM_REQUESTS", "100"))
 STUDENTS: dict[str, tuple[str, list[int] | None, int]] = {  # family, converted layers, ranks
     "qwen2_5_vl": ("qwen2_5_vl", None, 1),
@@ -94,6 +95,7 @@ class Served:
         self.student = load(folder).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
         self.kinds = KINDS if student.prompt_layout is not None else KINDS[:1]
+        graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}} if GRAPHS else {}
         pictures = {"limit_mm_per_prompt": {"image": 2, "video": 1}, "mm_processor_cache_gb": 0}
         self.engine = vllm.LLM(  # in this process, without changes but for its sizes
             model=folder,
@@ -103,7 +105,8 @@ class Served:
             max_num_seqs=AT_ONCE,
             tensor_parallel_size=ranks,
             disable_log_stats=True,
-            **(pictures if len(self.kinds) > 1 else {}),
+            gpu_memory_utilization=0.3,
+            **(graphs | pictures if len(self.kinds) > 1 else graphs),
         )
 
     def request(self, seed: int) -> Request:
