@@ -50,6 +50,7 @@ STUDENTS: dict[str, tuple[str, list[int] | None, int]] = {  # family, converted 
     "qwen2_vl": ("qwen2_vl", None, 1),
     "qwen2": ("qwen2", None, 1),
     "llama, two layers attend": ("llama", [1], 1),
+    "qwen3_vl, ten blocks": ("qwen3_vl", [1], 1),
     "two ranks": ("qwen2_5_vl", [0, 2], 2),
 }
 
@@ -87,7 +88,8 @@ def tiny_student(family: str, layers: list[int] | None) -> tuple[LinMUModel, obj
 class Served:
     """A student's folder, vLLM's engine on it, and what generate() answers."""
 
-    def __init__(self, folder: str, family: str, layers: list[int] | None, ranks: int) -> None:
+    def __init__(self, folder: str, name: str) -> None:
+        family, layers, ranks = STUDENTS[name]
         student, processor = tiny_student(family, layers)
         student.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -95,6 +97,7 @@ class Served:
         self.student = load(folder).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
         self.kinds = KINDS if student.prompt_layout is not None else KINDS[:1]
+        few = {"num_gpu_blocks_override": 11} if "ten blocks" in name else {}
         graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}} if GRAPHS else {}
         pictures = {"limit_mm_per_prompt": {"image": 2, "video": 1}, "mm_processor_cache_gb": 0}
         self.engine = vllm.LLM(  # in this process, without changes but for its sizes
@@ -106,7 +109,9 @@ class Served:
             tensor_parallel_size=ranks,
             disable_log_stats=True,
             gpu_memory_utilization=0.3,
-            **(graphs | pictures if len(self.kinds) > 1 else graphs),
+            **few,
+            **graphs,
+            **(pictures if len(self.kinds) > 1 else {}),
         )
 
     def request(self, seed: int) -> Request:
@@ -151,7 +156,7 @@ class Served:
 
 @pytest.fixture(scope="module", params=STUDENTS)
 def served(request, tmp_path_factory):
-    found = Served(str(tmp_path_factory.mktemp("student")), *STUDENTS[request.param])
+    found = Served(str(tmp_path_factory.mktemp("student")), request.param)
     yield found
     found.engine.llm_engine.engine_core.shutdown()
     del found
@@ -181,6 +186,12 @@ def test_a_request_alone_gets_the_same(served):
         served.check_all([served.request(seed + 1000)])
 
 
+def test_prompts_of_one_token_take_no_state_from_those_before(served):
+    served.check_all([served.request(seed) for seed in range(10)])  # leave states in the rows
+    for count in (1, 3):
+        served.check_all([Request("text", letter, [], [], 4) for letter in "abc"[:count]])
+
+
 def test_an_aborted_request_leaves_no_state_and_its_neighbours_as_they_are(served):
     core = served.engine.llm_engine
     requests = {f"{seed}": served.request(seed) for seed in range(2000, 2010)}
@@ -197,6 +208,23 @@ def test_an_aborted_request_leaves_no_state_and_its_neighbours_as_they_are(serve
         if name not in aborted:
             served.check(outputs[name], request)
     assert served.blocks_in_use() == 0
+
+
+@pytest.mark.parametrize("served", ["qwen3_vl, ten blocks"], indirect=True)
+def test_a_request_that_gave_its_blocks_away_starts_anew(served, monkeypatch):
+    scheduler, preempted = served.engine.llm_engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+
+    def seen(request, *args, **kwargs):
+        preempted.append(request)
+        return preempt(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", seen)
+    requests = [served.request(seed) for seed in range(20)]
+    for request in requests:
+        request.tokens *= 9  # beyond a block of 128
+    served.check_all(requests)
+    assert preempted
 
 
 def test_a_prompt_too_long_is_refused_and_the_engine_goes_on(served):

@@ -163,6 +163,9 @@ class PictureModel(StateModel):
         positions, delta = rope_index(self.student, {"input_ids": ids, **inputs})  # (3, 1, L), (1, 1)
         placements = self.student.placements(ids, inputs) if mm_features else []
         coords = placement_coords(placements, ids.shape, ids.device)
+        begins_with_one = bool(coords[0, 0, 0] >= 0) and int((coords[0, :, 0] == coords[0, 0, 0]).sum()) == 1
+        must = "a prompt must not begin with a picture of one token"
+        require(not begins_with_one, "linmu in vLLM", must, "one", "write something before it")
         return pack(positions[:, 0].long(), coords[0]), int(delta)
 
 
