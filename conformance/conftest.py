@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from .harness.backends import NAMES, OWN, Backend, load, machine, own_backends
 
 EXAMPLES = 20
 THOROUGH = 25  # times as many
+HERE = Path(__file__).parent
 PROPERTY_OF = "linmu property of"  # of a test's user properties: (backend, name)
 BACKENDS = pytest.StashKey[list[Backend]]()
 
@@ -145,6 +147,15 @@ def compiled_table(rows: list) -> Iterator[str]:
         )
 
 
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    """Ids begin with conformance/, wherever the suite lies and whatever part of it is run.
+
+    So those of one run are good for the `--xfails` of another.
+    """
+    node_id = f"{HERE.name}/{module_path.relative_to(HERE).as_posix()}"
+    return pytest.Module.from_parent(parent, path=module_path, nodeid=node_id)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Spare the garbage collector all that is imported: it would look at a million objects again and again,
@@ -178,15 +189,22 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Say which test runs, for the commands that reproduce a failure."""
+    """Say which test runs, for the commands that reproduce a failure, and add one to whatever has none."""
     backend, function = backend_of(item), getattr(item, "obj", None)
     name = item.name.partition("[")[0]
     module = item.module.__name__.partition("conformance.")[2] if hasattr(item, "module") else ""
     of = backend.name if backend else ""
-    test = compare.RunningTest(module, name, item.name[len(name) :], of, hasattr(function, "check"))
+    test = compare.RunningTest(
+        module, name, item.name[len(name) :], of, hasattr(function, "check"), fixed_arguments(item)
+    )
     compare.RUNNING.append(test)
     try:
         return (yield)
+    except Exception as error:
+        told = "reproduce: " in "".join((str(error), *getattr(error, "__notes__", ())))
+        if backend and not test.drawn and not told:
+            error.add_note(f"  reproduce: {compare.reproduction(test, None)}")
+        raise
     finally:
         compare.RUNNING.pop()
 
@@ -216,6 +234,16 @@ def backend_of(item: pytest.Item) -> Backend | None:
     return backend if isinstance(backend, Backend) else None
 
 
+def fixed_arguments(item: pytest.Item) -> dict[str, tuple[Any, int]] | None:
+    """What a test takes besides a backend, each with its place in the table of parameters; None if it takes
+    fixtures, which no call outside of pytest can give it."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or set(item.fixturenames) - {"request"} != set(callspec.params):
+        return None
+    given = callspec.params.items()
+    return {name: (value, callspec.indices[name]) for name, value in given if name != "backend"}
+
+
 def needed_names(item: pytest.Item) -> list[str]:
     """What the test needs of its backend."""
     return [name for mark in item.iter_markers("needs") for name in mark.args]
@@ -240,7 +268,7 @@ def mark_expected_failures(path: Path, config: pytest.Config, items: list[pytest
     stale = [
         test_id
         for test_id in reasons.keys() - by_id.keys()
-        if test_id.split("::")[0] in collected or not (config.rootpath / test_id.split("::")[0]).exists()
+        if test_id.split("::")[0] in collected or not (HERE.parent / test_id.split("::")[0]).exists()
     ]
     if stale and not chosen_by_id:
         raise pytest.UsageError(f"--xfails: every id must match a test, got {sorted(stale)}; remove them")
@@ -256,7 +284,7 @@ def read_expected_failures(path: Path) -> dict[str, str]:
     for line in (line.strip() for line in lines):
         if not line or line.startswith("#"):
             continue
-        test_id, _, reason = line.partition(" ")
+        test_id, reason = re.match(r"(\S+?\[.*?\](?=\s|$)|\S+)(.*)", line).groups()  # parameters have spaces
         if not reason.strip():
             raise pytest.UsageError(f"--xfails: every line must be `test-id reason`, got {line!r}")
         reasons[test_id] = reason.strip()

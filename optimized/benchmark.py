@@ -37,8 +37,9 @@ from .benchmarks.report import Report
 from .benchmarks.timing import Ceilings, measure_ceilings
 from .engine import get_engine
 
-PARTS = ("kernels", "windows", "model", "graphs", "decode", "training")
+PARTS = ("kernels", "windows", "model", "graphs", "decode", "training", "text")
 K = 1024
+TEXT_MODEL = "smollm2-135m"
 SIZES = "28x4x128,16x4x64"
 QUICK_SIZES = "8x2x64"
 LENGTHS = {
@@ -47,7 +48,8 @@ LENGTHS = {
     "model": [2 * K, 8 * K, 32 * K, 128 * K, 256 * K, 512 * K],
     "graphs": [512, 1 * K, 2 * K, 3000, 4 * K, 8 * K],
     "decode": [8 * K, 32 * K, 128 * K],
-    "training": [4 * K],
+    "training": [4 * K, 16 * K],
+    "text": [1 * K, 4 * K, 16 * K],
 }
 QUICK_LENGTHS = {
     "kernels": [512, 1024, 2048, 4096, 8192, 16 * K],
@@ -56,6 +58,7 @@ QUICK_LENGTHS = {
     "graphs": [],
     "decode": [512, 4096, 32 * K],
     "training": [SHORTEST],
+    "text": [],
 }
 LONG = 256 * K  # tokens from which on a line waits until the shorter ones are there
 QUICK_BUDGET = 110.0
@@ -120,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         """Leave all of the memory to what is measured."""
         if case.benchmark not in graphs.BENCHMARKS:
             plain.forget()
-        if case.benchmark in ("scan", "windows", *graphs.BENCHMARKS):
+        if case.benchmark in ("scan", "windows", "training", *graphs.BENCHMARKS):
             pair.forget()
 
     try:
@@ -218,7 +221,10 @@ def cases_of(
     if "decode" in options.parts:
         yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 6))
     if "training" in options.parts:
-        yield from training.training_cases(pair, lengths["training"], setting, later(9, LONG, 9))
+        yield from training.training_cases(pair, lengths["training"], setting, eager_last)
+    if "text" in options.parts and not options.quick:
+        rows = [each for each in training.ROWS if each.tokens in lengths["text"]]
+        yield from training.text_training_cases(TEXT_MODEL, rows, setting, eager_last)
 
 
 def operator_lines(
@@ -253,6 +259,11 @@ def operator_lines(
 def later(soon: int, long: int, late: int):
     """A priority: `soon`, but `late` from `long` tokens on."""
     return lambda method, length: late if length >= long else soon
+
+
+def eager_last(method: str, length: int) -> int:
+    """The priority of training: steps as they are come after those from graphs."""
+    return 10 if method == graphs.EAGER else 9
 
 
 def environment(options: Options, ceilings: Ceilings, said: str) -> dict[str, Any]:

@@ -16,15 +16,13 @@ from linmu import reference
 from ..reference.flex_ma import DonatedState, FlexMAState
 from ..reference.numerics import full_precision_linear
 from .causal_conv.operator import ConvInputs, causal_conv
-from .decoding.operator import ProjectionInputs, TextStepInputs, text_projection, text_step
+from .decoding.operator import TextStepInputs, text_step
 from .engine import engine_of_block
 from .layout import VisionLayout, begins_of, fast, permute_tokens
-from .projections import are_plain, checked_angles, narrow_products, rotated
+from .projections import checked_angles, narrow_columns, rotated, token_products
 from .scan import ScanInputs, scan
 
 __all__ = ["FlexMA", "FlexMAState"]
-
-MOST_ROWS = 4  # of the batch, in one launch of all projections of a token: beyond, a GEMM's tensor cores pay
 
 
 class FlexMA(reference.FlexMA):
@@ -54,11 +52,11 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | None,
         sequence: Tensor | None,
         engine: str | None,
-        rates: tuple[Tensor, Tensor] | None = None,
+        rates: Tensor | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (1) to (5) without W_o: (B, L, H·P), and the state after the last token.
 
-        `rates` are dt before its softplus and the gate before its sigmoid, where the caller has them.
+        `rates` (B, L, 2H): dt before its softplus and the gate before its sigmoid, where the caller has them.
         """
         self.check_inputs(hidden_states, layout, valid, sequence)
         layout, angles = fast(layout), position_embeddings
@@ -71,19 +69,20 @@ class FlexMA(reference.FlexMA):
         has_gate = layout is not None and self.config.reverse_scan
         if rates is None:
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
-            rates = narrow_products(hidden_states, linears)
+            rates = narrow_columns(hidden_states, linears)
         if layout is not None:
-            rates = [layout.in_order(rate, self.order_layer) for rate in rates]
+            rates = layout.in_order(rates, self.order_layer)
+        rate, gate_rate = rates.tensor_split([self.config.heads], dim=-1)
         order = None if layout is None else layout.order(self.order_layer)
         (x, B, C), conv_state = self.convolve_in_order(x, B, C, valid, state, order, begins, engine)
-        dt = F.softplus(rates[0])
+        dt = F.softplus(rate)
         inputs = ScanInputs(
             x,
             dt,
             -torch.exp(self.A_log.to(dt.dtype)),
             B,
             C,
-            gate=torch.sigmoid(rates[1]) if has_gate else None,
+            gate=torch.sigmoid(gate_rate) if has_gate else None,
             segment=layout.segment if has_gate else None,
             valid=valid,
             D=self.D,
@@ -185,25 +184,19 @@ class FlexMA(reference.FlexMA):
         The gate is left out: text has one direction. All weights are read in one launch where they are plain
         tensors; their modules are called where they are not, and in large batches, which GEMMs suit better.
         """
-        config, z = self.config, None
-        linears = [self.v_proj, self.k_proj, self.q_proj]
-        linears += [self.z_proj] if config.output_gate else []
-        plain = are_plain(linears, u.dtype) and are_plain([self.dt_proj])
-        if plain and u.shape[0] <= MOST_ROWS and not torch.is_autocast_enabled(u.device.type):
-            weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-            gated = (weights[3], biases[3]) if config.output_gate else (None, None)
-            dt = (self.dt_proj.weight, self.dt_proj.bias)
-            inputs = ProjectionInputs(u[:, 0], weights[:3], biases[:3], *dt, *gated, engine)
-            xBC, rate, z = text_projection(inputs)
+        config, gate = self.config, self.z_proj if self.config.output_gate else None
+        products = token_products(u, [self.v_proj, self.k_proj, self.q_proj], self.dt_proj, gate, engine)
+        if products is not None:
+            xBC, rate, z = products
             x, B, C = self.split(xBC[:, None])
             if config.qk_norm:
                 C, B = self.q_norm(C), self.k_norm(B)
         else:
             C, B, x = self.project_heads(u)
             rate = full_precision_linear(u, self.dt_proj)[:, 0]
-            z = self.z_proj(u)[:, 0] if config.output_gate else None
+            z = None if gate is None else gate(u)[:, 0]
         C, B = self.rotate(C, B, angles, engine)
-        return x[:, 0], B[:, 0], C[:, 0], rate, z if config.output_gate else None
+        return x[:, 0], B[:, 0], C[:, 0], rate, None if gate is None else z
 
 
 def may_be_overwritten(state: Tensor, dtype: torch.dtype) -> bool:

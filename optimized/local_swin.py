@@ -6,7 +6,8 @@ tokens are left out before the projections.
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from linmu import reference
 
@@ -16,10 +17,11 @@ from .elementwise.torch_engine import local_rows
 from .engine import engine_of_block
 from .flex_ma import may_be_overwritten
 from .layout import VisionLayout, fast, rows_where
-from .projections import checked_angles, rotated
+from .projections import checked_angles, rotated, token_products
 from .sliding_window_attention import (
     attend_spans,
     is_step,
+    once_a_forward,
     sliding_window_attention,
     spans_of_layer,
     step_in_place,
@@ -59,9 +61,12 @@ class LocalSwin(reference.LocalSwin):
         state: WindowState | None,
         sequence: Tensor | None,
         engine: str | None,
+        vkq: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, WindowState | None]:
         """Eqs. (1) to (3) of those tokens that have a part in it, (..., D); `row` (B, L) int64, where each
         token stands among them, -1 = nowhere; and the state.
+
+        `vkq` is what `project_token` gives, where the caller has it.
         """
         self.check_inputs(hidden_states, layout, valid, sequence)
         layout = fast(layout)
@@ -74,16 +79,39 @@ class LocalSwin(reference.LocalSwin):
             q, k = (rotated(each, angles, tokens.token, engine) for each in (q, k))
             output = planned_attention(q, k, v, tokens.window_id, tokens.plan, engine=engine)
             return self.o_proj(output.flatten(2)), tokens.row, None
-        q, k, v = self.project_heads(hidden_states)
-        q, k = (rotated(each, angles, engine=engine) for each in (q, k))
+        if vkq is None:
+            q, k, v = self.project_heads(hidden_states)
+            q, k = (rotated(each, angles, engine=engine) for each in (q, k))
+        else:
+            heads = vkq.unflatten(1, (-1, self.config.head_dim))[:, None]  # (B, 1, G + G + H, N)
+            v, kq = heads.tensor_split([self.config.groups], dim=2)
+            k, q = rotated(kq, angles, engine=engine).tensor_split([self.config.groups], dim=2)
         output, state = self.attend_text(q, k, v, layout, valid, state, sequence, engine)
         if layout is not None:
             windows = (self.config.window_thw, self.layer_index)
             ids, plan = layout.windows(*windows), layout.window_plan(*windows)
             of_vision = planned_attention(q, k, v, ids, plan, engine=engine)
             output = output + of_vision  # each is 0 where the other is not
-        row = rows_where(valid, output)
+        row = once_a_forward("rows", lambda: rows_where(valid, output))
         return self.o_proj(output.flatten(2)), row, state
+
+    def project_token(
+        self, u: Tensor, narrow: nn.Module, state: WindowState | None, engine: str | None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """v, k and q of one token of text after others in one launch, (B, channels), and with them `narrow`'s
+        product (B, 1, n) in the accumulation dtype; None where this does not pay or must not be.
+        """
+        if u.shape[1] != 1 or state is None or not self.config.text_window or self.config.qk_norm:
+            return None, None
+        if torch.is_grad_enabled():
+            read = (u, *self.parameters(), *narrow.parameters())
+            if any(tensor.requires_grad for tensor in read):
+                return None, None
+        products = token_products(u, [self.v_proj, self.k_proj, self.q_proj], narrow, None, engine)
+        if products is None:
+            return None, None
+        vkq, product, _ = products
+        return vkq, product[:, None]
 
     def attend_text(
         self,

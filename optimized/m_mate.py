@@ -16,7 +16,7 @@ from .engine.torch_state import has_no_hooks
 from .flex_ma import FlexMA
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
-from .projections import are_plain, narrow_products
+from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow
 
 __all__ = ["MMATE", "MMATEState"]
 
@@ -51,16 +51,20 @@ class MMATE(reference.MMATE):
                 return y, MMATEState(*after, window)
             if is_own(local_swin, LocalSwin):
                 engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
-                rest = (layout, valid, angles, window, sequence, engine)
+                vkq = mix = None
+                if layout is None:
+                    vkq, mix = local_swin.project_token(hidden_states, self.mix_proj, window, engine)
+                rest = (layout, valid, angles, window, sequence, engine, vkq)
                 local, row, window = local_swin.attend(hidden_states, *rest)
             else:
                 local, window = local_swin(hidden_states, layout, state=window, **given)
-                engine, row = None, self.mixed_rows(y, layout, valid)
-            (mix,) = narrow_products(hidden_states, [self.mix_proj])
+                engine, row, mix = None, self.mixed_rows(y, layout, valid), None
+            if mix is None:
+                (mix,) = narrow_products(hidden_states, [self.mix_proj])
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
-            *rates, mix = narrow_products(hidden_states, linears)
+            rates, mix = narrow_columns(hidden_states, linears).tensor_split([-1], dim=-1)
             given = (hidden_states, layout, valid, angles)
             y, after = flex_ma.heads(*given, before, sequence, engine, rates)
             y = flex_ma.o_proj(y)
@@ -81,6 +85,23 @@ class MMATE(reference.MMATE):
             return False
         own = is_own(self.flex_ma, FlexMA) and is_own(self.local_swin, LocalSwin)
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])
+
+
+def prepare_layers(blocks: list[MMATE], u: Tensor, layout: VisionLayout | None) -> None:
+    """Within `one_forward`: compute for all of a decoder's blocks at once what follows from weights alone.
+
+    Args:
+        blocks: of the same sizes.
+        u: (B, L, D), like the hidden states of all.
+        layout: of the forward.
+    """
+    flex = [block.flex_ma for block in blocks]
+    if layout is None:
+        prepare_narrow(u, [[each.dt_proj] for each in flex])
+        prepare_narrow(u, [[block.mix_proj] for block in blocks if hasattr(block, "mix_proj")])
+        return
+    pairs = zip(flex, blocks, strict=True)
+    prepare_narrow(u, [[each.dt_proj, each.scan_gate_proj, block.mix_proj] for each, block in pairs])
 
 
 def is_own(branch: nn.Module, kind: type[nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""`reference/projections.py` with RoPE in one pass; the GEMMs are the library's.
+"""`reference/projections.py` with RoPE in one pass; GEMMs are the library's, but for a token of few rows.
 
 q, k and v stay three GEMMs. Joined in one they would read u once, which saves 7 KB of the 60 KB that a token
 of width 3584 moves there; but that takes a copy of the weights, or modules that cannot be adapted one by one.
@@ -13,11 +13,25 @@ from ..reference.checks import FLOAT_DTYPES
 from ..reference.numerics import accumulation_dtype, full_precision_linear
 from ..reference.projections import HeadProjections, checked_angles, split_heads
 from ..reference.projections import apply_rope as apply_rope_to_angles_with_gradients
+from .decoding.operator import ProjectionInputs, ProjectionOutputs, text_projection
+from .elementwise import narrow_product as in_bfloat16_parts
 from .elementwise.operator import NarrowInputs, RotateInputs, narrow_product, rotate
 from .elementwise.torch_engine import angles_of
 from .engine.torch_state import has_no_hooks
+from .sliding_window_attention import once_a_forward
 
-__all__ = ["HeadProjections", "apply_rope", "are_plain", "narrow_products", "split_heads"]
+__all__ = [
+    "HeadProjections",
+    "apply_rope",
+    "are_plain",
+    "narrow_columns",
+    "narrow_products",
+    "prepare_narrow",
+    "split_heads",
+    "token_products",
+]
+
+MOST_ROWS = 4  # of the batch, in one launch of all projections of a token: beyond, a GEMM's tensor cores pay
 
 
 def apply_rope(tensor: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -42,17 +56,72 @@ def rotated(
 
 
 def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
-    """`full_precision_linear` of each: one product that reads `u` once, if they are plain."""
-    if not are_plain(linears):
+    """`full_precision_linear` of each: one product that reads `u` once, if they are plain and it is long."""
+    if u.shape[1] == 1 or not are_plain(linears):
         return [full_precision_linear(u, linear) for linear in linears]
+    sizes = [linear.out_features for linear in linears]
+    return list(plain_columns(u, linears, sizes).split_with_sizes(sizes, dim=-1))
+
+
+def narrow_columns(u: Tensor, linears: list[nn.Linear]) -> Tensor:
+    """`narrow_products`, side by side: (B, L, columns)."""
+    if u.shape[1] == 1 or not are_plain(linears):
+        products = narrow_products(u, linears)
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+    return plain_columns(u, linears, [linear.out_features for linear in linears])
+
+
+def plain_columns(u: Tensor, linears: list[nn.Linear], sizes: list[int]) -> Tensor:
+    """`narrow_columns` of plain linears of so many columns each."""
+    prepared = once_a_forward(key_of(linears), lambda: None)
+    if prepared is not None:
+        return in_bfloat16_parts.product_of_parts(u, *prepared)
     wide = accumulation_dtype(u.dtype)
     weight, bias = linears[0].weight, linears[0].bias
     if len(linears) > 1:
         weight = torch.cat([linear.weight for linear in linears])  # of two dtypes the wider
         bias = torch.cat([linear.bias for linear in linears])
-    weight, bias = weight.to(wide), bias.to(wide)
-    sizes = [linear.out_features for linear in linears]
-    return list(narrow_product(NarrowInputs(u, weight, bias, sizes)).split_with_sizes(sizes, dim=-1))
+    return narrow_product(NarrowInputs(u, weight.to(wide), bias.to(wide), sizes))
+
+
+def prepare_narrow(u: Tensor, groups: list[list[nn.Linear]]) -> None:
+    """Make of all layers' weights at once what `narrow_products` of `u` makes of each group's: eight small
+    kernels a layer otherwise. It holds within `one_forward`, and for calls without gradients.
+
+    Args:
+        u: (B, L, D), like the hidden states of all layers.
+        groups: the linears of each layer, the same sizes in all.
+    """
+    unread = not groups or u.shape[1] == 1 or not in_bfloat16_parts.takes_parts(u)
+    if unread or not all(map(are_plain, groups)):
+        return
+    linears = [linear for group in groups for linear in group]
+    weight = torch.cat([linear.weight for linear in linears]).to(accumulation_dtype(u.dtype))
+    bias = torch.cat([linear.bias for linear in linears]).to(weight.dtype).view(len(groups), -1)
+    parts = in_bfloat16_parts.in_parts(weight.view(*bias.shape, -1), 1, at=1).flatten(1, 2)
+    for group, *prepared in zip(groups, parts, bias, strict=True):
+        once_a_forward(key_of(group), lambda prepared=prepared: prepared)
+
+
+def key_of(linears: list[nn.Linear]) -> tuple:
+    """What is prepared for these of all linears is found by it."""
+    return ("narrow", *map(id, linears))
+
+
+def token_products(
+    u: Tensor, linears: list[nn.Module], narrow: nn.Module, gate: nn.Module | None, engine: str | None
+) -> ProjectionOutputs | None:
+    """All products with one token, u (B, 1, D), by `text_projection`, whose three weights `linears` are, and
+    `narrow` its dt; None where modules must be called, and for large batches, which GEMMs suit better.
+    """
+    wide = linears if gate is None else [*linears, gate]
+    plain = are_plain(wide, u.dtype) and are_plain([narrow])
+    if not plain or u.shape[0] > MOST_ROWS or torch.is_autocast_enabled(u.device.type):
+        return None
+    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+    gated = (None, None) if gate is None else (gate.weight, gate.bias)
+    inputs = ProjectionInputs(u[:, 0], weights, biases, narrow.weight, narrow.bias, *gated, engine)
+    return text_projection(inputs)
 
 
 def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> bool:

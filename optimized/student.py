@@ -10,14 +10,21 @@ from transformers import PreTrainedModel
 from ..reference.config import LinMUConfig
 from ..reference.student import convert as reference
 from ..reference.student.backend import Backend, register_backend
+from ..reference.student.context_parallel import Operators
 from ..reference.student.model import LinMUModel
+from .causal_conv import causal_conv
 from .layout import VisionLayout
 from .m_mate import MMATE
+from .scan import bidirectional_scan
+from .sliding_window_attention import sliding_window_attention
 from .training import Lesson
+from .vision_tower import hasten_tower
+from .window_attention import window_attention
 
 __all__ = ["convert", "load"]
 
-BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson))
+OPERATORS = Operators(causal_conv, bidirectional_scan, sliding_window_attention, window_attention)
+BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson, hasten_tower, OPERATORS))
 
 
 def convert(

@@ -200,6 +200,11 @@ class VisionLayout:
         """(B, L) bool, True on vision tokens."""
         return self.segment >= 0
 
+    @property
+    def has_vision(self) -> bool:
+        """Whether there is a vision token."""
+        return bool(self.is_vision.any())
+
     def order(self, layer_index: int) -> Tensor:
         """`scan_order` of this layer, (B, L) int64."""
         return self.once(("order", layer_index % 4), lambda: scan_order(self.coords, layer_index))

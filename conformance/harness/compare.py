@@ -236,13 +236,17 @@ def report(line: str, case: Any) -> str:
 
 @dataclass(frozen=True)
 class RunningTest:
-    """The test that runs: its module below `linmu.conformance`, its name, its parameters, its backend."""
+    """The test that runs: its module below `linmu.conformance`, its name, its parameters, its backend.
+
+    Its arguments are known if a call can give them all: each with its place in the table of parameters.
+    """
 
     module: str
     name: str
     parameters: str
     backend: str
     drawn: bool
+    arguments: Mapping[str, tuple[Any, int]] | None = None
 
 
 RUNNING: list[RunningTest] = []  # conftest.py puts it there
@@ -254,15 +258,40 @@ def as_drawn(case: Any) -> Any:
 
 
 def reproduction(test: RunningTest, case: Any) -> str:
-    """The check of the running test on this case; a test without drawn cases is run as a whole."""
-    if not test.drawn:
-        plugin, name = "-p linmu.conformance.pytest_plugin --pyargs", f"linmu.conformance.{test.module}"
-        backend = f" --backend {test.backend}" if test.backend else ""
-        return f"{sys.executable} -m pytest {plugin} '{name}::{test.name}{test.parameters}'{backend}"
-    sources = ("backends", "layouts", "module_cases", "operator_cases")
+    """The check of the running test on this case; without drawn cases, the whole test, called or run."""
+    sources = ("backends", "layouts", "module_cases", "operator_cases", "sliding_window_cases", "compare")
     modules = [*(f"harness.{source}" for source in sources), test.module]
     names = "; ".join(f"from linmu.conformance.{module} import *" for module in modules)
-    return shell_quoted(f"{names}; {test.name}.check(load({test.backend!r}), {as_drawn(case)!r})")
+    if test.drawn:
+        return shell_quoted(f"{names}; {test.name}.check(load({test.backend!r}), {as_drawn(case)!r})")
+    if test.backend and test.arguments is not None:
+        given = ", ".join((f"load({test.backend!r})", *written(test)))
+        return shell_quoted(f"import torch; {names}; {test.name}({given})")
+    plugin, name = "-p linmu.conformance.pytest_plugin --pyargs", f"linmu.conformance.{test.module}"
+    backend = f" --backend {test.backend}" if test.backend else ""
+    return f"{sys.executable} -m pytest {plugin} '{name}::{test.name}{test.parameters}'{backend}"
+
+
+def written(test: RunningTest) -> list[str]:
+    """The arguments of a test as code: each as it is, or all by their rows, where there are tensors."""
+    values = {name: repr(value) for name, (value, _) in test.arguments.items()}
+    if not any("tensor(" in value for value in values.values()):
+        return [f"{name}={value}" for name, value in values.items()]
+    rows = ", ".join(f"{name}={row}" for name, (_, row) in test.arguments.items())
+    return [f"**rows_of({test.name}, {rows})"]
+
+
+def rows_of(test: Callable, **rows: int) -> dict[str, Any]:
+    """The arguments of a test that stand in these rows of its tables of parameters."""
+    found: dict[str, Any] = {}
+    for mark in test.pytestmark:
+        if mark.name == "parametrize":
+            names, table = mark.args
+            names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+            row = list(table)[rows[names[0]]]
+            values = row.values if hasattr(row, "marks") else row if len(names) > 1 else (row,)
+            found |= zip(names, values, strict=True)
+    return found
 
 
 def shell_quoted(code: str) -> str:

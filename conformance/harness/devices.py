@@ -6,7 +6,7 @@ Strides survive the trip, and gradients take it too, so that a test need not kno
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any
 
@@ -25,7 +25,8 @@ def moved(value: Any, device: str) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(moved(part, device) for part in value)
     if is_dataclass(value) and hasattr(value, "coords"):
-        return type(value)(moved_tensor(value.coords, device))
+        given = {part.name: getattr(value, part.name) for part in fields(value) if part.name[0] != "_"}
+        return type(value)(**moved(given, device))
     return value
 
 

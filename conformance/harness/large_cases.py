@@ -186,6 +186,7 @@ LARGE: dict[str, dict[str, Case]] = {
     "selective_scan": {
         "N=P=128": scan(70, 4, 2, 128, 128, batch=2),
         "N=136 P=144, reverse": scan(33, 2, 1, 136, 144, reverse=True),
+        "N=200 P=264": scan(9, 2, 1, 200, 264),
         "N=P=128, mixed": scan(40, 4, 1, 128, 128, dtype="mixed", mask="some"),
         "4,133 tokens, slow decay": scan(4133, 2, 1, 3, 5, decay=-1e-3),
         "2,309 tokens, slow decay, reverse, masks": scan(
@@ -200,6 +201,7 @@ LARGE: dict[str, dict[str, Case]] = {
     "bidirectional_scan": {
         "N=P=128": both(MODEL_PROMPT, 4, 2, 128, 128),
         "N=136 P=144": both((MODEL_PROMPT[0],), 2, 1, 136, 144),
+        "N=200 P=264": both(((Text(3), Vision(0, (1, 2, 2))),), 2, 1, 200, 264),
         "N=P=128, mixed": both((MODEL_PROMPT[1],), 4, 1, 128, 128, dtype="mixed"),
         "702 tokens in an image, slow decay": both(LONG_IMAGE, 2, 1, 4, 5, decay=-1e-3),
         "3,800 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
@@ -211,6 +213,7 @@ LARGE: dict[str, dict[str, Case]] = {
     "scan_step": {
         "N=P=128": StepCase(4, 8, 2, 128, 128, True, True, "float32", 1),
         "N=136 P=144": StepCase(2, 4, 1, 136, 144, True, False, "float32", 2),
+        "N=200 P=264": StepCase(2, 2, 1, 200, 264, True, False, "float32", 6),
         "N=P=128, mixed": StepCase(3, 4, 2, 128, 128, True, True, "mixed", 3),
         "300 rows": StepCase(300, 2, 1, 3, 2, True, True, "float32", 4),
         "272 heads, 8 to a group": StepCase(2, 272, 34, 3, 2, True, True, "float32", 5),
@@ -218,21 +221,23 @@ LARGE: dict[str, dict[str, Case]] = {
     "window_attention": {
         "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2, everywhere=True),
         "N=P=144": windows(60, 4, 2, 144, 3, batch=2),
+        "N=P=264": windows(12, 2, 1, 264, 2),
         "N=P=128, bfloat16": windows(300, 4, 2, 128, 5, dtype="bfloat16"),
         "2,200 tokens in one window": windows(2200, 1, 1, 3, 1, everywhere=True),
         "2,200 tokens in 1,500 windows": windows(2200, 2, 1, 4, 1500),
         "256 tokens in one window": windows(256, 2, 1, 64, 1, everywhere=True),
         "272 heads, 8 to a group": windows(20, 272, 34, 3, 2),
-        "300 rows": windows(4, 2, 1, 3, 2, batch=300),
+        "520 rows of 128 tokens": windows(128, 1, 1, 3, 2, batch=520),
     },
     "sliding_window_attention": {
         "window of 129, N=P=144": sliding(300, 4, 2, 144, 129),
         "N=P=128, bfloat16": sliding(260, 4, 2, 128, 128, dtype="bfloat16", asks="some"),
-        "2,200 tokens in a window of 1,000": sliding(2200, 1, 1, 3, 1000),
+        "N=P=256": sliding(12, 2, 1, 256, 5),
+        "2,200 tokens in a window of 1,500": sliding(2200, 1, 1, 3, 1500),
         "window of 256, packed, padding": sliding(700, 2, 2, 3, 256, valid="some", packed=True),
         "2,200 tokens, padding": sliding(2200, 2, 1, 4, 70, valid="some", packed=True),
         "272 heads, 8 to a group": sliding(20, 272, 34, 3, 5),
-        "300 rows": sliding(4, 2, 1, 3, 3, batch=300, valid="left"),
+        "520 rows of 128 tokens": sliding(128, 1, 1, 3, 3, batch=520, valid="left"),
     },
     "causal_conv": {
         "5,003 channels": ConvCase(2, 9, 5003, 4, True, "some", True, "float32", 1),
@@ -242,6 +247,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "512 tokens, 256 channels": ConvCase(1, 512, 256, 4, True, "none", True, "float32", 7),
         "bfloat16": ConvCase(1, 40, 2200, 4, True, "left", True, "bfloat16", 5),
         "300 rows": ConvCase(300, 3, 4, 4, True, "some", True, "float32", 6),
+        "19 taps": ConvCase(2, 30, 5, 19, True, "some", True, "float32", 8),
     },
     "hidden_loss": {
         "5,003 channels": HiddenLossCase(2, 14, 5003, "some", 1.0, "float32", 1),

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,16 @@ from torch import Tensor
 from linmu import reference
 
 from .cancellation import sizes_in_attention, sizes_in_divergence, sizes_of_sums
-from .compare import Results, assert_exact, assert_matches, assert_same, evaluate, in_float64, is_float
+from .compare import (
+    Results,
+    assert_exact,
+    assert_matches,
+    assert_same,
+    evaluate,
+    in_float64,
+    is_float,
+    report,
+)
 from .large_cases import LARGE, check_large
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, fed, operator_of, property_of, run
 from .second_sliding_window import sizes_in_window
@@ -29,6 +38,17 @@ SIZES = {  # of terms that cancel
     "logit_loss": sizes_in_divergence,
 }
 HALF_AND_SINGLE = ("bfloat16", "float32")
+MAY_BE_ABSENT = {
+    "mask",
+    "valid",
+    "asks",
+    "segment",
+    "sequence",
+    "initial_state",
+    "initial_k",
+    "initial_v",
+    "present",
+}
 
 
 def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
@@ -48,6 +68,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_results_do_not_depend_on_grad_mode": test(cases=exact, share=0.5)(check_grad_mode),
         "test_strides_do_not_matter": test(cases=in_every_dtype)(check_strides),
         "test_arguments_are_left_as_they_were": test(cases=exact)(check_arguments_are_left),
+        "test_results_share_no_memory_with_arguments": test(cases=exact, share=0.5)(check_results_are_new),
         "test_autocast_changes_nothing": test(cases=cases(HALF_AND_SINGLE))(check_autocast),
         "test_uninitialised_memory_is_never_read": test(cases=exact, share=0.5)(check_uninitialised_memory),
         "test_sizes_that_people_run": large_cases_of(operator),
@@ -139,6 +160,7 @@ def check_strides(backend: Any, case: Case) -> None:
         strided = case.changed(**{name: layout(value) for name, value in case.inputs().items()})
         assert_same(run(backend, strided), plain[0], case)
         assert_same(gradients_of_the_sum(backend, strided), plain[1], case)
+    assert_same(plain[1], gradients_of_the_sum(backend, case, expanded=False), case)
     transposed, contiguous = (gradients_of_products(backend, case, swapped) for swapped in (True, False))
     assert_same(transposed, contiguous, case)
 
@@ -169,12 +191,14 @@ def swap(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2) if tensor.ndim > 2 else tensor.transpose(0, -1) if tensor.ndim else tensor
 
 
-def gradients_of_the_sum(backend: Any, case: Case) -> Results:
-    """Gradients of the sum of all results, which autograd hands to the operator as expanded tensors."""
+def gradients_of_the_sum(backend: Any, case: Case, expanded: bool = True) -> Results:
+    """Gradients of the sum of all results, which autograd hands to the operator as `expanded` tensors, or as
+    contiguous ones."""
 
     def total(**given: Any) -> Tensor:
         outputs = operator_of(backend, case)(**given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = outputs if expanded else [output * torch.ones_like(output) for output in outputs]
         return sum(output.to(torch.promote_types(output.dtype, torch.float32)).sum() for output in outputs)
 
     return evaluate(total, case.inputs(), gradients=True, names=("sum",))
@@ -182,24 +206,30 @@ def gradients_of_the_sum(backend: Any, case: Case) -> Results:
 
 def oddly_strided(value: Any) -> Any:
     """The same values, last axis first in memory, every second element of a larger buffer."""
-    if not isinstance(value, Tensor):
-        return value
-    buffer = value.new_zeros(*value.shape[::-1], 2)
-    view = buffer[..., 0].permute(*range(value.ndim)[::-1])
-    view.copy_(value)
-    return view
+    return in_wider_rows(value, 2, swapped=lambda axes: axes[::-1])
 
 
 def cut_from_wider_rows(value: Any) -> Any:
     """The same values, the last axis whole in memory but its rows apart, the axes before it swapped: what a
     fused projection gives, seen as (B, H, L, N)."""
+    return in_wider_rows(value, 1, swapped=lambda axes: (0, 2, 1, *axes[3:]) if len(axes) > 3 else axes)
+
+
+def in_wider_rows(value: Any, step: int, swapped: Callable[[Sequence[int]], Sequence[int]]) -> Any:
+    """A tensor's values as every `step`-th element of rows of a buffer that have room for more.
+
+    Args:
+        value: anything; what has no axes comes back as it is.
+        step: 1 or 2.
+        swapped: the order of the axes in memory, its own inverse.
+    """
     if not isinstance(value, Tensor) or not value.ndim:
         return value
-    swapped = value.transpose(1, 2) if value.ndim > 3 else value
-    buffer = value.new_zeros(*swapped.shape[:-1], 2 * value.shape[-1] + 1)
-    view = buffer[..., : value.shape[-1]]
-    view.copy_(swapped)
-    return view.transpose(1, 2) if value.ndim > 3 else view
+    order = swapped(range(value.ndim))
+    *rows, last = value.permute(*order).shape
+    view = value.new_zeros(*rows, 2 * last + 1)[..., : step * last : step].permute(*order)
+    view.copy_(value)
+    return view
 
 
 def check_arguments_are_left(backend: Any, case: Case) -> None:
@@ -212,6 +242,31 @@ def check_arguments_are_left(backend: Any, case: Case) -> None:
     run(backend, fixed, gradients=True)
     for name, copy in copies.items():
         assert_exact(given[name], copy, case, f"{name} after the call")
+
+
+def check_results_are_new(backend: Any, case: Case) -> None:
+    """A result is a new tensor: whoever writes to it, or to an argument, changes nothing else.
+
+    Also without masks and states, where most shortcuts are.
+    """
+    given = case.inputs()
+    bare = given | dict.fromkeys(MAY_BE_ABSENT & given.keys())
+    for arguments, gradients in ((given, False), (given, True), (bare, False)):
+        floats = {name: value for name, value in arguments.items() if is_float(value)}
+        leaves = {name: value.detach().requires_grad_(gradients) for name, value in floats.items()}
+        outputs = operator_of(backend, case)(**arguments | leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for result, output in zip(case.results, outputs, strict=True):
+            for name, value in arguments.items():
+                shared = (
+                    isinstance(value, Tensor) and output.numel() and memory_of(output) == memory_of(value)
+                )
+                assert not shared, report(f"{result}: must be a new tensor, got a view of {name}", case)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Where its numbers, or those it is a view of, begin."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def check_autocast(backend: Any, case: Case) -> None:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from linmu.reference import VisionLayout
 
 from .compare import Results, assert_same, cotangent
-from .layouts import Layout
+from .layouts import Layout, Text
 from .module_cases import ModuleCase, random_module
 from .module_checks import tensors_of
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
 from .operator_checks import check_matches_the_reference, check_strides
 
 SAMPLES = 4  # of a row, about
+MASKS_OF_ALL = ("mask", "valid", "asks")
+ONE_ROW = {"batch": 1, "initial_state": False}
 
 
 class PackedCase(ChangedCase):
@@ -130,6 +132,22 @@ def check_one_sample(backend: Any, case: Case) -> None:
         assert_same(run(backend, one, gradients=True), wanted, case)
 
 
+def check_hundreds_of_samples(backend: Any, case: Case) -> None:
+    """One row of samples of one token each is a batch of rows of one token: values, gradients, the state."""
+    given, operator, length = case.inputs(), operator_of(backend, case), case.shape[1]
+    numbers = torch.arange(length)[None]
+
+    def as_rows(**given: Any) -> tuple[Tensor, ...]:
+        names = [name for name in (*case.tokens, *case.masks) if given[name] is not None]
+        output, *state = operator(**given | {name: given[name].transpose(0, 1) for name in names})
+        last = 0 if given.get("reverse") else -1
+        return output.transpose(0, 1), *(part[last][None] for part in state)
+
+    present = {name: torch.ones_like(given[name]) for name in MASKS_OF_ALL if given.get(name) is not None}
+    alone = fed(as_rows, case.changed(**present), gradients=True)
+    assert_same(run(backend, case.changed(sequence=numbers, **present), gradients=True), alone, case)
+
+
 def check_module_equals_samples_alone(
     backend: Any, name: str, case: ModuleCase, *, has_layout: bool = True
 ) -> None:
@@ -188,6 +206,8 @@ def with_gradients(module: nn.Module, case: ModuleCase, function: Callable) -> R
 def packed_properties(operator: str, cases: Callable, long: Callable | None = None) -> dict[str, Callable]:
     """The tests of this file for one operator, by name; `long(dtypes)` draws rows of more than a chunk."""
     test, exact = partial(property_of, operator), cases(EXACT)
+    row = {"layout": Layout(((Text(300),),)), "initial_state": False}
+    hundreds = cases(EXACT, **row if operator == "bidirectional_scan" else {"length": 300, **ONE_ROW})
     long_ones = (
         {}
         if long is None
@@ -208,6 +228,9 @@ def packed_properties(operator: str, cases: Callable, long: Callable | None = No
             check_ids_mean_nothing_else
         ),
         "test_packed_rows_match_the_reference": test(cases=cases(DTYPES), share=0.3)(check_packed_matches),
+        "test_hundreds_of_samples_equal_as_many_rows": test(cases=hundreds, share=0.05)(
+            check_hundreds_of_samples
+        ),
         "test_strides_of_packed_rows_do_not_matter": test(cases=exact, share=0.2)(check_packed_strides),
         "test_a_row_of_one_sample_is_not_packed": test(cases=exact, share=0.2)(check_one_sample),
     }

@@ -73,12 +73,16 @@ class SlidingWindowCase(Case):
 
     @property
     def sequence(self) -> Tensor | None:
-        """Ids, large ones, that rise where a sample of a packed row begins; of padding, any."""
+        """Ids that rise where a sample of a packed row begins; of padding, any.
+
+        They are beyond 2^31, or equal modulo 2^32 and as float32.
+        """
         if not self.packed:
             return None
         tokens, numbers = (self.batch, self.length), Numbers(self.seed + 3)
         starts = numbers.some(*tokens, share=min(0.25, 3 / self.length))
-        sequence = 3_000_000_019 + 1000 * starts.cumsum(1)
+        first, factor = (2**59, 2**32) if self.seed % 2 else (3_000_000_019, 1000)
+        sequence = first + factor * starts.cumsum(1)
         valid = row_mask(self.valid, *tokens, Numbers(self.seed + 2))
         return sequence if valid is None else sequence.masked_fill(~valid, -7)
 

@@ -5,6 +5,7 @@ A bug receives the reference's operator first, then the arguments of a call by n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from linmu.reference import WindowState
 
 from ..harness.compare import is_float
 from ..properties import (
@@ -22,6 +25,7 @@ from ..properties import (
     test_logit_loss,
     test_scan,
     test_scan_step,
+    test_sliding_window_attention,
     test_window_attention,
 )
 from .planting import BUGS, Bug, planted
@@ -31,21 +35,29 @@ FILES: dict[str, ModuleType] = {
     "bidirectional_scan": test_bidirectional_scan,
     "scan_step": test_scan_step,
     "window_attention": test_window_attention,
+    "sliding_window_attention": test_sliding_window_attention,
     "causal_conv": test_causal_conv,
     "hidden_loss": test_hidden_loss,
     "logit_loss": test_logit_loss,
 }
-FIRST = {"scan_step": "x", "window_attention": "q", "causal_conv": "u"}  # the float argument that is meant
+FIRST = {  # the float argument that is meant
+    "scan_step": "x",
+    "window_attention": "q",
+    "sliding_window_attention": "q",
+    "causal_conv": "u",
+}
 MASKS = {  # the mask or the ids
     "selective_scan": "mask",
     "bidirectional_scan": "segment",
     "scan_step": "valid",
     "window_attention": "window_id",
+    "sliding_window_attention": "valid",
     "causal_conv": "mask",
     "hidden_loss": "valid",
     "logit_loss": "mask",
 }
-Outputs = Tensor | tuple[Tensor, ...]
+SCANS = ("selective_scan", "bidirectional_scan", "scan_step")
+Outputs = Tensor | tuple[Tensor | WindowState, ...]
 
 
 def first_of(operator: str) -> str:
@@ -54,8 +66,12 @@ def first_of(operator: str) -> str:
 
 
 def each(outputs: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
-    """All results changed."""
-    return tuple(map(change, outputs)) if isinstance(outputs, tuple) else change(outputs)
+    """All results changed, but for what a state of a window has."""
+    if isinstance(outputs, WindowState):
+        return WindowState(change(outputs.k), change(outputs.v), outputs.present)
+    if isinstance(outputs, tuple):
+        return tuple(each(output, change) for output in outputs)
+    return change(outputs)
 
 
 def writes_to_its_tokens(operator: str, reference: Callable, **given: Any) -> Outputs:
@@ -86,6 +102,55 @@ def takes_its_tokens_for_contiguous(operator: str, reference: Callable, **given:
     return reference(**given)
 
 
+def takes_its_rows_for_adjacent(operator: str, reference: Callable, **given: Any) -> Outputs:
+    """Looks at the last stride alone."""
+    tokens = given[first_of(operator)]
+    if tokens.stride(-1) == 1:
+        given[first_of(operator)] = tokens.as_strided(tokens.shape, torch.empty(tokens.shape).stride())
+    return reference(**given)
+
+
+class TakenForContiguous(torch.autograd.Function):
+    """The same numbers; a gradient, an `expanded` or a transposed one, is read as if it were contiguous."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, expanded: bool) -> Tensor:
+        ctx.expanded = expanded
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        if gradient.is_contiguous() or ctx.expanded != (0 in gradient.stride()):
+            return gradient, None
+        numbers = gradient.new_zeros(gradient.numel())
+        found = gradient.as_strided(
+            (gradient.untyped_storage().nbytes() // gradient.element_size(),), (1,), 0
+        )
+        numbers[: len(found)] = found[: len(numbers)]
+        return numbers.view(gradient.shape), None
+
+
+def takes_expanded_gradients_for_contiguous(operator: str, reference: Callable, **given: Any) -> Outputs:
+    return each(reference(**given), lambda tensor: TakenForContiguous.apply(tensor, True))
+
+
+def takes_transposed_gradients_for_contiguous(operator: str, reference: Callable, **given: Any) -> Outputs:
+    return each(reference(**given), lambda tensor: TakenForContiguous.apply(tensor, False))
+
+
+def gives_a_view_of_an_argument(operator: str, reference: Callable, **given: Any) -> Outputs:
+    """A result without a gradient is written over the first argument, where that is large enough."""
+    place = given[first_of(operator)].detach()
+
+    def written_over(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad or tensor.numel() > place.numel() or tensor.dtype != place.dtype:
+            return tensor
+        return place.flatten()[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    outputs = reference(**given)
+    return (written_over(outputs[0]), *outputs[1:]) if isinstance(outputs, tuple) else written_over(outputs)
+
+
 def remembers_its_mask(operator: str, reference: Callable, **given: Any) -> Outputs:
     mask = given[MASKS[operator]]
     if mask is not None:
@@ -97,7 +162,7 @@ BUFFERS: dict[tuple, Tensor] = {}
 
 
 def writes_its_results_into_one_buffer(operator: str, reference: Callable, **given: Any) -> Outputs:
-    places = iter(("first", "second"))
+    places = itertools.count()
 
     def buffered(tensor: Tensor) -> Tensor:
         place = (operator, next(places), tensor.shape, tensor.dtype)
@@ -153,6 +218,18 @@ KINDS: tuple[tuple[Callable, str, tuple[str, ...]], ...] = (
     (writes_to_its_mask, "test_arguments_are_left_as_they_were", tuple(FILES)),
     (takes_its_tokens_for_contiguous, "test_strides_do_not_matter", tuple(FILES)),
     (takes_its_mask_for_contiguous, "test_strides_do_not_matter", tuple(set(FILES) - {"scan_step"})),
+    (takes_its_rows_for_adjacent, "test_strides_do_not_matter", tuple(FILES)),
+    (
+        takes_expanded_gradients_for_contiguous,
+        "test_strides_do_not_matter",
+        tuple(set(FILES) - {"hidden_loss", "logit_loss"}),  # a loss is one number
+    ),
+    (
+        takes_transposed_gradients_for_contiguous,
+        "test_strides_do_not_matter",
+        tuple(set(FILES) - {"hidden_loss", "logit_loss"}),
+    ),
+    (gives_a_view_of_an_argument, "test_results_share_no_memory_with_arguments", tuple(FILES)),
     (remembers_its_mask, "test_nothing_is_remembered_between_calls", tuple(FILES)),
     (writes_its_results_into_one_buffer, "test_nothing_is_remembered_between_calls", tuple(FILES)),
     (computes_otherwise_without_gradients, "test_results_do_not_depend_on_grad_mode", tuple(FILES)),
@@ -241,6 +318,11 @@ def cells_are_joined_by_thousands(reference, coords, layer_index):
 def logits_are_divided_in_half(reference, *, student, teacher, mask=None, temperature=1.0):
     student, teacher = student / temperature, teacher / temperature
     return temperature**2 * reference(student=student, teacher=teacher, mask=mask)
+
+
+@planted("scan_order", test_layout.test_scan_order_sorts_by_the_axes_of_its_layer)
+def layers_beyond_127_have_another_order(reference, coords, layer_index):
+    return reference(coords, layer_index if layer_index < 127 else 0)
 
 
 @planted("window_ids", test_layout.test_layouts_are_not_remembered_between_calls)
@@ -341,6 +423,70 @@ def taps_are_summed_in_half(reference, *, u, weight, **given):
 def scores_are_formed_in_half(reference, *, q, k, **given):
     longest = (q.detach().abs().amax() * k.detach().abs().amax()).to(q.dtype)
     return reference(q=q, k=k, **given) + 0 * longest
+
+
+def half_of(name: str, reference: Callable, *, x: Tensor, **given: Any) -> Outputs:
+    """One argument is rounded to the dtype of x."""
+    return reference(x=x, **given | {name: given[name].to(x.dtype).to(given[name].dtype)})
+
+
+def product_in_half(reference: Callable, *, x: Tensor, dt: Tensor, A: Tensor, **given: Any) -> Outputs:
+    """dt A is formed in the dtype of x."""
+    rates = (dt * A).to(x.dtype).double()
+    steps, decay = (rates / A.double()).to(dt), A
+    y, state = reference(x=x, dt=steps, A=decay, **given)
+    return y, state
+
+
+def skip_in_half(reference: Callable, *, x: Tensor, D: Tensor | None = None, **given: Any) -> Outputs:
+    """D x is formed in the dtype of x, and added to what is not rounded."""
+    mask = given.get("valid")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y, state = reference(x=x.to(wide), D=None, **given)
+    if D is not None:
+        skip = (D.to(x.dtype)[:, None] * x.repeat_interleave(len(D) // x.shape[-2], dim=-2)).to(wide)
+        y = y + (skip if mask is None else skip * mask[..., None, None])
+    return y.to(x.dtype), state
+
+
+DECAYS = "test_decays_are_formed_in_float32"
+SKIPS = "test_the_skip_is_added_in_float32"
+for operator, broken, test in (
+    *((operator, partial(half_of, name), DECAYS) for operator in SCANS for name in ("dt", "A")),
+    *((operator, product_in_half, DECAYS) for operator in SCANS),
+    *((operator, skip_in_half, SKIPS) for operator in ("bidirectional_scan", "scan_step")),
+    ("bidirectional_scan", partial(half_of, "gate"), "test_the_gate_mixes_in_float32"),
+):
+    what = f"half_of_{broken.args[0]}" if isinstance(broken, partial) else broken.__name__
+    BUGS.append(Bug(f"{operator}_{what}", operator, broken, (getattr(FILES[operator], test),)))
+
+
+@planted("causal_conv", test_causal_conv.test_taps_that_cancel_are_summed_in_float32)
+def products_of_taps_are_rounded(reference, *, u, weight, bias=None, **given):
+    """Each by itself, and summed in float32."""
+    parts, state = [], None
+    for tap in range(weight.shape[1]):
+        alone = torch.zeros_like(weight)
+        alone[:, tap] = weight[:, tap]
+        part, state = reference(u=u, weight=alone, **given)
+        parts.append(part.to(torch.promote_types(u.dtype, torch.float32)))
+    out = sum(parts)
+    return (out if bias is None else out + bias).to(u.dtype), state
+
+
+def scaled_in_half(name: str, reference: Callable, *, scale: float | None = None, **given: Any) -> Outputs:
+    """Queries, or keys, are multiplied by the scale in their own dtype, as a kernel's first line may."""
+    scale = given["q"].shape[-1] ** -0.5 if scale is None else scale
+    return reference(scale=1.0, **given | {name: given[name] * scale})
+
+
+for operator, name in (
+    ("window_attention", "k"),
+    ("window_attention", "q"),
+    ("sliding_window_attention", "q"),
+):
+    test = FILES[operator].test_large_scores_are_formed_in_float32
+    BUGS.append(Bug(f"{operator}_scales_{name}_in_half", operator, partial(scaled_in_half, name), (test,)))
 
 
 @planted("causal_conv", test_causal_conv.test_masked_tokens_give_zero_get_no_gradient_and_may_hold_anything)

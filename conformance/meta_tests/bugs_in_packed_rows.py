@@ -15,7 +15,8 @@ from ..properties import test_flex_ma as flex
 from ..properties import test_local_swin as swin
 from ..properties import test_m_mate as mate
 from ..properties import test_scan as scan
-from .planting import planted
+from ..properties import test_sliding_window_attention as sliding
+from .planting import BUGS, Bug, planted
 
 
 def last_sample(sequence: torch.Tensor) -> torch.Tensor:
@@ -128,6 +129,52 @@ def no_gradient_reaches_the_taps_of_a_later_sample(reference, u, weight, *rest, 
         return out, state
     own = (last_sample(sequence) & ~last_sample(sequence).all(1, keepdim=True))[..., None]
     return torch.where(own, out.detach(), out), state
+
+
+@planted("causal_conv", conv.test_the_state_before_is_the_first_samples_in_a_row_shorter_than_the_taps)
+def the_state_of_a_short_packed_row_begins_with_the_state_before(reference, u, weight, *rest, **named):
+    out, state = reference(u, weight, *rest, **named)
+    start, short = named.get("initial_state"), weight.shape[1] - 1 - u.shape[1]
+    if start is None or named.get("sequence") is None or named.get("mask") is not None or short <= 0:
+        return out, state
+    return out, torch.cat([start[:, -short:].to(state), state[:, short:]], dim=1)
+
+
+def in_a_byte(reference, *tensors, sequence=None, **rest):
+    """The number of a sample in its row."""
+    if sequence is None:
+        return reference(*tensors, **rest)
+    runs = torch.nn.functional.pad((sequence.diff(dim=1) != 0).cumsum(1), (1, 0))
+    first = runs == 255  # wraps, and is taken for the one before
+    return reference(*tensors, sequence=torch.where(first, 254, runs), **rest)
+
+
+for target, tests in (("selective_scan", scan), ("bidirectional_scan", both), ("causal_conv", conv)):
+    caught_by = (tests.test_hundreds_of_samples_equal_as_many_rows,)
+    BUGS.append(Bug(f"numbers_of_samples_of_{target}_are_bytes", target, in_a_byte, caught_by))
+
+
+@planted("sliding_window_attention", sliding.test_hundreds_of_samples_equal_as_many_rows)
+def a_window_knows_64_samples(reference, *tensors, sequence=None, **rest):
+    if sequence is None:
+        return reference(*tensors, **rest)
+    runs = torch.nn.functional.pad((sequence.diff(dim=1) != 0).cumsum(1), (1, 0))
+    return reference(*tensors, sequence=torch.where(runs >= 64, 63, runs), **rest)
+
+
+@planted("bidirectional_scan", both.test_padding_with_a_segment_is_still_padding)
+def segments_end_at_padding_of_another_one(reference, *tensors, segment=None, valid=None, **rest):
+    if segment is None or valid is None:
+        return reference(*tensors, segment=segment, valid=valid, **rest)
+    ids = segment.clone()
+    for row, there in zip(ids, valid, strict=True):
+        last, shift = -1, 0
+        for t, number in enumerate(row.tolist()):
+            if number >= 0 and not there[t] and last not in (-1, number):
+                shift += 1000
+            last = number if number >= 0 else last
+            row[t] = number + shift if number >= 0 else -1
+    return reference(*tensors, segment=ids, valid=valid, **rest)
 
 
 def unpacked(layout):

@@ -145,6 +145,16 @@ def the_state_is_kept_in_float32(sound, *tensors, **rest):
     return o, type(state)(state.k.float(), state.v, state.present)
 
 
+@planted(TARGET, sliding.test_results_share_no_memory_with_arguments)
+def the_state_is_a_view_of_the_keys(sound, q, k, v, window, **rest):
+    o, state = sound(q, k, v, window, **rest)
+    bare = not {name for name in ("initial_state", "valid", "sequence") if rest.get(name) is not None}
+    if not bare or not 1 < window <= k.shape[1]:
+        return o, state
+    place = k.shape[1] - (window - 1)
+    return o, type(state)(k[:, place:], v[:, place:], state.present)
+
+
 @planted(TARGET, sliding.test_a_step_leaves_its_arguments_as_they_were)
 def a_step_writes_its_state_in_place(sound, q, k, v, window, *, initial_state=None, **rest):
     o, state = sound(q, k, v, window, initial_state=initial_state, **rest)

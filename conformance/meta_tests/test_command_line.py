@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from ..conftest import mark_expected_failures, read_expected_failures
-from ..harness.compare import RunningTest, reproduction
+from ..harness.compare import RunningTest, reproduction, rows_of
 from ..harness.operator_cases import ScanCase
+from ..properties import test_errors
 
 CONFORMANCE = Path(__file__).parents[1]
 FILE = "conformance/properties/test_layout.py"
@@ -49,6 +50,11 @@ def third_party(tmp_path_factory) -> Path:
 def report(third_party) -> str:
     """What one run of layout tests on that backend prints."""
     options = ["--backend", "their_kernels", "--xfails", str(third_party / "xfails.txt")]
+    options += [
+        "-ra",
+        "--rootdir",
+        str(third_party),
+    ]  # as where the suite is installed: ids do not depend on it
     chosen = ["-k", "cube or swins_rule or identity or plain_tuples or do_not_mix", FILE, CONV]
     path = os.pathsep.join((str(third_party), os.environ.get("PYTHONPATH", "")))
     result = subprocess.run(
@@ -87,7 +93,9 @@ def test_an_expected_failure_is_told_with_its_reason_and_must_fail(report):
 
 def test_a_failure_says_how_to_reproduce_it(report, third_party, monkeypatch):
     """The element, both values, the case, and a command that fails in the same way."""
-    finding = r"order (?:with ties )?of layer \d+: must be equal, at .* got \d+, expected \d+"
+    finding = (
+        r"scan_order: order (?:with ties )?of layer \d+: place \d+ of row \d+ must hold .*, got token \d+"
+    )
     message = re.search(finding, report)[0]
     command = re.search(r'reproduce: \S+ -c "(.*LayoutCase.*)"', report)[1]
     assert "case: LayoutCase(" in report and "load('their_kernels')" in command
@@ -106,7 +114,31 @@ def test_an_exception_says_how_to_reproduce_it(report, third_party, monkeypatch)
         exec(command, {})
 
 
-def test_a_test_without_drawn_cases_is_reproduced_as_a_whole():
+def test_a_test_without_drawn_cases_is_reproduced_by_a_call(report, third_party, monkeypatch):
+    """With its arguments, on the same backend."""
+    message = re.search(r"scan_order: layer 2 must visit .*\]", report)[0]
+    command = re.search(r'reproduce: \S+ -c "(.*test_the_four_orders_of_a_cube\(.*layer_index=2.*)"', report)[
+        1
+    ]
+    assert "load('their_kernels')" in command
+    monkeypatch.syspath_prepend(third_party)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        exec(command, {})
+
+
+def test_arguments_with_tensors_are_named_by_their_rows():
+    """A repr of a tensor is no code."""
+    test, row = "test_a_wrong_argument_is_named", 2
+    names = ("operator", "changes", "words")
+    wanted = dict(zip(names, test_errors.WRONG[row], strict=True))
+    given = {name: (value, row) for name, value in wanted.items()}
+    running = RunningTest("properties.test_errors", test, "[mine-2]", "mine", drawn=False, arguments=given)
+    call = f"{test}(load('mine'), **rows_of({test}, operator=2, changes=2, words=2))"
+    assert f"; {call}" in reproduction(running, None)
+    assert rows_of(getattr(test_errors, test), operator=row, changes=row, words=row) == wanted
+
+
+def test_a_test_with_fixtures_is_reproduced_by_pytest():
     """By the name of its module, from any folder, on the same backend."""
     test = "test_the_four_orders_of_a_cube"
     running = RunningTest("properties.test_layout", test, "[mine-0]", "mine", drawn=False)
@@ -135,6 +167,13 @@ def test_a_stale_expectation_is_an_error(gone, tmp_path):
     collected = [SimpleNamespace(nodeid=CUBE.format(layer=0))]
     with pytest.raises(pytest.UsageError, match=re.escape(f"every id must match a test, got ['{gone}']")):
         mark_expected_failures(tmp_path / "xfails.txt", config, collected)
+
+
+def test_an_id_may_have_spaces(tmp_path):
+    """Parameters do: a size is called "300 rows"."""
+    ids = ("a.py::test_x[mine-300 rows, 2]", "a.py::test_x[mine-N=P]", "a.py::test_y")
+    (tmp_path / "xfails.txt").write_text("".join(f"{test_id} not [yet] done\n" for test_id in ids))
+    assert read_expected_failures(tmp_path / "xfails.txt") == dict.fromkeys(ids, "not [yet] done")
 
 
 def test_an_expectation_needs_a_reason(tmp_path):

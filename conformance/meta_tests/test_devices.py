@@ -28,6 +28,14 @@ def test_containers_keep_their_type():
     assert there["list"][0] == 1.0 and there["list"][1].is_meta and there["nothing"] is None
 
 
+def test_a_layout_takes_its_samples_along_and_nothing_that_it_found_before():
+    layout = reference.VisionLayout(torch.full((1, 3, 4), -1), torch.tensor([[0, 0, 1]]))
+    layout.order(0)
+    there = moved(layout, "cpu")
+    assert there is not layout and there.sequence is layout.sequence and there.coords is layout.coords
+    assert not there._memo
+
+
 def test_a_module_computes_there_and_keeps_its_parameters_here():
     module = ELSEWHERE.FlexMA(CONFIG, 0)
     output, state = module(torch.randn(2, 5, 6))

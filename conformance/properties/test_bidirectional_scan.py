@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import operator_checks, packed_rows
+from ..harness import operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
-from ..harness.layouts import LONG_PROMPTS, Layout, Vision
+from ..harness.layouts import LONG_PROMPTS, Layout, Text, Vision
 from ..harness.operator_cases import (
     DTYPES,
     BidirectionalCase,
@@ -28,6 +28,8 @@ NUMBERINGS = (  # of segments: large, sparse, equal modulo 2^32, equal as float3
     lambda i: 2**26 + i,
     lambda i: 2**62 - i,
 )
+ONE_WORD = Layout(((Text(1),),) * 2)
+TWO_CELLS = Layout(((Vision(0, (1, 1, 2)),),))
 both = partial(property_of, "bidirectional_scan")
 
 globals().update(operator_checks.call_properties("bidirectional_scan", bidirectional_cases))
@@ -169,9 +171,14 @@ def test_more_padding_changes_nothing(backend, case: BidirectionalCase):
 
 @both(cases=bidirectional_cases())
 def test_padding_with_a_segment_is_still_padding(backend, case: BidirectionalCase):
-    """`valid` decides: a segment id on padding changes nothing, gradients included."""
-    numbered = case.changed(segment=torch.where(case.layout.valid, case.layout.segment, 0))
-    assert_same(run(backend, numbered, gradients=True), run(backend, case, gradients=True), case)
+    """`valid` decides: a segment id on padding, also another one inside a segment, changes nothing."""
+    for padded in (case, with_holes(case)):
+        given, generator = padded.inputs(), Numbers(case.seed + 12).generator
+        others = torch.randint(-1, 4, case.shape, generator=generator)
+        wanted = run(backend, padded, gradients=True)
+        for ids in (torch.zeros_like(others), others):
+            numbered = padded.changed(segment=torch.where(given["valid"], given["segment"], ids))
+            assert_same(run(backend, numbered, gradients=True), wanted, case)
 
 
 @both(cases=bidirectional_cases())
@@ -324,6 +331,24 @@ def test_absent_arguments_mean_their_neutral_values(backend, case: Bidirectional
             initial_state=torch.zeros_like(wanted["final_state"]),
         )
         assert_same(run(backend, neutral), wanted, case)
+
+
+@both(cases=bidirectional_cases(rounding.HALVES, layout=ONE_WORD, initial_state=True), share=0.5)
+def test_decays_are_formed_in_float32(backend, case: BidirectionalCase):
+    """Neither dt, nor A, nor their product is rounded to the dtype of x."""
+    rounding.check_decays(backend, case)
+
+
+@both(cases=bidirectional_cases(rounding.HALVES), share=0.5)
+def test_the_skip_is_added_in_float32(backend, case: BidirectionalCase):
+    """D x is no more rounded than what it is added to, nor is D."""
+    rounding.check_skip(backend, case)
+
+
+@both(cases=bidirectional_cases(("mixed",), layout=TWO_CELLS, initial_state=False, skip=False), share=0.5)
+def test_the_gate_mixes_in_float32(backend, case: BidirectionalCase):
+    """The gate is not rounded to the dtype of x."""
+    rounding.check_gate(backend, case)
 
 
 @both(cases=bidirectional_cases(DTYPES))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
 
-from ..harness import operator_checks, packed_rows
+from ..harness import operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.operator_cases import (
     DTYPES,
@@ -140,15 +139,13 @@ def test_absent_arguments_mean_their_neutral_values(backend, case: ConvCase):
     assert_same(run(backend, neutral), wanted, case)
 
 
-@pytest.mark.needs("causal_conv")
-def test_the_state_before_is_the_first_samples_in_a_row_shorter_than_the_taps(backend):
+@conv(cases=conv_cases(length=3, taps=5, initial_state=True), share=0.5)
+def test_the_state_before_is_the_first_samples_in_a_row_shorter_than_the_taps(backend, case: ConvCase):
     """The last sample never meets it: neither its outputs nor the state after, of fewer than K-1 inputs."""
-    generator = torch.Generator().manual_seed(0)
-    u, state = (torch.randn(1, 3, 2, generator=generator) for _ in range(2))
-    weight, bias = torch.randn(2, 4, generator=generator), torch.randn(2, generator=generator)
-    sequence = torch.tensor([[5, 6, 6]])
-    out, after = backend.causal_conv(u, weight, bias, initial_state=state, sequence=sequence)
-    first, _ = backend.causal_conv(u[:, :1], weight, bias, initial_state=state)
-    last, own = backend.causal_conv(u[:, 1:], weight, bias)
-    torch.testing.assert_close(out, torch.cat([first, last], dim=1))
-    torch.testing.assert_close(after, own)
+    packed_rows.check_equals_samples_alone(backend, case)
+
+
+@conv(cases=conv_cases(rounding.HALVES[1:], taps=4, bias=False, initial_state=True), share=0.5)
+def test_taps_that_cancel_are_summed_in_float32(backend, case: ConvCase):
+    """No product of a tap, and no sum of some, is rounded to the dtype of u."""
+    rounding.check_taps(backend, case)

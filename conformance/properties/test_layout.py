@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 from linmu import reference
 
 from ..harness import second_formulation
-from ..harness.compare import assert_exact
+from ..harness.compare import assert_exact, check_form, report
 from ..harness.layouts import Layout, Text, Vision, layouts
 from ..harness.operator_cases import property_of
-from ..harness.operator_checks import oddly_strided
+from ..harness.operator_checks import memory_of, oddly_strided
 
 AXES = {0: (1, 2, 3), 1: (1, 3, 2), 2: (2, 3, 1), 3: (3, 2, 1)}  # columns of coords, most significant first
 
@@ -35,7 +36,7 @@ class LayoutCase:
 CASES = st.builds(
     LayoutCase,
     layouts(),
-    st.integers(0, 9),
+    st.integers(0, 9) | st.sampled_from((34, 127, 1026)),
     st.tuples(*[st.integers(1, 4)] * 3),
     st.booleans(),
     st.integers(0, 2**16),
@@ -47,6 +48,41 @@ partitions = partial(property_of, "window_ids", cases=CASES)
 def partition(ids: torch.Tensor) -> torch.Tensor:
     """(B, L, L) bool: which tokens of a row share an id."""
     return (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]
+
+
+def assert_windows(
+    ids: torch.Tensor, wanted: torch.Tensor, coords: torch.Tensor, case: Any, what: str
+) -> None:
+    """Tokens share an id where `wanted`, (B, L, L) bool, says so; with themselves if in a window at all."""
+    wrong = (partition(ids) != wanted).nonzero()
+    if not len(wrong):
+        return
+    row, one, other = wrong[0].tolist()
+    both, share = one != other, wanted[row, one, other]
+    places = [f"{t} at {tuple(coords[row, t].tolist())}" for t in ((one, other) if both else (one,))]
+    tokens = f"token{'s' * both} {' and '.join(places)} (segment, t, y, x) of row {row}"
+    must = ("not " * (not share) + "share a window") if both else f"be in {'a window' if share else 'none'}"
+    got = f"got ids {' and '.join(str(ids[row, t].item()) for t in ((one, other) if both else (one,)))}"
+    raise AssertionError(report(f"window_ids: {what}: {tokens} must {must}, {got}", case))
+
+
+def assert_order(
+    order: torch.Tensor, wanted: torch.Tensor, coords: torch.Tensor, case: Any, what: str
+) -> None:
+    """The same tokens in the same places."""
+    check_form(f"scan_order: {what}", order, wanted, case, finite=False)
+    wrong = (order != wanted).nonzero()
+    if not len(wrong):
+        return
+    row, place = wrong[0].tolist()
+
+    def token(number: int) -> str:
+        known = 0 <= number < coords.shape[1]
+        return f"token {number}" + (f" at {tuple(coords[row, number].tolist())}" if known else "")
+
+    must, got = token(wanted[row, place].item()), token(order[row, place].item())
+    line = f"scan_order: {what}: place {place} of row {row} must hold {must} (segment, t, y, x), got {got}"
+    raise AssertionError(report(line, case))
 
 
 def four_layers(case: LayoutCase) -> range:
@@ -67,7 +103,7 @@ def test_scan_order_equals_sorting_plain_tuples(backend, case: LayoutCase):
     for layer in four_layers(case):
         for cells, name in ((coords, "order"), (halves, "order with ties")):
             wanted = second_formulation.scan_order(cells, layer)
-            assert_exact(backend.scan_order(cells, layer), wanted, case, f"{name} of layer {layer}")
+            assert_order(backend.scan_order(cells, layer), wanted, cells, case, f"{name} of layer {layer}")
 
 
 @orders()
@@ -89,11 +125,11 @@ def test_scan_order_sorts_by_the_axes_of_its_layer(backend, case: LayoutCase):
     for row in scanned:
         for segment in range(int(coords[..., 0].max()) + 1):
             keys = row[row[:, 0] == segment][:, AXES[case.layer_index % 4]].tolist()
-            assert keys == sorted(keys), (
-                f"tokens must be sorted by {AXES[case.layer_index % 4]}, got {keys}: {case!r}"
-            )
+            axes = ", ".join("_tyx"[axis] for axis in AXES[case.layer_index % 4])
+            line = f"scan_order: segment {segment} must be sorted by {axes}, got cells (in these axes) {keys}"
+            assert keys == sorted(keys), report(line, case)
     later = backend.scan_order(coords, case.layer_index + 4)
-    assert_exact(later, backend.scan_order(coords, case.layer_index), case, "order four layers on")
+    assert_order(later, backend.scan_order(coords, case.layer_index), coords, case, "order four layers on")
 
 
 @orders()
@@ -130,25 +166,22 @@ def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: 
     )
     for number in (lambda i: 1000 - 7 * i, lambda i: 2**33 + i * 2**32, lambda i: 2**62 - i):
         renamed = layout.renumbered([number(i) for i in range(int(layout.segment.max()) + 1)]).coords
-        assert_exact(backend.scan_order(renamed, case.layer_index), order, case, "order of other numbers")
-        found = partition(backend.window_ids(renamed, *windows))
-        assert_exact(found, partition(ids), case, "windows of other numbers")
+        found = backend.scan_order(renamed, case.layer_index)
+        assert_order(found, order, renamed, case, "order of segments renumbered")
+        found = backend.window_ids(renamed, *windows)
+        assert_windows(found, partition(ids), renamed, case, "windows of segments renumbered")
     for row in range(layout.shape[0]):
         alone, one = layout.only(row).coords, slice(row, row + 1)
-        assert_exact(
-            backend.scan_order(alone, case.layer_index), order[one], case, f"order of row {row} alone"
-        )
-        assert_exact(
-            partition(backend.window_ids(alone, *windows)), partition(ids[one]), case, f"windows of {row}"
-        )
+        found = backend.scan_order(alone, case.layer_index)
+        assert_order(found, order[one], alone, case, f"order of row {row} alone")
+        found = backend.window_ids(alone, *windows)
+        assert_windows(found, partition(ids[one]), alone, case, f"windows of row {row} alone")
     padded = layout.padded(3, 2).coords
     inner = slice(3, 3 + layout.shape[1])
-    assert_exact(
-        backend.scan_order(padded, case.layer_index)[:, inner] - 3, order, case, "order behind padding"
-    )
-    assert_exact(
-        partition(backend.window_ids(padded, *windows)[:, inner]), partition(ids), case, "padded windows"
-    )
+    found = backend.scan_order(padded, case.layer_index)[:, inner] - 3
+    assert_order(found, order, layout.coords, case, "order behind three tokens of padding, less three")
+    found = backend.window_ids(padded, *windows)[:, inner]
+    assert_windows(found, partition(ids), layout.coords, case, "windows between padding")
 
 
 @partitions()
@@ -162,11 +195,10 @@ def test_windows_equal_their_definition_pair_by_pair(backend, case: LayoutCase):
         coords = torch.where(coords >= 0, coords + torch.tensor((0, *start)), coords)
         ids = backend.window_ids(coords, case.window_thw, shifted)
         wanted = second_formulation.same_window(coords, case.window_thw, shifted)
-        assert_exact(
-            partition(ids), wanted, case, f"windows of grids that begin at {start}, shifted {shifted}"
-        )
-        assert_exact(ids == -1, case.layout.segment < 0, case, "tokens in no window")
-        assert ids.dtype == torch.int64, f"window ids must be int64, got {ids.dtype}: {case!r}"
+        what = f"windows {case.window_thw} of grids that begin at {start}, shifted={shifted}"
+        assert_windows(ids, wanted, coords, case, what)
+        assert_exact(ids == -1, case.layout.segment < 0, case, f"window_ids: {what}: ids of -1")
+        assert ids.dtype == torch.int64, report(f"window_ids: must be int64, got {ids.dtype}", case)
 
 
 @partitions()
@@ -179,8 +211,11 @@ def test_windows_are_local(backend, case: LayoutCase):
             cells = coords[row, ids[row] == window]
             if window >= 0:
                 spread = (cells[:, 1:].amax(0) - cells[:, 1:].amin(0)).tolist()
-                assert all(s < w for s, w in zip(spread, case.window_thw, strict=True)), f"{spread}: {case!r}"
-                assert len(cells[:, 0].unique()) == 1, f"window {window} crosses segments: {case!r}"
+                within = all(s < w for s, w in zip(spread, case.window_thw, strict=True))
+                line = f"window_ids: window {window} of row {row} must lie in {case.window_thw} cells"
+                assert within, report(f"{line}, got cells that are {spread} apart", case)
+                line = f"window_ids: window {window} of row {row} must lie in one segment"
+                assert len(cells[:, 0].unique()) == 1, report(f"{line}, got {cells[:, 0].tolist()}", case)
 
 
 @pytest.mark.needs("scan_order")
@@ -197,7 +232,8 @@ def test_the_four_orders_of_a_cube(backend, layer_index, cells):
     """Spelt out as txy digits t, y, x of a 2 × 2 × 2 segment: the last axis of the key moves fastest."""
     coords = Layout(((Text(1), Vision(0, (2, 2, 2)), Text(1)),)).coords
     scanned = gathered(coords, backend.scan_order(coords, layer_index))[0, 1:-1, 1:]
-    assert ["".join(map(str, cell)) for cell in scanned.tolist()] == cells
+    found = ["".join(map(str, cell)) for cell in scanned.tolist()]
+    assert found == cells, f"scan_order: layer {layer_index} must visit txy {cells}, got {found}"
 
 
 def far_apart(coords: torch.Tensor, *columns: int) -> torch.Tensor:
@@ -215,7 +251,8 @@ def test_large_coordinates_sort_as_small_ones(backend, case: LayoutCase):
     for layer in four_layers(case):
         wanted = backend.scan_order(coords, layer)
         for far in (far_apart(coords), far_apart(coords, 1 + (case.seed + layer) % 3)):
-            assert_exact(backend.scan_order(far, layer), wanted, case, f"order of layer {layer}")
+            found = backend.scan_order(far, layer)
+            assert_order(found, wanted, far, case, f"order of layer {layer}, coordinates times 2^40")
 
 
 @partitions()
@@ -225,10 +262,11 @@ def test_large_coordinates_have_the_windows_of_small_ones(backend, case: LayoutC
     for window, far in (((1, 1, 1), (1, 1, 1)), ((64,) * 3, (2**48,) * 3)):
         found = backend.window_ids(far_apart(coords), far, case.shifted)
         wanted = backend.window_ids(coords, window, case.shifted)
-        assert_exact(partition(found), partition(wanted), case, f"windows of {far}")
-    found = backend.window_ids(far_apart(coords, 1 + case.seed % 3), (1, 1, 1), case.shifted)
-    wanted = backend.window_ids(coords, (1, 1, 1), case.shifted)
-    assert_exact(partition(found), partition(wanted), case, "windows of one axis that is stretched")
+        what = f"windows {far} of coordinates times 2^40"
+        assert_windows(found, partition(wanted), far_apart(coords), case, what)
+    far = far_apart(coords, 1 + case.seed % 3)
+    found, wanted = (backend.window_ids(cells, (1, 1, 1), case.shifted) for cells in (far, coords))
+    assert_windows(found, partition(wanted), far, case, "windows (1, 1, 1) of one axis times 2^40")
 
 
 @pytest.mark.needs("window_ids")
@@ -247,7 +285,8 @@ def test_shifted_windows_follow_swins_rule(backend, columns, window, sizes):
     """Half a window, only where the segment is longer than the window."""
     coords = Layout(((Vision(0, (1, 1, columns)),),)).coords
     ids = backend.window_ids(coords, (4, 8, window), True)[0].tolist()
-    assert [ids.count(i) for i in dict.fromkeys(ids)] == sizes
+    found, row = [ids.count(i) for i in dict.fromkeys(ids)], f"a row of {columns} columns, window {window}"
+    assert found == sizes, f"window_ids: {row}, shifted, must have windows of {sizes} tokens, got {found}"
 
 
 @pytest.mark.needs("window_ids")
@@ -259,7 +298,8 @@ def test_the_shift_looks_at_every_segment_and_axis_by_itself(backend):
         sorted(int((ids == i).sum()) for i in ids[span].unique())
         for span in (slice(8), slice(8, 12), slice(12, 18))
     ]
-    assert sizes == [[2, 2, 4], [4], [2, 4]]
+    wanted = [[2, 2, 4], [4], [2, 4]]
+    assert sizes == wanted, f"window_ids: segments must have windows of {wanted} tokens, got {sizes}"
 
 
 LARGE = {
@@ -278,7 +318,8 @@ def test_orders_of_the_sizes_that_people_run(backend, name):
     coords = LARGE[name].coords
     for layer in range(4):
         order = backend.scan_order(coords, layer)
-        assert_exact(order, second_formulation.scan_order(coords, layer), name, f"order of layer {layer}")
+        wanted = second_formulation.scan_order(coords, layer)
+        assert_order(order, wanted, coords, name, f"order of layer {layer}")
         position = torch.arange(order.shape[1]).expand_as(order)
         assert_exact(order.gather(1, backend.inverse_order(order)), position, name, "order after inverse")
 
@@ -300,7 +341,8 @@ def test_windows_of_the_sizes_that_people_run(backend, name):
         for shifted in (False, True):
             found = backend.window_ids(coords, window, shifted)
             wanted = reference.window_ids(coords, window, shifted)
-            assert_exact(first_seen(found), first_seen(wanted), name, f"windows {window}, shifted {shifted}")
+            what = f"first token of each token's window, {window}, shifted={shifted}"
+            assert_exact(first_seen(found), first_seen(wanted), name, f"window_ids: {what}")
 
 
 def first_seen(ids: torch.Tensor) -> torch.Tensor:
@@ -318,14 +360,18 @@ def test_layouts_do_not_depend_on_strides_and_leave_their_arguments(backend, cas
     coords = case.layout.coords
     strided, copy = oddly_strided(coords), coords.clone()
     order = backend.scan_order(coords, case.layer_index)
-    assert_exact(backend.scan_order(strided, case.layer_index), order, case, "order of strided coords")
-    assert_exact(strided, copy, case, "coords after the call")
+    ids, inverse = backend.window_ids(coords, case.window_thw, case.shifted), backend.inverse_order(order)
+    for result, argument in ((order, coords), (ids, coords), (inverse, order)):
+        line = "scan_order, window_ids and inverse_order: results must be new tensors, got a view"
+        assert memory_of(result) != memory_of(argument), report(line, case)
+    assert_exact(backend.scan_order(strided, case.layer_index), order, case, "scan_order of strided coords")
+    assert_exact(strided, copy, case, "scan_order or window_ids: coords after the call")
     for name, call in (
         ("window_ids", lambda given: backend.window_ids(given, case.window_thw, case.shifted)),
         ("inverse_order", lambda given: backend.inverse_order(oddly_strided(order))),
     ):
         assert_exact(call(strided), call(coords), case, f"{name} of strided coords")
-    assert_exact(strided, copy, case, "coords after the call")
+    assert_exact(strided, copy, case, "scan_order or window_ids: coords after the call")
 
 
 @property_of("scan_order", "window_ids", cases=CASES)
@@ -338,12 +384,13 @@ def test_layouts_are_not_remembered_between_calls(backend, case: LayoutCase):
     copies = [tensor.clone() for tensor in wanted]
     backend.scan_order(coords, case.layer_index)
     backend.window_ids(coords, case.window_thw, case.shifted)
-    for found, copy in zip(wanted, copies, strict=True):
-        assert_exact(found, copy, case, "order, or windows, after another call")
+    for name, found, copy in zip(("scan_order", "window_ids"), wanted, copies, strict=True):
+        assert_exact(found, copy, case, f"{name}: the result, after another call")
     coords.copy_(others)
-    assert_exact(backend.scan_order(coords, case.layer_index), wanted[0], case, "order of changed coords")
+    found = backend.scan_order(coords, case.layer_index)
+    assert_order(found, wanted[0], coords, case, "order of coords that were written to")
     found = backend.window_ids(coords, case.window_thw, case.shifted)
-    assert_exact(partition(found), partition(wanted[1]), case, "windows of changed coords")
+    assert_windows(found, partition(wanted[1]), coords, case, "windows of coords that were written to")
 
 
 @property_of("inverse_order", cases=CASES)
@@ -355,5 +402,5 @@ def test_inverses_are_not_remembered_between_calls(backend, case: LayoutCase):
     copy = inverse.clone()
     backend.inverse_order(given)
     given.copy_(copy)
-    assert_exact(backend.inverse_order(given), order, case, "inverse of a changed order")
-    assert_exact(inverse, copy, case, "inverse after another call")
+    assert_exact(backend.inverse_order(given), order, case, "inverse_order of an order that was written to")
+    assert_exact(inverse, copy, case, "inverse_order: the result, after another call")

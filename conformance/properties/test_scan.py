@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from linmu import reference
 
-from ..harness import operator_checks, packed_rows
+from ..harness import operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
 from ..harness.operator_cases import (
     DTYPES,
@@ -194,6 +194,12 @@ def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case
     edge = case.changed(x=x, dt=torch.full_like(given["dt"], 100), B=given["B"] * small, C=given["C"] * small)
     operator_checks.check_matches_the_reference(backend, edge, gradients=False)
     operator_checks.check_matches_the_reference(backend, edge, of=("y",))  # the state's gradient overflows
+
+
+@scan(cases=scan_cases(rounding.HALVES, length=1, mask="none", initial_state=True), share=0.5)
+def test_decays_are_formed_in_float32(backend, case: ScanCase):
+    """Neither dt, nor A, nor their product is rounded to the dtype of x."""
+    rounding.check_decays(backend, case)
 
 
 @scan(cases=scan_cases(EXACT, mask="none"))

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import operator_checks
+from ..harness import operator_checks, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64, quarters
 from ..harness.layouts import Layout, Text
 from ..harness.operator_cases import (
@@ -94,6 +94,18 @@ def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case
     )
     operator_checks.check_matches_the_reference(backend, edge, gradients=False)
     operator_checks.check_matches_the_reference(backend, edge, of=("y",))  # the state's gradient overflows
+
+
+@step(cases=step_cases(rounding.HALVES, valid=False), share=0.5)
+def test_decays_are_formed_in_float32(backend, case: StepCase):
+    """Neither dt, nor A, nor their product is rounded to the dtype of x."""
+    rounding.check_decays(backend, case)
+
+
+@step(cases=step_cases(rounding.HALVES), share=0.5)
+def test_the_skip_is_added_in_float32(backend, case: StepCase):
+    """D x is no more rounded than what it is added to, nor is D."""
+    rounding.check_skip(backend, case)
 
 
 @step("bidirectional_scan", cases=bidirectional_cases(DTYPES, layout=Layout(((Text(7),), (Text(7),)))))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ..harness import operator_checks
+from ..harness import operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
 from ..harness.operator_cases import DTYPES, fed, gradients_of, operator_of, property_of, run
 from ..harness.second_sliding_window import pairs_and_rest, sizes_in_window
@@ -170,6 +170,12 @@ def test_a_packed_row_equals_its_samples_alone(backend, case: SlidingWindowCase)
         assert_same({name: alone[name] for name in last}, last, case)
 
 
+@sliding(cases=sliding_window_cases(length=300, window=290, packed=False, **packed_rows.ONE_ROW), share=0.05)
+def test_hundreds_of_samples_equal_as_many_rows(backend, case: SlidingWindowCase):
+    """Samples of one token, more than a byte tells apart, all of them within the window."""
+    packed_rows.check_hundreds_of_samples(backend, case)
+
+
 @sliding(cases=sliding_window_cases(batch=3))
 def test_permuting_the_rows_permutes_the_result(backend, case: SlidingWindowCase):
     """No row knows of another."""
@@ -227,6 +233,12 @@ def test_large_scores_are_finite(backend, case: SlidingWindowCase):
     """Scores far beyond the range of exp, forward and backward, where the softmax picks one token."""
     for name, tensor in run(backend, case.changed(scale=3000.0), gradients=True).items():
         assert torch.isfinite(tensor).all(), f"{name} must be finite: {case!r}"
+
+
+@sliding(cases=sliding_window_cases(rounding.HALVES[1:], initial_state=False), share=0.5)
+def test_large_scores_are_formed_in_float32(backend, case: SlidingWindowCase):
+    """No score, and neither q nor k times the scale, is rounded to the dtype of q."""
+    rounding.check_scores(backend, case)
 
 
 @sliding(cases=sliding_window_cases())

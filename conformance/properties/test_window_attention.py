@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..harness import operator_checks
+from ..harness import operator_checks, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.operator_cases import (
     DTYPES,
@@ -129,6 +129,12 @@ def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case
     given = case.inputs()
     edge = case.changed(q=given["q"] * 300, k=given["k"] * 300, scale=1e-5)
     operator_checks.check_matches_the_reference(backend, edge)
+
+
+@windows(cases=window_cases(rounding.HALVES[1:]), share=0.5)
+def test_large_scores_are_formed_in_float32(backend, case: WindowCase):
+    """No score, and neither q nor k times the scale, is rounded to the dtype of q."""
+    rounding.check_scores(backend, case)
 
 
 @windows(cases=window_cases(batch=3))

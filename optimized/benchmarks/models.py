@@ -23,7 +23,7 @@ from ..student import convert
 from .cases import Case, clear_memory, values_of
 from .kernels import OURS, Setting
 from .problems import Prompt, prompt
-from .timing import VERY_LONG, random, time_calls
+from .timing import VERY_LONG, random, time_calls, wall_and_busy
 
 TEACHER = "teacher"
 METHODS = (OURS, TEACHER)
@@ -233,20 +233,14 @@ def first_token_cases(
 def tower_cases(
     pair: Pair, lengths: Sequence[int], setting: Setting, priority: Callable[[str, int], int]
 ) -> Iterator[Case]:
-    """The same from pixels: the vision tower, which is the teacher's in both, comes before the decoder."""
+    """The vision tower alone, and the same as above from pixels: the tower comes before the decoder."""
+    places = {"vision tower": measure_tower, "vision tower and decoder": measure_from_pixels}
     for method in METHODS:
         for length in lengths:
-            yield Case(
-                "ttft",
-                method,
-                pair.size,
-                "vision tower and decoder",
-                length,
-                partial(measure_from_pixels, pair, method, length, setting),
-                priority(method, length),
-                growth=2.0,
-                once_from=VERY_LONG,
-            )
+            for place, measure in places.items():
+                run = partial(measure, pair, method, length, setting)
+                key = "ttft", method, pair.size, place, length, run, priority(method, length)
+                yield Case(*key, growth=2.0, once_from=VERY_LONG)
 
 
 def measure_first_token(pair: Pair, method: str, length: int, setting: Setting) -> dict[str, Any]:
@@ -267,6 +261,19 @@ def measure_from_pixels(pair: Pair, method: str, length: int, setting: Setting) 
     """Prefill from token ids and a video's pixels; the values of one line."""
     model = pair.model(method)
     return timed_prefill(pair, model, video_inputs(model, prompt(length), setting), setting)
+
+
+def measure_tower(pair: Pair, method: str, length: int, setting: Setting) -> dict[str, Any]:
+    """A video's pixels to what stands for its tokens; hastened in the student, stock in the teacher."""
+    model = pair.model(method)
+    inputs = video_inputs(model, prompt(length), setting)
+
+    @torch.no_grad()
+    def encode() -> None:
+        model.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"])
+
+    timing, busy = wall_and_busy(encode, setting.device, seconds=setting.seconds, most=10)
+    return values_of(timing, tokens_per_second=length / timing.seconds, busy=busy) | {"memory": timing.peak}
 
 
 def timed_prefill(pair: Pair, model: nn.Module, inputs: dict[str, Any], setting: Setting) -> dict[str, Any]:

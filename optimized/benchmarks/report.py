@@ -63,8 +63,11 @@ DEFINITIONS = {
         "34 tokens and 2 over 32; the teacher's cache is Hugging Face's own."
     ),
     "training": (
-        "One optimizer step on one prompt with its pixels: forward, backward with layers recomputed, "
-        "clipping, AdamW. Memory is the peak of everything."
+        "One optimizer step: forward, backward, clipping, AdamW; on one prompt with its pixels, layers "
+        "recomputed, or on rows of text, padded by up to a sixteenth or packed with up to five samples each, "
+        "which count as full. On a GPU LinMU's losses and gradients come from one CUDA graph a step, as in "
+        "`distill.py`; eager is without. Wall and busy as above. Memory is the peak of everything, from "
+        "graphs what is reserved for it."
     ),
 }
 METHOD = (
@@ -183,14 +186,13 @@ def columns_of(benchmark: str) -> list[Column]:
         columns += [("of the floor", number("of_floor", form=".0%"))]
     else:
         columns += [("tokens/s", number("tokens_per_second", form=",.0f"))]
-    if benchmark in ("decode", "short"):
+    if benchmark in ("decode", "short", "training"):
         columns += [("rows", number("batch", form=",.0f"))]
         columns += [("replayed", lambda line: line.get("replayed", ""))]
     if benchmark in ("ttft", "decode", "short", "generate"):
         columns += [("cache MiB", number("cache_bytes", 2**-20, ",.1f"))]
         columns += [("teacher's attention", attention)]
-    if benchmark != "training":
-        columns += [("LinMU is faster", lambda line: f"{line['ratio']:.3g}×" if "ratio" in line else "")]
+    columns += [("LinMU is faster", lambda line: f"{line['ratio']:.3g}×" if "ratio" in line else "")]
     return columns
 
 

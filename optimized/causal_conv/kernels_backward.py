@@ -52,7 +52,7 @@ def backward_kernel(
     reads = valid
     if HAS_SEQUENCE:
         age = tl.load(AGE + batch * length + token, mask=real, other=0)
-    for tap in range(TAPS):
+    for tap in tl.static_range(TAPS):  # unrolled: loads of all taps wait at once
         weight = tl.load(WEIGHT + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
         later = rank + (TAPS - 1) - tap
         among = valid & (later < count)

@@ -38,9 +38,13 @@ def forward(inputs: NarrowInputs) -> Tensor:
     if not takes_parts(u):
         u, each = u.to(wide), zip(weight.split(sizes), bias.split(sizes), strict=True)
         return torch.cat([F.linear(u, *pair) for pair in each], dim=-1)
-    parts = in_parts(weight, 0).flatten(0, 1)  # (3n, D)
+    return product_of_parts(u, in_parts(weight, 0).flatten(0, 1), bias)
+
+
+def product_of_parts(u: Tensor, parts: Tensor, bias: Tensor) -> Tensor:
+    """Eq. (1) by parts (3n, D), the first ones before the second ones, and bias (n,): (B, L, n) float32."""
     product = summed_wide(u.flatten(0, 1), parts.T)  # (B·L, 3n)
-    columns = product.unflatten(1, (3, -1)).sum(1)[:, : len(weight)]
+    columns = product.unflatten(1, (3, -1)).sum(1)[:, : len(bias)]
     return (columns + bias).unflatten(0, u.shape[:2])
 
 
@@ -63,14 +67,14 @@ def backward(inputs: NarrowInputs, outputs: NarrowOutputs, grads: NarrowOutputs)
     return NarrowGrads((left @ right).view(u.shape), weight_grad[: len(weight)], bias_grad)
 
 
-def in_parts(wide: Tensor, dim: int) -> Tensor:
-    """Three bfloat16 tensors whose sum is `wide`, float32, (3, ...); zeros at the end of `dim` fill it up to
-    a multiple of `ALIGNED`.
+def in_parts(wide: Tensor, dim: int, at: int = 0) -> Tensor:
+    """Three bfloat16 tensors whose sum is `wide`, float32, along a new axis `at`, not after `dim`; zeros at
+    the end of `dim` fill it up to a multiple of `ALIGNED`.
     """
     shape = list(wide.shape)
     shape[dim] += -shape[dim] % ALIGNED
-    parts = wide.new_zeros(3, *shape, dtype=torch.bfloat16)
-    first, second, third = parts.narrow(dim + 1, 0, wide.shape[dim])
+    parts = wide.new_zeros(*shape[:at], 3, *shape[at:], dtype=torch.bfloat16)
+    first, second, third = parts.narrow(dim + 1, 0, wide.shape[dim]).unbind(at)
     first.copy_(wide)
     rest = wide - first  # in float32, exactly
     second.copy_(rest)

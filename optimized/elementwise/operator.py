@@ -1,5 +1,5 @@
 """The operators around a block's scan: `linmu::rotate`, `linmu::mix_branches`, `linmu::narrow_product`; and
-around the block itself, without gradients, `linmu::add_norm` and `linmu::gate_product`.
+around the block itself `linmu::frozen_norm`, `linmu::gate_product`, and without gradients `linmu::add_norm`.
 
 Letters: B batch, L tokens, D width, N head dim, n columns.
 """
@@ -191,8 +191,54 @@ add_norm = Operator(
 )
 
 
+class NormInputs(NamedTuple):
+    """What a norm reads whose weight is frozen: it has no gradient.
+
+    Args:
+        x: (..., D).
+        weight: (D,) in the dtype of x.
+        eps: added to the mean square.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+    engine: str | None = None
+
+
+class NormOutputs(NamedTuple):
+    """y: the RMS norm of x, times the weight, as x."""
+
+    y: Tensor
+
+
+class NormGrads(NamedTuple):
+    """The gradient of x."""
+
+    x: Tensor
+
+
+frozen_norm = Operator(
+    "frozen_norm",
+    NormInputs,
+    NormOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "norm"), lazy(f"{__package__}.kernels_layer", "norm")
+    ),
+    fake=lambda inputs: inputs.x.new_empty(inputs.x.shape),
+)
+frozen_norm.has_gradient(
+    NormGrads,
+    Engines(
+        lazy(f"{__package__}.torch_engine", "norm_backward"),
+        lazy(f"{__package__}.kernels_layer", "norm_backward"),
+    ),
+)
+
+
 class GateInputs(NamedTuple):
-    """gate and up (..., F), contiguous, and the engine, as elsewhere. There is no gradient."""
+    """gate and up (..., F), and the engine, as elsewhere."""
 
     gate: Tensor
     up: Tensor
@@ -214,4 +260,20 @@ gate_product = Operator(
         lazy(f"{__package__}.kernels_layer", "gate_product"),
     ),
     fake=lambda inputs: inputs.gate.new_empty(inputs.gate.shape),
+)
+
+
+class GateGrads(NamedTuple):
+    """The gradients of gate and up."""
+
+    gate: Tensor
+    up: Tensor
+
+
+gate_product.has_gradient(
+    GateGrads,
+    Engines(
+        lazy(f"{__package__}.torch_engine", "gate_product_backward"),
+        lazy(f"{__package__}.kernels_layer", "gate_product_backward"),
+    ),
 )

@@ -23,10 +23,15 @@ from ..layout.tokens import gather_tokens
 from .operator import (
     AddNormInputs,
     AddNormOutputs,
+    GateGrads,
     GateInputs,
+    GateOutputs,
     MixGrads,
     MixInputs,
     MixOutputs,
+    NormGrads,
+    NormInputs,
+    NormOutputs,
     RotateGrads,
     RotateInputs,
     RotateOutputs,
@@ -97,3 +102,25 @@ def add_norm(inputs: AddNormInputs) -> AddNormOutputs:
 def gate_product(inputs: GateInputs) -> Tensor:
     """Likewise."""
     return F.silu(inputs.gate) * inputs.up
+
+
+def norm(inputs: NormInputs) -> Tensor:
+    """Likewise."""
+    return add_norm(AddNormInputs(inputs.x, None, inputs.weight, inputs.eps)).normed
+
+
+def norm_backward(inputs: NormInputs, outputs: NormOutputs, grads: NormOutputs) -> NormGrads:
+    """With g the gradient of x / rms, as autograd has it, x̄ = (g - x mean(g x) / rms²) / rms."""
+    wide, grad = inputs.x.float(), (grads.y * inputs.weight).float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + inputs.eps)
+    along = (grad * wide).mean(-1, keepdim=True)
+    return NormGrads(scale * (grad - wide * (scale * scale * along)))
+
+
+def gate_product_backward(inputs: GateInputs, outputs: GateOutputs, grads: GateOutputs) -> GateGrads:
+    """As autograd's: the gradient of silu(gate) is rounded before it goes on."""
+    gate, up, _ = inputs
+    wide = gate.to(accumulation_dtype(gate.dtype))
+    opening = torch.sigmoid(wide)
+    slope = opening * (1 + wide * (1 - opening))
+    return GateGrads((grads.y * up).to(wide.dtype) * slope, grads.y * F.silu(gate))

@@ -1,4 +1,4 @@
-"""A student's forward and generate() from CUDA graphs: what keeps the GPU from waiting for the host.
+"""A student's forward, generate() and training steps from CUDA graphs: the GPU need not wait for the host.
 
     optimized.accelerate(student)
     student.generate(...)              # as before, exact
@@ -6,6 +6,7 @@
 
 decoder         the decoder's forward from graphs: buckets, buffers, caches
 layers          the decoder's layers, in fewer kernels
+training_step   a Lesson's losses and gradients from one graph
 static_layout   where vision tokens are, in buffers
 capture         torch's CUDA graphs
 obstacles       what makes a forward run eagerly, which is said once

@@ -1,9 +1,9 @@
 """A decoder's forward from CUDA graphs: prompts by buckets of length, and decoding a token at a time.
 
 Letters: B batch, L tokens, D width. What a call brings is brought into the shapes of its graph: a prompt is
-padded on its left to the bucket's length, which is exact, and a layout is made before. Static buffers take
-all of it; then the graph runs, and its results are copied out. Embeddings, the vision tower and the logits
-are the model's own, outside.
+padded on its left to the bucket's length, which is exact. Static buffers take all of it; then the graph runs,
+layout and all, and its results are copied out. Embeddings, the vision tower and the logits are the model's
+own, outside. What the host does before a graph is launched a user waits for; the rest it does meanwhile.
 
 Decoding keeps the states in its graph's static buffers, and lends these to the slots of the cache. When
 another cache decodes with the same graph, the first one's slots get copies of their own before.
@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
@@ -35,16 +34,19 @@ from ...reference.student.cache import CACHE_NAME, LinMUCacheLayer, cache_slot, 
 from ..engine import say_once
 from ..engine.operator import on_device_of
 from ..layout import VisionLayout, fast
+from ..m_mate import prepare_layers
 from ..sliding_window_attention import one_forward
 from .capture import Capture, copies, copy_all
 from .layers import through_layers
 from .obstacles import Watch, arguments, state_of_torch
-from .static_layout import StaticLayout, Window, layout_tensors, padded_layout
+from .static_layout import StaticLayout, is_within_bounds
 
 # The decoders whose forward is what `run_layers` does, and whether their positions are M-RoPE's.
 DECODERS = {Qwen2Model: False, LlamaModel: False, Qwen2VLTextModel: True, Qwen2_5_VLTextModel: True}
 ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", CACHE_NAME}
 FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # angles that follow from positions alone
+TOKEN_AXES = {"embeds": 1, "positions": -1, "valid": 1, "coords": 1}  # of `token_tensors`
+PADDING = {"coords": -1}  # what they hold in padding; the others 0
 HOW_TO_TURN_OFF = "linmu.optimized.unaccelerate(student) turns the graphs off"
 
 
@@ -66,8 +68,8 @@ class Limits:
 
 
 class Request(NamedTuple):
-    """One forward: embeds (B, L, D); positions (B, L) or (3, B, L); valid (B, L) bool, None = all; the
-    layout, None = text; each layer's state, none = there were no tokens before.
+    """One forward: embeds (B, L, D); positions (B, L) or (3, B, L); valid (B, L), 0 = padding, None = all
+    valid; the layout, None = text; each layer's state, none = there were no tokens before.
     """
 
     embeds: Tensor
@@ -82,27 +84,34 @@ class Graph:
     """A captured run of the layers.
 
     Args:
-        tokens: embeds, positions and valid, as in `Request`; static buffers, as are the next two.
-        layout: `layout_tensors`; empty = text.
+        tokens: static buffers of `token_tensors`, of the bucket's length.
         states: what it reads of the layers' states; of a decoding graph, where it leaves them, too.
         replay: runs it.
         hidden: (B, bucket, D), what it gives.
         after: the states that it leaves.
         slots: of the cache to which a decoding graph has lent `states`.
+        blank: how many of the first tokens in the buffers are padding.
     """
 
     tokens: dict[str, Tensor]
-    layout: dict[Any, Tensor]
     states: list[MMATEState]
     replay: Callable[[], None] | None = None
     hidden: Tensor | None = None
     after: list[MMATEState] = field(default_factory=list)
     slots: list[weakref.ref] = field(default_factory=list)
+    blank: int = 0
 
-    @property
-    def buffers(self) -> list[Tensor]:
-        """All static buffers but the states."""
-        return [*self.tokens.values(), *self.layout.values()]
+    def take_tokens(self, tokens: dict[str, Tensor]) -> None:
+        """Copy a request's tokens into the buffers, behind padding, which is blank from the calls before as
+        far as it was padding then.
+        """
+        for name, value in tokens.items():
+            buffer, axis = self.tokens[name], TOKEN_AXES[name]
+            pad = buffer.shape[axis] - value.shape[axis]
+            if pad > self.blank:
+                buffer.narrow(axis, 0, pad).fill_(PADDING.get(name, 0))
+            buffer.narrow(axis, pad, value.shape[axis]).copy_(value)
+        self.blank = pad
 
     def take_states(self, slots: list[LinMUCacheLayer]) -> None:
         """Make these slots the holders of `states`, with their own values in it."""
@@ -168,7 +177,7 @@ class GraphedDecoder:
     @property
     def nbytes(self) -> int:
         """Bytes of all static buffers, the graphs' own pool not counted."""
-        held = [(*graph.buffers, *tensors_of(graph.states)) for graph in self.graphs.values()]
+        held = [(*graph.tokens.values(), *tensors_of(graph.states)) for graph in self.graphs.values()]
         return sum(tensor.nbytes for tensors in held for tensor in tensors)
 
     def __call__(self, input_ids: Tensor | None = None, **given: Any) -> BaseModelOutputWithPast | tuple:
@@ -200,7 +209,11 @@ class GraphedDecoder:
             return "no tokens on its device"
         found = state_of_torch(self.device) or self.watch.obstacle()
         found = found or arguments(given, ARGUMENTS, self.decoder.config)
-        return found or self.size_obstacle(tokens) or self.mask_obstacle(given, tokens)
+        found = found or self.size_obstacle(tokens) or self.mask_obstacle(given, tokens)
+        layout = fast(given.get("linmu_layout")) if found is None else None
+        if layout is not None and not is_within_bounds(layout):
+            return "coordinates with very large numbers"
+        return found
 
     def size_obstacle(self, tokens: Tensor) -> str | None:
         """What of the limits (B, L) tokens exceed."""
@@ -259,9 +272,8 @@ class GraphedDecoder:
         """The forward from graphs."""
         embeds, cache, uses_cache = given.get("inputs_embeds"), given.get(CACHE_NAME), self.uses_cache(given)
         if cache is None and uses_cache:
-            cache = DynamicCache(config=self.decoder.config)
-        layers = range(len(self.decoder.layers))
-        slots = [] if cache is None else [cache_slot(cache, layer) for layer in layers]
+            cache = DynamicCache()  # its layers are all ours, whatever the configuration says
+        slots = [] if cache is None else slots_of(cache, len(self.decoder.layers))
         with torch.inference_mode(False), torch.no_grad():
             embeds = self.decoder.embed_tokens(given["input_ids"]) if embeds is None else embeds
             request = self.request(embeds, given, slots)
@@ -280,7 +292,7 @@ class GraphedDecoder:
         """The arguments as graphs take them."""
         batch, length, _ = embeds.shape
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        valid = None if mask is None else mask[:, -length:].bool()
+        valid = None if mask is None else mask[:, -length:]
         if positions is None:
             past = slots[0].seen_tokens if slots else 0
             positions = torch.arange(past, past + length, device=embeds.device)[None]
@@ -292,11 +304,11 @@ class GraphedDecoder:
 
     def decode(self, request: Request, slots: list[LinMUCacheLayer]) -> Tensor:
         """One token after others, (B, 1, D); the slots keep the states."""
-        tokens = whole_tokens(request, 0, masked=True)
+        tokens = token_tensors(request, masked=True)
         key = ("token", len(request.embeds), request.embeds.dtype)
-        graph, is_new = self.graph(key, tokens, {}, request.states)
+        graph, is_new = self.graph(key, tokens, 1, request.states)
         graph.take_states(slots)
-        copy_all(graph.tokens.values(), tokens.values())
+        graph.take_tokens(tokens)
         if is_new:
             before = copies(tensors_of(graph.states))
             self.record(graph, keeps_states=True)
@@ -312,14 +324,11 @@ class GraphedDecoder:
         bucket = self.bucket(length)
         pad = bucket - length
         masked = pad > 0 or (request.valid is not None and not bool(request.valid.all()))
-        tokens, layout = whole_tokens(request, pad, masked), {}
-        if request.layout is not None:
-            whole = padded_layout(request.layout, pad)
-            layout = layout_tensors(whole, tokens.get("valid"), windows_of(self.decoder))
-        kinds = (masked, bool(layout), bool(request.states))
+        tokens = token_tensors(request, masked)
+        kinds = (masked, request.layout is not None, bool(request.states))
         key = ("prompt", batch, request.embeds.dtype, bucket, *kinds)
-        graph, is_new = self.graph(key, tokens, layout, request.states)
-        copy_all(graph.buffers, [*tokens.values(), *layout.values()])
+        graph, is_new = self.graph(key, tokens, bucket, request.states)
+        graph.take_tokens(tokens)
         copy_all(tensors_of(graph.states), tensors_of(request.states))
         if is_new:
             self.record(graph, keeps_states=False)
@@ -345,29 +354,31 @@ class GraphedDecoder:
             slot.state = state_of([next(new) for _ in state.tensors])
 
     def graph(
-        self, key: tuple, tokens: dict[str, Tensor], layout: dict[Any, Tensor], states: list[MMATEState]
+        self, key: tuple, tokens: dict[str, Tensor], length: int, states: list[MMATEState]
     ) -> tuple[Graph, bool]:
-        """The graph of this name, and whether it is new, with buffers like these and nothing captured."""
+        """The graph of this name, and whether it is new, with buffers like these, of so many tokens, and
+        nothing captured.
+        """
         if key in self.graphs:
             self.graphs.move_to_end(key)
             return self.graphs[key], False
         while len(self.graphs) >= self.limits.most_graphs:
             self.graphs.popitem(last=False)
-        tokens, layout = ({name: zeros_like(each) for name, each in g.items()} for g in (tokens, layout))
+        tokens = {name: padding_like(name, each, length) for name, each in tokens.items()}
         states = [state_of([zeros_like(tensor) for tensor in state.tensors]) for state in states]
-        self.graphs[key] = Graph(tokens, layout, states)
+        self.graphs[key] = Graph(tokens, states, blank=length)
         return self.graphs[key], True
 
     def record(self, graph: Graph, keeps_states: bool) -> None:
         """Capture the layers over a graph's buffers; with `keeps_states`, its states become those after."""
 
         def run() -> tuple[Tensor, list[MMATEState]]:
-            layout = StaticLayout(graph.layout) if graph.layout else None
-            hidden, after = run_layers(self.decoder, **graph.tokens, layout=layout, states=graph.states)
+            tokens = dict(graph.tokens)
+            coords = tokens.pop("coords", None)
+            layout = None if coords is None else StaticLayout(coords)
+            hidden, after = run_layers(self.decoder, **tokens, layout=layout, states=graph.states)
             if keeps_states:
-                for old, new in zip(tensors_of(graph.states), tensors_of(after), strict=True):
-                    if old is not new:
-                        old.copy_(new)
+                copy_all(tensors_of(graph.states), tensors_of(after))
             return hidden, after
 
         if self.capture is None:
@@ -393,32 +404,36 @@ def run_layers(
     options = {CACHE_NAME: cache, "use_cache": True, "attention_mask": valid, "linmu_layout": layout}
     options["position_embeddings"] = decoder.rotary_emb(embeds, positions)
     with one_forward():
+        prepare_layers([layer.self_attn for layer in decoder.layers], embeds, layout)
         hidden = through_layers(decoder, embeds, **options)
     return hidden, [slot.state for slot in cache.layers]
 
 
-def whole_tokens(request: Request, pad: int, masked: bool) -> dict[str, Tensor]:
-    """embeds, positions and, if `masked`, valid of a request, behind so many tokens of padding."""
-    batch, length, _ = request.embeds.shape
-    tokens = {
-        "embeds": F.pad(request.embeds, (0, 0, pad, 0)) if pad else request.embeds,
-        "positions": F.pad(request.positions, (pad, 0)) if pad else request.positions,
-    }
+def slots_of(cache: Cache, layers: int) -> list[LinMUCacheLayer]:
+    """`cache_slot` of all layers, at once if all are in place."""
+    own = type(cache) is DynamicCache and len(cache.layers) == layers
+    if own and all(type(slot) is LinMUCacheLayer for slot in cache.layers):
+        return cache.layers
+    return [cache_slot(cache, layer) for layer in range(layers)]
+
+
+def token_tensors(request: Request, masked: bool) -> dict[str, Tensor]:
+    """embeds and positions of a request, valid if `masked`, coords (B, L, 4) if there is a layout."""
+    tokens = {"embeds": request.embeds, "positions": request.positions}
     if masked:
         valid = request.valid
-        if valid is None:
-            valid = torch.ones(batch, length, dtype=torch.bool, device=request.embeds.device)
-        tokens["valid"] = F.pad(valid, (pad, 0)) if pad else valid
+        tokens["valid"] = request.embeds.new_ones((), dtype=torch.bool) if valid is None else valid
+        tokens["valid"] = tokens["valid"].expand(request.embeds.shape[:2])
+    if request.layout is not None:
+        tokens["coords"] = request.layout.coords
     return tokens
 
 
-def windows_of(decoder: nn.Module) -> set[Window]:
-    """What the layers read of a layout's windows."""
-    found = set()
-    for layer in decoder.layers:
-        config, index = layer.self_attn.config, layer.self_attn.layer_index
-        found.add((config.window_thw, index % 2 == 1))
-    return found
+def padding_like(name: str, tensor: Tensor, length: int) -> Tensor:
+    """A static buffer for one of `token_tensors`, of so many tokens, all padding."""
+    shape = list(tensor.shape)
+    shape[TOKEN_AXES[name]] = length
+    return torch.full(shape, PADDING.get(name, 0), dtype=tensor.dtype, device=tensor.device)
 
 
 def tensors_of(states: Iterable[MMATEState]) -> list[Tensor]:

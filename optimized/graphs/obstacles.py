@@ -6,9 +6,8 @@ passed over in silence. So every call asks; a decoder of 28 layers answers withi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain, repeat
-from operator import contains, is_
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -33,24 +32,35 @@ class Watch:
         everything = [vars(decoder), *self.spaces]
         parts = [space[kind] for space in everything for kind in ("_modules", "_parameters", "_buffers")]
         self.filled, self.empty = [part for part in parts if part], [part for part in parts if not part]
+        self.members = [*map(dict, self.filled)]
         kinds = ("_forward_hooks", "_forward_pre_hooks")
         self.hooks = [space[kind] for space in everything for kind in kinds]
         self.kind = kind_of(self.modules)
-        self.members = [*self.now()]
+        self.scalars = [
+            (part, name, value)
+            for part in self.filled
+            for name, value in part.items()
+            if isinstance(value, Tensor) and value.numel() == 1
+        ]
         self.tensors = [*decoder.parameters(), *decoder.buffers()]
         self.pointers = [*map(Tensor.data_ptr, self.tensors)]
         self.patched = [space for space in self.spaces if "forward" in space]
         self.forwards = [space["forward"] for space in self.patched]
 
-    def now(self) -> Iterator[nn.Module | Tensor | None]:
-        """The decoder's modules and tensors, as they are found in it."""
-        return chain.from_iterable(map(dict.values, self.filled))
+    def has_same_members(self) -> bool:
+        """Whether the decoder's modules and tensors are the same objects. Comparing dictionaries does this in
+        one call, as they ask about equality only where objects differ: most tensors then refuse to answer.
+        """
+        try:
+            same = self.filled == self.members
+        except RuntimeError:
+            return False
+        return same and all(part[name] is value for part, name, value in self.scalars)
 
     def has_changed(self) -> bool:
         """Whether modules, tensors, their memory, or forwards put over modules are other ones."""
         same = (
-            all(map(is_, self.now(), self.members))
-            and sum(map(len, self.filled)) == len(self.members)
+            self.has_same_members()
             and not any(self.empty)
             and self.pointers == [*map(Tensor.data_ptr, self.tensors)]
             and sum(map(contains, self.spaces, repeat("forward"))) == len(self.patched)

@@ -114,6 +114,11 @@ class VisionLayout(reference.VisionLayout):
         return self.once("facts", lambda: examine(self.coords, "VisionLayout"))
 
     @property
+    def has_vision(self) -> bool:
+        """The reference's, known without asking again."""
+        return self.facts.vision > 0
+
+    @property
     def segment(self) -> Tensor:
         """The reference's, contiguous."""
         return self.once("segment", lambda: self.coords[..., 0].contiguous())

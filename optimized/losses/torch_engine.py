@@ -1,10 +1,14 @@
-"""The torch engine of the logit loss, in slabs of tokens.
+"""The torch engine of the losses; the logit loss goes in slabs of tokens.
 
 Letters: B batch, L tokens, V vocabulary, τ temperature, p softmax of the logits divided by τ.
 
     logit = τ² / n · Σ_v p_t (log p_t - log p_s)        ∂logit/∂s = τ / n · (p_s - p_t)                    (1)
 
 over n supervised tokens. What outlives a slab is the gradient, in the dtype of the student.
+
+The hidden loss is a ratio of sums over tokens, of e = Σ_D (s - t)² and of Σ_D t²:
+
+    ∂e/∂s = 2 (s - t)                                                                                      (2)
 """
 
 from __future__ import annotations
@@ -14,8 +18,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...reference.numerics import accumulation_dtype
-from .operator import LossGrads, LossInputs, LossOutputs, loss_outputs
+from ...reference.losses import as_accumulated
+from ...reference.numerics import accumulation_dtype, zero_where_masked
+from .operator import (
+    ErrorGrads,
+    ErrorInputs,
+    ErrorOutputs,
+    LossGrads,
+    LossInputs,
+    LossOutputs,
+    loss_outputs,
+)
 
 SLAB_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
@@ -58,3 +71,23 @@ def log_softmax(logits: Tensor, rows: Tensor, student: Tensor, temperature: floa
     """log p of some rows, (n, V), in the accumulation dtype of the student."""
     chosen = logits.flatten(0, 1)[rows].to(accumulation_dtype(student.dtype))
     return torch.log_softmax(chosen / temperature, dim=-1)
+
+
+def errors(inputs: ErrorInputs) -> ErrorOutputs:
+    """Eq. (2)."""
+    student, teacher = counted(inputs)
+    return ErrorOutputs((student - teacher).square().sum(-1), teacher.square().sum(-1))
+
+
+def errors_backward(inputs: ErrorInputs, outputs: ErrorOutputs, grads: ErrorOutputs) -> ErrorGrads:
+    """The gradient of eq. (2)."""
+    student, teacher = counted(inputs)
+    return ErrorGrads(2 * grads.error[..., None] * (student - teacher))
+
+
+def counted(inputs: ErrorInputs) -> tuple[Tensor, Tensor]:
+    """Student and teacher in the accumulation dtype, 0 where a token does not count, whatever stood there."""
+    pair = as_accumulated(inputs.student, inputs.teacher)
+    if inputs.taken is None:
+        return pair
+    return tuple(zero_where_masked(tensor, inputs.taken[..., None]) for tensor in pair)

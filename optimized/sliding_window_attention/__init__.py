@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...reference.sliding_window_attention import WindowState, check_sliding_window
 from .operator import SlidingInputs, StepInputs, attend, attend_step
-from .spans import Spans, find_spans, one_forward, spans_of_layer
+from .spans import Spans, find_spans, once_a_forward, one_forward, spans_of_layer
 
 __all__ = [
     "Spans",
@@ -26,6 +26,7 @@ __all__ = [
     "attend_spans",
     "find_spans",
     "is_step",
+    "once_a_forward",
     "one_forward",
     "sliding_window_attention",
     "spans_of_layer",
@@ -79,17 +80,24 @@ def attend_spans(
 def state_after(k: Tensor, v: Tensor, valid: Tensor | None, last: Tensor | None, window: int) -> WindowState:
     """The last W - 1 keys and values, in memory of their own."""
     if last is not None:
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        present = last >= 0
-        k, v = (tensor[row, last.clamp_min(0)] for tensor in (k, v))
+
+        def places() -> tuple[Tensor, Tensor, Tensor]:
+            return torch.arange(k.shape[0], device=k.device)[:, None], last.clamp_min(0), last >= 0
+
+        row, place, present = once_a_forward(("last", window), places)
+        kept = [tensor[row, place] for tensor in (k, v)]
     else:
         missing = max(window - 1 - k.shape[1], 0)
-        kept = slice(k.shape[1] - (window - 1 - missing), None)
-        present = k.new_ones(k.shape[:2], dtype=torch.bool) if valid is None else valid
-        k, v = (F.pad(tensor[:, kept], (0, 0, 0, 0, missing, 0)) for tensor in (k, v))
-        present = F.pad(present[:, kept], (missing, 0))
-    there = present[..., None, None]
-    return WindowState(*(torch.where(there, tensor, tensor.new_zeros(())) for tensor in (k, v)), present)
+        end = slice(k.shape[1] - (window - 1 - missing), None)
+
+        def present_at_end() -> Tensor:
+            there = k.new_ones(k.shape[:2], dtype=torch.bool) if valid is None else valid
+            return F.pad(there[:, end], (missing, 0))
+
+        present = once_a_forward(("at end", window), present_at_end)
+        kept = [F.pad(tensor[:, end], (0, 0, 0, 0, missing, 0)) for tensor in (k, v)]
+    absent = once_a_forward(("absent", window), lambda: ~present[..., None, None])
+    return WindowState(*(tensor.masked_fill(absent, 0) for tensor in kept), present)
 
 
 def step_in_place(

@@ -18,7 +18,8 @@ from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import StepInputs, StepOutputs, step_outputs
 
-COLUMNS = 32  # places that a program takes at once
+READ = {False: 128, True: 64}  # places that a program attends to at once, for head dims beyond 128 fewer
+MOVED = 32  # places that a program moves at once
 
 
 @triton.jit
@@ -46,12 +47,14 @@ def attention_kernel(
     v_state = STATE_V + (row * PLACES * GROUPS + group) * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
-        there = tl.load(PRESENT + row * PLACES + place, mask=place < PLACES, other=0) != 0
+        inside = place < PLACES
+        there = tl.load(PRESENT + row * PLACES + place, mask=inside, other=0) != 0
         k_at = k_state + place[:, None] * (GROUPS * N) + columns_n[None, :]
         v_at = v_state + place[:, None] * (GROUPS * P) + columns_p[None, :]
-        k_tile = tl.load(k_at, mask=there[:, None] & real_n[None, :], other=0.0).to(tl.float32)
-        v_tile = tl.load(v_at, mask=there[:, None] & real_p[None, :], other=0.0).to(tl.float32)
+        k_tile = tl.load(k_at, mask=inside[:, None] & real_n[None, :], other=0.0).to(tl.float32)
+        v_tile = tl.load(v_at, mask=inside[:, None] & real_p[None, :], other=0.0).to(tl.float32)
         scores = tl.where(there, tl.sum(k_tile * q[None, :], 1) * scale, -1e30)
+        v_tile = tl.where(there[:, None], v_tile, 0.0)  # here, so that no load waits for another
         highest = tl.maximum(largest, tl.max(scores, 0))
         weights = tl.exp2(scores - highest)
         shrink = tl.exp2(largest - highest)
@@ -117,7 +120,6 @@ def step(inputs: StepInputs) -> StepOutputs:
         "P": value_size,
         "BLOCK_N": tile_size(size),
         "BLOCK_P": tile_size(value_size),
-        "COLUMNS": COLUMNS,
         "HAS_VALID": valid is not None,
     }
     attention_kernel[(batch * heads,)](
@@ -134,10 +136,21 @@ def step(inputs: StepInputs) -> StepOutputs:
         inputs.scale * LOG2_E,
         RATIO=heads // groups,
         HAS_ASKS=inputs.asks is not None,
-        num_warps=4,
+        COLUMNS=min(READ[max(size, value_size) > 128], tile_size(after.shape[1])),
+        num_warps=8,
         **sizes,
     )
     move_kernel[(batch * groups,)](
-        k, v, *states, present, as_bytes(after), valid, *strides, num_warps=4, num_stages=2, **sizes
+        k,
+        v,
+        *states,
+        present,
+        as_bytes(after),
+        valid,
+        *strides,
+        COLUMNS=MOVED,
+        num_warps=4,
+        num_stages=2,
+        **sizes,
     )
     return StepOutputs(o, after)

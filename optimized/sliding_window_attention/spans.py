@@ -10,16 +10,16 @@ a key are neighbours too. Nothing is asked from the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_of_forward: ContextVar[dict[int, Spans] | None] = ContextVar("spans of a forward", default=None)
+_of_forward: ContextVar[dict[Hashable, Any] | None] = ContextVar("found in a forward", default=None)
 
 
 class Spans(NamedTuple):
@@ -75,14 +75,24 @@ def find_spans(
 
 @contextmanager
 def one_forward() -> Iterator[None]:
-    """Within, what asks `spans_of_layer` are the layers of one forward, over the same tokens, masks and
-    `present` of states: those of one window find their spans once.
+    """Within, what asks `once_a_forward` are the layers of one forward, over the same tokens, masks and
+    `present` of states.
     """
     before = _of_forward.set({})
     try:
         yield
     finally:
         _of_forward.reset(before)
+
+
+def once_a_forward(key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` returns, made by the first layer within `one_forward`, and by every caller outside."""
+    known = None if torch.compiler.is_compiling() else _of_forward.get()
+    if known is None:
+        return make()
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def spans_of_layer(
@@ -94,14 +104,13 @@ def spans_of_layer(
     present: Tensor | None,
 ) -> Spans:
     """`find_spans` of a layer in which text asks: is_vision (B, L) bool; None = all text."""
-    known = None if torch.compiler.is_compiling() else _of_forward.get()
-    if known is not None and window in known:
-        return known[window]
-    asks = None if is_vision is None else ~is_vision
-    spans = find_spans(window, length, asks, valid, sequence, present)
-    if known is not None:
-        known[window] = spans
-    return spans
+
+    def make() -> Spans:
+        asks = None if is_vision is None else ~is_vision
+        return find_spans(window, length, asks, valid, sequence, present)
+
+    # of one forward, a student's text asks, and a teacher's every token
+    return once_a_forward(("spans", window, is_vision is None), make)
 
 
 def sequence_of_keys(present: Tensor | None, valid: Tensor, sequence: Tensor) -> Tensor:

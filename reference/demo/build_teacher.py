@@ -10,7 +10,12 @@ import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
 
 from .digits import CELL
 from .questions import DigitsQuestions
@@ -38,6 +43,7 @@ WORDS = (
 )
 PATCH, MERGE, TEMPORAL_PATCH = 4, 2, 2
 WINDOW = 8 * CELL  # pixels; pictures have at most 6 cells a side
+LARGEST = 32  # cells a side of the largest picture that is not made smaller
 VOCABULARY = 448
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
@@ -135,7 +141,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
     return model
 
 
-def write_preprocessing(folder: Path, tokenizer: Qwen2Tokenizer) -> None:
+def write_preprocessing(folder: Path, tokenizer: PreTrainedTokenizerBase, largest: int = LARGEST) -> None:
     """Write tokenizer, chat template, and image and video processor settings, as hub repositories do."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
@@ -144,7 +150,7 @@ def write_preprocessing(folder: Path, tokenizer: Qwen2Tokenizer) -> None:
         "temporal_patch_size": TEMPORAL_PATCH,
         "merge_size": MERGE,
         "min_pixels": CELL * CELL,
-        "max_pixels": 32 * 32 * CELL * CELL,
+        "max_pixels": (largest * CELL) ** 2,
         "image_mean": [0.3, 0.3, 0.3],
         "image_std": [0.375, 0.375, 0.375],
         "processor_class": "Qwen2_5_VLProcessor",

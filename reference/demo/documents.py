@@ -23,7 +23,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..prompts.chat_collator import control_tokens
-from ..training.teacher import open_processor
+from ..training.teacher import NOT_OPENED, open_processor
 
 HELD_OUT = 20
 ENDINGS = {".html", ".md", ".rst", ".txt"}
@@ -31,23 +31,8 @@ SHORTEST = 0.5  # of a piece; the rest of a document that is shorter is left out
 PLAIN = 0.97  # share of ASCII below which a document is taken for another language, or for a table of signs
 NOT_READ = {"script", "style", "head", "nav", "header", "footer"}
 BLOCKS = {
-    "p",
-    "div",
-    "li",
-    "tr",
-    "pre",
-    "br",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "dt",
-    "dd",
-    "table",
-    "ul",
-    "ol",
-    "section",
-}
+    "p", "div", "li", "tr", "pre", "br", "h1", "h2", "h3", "h4", "dt", "dd", "table", "ul", "ol", "section",
+}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -132,7 +117,10 @@ def main() -> None:
             parser.error(f"a folder must be one, got {folder}")
     if options.tokens < 2:
         parser.error(f"--tokens must be at least 2, got {options.tokens}")
-    processor = open_processor(options.tokenizer)
+    try:
+        processor = open_processor(options.tokenizer)
+    except NOT_OPENED as error:
+        sys.exit(f"documents: TOKENIZER must be one that opens, got {options.tokenizer}: {error}")
     refused = control_tokens(processor)  # a run would refuse a text that holds one
     options.output.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "held_out": 0}

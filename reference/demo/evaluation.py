@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..prompts.chat_collator import IGNORED, ChatCollator
+from ..prompts.chat_collator import ChatCollator
+from ..training.teacher_student import supervised
 from .questions import KINDS, DigitsQuestions
 
 
@@ -31,10 +32,18 @@ def answered(
     right = []
     for start in range(0, len(items), batch_size):
         batch = {k: v.to(model.device) for k, v in collate(items[start : start + batch_size]).items()}
-        labels = batch.pop("labels")[:, 1:]
-        guesses = model(**batch).logits[:, :-1].argmax(-1)
-        right.append(((guesses == labels) | (labels == IGNORED)).all(1).cpu())
+        right.append(answered_of_batch(model, batch).cpu())
     return torch.cat(right)
+
+
+@torch.no_grad()
+def answered_of_batch(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The same of a batch that ChatCollator made: (B,) bool."""
+    inputs, labels = dict(batch), batch["labels"]
+    del inputs["labels"]
+    positions, mask = supervised(labels)
+    guesses = model(**inputs, use_cache=False, logits_to_keep=positions).logits.argmax(-1)
+    return ((guesses == labels[:, positions + 1]) | ~mask).all(1)
 
 
 def heldout_accuracy(

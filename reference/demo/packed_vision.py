@@ -89,6 +89,8 @@ def pack_vision(model: Qwen2_5_VLForConditionalGeneration) -> None:
 
     def lay_out(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        if int(grid[:, 1:].max()) * visual.patch_size > visual.window_size:
+            return args, kwargs  # several windows: few large pictures, which the stock loops lay out
         return args, kwargs | packed_layout(grid, merge)
 
     visual.register_forward_pre_hook(lay_out, with_kwargs=True)

@@ -34,6 +34,8 @@ class DigitsQuestions(Dataset):
         ValueError: for an unknown split or kind, or a negative seed.
     """
 
+    builders = BUILDERS
+
     def __init__(
         self,
         split: str = "train",
@@ -44,8 +46,9 @@ class DigitsQuestions(Dataset):
     ):
         if split not in SPLITS:
             raise ValueError(f"DigitsQuestions: split must be one of {SPLITS}, got {split!r}")
-        if not kinds or set(kinds) - set(KINDS):
-            raise ValueError(f"DigitsQuestions: kinds must be among {KINDS}, got {tuple(kinds)}")
+        if not kinds or set(kinds) - set(self.builders):
+            must = f"kinds must be among {tuple(self.builders)}"
+            raise ValueError(f"{type(self).__name__}: {must}, got {tuple(kinds)}")
         if seed < 0:
             raise ValueError(f"DigitsQuestions: seed must be >= 0, got {seed}")
         self.split, self.seed, self.length = split, seed, length
@@ -99,7 +102,7 @@ class DigitsQuestions(Dataset):
         for place in np.unique(which):
             rows = np.flatnonzero(which == place)
             own = draws.take(rows)
-            yield rows, self.asked[place], BUILDERS[self.asked[place]](own), own
+            yield rows, self.asked[place], self.builders[self.asked[place]](own), own
 
 
 def _vision_block(moments: np.ndarray) -> dict[str, Any]:

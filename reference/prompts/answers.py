@@ -8,7 +8,8 @@ A chat template is read in the first of three ways that fits it:
 
 Ways 2 and 3 give places in the rendered text. Before it is tokenised, the processor puts longer texts in the
 place of pictures' placeholders; the texts between them stay, and are found again in order. Where that leaves
-a choice, or a token lies across an answer's border, the conversation is refused.
+a choice, or a token lies across an answer's border, the conversation is refused; and where the template cuts
+an answer, as some leave out what stands before </think>.
 
 Letters: B conversations, L tokens.
 """
@@ -35,7 +36,12 @@ QUESTION, ANSWER = "linmu-mark-one", "linmu-mark-two"
 OPENS, CLOSES = "\ue0a1linmu-answer\ue0a2", "\ue0a3linmu-answer\ue0a4"
 MARKED = "put {% generation %} and {% endgeneration %} around the answer in the chat template"
 
-Conversation = Sequence[Mapping[str, Any]]
+Turn = Mapping[str, Any]
+Conversation = Sequence[Turn]
+
+
+class NoChatTemplateError(ValueError):
+    """A tokenizer that cannot read conversations: no fault of a sample."""
 
 
 class Found(NamedTuple):
@@ -77,7 +83,35 @@ def answers_of(
         must = "the chat template must render an answer right after its prompt (add_generation_prompt)"
         require(exact, WHERE, must, f"{prompt!r} and {text!r}", MARKED)
     require(processor.tokenizer.is_fast, WHERE, "the tokenizer must tell where its tokens are", "a slow one")
-    return RenderedAnswers(processor, placeholders, end[1], marked)
+    found = RenderedAnswers(processor, placeholders, end[1], marked)
+    found.opening = opening_of(found, ends, asked, answered)
+    return found
+
+
+def opening_of(found: RenderedAnswers, ends: str, asked: Turn, answered: Turn) -> str:
+    """What a template writes before answers and nowhere else, from the end of the turn before; "" if not.
+
+    It holds a control token, which no text of a conversation may, so its places are those of the answers.
+
+    Args:
+        found: finds answers without it.
+        ends: a pattern of control tokens.
+        asked, answered: two turns to try it on.
+    """
+    before, prompt = (render(found.processor, [asked], add_generation_prompt=g) for g in (False, True))
+    turn_end = re.search(rf"({ends})\s*$", before)
+    if turn_end is None or not prompt.startswith(before) or not prompt[len(before) :].strip():
+        return ""
+    found.opening = prompt[turn_end.start() :]
+    conversation, turns = [asked, answered] * 2, [1, 3]
+    if found.marked is not None:
+        return found.opening
+    text = render(found.processor, conversation)
+    try:
+        want = [found.difference(conversation, turn, text) for turn in turns]
+    except ValueError:
+        return ""
+    return found.opening if found.after_openings(conversation, turns, text) == want else ""
 
 
 class ChatMLAnswers:
@@ -99,7 +133,7 @@ class ChatMLAnswers:
         """Find the answers in ids (B, L).
 
         Raises:
-            ValueError: where there are not as many headers as answers.
+            ValueError: where there are not as many headers as answers, or the template cuts one.
         """
         answers = [[turn for turn in c if turn["role"] == "assistant"] for c in conversations]
         number, found = answer_numbers(ids.numpy(), self.header, self.end)
@@ -108,11 +142,19 @@ class ChatMLAnswers:
             got = f"{headers} headers for {len(turns)} turns in item {row}"
             hint = "an answer must not begin with a line break"
             require(headers == len(turns), WHERE, must, got, hint)
+            self.require_whole(processor, conversations[row])
         most = max(map(len, answers), default=0)
         weights = [[turn.get("weight", 1) for turn in turns] + [0] * (most - len(turns)) for turns in answers]
         by_number = torch.tensor([[0, *row] for row in weights]).bool()  # none outside the answers
         learnt = by_number.gather(1, torch.from_numpy(number))
         return Found(learnt, learnt & (ids == self.end))
+
+    def require_whole(self, processor: Any, conversation: Conversation) -> None:
+        """Every answer that is learnt must be between its header and the end of its turn."""
+        _, *written = render(processor, conversation).split(ANSWER_HEADER)
+        turns = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
+        for turn, text in zip(turns, written, strict=True):
+            require_whole(conversation, turn, text.partition(TURN_END)[0])
 
 
 def answer_numbers(ids: np.ndarray, header: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +186,11 @@ class RenderedAnswers:
         placeholders: the tokens that stand for pictures.
         end: the token that ends a turn.
         marked: the chat template with `OPENS` and `CLOSES` in place of its marks; None = it has none.
+    Attributes:
+        opening: what stands before every answer and nowhere else, as of `opening_of`; "" = not known.
     """
+
+    opening = ""
 
     def __init__(self, processor: Any, placeholders: Sequence[str], end: str, marked: str | None) -> None:
         nothing = "(?!)"
@@ -162,7 +208,7 @@ class RenderedAnswers:
         """Find the answers in ids (B, L), which `processor`, an `observed` one, made.
 
         Raises:
-            ValueError: where a place is not exact, or a token lies across a border.
+            ValueError: where a place is not exact, a token lies across a border, or an answer is cut.
         """
         seen: ObservedTokenizer = processor.tokenizer
         learnt, ends = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
@@ -174,7 +220,9 @@ class RenderedAnswers:
             parts = literal_parts(text, self.placeholders)
             moved = places_of([text[start:stop] for start, stop in parts], seen.texts[row])
             tokens = TokenSpans(ids[row].numpy(), seen.offsets[row])
-            for start, stop in self.places(conversation, turns, text):
+            places = self.places(conversation, turns, text)
+            for turn, (start, stop) in zip(turns, places, strict=True):
+                require_whole(conversation, turn, text[start:stop])
                 for (opens, closes), place in zip(parts, moved, strict=True):
                     first, last = max(start, opens), min(stop, closes)
                     if first >= last:
@@ -189,13 +237,39 @@ class RenderedAnswers:
 
     def places(self, conversation: Conversation, turns: Sequence[int], text: str) -> list[tuple[int, int]]:
         """The answers of these turns in the rendered text, each (first character, after its end of turn)."""
+        require(turns[0] > 0, WHERE, "a conversation must begin with a question", "an answer")
         if self.marked is None:
-            return [self.difference(conversation, turn, text) for turn in turns]
+            places = self.after_openings(conversation, turns, text)
+            return places or [self.difference(conversation, turn, text) for turn in turns]
         marks = marks_of(render(self.processor, conversation, chat_template=self.marked), text)
         answers = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
         must = "the chat template must mark every answer once with {% generation %}"
         require(len(marks) == len(answers), WHERE, must, f"{len(marks)} marks for {len(answers)} answers")
-        return [self.within(conversation, turn, text, *marks[answers.index(turn)]) for turn in turns]
+        prompt = self.prompt_for(conversation, turns[-1])
+        alike = self.opening and prompt.endswith(self.opening)
+        prompts = [prompt if alike else self.prompt_for(conversation, turn) for turn in turns]
+        own = [marks[answers.index(turn)] for turn in turns]
+        return [self.within(prompt, text, *mark) for prompt, mark in zip(prompts, own, strict=True)]
+
+    def after_openings(
+        self, conversation: Conversation, turns: Sequence[int], text: str
+    ) -> list[tuple[int, int]] | None:
+        """What follows the openings, up to its end of turn; None if they are not one for each answer.
+
+        The prompt for the last of these turns is rendered: it must be the text up to there.
+        """
+        answers = [i for i, turn in enumerate(conversation) if turn["role"] == "assistant"]
+        before, *after = text.split(self.opening) if self.opening else [""]
+        if len(after) != len(answers) or not all(self.end in part for part in after):
+            return None
+        spans, start = [], len(before)
+        for part in after:
+            start += len(self.opening)
+            spans.append((start, text.index(self.end, start) + len(self.end)))
+            start += len(part)
+        places = [spans[answers.index(turn)] for turn in turns]
+        is_prompt = text[: places[-1][0]] == self.prompt_for(conversation, turns[-1])
+        return places if is_prompt else None
 
     def difference(self, conversation: Conversation, turn: int, text: str) -> tuple[int, int]:
         """What this turn adds to the prompt for it, up to its end of turn."""
@@ -208,11 +282,8 @@ class RenderedAnswers:
         require(exact, WHERE, must, f"{prompt[-80:]!r} for turn {turn} of {text!r}", MARKED)
         return len(prompt), stop
 
-    def within(
-        self, conversation: Conversation, turn: int, text: str, start: int, stop: int
-    ) -> tuple[int, int]:
+    def within(self, prompt: str, text: str, start: int, stop: int) -> tuple[int, int]:
         """What is marked, without the white space that the prompt for it ends with, up to its end of turn."""
-        prompt = self.prompt_for(conversation, turn)
         marked = text[start:stop]
         space = marked[: len(marked) - len(marked.lstrip())]
         while not prompt.endswith(space):
@@ -225,7 +296,6 @@ class RenderedAnswers:
 
     def prompt_for(self, conversation: Conversation, turn: int) -> str:
         """What the model is given to write this turn."""
-        require(turn > 0, WHERE, "a conversation must begin with a question", "an answer")
         return render(self.processor, conversation[:turn], add_generation_prompt=True)
 
 
@@ -286,10 +356,36 @@ def render(processor: Any, conversation: Conversation, **settings: Any) -> str:
     return processor.apply_chat_template([list(conversation)], tokenize=False, **settings)[0]
 
 
+def require_whole(conversation: Conversation, turn: int, rendered: str) -> None:
+    """An answer that is learnt must be in what is rendered for it, white space aside, which templates trim.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    said, place = conversation[turn], 0
+    if not said.get("weight", 1):
+        return
+    content = said["content"]
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    written = "".join(rendered.split())
+    for text in (block["text"] for block in blocks if block["type"] == "text"):
+        wanted = "".join(text.split())
+        place = written.find(wanted, place)
+        must = "the chat template must write an answer whole"
+        got = f"{rendered[-200:]!r} for turn {turn}, {text[:200]!r}"
+        require(place >= 0, WHERE, must, got, "leave out what it cuts, or change the template")
+        place += len(wanted)
+
+
+def chat_template_of(processor: ProcessorMixin | Any) -> str:
+    """The template that conversations are rendered with; "" if there is none."""
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template or ""
+    return template.get("default", "") if isinstance(template, dict) else template
+
+
 def template_with_marks(processor: ProcessorMixin | Any) -> str | None:
     """A chat template with `OPENS` and `CLOSES` for its {% generation %} marks; None if it has none."""
-    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-    template = template.get("default", "") if isinstance(template, dict) else template
+    template = chat_template_of(processor)
     tag = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 
     def mark(found: re.Match) -> str:

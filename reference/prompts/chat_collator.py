@@ -20,13 +20,26 @@ from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
 from ..checks import require
-from .answers import TURN_END, TURN_START, ChatMLAnswers, RenderedAnswers, answers_of
+from .answers import (
+    TURN_END,
+    TURN_START,
+    ChatMLAnswers,
+    NoChatTemplateError,
+    RenderedAnswers,
+    answers_of,
+    chat_template_of,
+    render,
+    require_whole,
+)
 
 IGNORED = -100
 GROUNDING = (
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
     "<|quad_end|>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
 )  # fmt: skip
+SET_TEMPLATE = (
+    'give documents, rows {"text": ...}, or set tokenizer.chat_template and save the tokenizer with the model'
+)
 SUPERVISE = ("answers", "all", "nothing")
 
 
@@ -46,6 +59,7 @@ class ChatCollator:
             A document is supervised throughout; it has no turns, so it reads as the tokenizer gives it.
         max_length: tokens that a conversation may have; 0 = any number.
     Raises:
+        NoChatTemplateError: on use, for a conversation, if there is no chat template.
         ValueError: on use, for a chat template whose answers cannot be told, and for a conversation that does
             not fit it, holds control tokens in its text, is too long, or whose pictures the processor leaves
             out or thins.
@@ -63,6 +77,11 @@ class ChatCollator:
         self.control_tokens = re.compile("|".join(map(re.escape, control_tokens(processor))))
         self.control_ids = ids_of(tokenizer, control_tokens(processor))
         self.placeholder_ids = ids_of(tokenizer, vision_placeholders(processor))
+
+    @property
+    def reads_conversations(self) -> bool:
+        """Whether there is a chat template; documents need none."""
+        return bool(chat_template_of(self.processor))
 
     @cached_property
     def answers(self) -> ChatMLAnswers | RenderedAnswers:
@@ -103,6 +122,9 @@ class ChatCollator:
 
     def _tensors(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Items not encoded before."""
+        if not self.reads_conversations:
+            must = "ChatCollator: the tokenizer must have a chat template to read conversations"
+            raise NoChatTemplateError(f"{must}, got none; {SET_TEMPLATE}")
         conversations = [list(item["messages"]) for item in items]
         for conversation in conversations:
             self._refuse_control_tokens(conversation)
@@ -131,7 +153,10 @@ class ChatCollator:
         self._refuse_lost_media(batch, conversations)
         if not prompts:
             learnt = ~torch.isin(batch["input_ids"], self.placeholder_ids)
-            if finds:
+            if not finds:
+                for conversation in conversations:
+                    self._refuse_cut_answers(conversation)
+            else:
                 found = self.answers.find(batch["input_ids"], conversations, processor)
                 # an answer may hold a picture
                 learnt = found.learnt & (~torch.isin(batch["input_ids"], self.control_ids) | found.ends)
@@ -148,6 +173,13 @@ class ChatCollator:
         require(length > 1, "ChatCollator", "a document must have a token to predict from the first", length)
         self._refuse_long(batch)
         return batch | ({} if self.supervise == "nothing" else {"labels": batch["input_ids"].clone()})
+
+    def _refuse_cut_answers(self, conversation: Sequence[Mapping[str, Any]]) -> None:
+        """The template must write all of every answer that is learnt, wherever it stands."""
+        text = render(self.processor, conversation)
+        for turn, said in enumerate(conversation):
+            if said["role"] == "assistant":
+                require_whole(conversation, turn, text)
 
     def _refuse_long(self, batch: Mapping[str, Tensor]) -> None:
         """A sample must not be longer than asked for."""

@@ -11,13 +11,17 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
+
+from torch import nn
 
 from ..checks import require
 from ..layout import VisionLayout
 from ..m_mate import MMATE
 from ..training.teacher_student import Lesson
+from .context_parallel import Operators
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +37,16 @@ class Backend:
         MMATE: the block; parameters and their names are the reference's.
         VisionLayout: what it reads the coordinates of tokens from.
         Lesson: teacher and student in one model.
+        prepare: called with each new student, to change how its other parts compute.
+        operators: what a rank runs on its own tokens of a split prompt.
     """
 
     name: str
     MMATE: type[MMATE] = MMATE
     VisionLayout: type[VisionLayout] = VisionLayout
     Lesson: type[Lesson] = Lesson
+    prepare: Callable[[nn.Module], None] | None = None
+    operators: Operators = field(default_factory=Operators)
 
 
 REFERENCE = Backend("reference")

@@ -13,19 +13,23 @@ with C, as the scan is linear in its state. Convolution and text window fetch th
 
 Every rank calls the same functions with the same layout; gradients go back through the same collectives, so
 every rank must call backward, of a loss times 0 where nothing on it is supervised. A rank's parameter
-gradients are its share: sum them over ranks. The host reads a prompt's layout at each call.
+gradients are its share: sum them over ranks. What follows from the layout alone, routes and cut segments, is
+computed once and shared by all layers, with host reads: one object a prompt. `split_forward.py` makes it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..causal_conv import causal_conv
@@ -33,7 +37,14 @@ from ..checks import require
 from ..flex_ma import FlexMA, FlexMAState
 from ..layout import VisionLayout
 from ..m_mate import MMATE, MMATEState
-from ..numerics import accumulation_dtype, full_precision_linear, last_where, repeat_groups, zero_where_masked
+from ..numerics import (
+    accumulation_dtype,
+    full_precision_linear,
+    last_where,
+    repeat_groups,
+    without_autocast,
+    zero_where_masked,
+)
 from ..projections import apply_rope
 from ..scan import bidirectional_scan
 from ..sliding_window_attention import WindowState, sliding_window_attention
@@ -72,6 +83,7 @@ class Route:
         self.receive_sizes = torch.bincount(sources, minlength=ranks).tolist()
         self.arrived = arriving[by_source]  # index into the (B·L) tokens of the prompt
         self.arrange = place.flatten()[self.arrived].argsort(stable=True)
+        self.unsend, self.unarrange = self.send.argsort(), self.arrange.argsort()
 
     def there(self, tensor: Tensor) -> Tensor:
         """(B, n, ...) of this rank -> (M, ...), the tokens computed here, in their places."""
@@ -80,9 +92,9 @@ class Route:
 
     def back(self, tensor: Tensor) -> Tensor:
         """(M, ...) in their places -> (B, n, ...) of this rank."""
-        sent = tensor[self.arrange.argsort()]
+        sent = tensor[self.unarrange]
         home = self.parallel.exchange(sent, self.send_sizes, self.receive_sizes)
-        return home[self.send.argsort()].unflatten(0, (-1, self.parallel.lengths[self.parallel.rank]))
+        return home[self.unsend].unflatten(0, (-1, self.parallel.lengths[self.parallel.rank]))
 
     def of_prompt(self, tensor: Tensor) -> Tensor:
         """(B, L) known to all ranks -> (M,) of the tokens computed here, in their places."""
@@ -90,7 +102,7 @@ class Route:
 
 
 class ContextParallel:
-    """The operators of a block over a prompt whose tokens are split over the ranks of a mesh.
+    """The operators of a block over one prompt, of one layout, split by tokens over the ranks of a mesh.
 
     Args:
         mesh: of one dimension; its ranks hold the prompt's slices in order.
@@ -114,6 +126,13 @@ class ContextParallel:
         self.owner = torch.arange(self.ranks, device=device).repeat_interleave(
             torch.tensor(self.lengths, device=device)
         )
+        self.made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns of the layout, computed once per `key` for all layers."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     @property
     def slice(self) -> slice:
@@ -131,6 +150,8 @@ class ContextParallel:
         group = (self.mesh, 0)
         flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).contiguous()
         arrived = all_to_all_single_autograd(flat, receive_sizes, send_sizes, group)
+        if isinstance(arrived, AsyncCollectiveTensor) and not arrived.requires_grad:
+            arrived = arrived.trigger_wait()  # a plain tensor, that a cache may hold and copy
         return arrived.reshape(sum(receive_sizes), *tensor.shape[1:])
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -138,12 +159,19 @@ class ContextParallel:
         ones = [1] * self.ranks
         return self.exchange(tensor.expand(self.ranks, *tensor.shape), ones, ones)
 
+    def everywhere(self, tensor: Tensor, dim: int = 1) -> Tensor:
+        """(B, n, ...) of this rank, or n at `dim` -> the whole prompt's on every rank, with a gradient."""
+        mine = tensor.movedim(dim, 0)
+        sent = mine.expand(self.ranks, *mine.shape).flatten(0, 1)
+        return self.exchange(sent, self.lengths, [len(mine)] * self.ranks).movedim(0, dim)
+
     def in_order(self, order: Tensor) -> Route:
         """Route to the prompt's scan order, (B, L) int64: afterwards rank r holds its slice of the scan."""
         position = order.argsort(1)  # where each token stands in the scan
         rows = torch.arange(len(order), device=order.device)[:, None]
         return Route(self.owner[position], position + rows * order.shape[1], self)
 
+    @without_autocast
     def causal_conv(self, u, weight, bias=None, *, mask=None, initial_state=None):
         """`causal_conv` of this rank's u (B, n, channels) with the prompt's mask (B, L).
 
@@ -153,14 +181,13 @@ class ContextParallel:
         taps, dtype = weight.shape[1], accumulation_dtype(u.dtype)
         mine, ends = None if mask is None else self.local(mask), initial_state
         if taps > 1:
-            valid = self.everyone(u) if mask is None else mask
-            (ends,), _ = self.fold_tails(
-                [u.to(dtype)], valid, taps - 1, [initial_state], present=initial_state is not None
-            )
-            initial_state, ends = ends[self.rank], ends[-1]
+            there = initial_state is not None
+            mine_before, after = self.pass_tails([u.to(dtype)], mask, taps - 1, [initial_state], there)
+            ((initial_state,), _), ((ends,), _) = mine_before, after
         out, end = self.operators.causal_conv(u, weight, bias, mask=mine, initial_state=initial_state)
         return out, end if taps == 1 else ends
 
+    @without_autocast
     def sliding_window_attention(
         self, q, k, v, window, *, asks=None, valid=None, initial_state=None, **given
     ):
@@ -170,54 +197,68 @@ class ContextParallel:
             This rank's output, and the state after the whole prompt.
         """
         asks, mine = (None if mask is None else self.local(mask) for mask in (asks, valid))
-        everyone = self.everyone(k) if valid is None else valid
         before = (None, None) if initial_state is None else (initial_state.k, initial_state.v)
         there = False if initial_state is None else initial_state.present
         if window > 1:
-            (keys, values), present = self.fold_tails([k, v], everyone, window - 1, before, present=there)
-            states = [WindowState(*parts) for parts in zip(keys, values, present, strict=True)]
-            initial_state = states[self.rank]
+            states = self.pass_tails([k, v], valid, window - 1, before, there)
+            initial_state, after = (WindowState(*kept, present) for kept, present in states)
         o, end = self.operators.sliding_window_attention(
             q, k, v, window, asks=asks, valid=mine, initial_state=initial_state, **given
         )
-        return o, states[-1] if window > 1 else end
+        return o, after if window > 1 else end
 
-    def everyone(self, tensor: Tensor) -> Tensor:
-        """(B, L) bool, all True."""
-        return torch.ones(len(tensor), self.edges[-1], dtype=torch.bool, device=tensor.device)
-
-    def fold_tails(self, tensors, valid, size, before, *, present):
-        """The last `size` valid tokens before each rank, and after the last: (R + 1, B, size, ...) each.
+    def pass_tails(self, tensors, valid, size, before, present):
+        """The last `size` valid tokens before this rank, and those after the prompt.
 
         Args:
             tensors: this rank's, (B, n, ...) each.
-            valid: (B, L) bool, of the prompt.
+            valid: (B, L) bool, of the prompt; None = all.
+            size: at least 1.
             before: what stood before the prompt, (B, size, ...) each, or None.
             present: which of it there is, (B, size) bool, or one bool for all.
+        Returns:
+            twice: (B, size, ...) of each tensor, oldest first, and (B, size) bool, which of them there are.
         """
-        there = present
+        batch, device = tensors[0].shape[0], tensors[0].device
+        nothing = [t.new_zeros(batch, size, *t.shape[2:]) for t in tensors]
+        padded = [torch.cat(pair, 1) for pair in zip(nothing, tensors, strict=True)]
+        if valid is None:
+            tails, counts = [t[:, -size:] for t in padded], torch.tensor(self.lengths, device=device)
+            counts = counts.expand(batch, -1)
+        else:
+            tails, _ = last_where(F.pad(valid[:, self.slice], (size, 0)), size, *padded)
+            counts = torch.stack([part.sum(1) for part in valid.split(self.lengths, 1)], 1)  # (B, R)
+        there = torch.arange(size, device=device) >= size - counts[..., None]  # (B, R, size)
         if not isinstance(present, Tensor):
-            there = torch.full((len(valid), size), present, device=valid.device)
-        nothing = [t.new_zeros(len(t), size, *t.shape[2:]) for t in tensors]
-        now = [n if b is None else b.to(n.dtype) for n, b in zip(nothing, before, strict=True)]
-        absent = torch.zeros_like(there)
-        mine = torch.cat([absent, valid[:, self.slice]], 1)
-        joined = [torch.cat(pair, 1) for pair in zip(nothing, tensors, strict=True)]
-        tails = [self.gather(tail) for tail in last_where(mine, size, *joined)[0]]
-        states, presents = [now], [there]
-        for rank, (start, end) in enumerate(pairwise(self.edges)):
-            _, tail = last_where(torch.cat([absent, valid[:, start:end]], 1), size)
-            joined = [torch.cat([n, t[rank]], 1) for n, t in zip(now, tails, strict=True)]
-            now, there = last_where(torch.cat([there, tail], 1), size, *joined)
-            states.append(now)
-            presents.append(there)
-        return [torch.stack(parts) for parts in zip(*states, strict=True)], torch.stack(presents)
+            present = torch.full((batch, size), present, device=device)
+        there = torch.cat([present, there.flatten(1)], 1)  # (B, (R + 1)·size)
+        before = [n if b is None else b.to(n.dtype) for n, b in zip(nothing, before, strict=True)]
+        # All of it goes into both states: so on every rank the collectives of backward pair up.
+        history = [
+            torch.cat([b, self.gather(t).movedim(0, 1).flatten(1, 2)], 1)
+            for b, t in zip(before, tails, strict=True)
+        ]
+        column = torch.arange(there.shape[1], device=device)
+        mine = there & (column < (self.rank + 1) * size)
+        return last_where(mine, size, *history), last_where(there, size, *history)
 
-    def window_attention(self, q, k, v, window_id, *, scale=None):
+    @without_autocast
+    def window_attention(self, q, k, v, window_id, *, scale=None, key=None):
         """`window_attention` of this rank's q, k, v with the prompt's window_id (B, L).
 
-        A window is computed by the rank that holds its first token; so what travels is what is cut off.
+        Layers of one `key` have the same ids; None = find the way anew. A window is computed by the rank that
+        holds its first token; so what travels is what is cut off.
         """
+        make = partial(self.to_windows, window_id)
+        route, here = make() if key is None else self.once(key, make)
+        # One token of zeros more, in a window of its own: every rank runs the operator and its gradient, also
+        # where no token is in a window, so that the collectives of backward pair up.
+        arrived = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in map(route.there, (q, k, v))]
+        o = self.operators.window_attention(*(t[None] for t in arrived), here, scale=scale)
+        return route.back(o[0, :-1])
+
+    def to_windows(self, window_id: Tensor) -> tuple[Route, Tensor]:
+        """The route to the ranks that compute the windows (B, L), and the ids there, (1, M + 1)."""
         rows = torch.arange(len(window_id), device=window_id.device)[:, None]
         ids = torch.where(window_id < 0, -1, window_id * len(window_id) + rows)  # rows side by side
         found, inverse = ids.flatten().unique(return_inverse=True)
@@ -226,13 +267,9 @@ class ContextParallel:
         first = first.scatter_reduce(0, inverse, owner.flatten(), "amin")
         destination = torch.where(ids < 0, owner, first[inverse].view_as(ids))
         route = Route(destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), self)
-        # One token of zeros more, in a window of its own: every rank runs the operator and its gradient, also
-        # where no token is in a window, so that the collectives of backward pair up.
-        arrived = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in map(route.there, (q, k, v))]
-        here = torch.cat([route.of_prompt(ids), ids.amax().clamp(min=-1).view(1) + 1])
-        o = self.operators.window_attention(*(t[None] for t in arrived), here[None], scale=scale)
-        return route.back(o[0, :-1])
+        return route, torch.cat([route.of_prompt(ids), ids.amax().clamp(min=-1).view(1) + 1])[None]
 
+    @without_autocast
     def bidirectional_scan(
         self, x, dt, A, B, C, *, gate, segment=None, valid=None, D=None, initial_state=None
     ):
@@ -242,32 +279,35 @@ class ContextParallel:
             This rank's y (B, n, H, P), and the state after the whole prompt.
         """
         dtype, heads = accumulation_dtype(x.dtype), dt.shape[2]
-        valid = self.everyone(x) if valid is None else valid
-        mine, own = self.local(valid), None if segment is None else self.local(segment)
+        mine, own = (None if each is None else self.local(each) for each in (valid, segment))
         y, end = self.operators.bidirectional_scan(x, dt, A, B, C, gate=gate, segment=own, valid=mine, D=D)
-        steps = zero_where_masked(dt.to(dtype), mine[..., None])  # (B, n, H)
+        steps = dt.to(dtype)  # (B, n, H)
+        steps = steps if mine is None else zero_where_masked(steps, mine[..., None])
         A, gate, reader = A.to(dtype), gate.to(dtype), C.to(dtype)
         start = torch.zeros_like(end) if initial_state is None else initial_state.to(dtype)
         forward = self.fold(end, torch.exp(A * steps.sum(1)), start)  # eq. (1)
         read = self.reads(A, steps.cumsum(1), reader, forward[self.rank])  # eq. (2)
         added = read
         if own is not None:
+            cut, is_cut = self.once("cuts", lambda: self.cuts(segment))
             added = read * torch.where(own[..., None] >= 0, gate, torch.ones_like(gate))[..., None]
-            cut = [crossing(segment, edge) for edge in self.edges]  # (B,) each
+        if own is not None and is_cut:
             into_left, from_right = (
                 (own == cut[e][:, None]) & (own >= 0) for e in (self.rank, self.rank + 1)
             )
             left = zero_where_masked(steps, into_left[..., None])
             write = torch.exp(A * (left.cumsum(1) - left)) * left
             writer, wide_x = (repeat_groups(t.to(dtype), heads) for t in (B, x))
-            writer, wide_x = (zero_where_masked(t, mine[..., None, None]) for t in (writer, wide_x))
+            if mine is not None:
+                writer, wide_x = (zero_where_masked(t, mine[..., None, None]) for t in (writer, wide_x))
             state = torch.einsum("blh,blhn,blhp->bhnp", write, writer, wide_x)
             through = [(a == b) & (a >= 0) for a, b in pairwise(cut)]  # the rank lies inside one segment
             incoming = self.fold(state, torch.exp(A * left.sum(1)), torch.zeros_like(state), through)
             right = zero_where_masked(steps, from_right[..., None])
             read = self.reads(A, right.flip(1).cumsum(1).flip(1), reader, incoming[self.rank + 1])
             added = added + zero_where_masked(read * (1 - gate)[..., None], from_right[..., None, None])
-        added = zero_where_masked(added, mine[..., None, None])
+        if mine is not None:
+            added = zero_where_masked(added, mine[..., None, None])
         return (y.to(dtype) + added).to(x.dtype), forward[-1]
 
     def fold(
@@ -291,6 +331,11 @@ class ContextParallel:
             edges.append(factor * enters + states[rank])
         # Stacked, so that on every rank every state has a gradient and the collectives of backward pair up.
         return torch.stack(edges if through is None else edges[::-1])
+
+    def cuts(self, segment: Tensor) -> tuple[list[Tensor], bool]:
+        """The segment that each edge cuts, (B,) each, -1 = none; and whether any does."""
+        cut = [crossing(segment, edge) for edge in self.edges]
+        return cut, bool((torch.stack(cut) >= 0).any())
 
     @staticmethod
     def reads(A: Tensor, passed: Tensor, C: Tensor, state: Tensor) -> Tensor:
@@ -329,12 +374,17 @@ class ContextParallel:
             mixed = (mix * y + (1 - mix) * local).to(y.dtype)
             mixes = valid if config.text_window else layout.is_vision
             y = mixed if mixes is None else torch.where(self.local(mixes)[..., None], mixed, y)
-        return y, MMATEState(*after, window)
+        conv, scan = (tensor.clone() for tensor in after)  # no views of what all ranks sent
+        window = None if window is None else WindowState(*(tensor.clone() for tensor in window))
+        return y, MMATEState(conv, scan, window)
 
     def flex_ma(self, flex, u, layout, valid, position_embeddings, state) -> tuple[Tensor, FlexMAState]:
         """`FlexMA.forward` of this rank's tokens; arguments as for `m_mate`."""
         xBC, dt, gate = FlexMA.project(flex, u, position_embeddings)
-        route = None if layout is None else self.in_order(layout.order(flex.order_layer))
+        route = None
+        if layout is not None:
+            layer = flex.order_layer
+            route = self.once(("order", layer % 4), lambda: self.in_order(layout.order(layer)))
         if route is not None:
             xBC, dt, gate = (route.there(each).unflatten(0, (len(u), -1)) for each in (xBC, dt, gate))
         conv_start, scan_start = (None, None) if state is None else (state.conv, state.scan)
@@ -344,7 +394,8 @@ class ContextParallel:
             xBC, conv_state = self.causal_conv(xBC, *weights, mask=valid, initial_state=conv_start)
         x, B, C = FlexMA.split(flex, xBC)
         A = -torch.exp(flex.A_log.to(dt.dtype))
-        segment = layout.segment if layout is not None and flex.config.reverse_scan else None
+        has_reverse = layout is not None and flex.config.reverse_scan
+        segment = layout.segment if has_reverse else None
         y, scan_state = self.bidirectional_scan(
             x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=flex.D, initial_state=scan_start
         )
@@ -358,8 +409,9 @@ class ContextParallel:
         q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
         mixed, takes_part = 0, None
         if layout is not None:
-            windows = layout.windows(swin.config.window_thw, swin.layer_index)
-            mixed, takes_part = self.window_attention(q, k, v, windows), layout.is_vision
+            sizes, layer = swin.config.window_thw, swin.layer_index
+            windows, key = layout.windows(sizes, layer), ("windows", sizes, layer % 2)
+            mixed, takes_part = self.window_attention(q, k, v, windows, key=key), layout.is_vision
         if swin.config.text_window:
             asks = None if layout is None else ~layout.is_vision
             near, state = self.sliding_window_attention(

@@ -18,6 +18,7 @@ from ..checks import require
 from ..layout import VisionLayout
 from ..m_mate import MMATE
 from .cache import cache_slot
+from .split_forward import SplitForward
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "block_table")  # of packed rows, that the model did not take
 NO_LAYOUT_GIVEN = object()  # not None, which says that the tokens are all text
@@ -35,6 +36,7 @@ class SelfAttentionAdapter:
         linmu_layout: VisionLayout | None = NO_LAYOUT_GIVEN,
         past_key_values: Cache | None = None,
         linmu_sequence: Tensor | None = None,
+        linmu_split: SplitForward | None = None,
         **unused,
     ) -> tuple[Tensor, None]:
         """Mix the sequence.
@@ -49,6 +51,8 @@ class SelfAttentionAdapter:
             past_key_values: what older transformers call `cache`.
             linmu_sequence: (B, L) int64, the samples of packed rows, from the model's forward; None = one a
                 row.
+            linmu_split: how the prompt's tokens are split over processes; None = they are not. If so, the
+                layout is the whole prompt's, and hidden states and angles are this rank's.
         Returns:
             (B, L, D) in the dtype of `hidden_states`, and None in the place of attention weights.
         Raises:
@@ -70,16 +74,24 @@ class SelfAttentionAdapter:
         must, hint = "there must be no cache, as states cannot be exported", "export with use_cache=False"
         require(cache is None or not torch.compiler.is_exporting(), "torch.export", must, "a cache", hint)
         slot = None if cache is None else cache_slot(cache, self.layer_index)
-        y, state = super().forward(
-            hidden_states,
-            linmu_layout,
-            valid=valid_tokens(attention_mask, hidden_states.shape[1]),
-            position_embeddings=position_embeddings,
-            state=None if slot is None else slot.donate(),
-            sequence=linmu_sequence if linmu_layout is None else None,  # which a layout says itself
-        )
+        given = {
+            "position_embeddings": position_embeddings,
+            "state": None if slot is None else slot.donate(),
+        }
+        if linmu_split is not None:
+            length = linmu_split.length
+            y, state = linmu_split.m_mate(self, hidden_states, linmu_layout, **given)
+        else:
+            length = hidden_states.shape[1]
+            y, state = super().forward(
+                hidden_states,
+                linmu_layout,
+                valid=valid_tokens(attention_mask, length),
+                sequence=linmu_sequence if linmu_layout is None else None,  # which a layout says itself
+                **given,
+            )
         if slot is not None:
-            slot.store(state, hidden_states.shape[1])
+            slot.store(state, length)
         if shares_gradients():
             y = y + sum_of_nothing(self, linmu_layout).to(y.dtype)
         return y, None

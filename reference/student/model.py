@@ -7,7 +7,8 @@ Put before a family's class:  class LinMUQwen2VL...(LinMUModel, Qwen2VLForCondit
 How each layer learns where the vision tokens are: forward lets the family's `PromptLayout` find them, makes
 one `VisionLayout` of their coordinates, and passes it to every layer as the keyword `linmu_layout`. In
 generate(), where Hugging Face has replaced pixels and grids by embeddings, the coordinates come as
-`linmu_coords`. The samples of packed rows are found too, and passed to every layer as `linmu_sequence`.
+`linmu_coords`. The samples of packed rows are found too, and passed to every layer as `linmu_sequence`; and
+within `context_parallel` how the tokens are split over processes, as `linmu_split`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from .mixer import as_self_attn
 from .packed_rows import SampleSpans, started_anew, take_samples
 from .quantised import refuse_not_finite, refuse_packed, summary
 from .saved_folder import whole_weights, write_card
+from .split_forward import Context
 from .unconverted_attention import ATTENTION
 
 logger = logging.get_logger(__name__)
@@ -86,7 +88,13 @@ def with_vision_layout(forward: Callable) -> Callable:
         if sequence is not None:
             kwargs["linmu_sequence"] = sequence
             kwargs["linmu_spans"] = SampleSpans(sequence, kwargs["attention_mask"])
-        return forward(self, **kwargs)
+        split = None
+        if self.context is not None:
+            split = self.context.split(kwargs, sequence, self.linmu_backend.operators)
+        if split is None:
+            return forward(self, **kwargs)
+        outputs = forward(self, **kwargs, linmu_split=split)
+        return split.finish(self, outputs, outputs.get(CACHE_NAME))
 
     names = ("linmu_coords", "linmu_sequence")
     own = (inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names)
@@ -103,6 +111,7 @@ class LinMUModel(StudentGeneration):
         linmu_backend: who computes the mixers, a `Backend` or its name; None = as LINMU_BACKEND says.
     Attributes:
         linmu_backend: the `Backend`.
+        context: how prompts are split over processes, within `context_parallel`; None = they are not.
     Raises:
         ValueError: if the configuration has no `linmu`, or one of a newer version.
     """
@@ -110,6 +119,7 @@ class LinMUModel(StudentGeneration):
     # Half precision leaves the strict ones alone; quantisers the others, by names of modules or weights.
     _keep_in_fp32_modules = (*FLOAT32_PARAMETERS, *(f"{name}.weight" for name in FLOAT32_PARAMETERS))
     _keep_in_fp32_modules_strict = FLOAT32_PARAMETERS
+    context: Context | None = None
 
     def __init__(self, config, linmu_backend: Backend | str | None = None) -> None:
         check_settings(config.linmu)
@@ -122,6 +132,8 @@ class LinMUModel(StudentGeneration):
             layers[index].self_attn = with_float32_parameters(adapter_class(sizes, index))
         super().set_attn_implementation(attention_by_part(config))
         self.post_init()
+        if self.linmu_backend.prepare is not None:
+            self.linmu_backend.prepare(self)
         for module in self.modules():  # only attention's projections could be split by heads: M-MATE is whole
             if getattr(module, "_tp_plan", None):
                 plan = module._tp_plan.items()
@@ -235,9 +247,10 @@ class LinMUModel(StudentGeneration):
             hint = "-1 throughout for text; coords are (B, L, 4) [segment, t, y, x]"
             require(input_ids is not None, where, must, None, hint)
             coords = self.picture_coords(input_ids, kwargs)
-        if coords is None or not bool((coords >= 0).any()):
+        if coords is None:
             return None
-        return self.linmu_backend.VisionLayout(coords.to(tokens.device), sequence)
+        layout = self.linmu_backend.VisionLayout(coords.to(tokens.device), sequence)
+        return layout if layout.has_vision else None
 
     def picture_coords(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """Return (B, L, 4) of a forward's pictures; None = text, whatever the ids.

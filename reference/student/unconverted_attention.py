@@ -8,16 +8,35 @@ the samples of packed rows, what softmax needs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..checks import require
 from .packed_rows import SampleSpans
+from .split_forward import SplitForward
 
 ATTENTION = "linmu"
+
+_has_padding: ContextVar[bool | None] = ContextVar("whether masks hold padding", default=None)
+
+
+@contextmanager
+def padding_is_known(has_padding: bool) -> Iterator[None]:
+    """Within, masks of forwards are taken to hold padding, or none, and the device is not asked: a CUDA graph
+    cannot wait for its answer."""
+    before = _has_padding.set(has_padding)
+    try:
+        yield
+    finally:
+        _has_padding.reset(before)
 
 
 def padding_mask(
@@ -47,10 +66,18 @@ def padding_mask(
         "packed sequences or a sliding window",
         "call the whole model, for torch.compile and torch.export with an attention_mask in any case",
     )
-    compiled = torch.compiler.is_compiling()  # a graph cannot depend on what the mask holds
-    if attention_mask is None or (not compiled and bool(attention_mask.all())):
+    if attention_mask is None or not may_hold_padding(attention_mask):
         return None
     return attention_mask[:, kv_offset : kv_offset + kv_length]
+
+
+def may_hold_padding(attention_mask: Tensor) -> bool:
+    """Whether a mask (B, S) must be heeded; it must where its values cannot be asked for."""
+    known = _has_padding.get()
+    if known is not None:
+        return known
+    # under torch.compile a graph cannot depend on what the mask holds
+    return torch.compiler.is_compiling() or not bool(attention_mask.all())
 
 
 def causal_attention(
@@ -61,6 +88,7 @@ def causal_attention(
     attention_mask: Tensor | None,
     linmu_sequence: Tensor | None = None,
     linmu_spans: SampleSpans | None = None,
+    linmu_split: SplitForward | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Causal softmax attention under a padding mask, in each sample of packed rows.
@@ -75,10 +103,13 @@ def causal_attention(
         attention_mask: (B, S) bool, True = not padding; None = no padding.
         linmu_sequence: (B, L) int64, the sample of a token; then S = L. None = one a row.
         linmu_spans: where these samples are; None = look at their ids.
+        linmu_split: how the last tokens are split over processes; None = they are not.
         **kwargs: as Hugging Face passes them.
     Returns:
         (B, L, H, N), and None in the place of attention weights. On padding it is anything finite.
     """
+    if linmu_split is not None:
+        return split_attention(module, query, key, value, linmu_split, **kwargs), None
     spans = None if linmu_spans is None or torch.compiler.is_compiling() else linmu_spans.places
     if spans is not None:
         return sample_by_sample(module, query, key, value, spans, **kwargs), None
@@ -93,6 +124,33 @@ def causal_attention(
             mask = (mask & attention_mask[:, None]) | (keys == queries)  # (B, L, S)
         attention_mask = mask[:, None].expand(query.shape[0], 1, length, total)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def split_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, split: SplitForward, **kwargs
+) -> Tensor:
+    """Causal softmax attention of this rank's queries, the last n of the T tokens up to its own last.
+
+    Without padding there is no mask of n · T booleans: flash attention knows which corner the diagonal ends
+    in.
+
+    Args:
+        query: (B, H, n, N).
+        key, value: (B, G, S + n, N), of the tokens before the prompt and of this rank.
+        split: who holds which tokens.
+    Returns:
+        (B, n, H, N).
+    """
+    key, value = split.everything_before(key), split.everything_before(value)
+    length, total, mask = query.shape[2], key.shape[2], None
+    if split.valid is not None or (split.past and split.attention_mask is not None):
+        keys = torch.arange(total, device=query.device)
+        queries = keys[total - length :, None]
+        seen = split.attention_mask[:, None, :total].bool()
+        mask = (((keys <= queries) & seen) | (keys == queries))[:, None]  # (B, 1, n, T)
+    elif 1 < length < total:
+        mask = causal_lower_right(length, total)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
 
 
 def sample_by_sample(

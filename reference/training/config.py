@@ -110,8 +110,12 @@ class OptimizerSettings:
     """conversations per device and batch"""
     gradient_accumulation: int = 1
     """batches per step"""
+    context_parallel: int = 1
+    """devices that share the tokens of each conversation: a step of long ones in less memory each"""
     gradient_checkpointing: bool = False
     """recompute layers in the backward pass, to save memory"""
+    cuda_graphs: bool = True
+    """on a GPU, run each step's forward and backward from one CUDA graph, where the backend can"""
     warmup: float = 0.05
     """share of a stage's steps in which its learning rate rises"""
 
@@ -256,6 +260,7 @@ def check_settings(config: Config) -> None:
     for name in (
         "batch_size",
         "gradient_accumulation",
+        "context_parallel",
         "lora_rank",
         "eval_samples",
         "save_every",
@@ -272,6 +277,8 @@ def check_settings(config: Config) -> None:
     ):
         check(flat[name] >= 0, f"--{name} must be 0 or more", flat[name])
     samples = config.samples
+    shared = config.optimizer.context_parallel > 1
+    check(not (shared and samples.packing), "--context_parallel and --packing must not both be given", "both")
     must = "--packing must come with the tokens of a row, --packing_tokens or --max_length"
     check(not samples.packing or samples.row_tokens, must, "neither")
     check(

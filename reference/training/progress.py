@@ -22,10 +22,11 @@ class Progress(TrainerCallback):
     Args:
         stage: its name.
         path: of metrics.jsonl.
+        shared: processes that count the same tokens.
     """
 
-    def __init__(self, stage: str, path: Path) -> None:
-        self.stage, self.path = stage, path
+    def __init__(self, stage: str, path: Path, shared: int = 1) -> None:
+        self.stage, self.path, self.shared = stage, path, shared
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -43,7 +44,8 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        rate = (state.num_input_tokens_seen - self.tokens) / (time.perf_counter() - self.started)
+        tokens = (state.num_input_tokens_seen - self.tokens) / self.shared
+        rate = tokens / (time.perf_counter() - self.started)
         metrics = {"stage": self.stage, "step": state.global_step}
         metrics |= {term: logs[term] for term in TERMS if term in logs}
         metrics |= {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"], "tokens_per_second": rate}

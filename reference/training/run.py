@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -30,7 +32,7 @@ from ..student.families import student_class_of
 from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config
-from .data.conversations import InOrder, skipped
+from .data.conversations import InOrder, SharedBatches, skipped
 from .data.open_data import chat_collator, in_order, open_data
 from .evaluation.evaluation import evaluate
 from .evaluation.held_out import HeldOut
@@ -97,8 +99,8 @@ class Run:
             self.encoder = chat_collator(self.processor, self.config.samples)
         row_tokens = self.config.samples.row_tokens
         self.collator = PackingCollator(self.encoder, row_tokens) if row_tokens else self.encoder
-        world_size, self.broken = self.process.num_processes, self.folder / "broken.jsonl"
-        self.training, held_out = open_data(self.config, self.encoder, self.broken, world_size)
+        self.broken = self.folder / "broken.jsonl"
+        self.training, held_out = open_data(self.config, self.encoder, self.broken, self.batches_at_once)
         self.held_out = HeldOut(held_out, self.encoder, self.config)
         with refused_as_teacher(self.teacher):
             self.student = self.convert(self.teacher)
@@ -106,6 +108,18 @@ class Run:
             peft_settings(self.student, self.config.mlps)  # refused now, not in hours
         for line in about_student(self.student, self.config, self.device):
             self.say(line)
+
+    @property
+    def batches_at_once(self) -> int:
+        """Processes with a batch of their own: all, or one of each group that shares its tokens.
+
+        Raises:
+            RefusedError: if the groups do not come out even.
+        """
+        processes, group = self.process.num_processes, self.config.optimizer.context_parallel
+        must, hint = "--context_parallel must divide the number of processes", "torchrun --nproc_per_node"
+        check(processes % group == 0, must, f"{group} for {processes}", hint)
+        return processes // group
 
     def convert(self, folder: str) -> PreTrainedModel:
         """Teacher -> student with the teacher beside it, all frozen, M-MATE in float32."""
@@ -139,7 +153,7 @@ class Run:
     def calibrate(self) -> None:
         """Set Flex-MA's norms to the teacher's head outputs."""
         size = self.config.optimizer.batch_size
-        samples = self.config.student.calibration_batches * size * self.process.num_processes
+        samples = self.config.student.calibration_batches * size * self.batches_at_once
         if not samples:
             return
         lesson = self.lesson()
@@ -264,30 +278,46 @@ class Run:
             save_steps=watch.save_every,
             save_total_limit=2,
             logging_steps=watch.log_every,
-            include_num_input_tokens_seen="non_padding",
+            logging_nan_inf_filter=False,  # it asks the device every step; StageTrainer stops the run
             dataloader_num_workers=config.samples.workers,
             dataloader_pin_memory=self.device.type == "cuda",
+            accelerator_config={"non_blocking": self.device.type == "cuda"},
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,  # `with_gradient_anchor` sees to it that there are none
             disable_tqdm=True,
             report_to=watch.report,
             run_name=f"{self.folder.name}, stage {stage.name}",
         )
-        per_step = optimizer.batch_size * optimizer.gradient_accumulation * arguments.world_size
+        per_step = optimizer.batch_size * optimizer.gradient_accumulation * self.batches_at_once
         seen = steps_before(stage.name, config) * per_step
+        samples = in_order(config, self.training, steps * per_step, seen, self.batches_at_once)
+        shared = SharedBatches(samples, optimizer.batch_size, optimizer.context_parallel)
         lesson = self.lesson(stage.objectives[0])
+        if optimizer.cuda_graphs and self.device.type == "cuda":
+            lesson.accelerate()
         new_names = set(lesson.layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
             stage,
             new_names,
+            self.context_mesh,
             model=lesson,
             args=arguments,
-            train_dataset=in_order(config, self.training, steps * per_step, seen, arguments.world_size),
+            train_dataset=shared if optimizer.context_parallel > 1 else samples,
             data_collator=self.collator.with_names,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Progress(stage.name, self.folder / "metrics.jsonl"))
+        progress = Progress(stage.name, self.folder / "metrics.jsonl", optimizer.context_parallel)
+        trainer.add_callback(progress)
         return trainer
+
+    @cached_property
+    def context_mesh(self) -> DeviceMesh | None:
+        """The processes that share this one's batch, which follow each other; None = it has its own."""
+        group = self.config.optimizer.context_parallel
+        if group == 1:
+            return None
+        sizes, names = (self.batches_at_once, group), ("data", "context")
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)["context"]
 
     def save_example(self) -> None:
         """Write one held-out picture with its question, for the command that asks the student."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -24,6 +25,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..checks import require
+from ..student.split_forward import context_parallel
+from .batch_facts import WithFacts, placeholders_of
 from .parameter_groups import MLPS, belongs
 from .safety.atomic_writes import PART, finish_folder
 from .safety.distributed_means import processes, total
@@ -34,6 +37,7 @@ from .safety.guards import (
     refuse_infinite_loss,
     refuse_infinite_tensors,
 )
+from .safety.late_questions import LateQuestions, heeds_marks, is_on_gpu, plain
 from .stages import Stage
 
 
@@ -43,25 +47,39 @@ class StageTrainer(Trainer):
     Args:
         stage: what is trained, on what, and how fast.
         new_names: names within M-MATE of the tensors that were not copied from the teacher.
+        mesh: the processes that share a batch's tokens; None = each has a batch of its own. Choice: not
+            accelerate's `ParallelismConfig(cp_size)`, which splits the buffers of ring attention and needs
+            FSDP. To DDP and FSDP, and to the loss, such a process is one of many that hold some tokens.
         **kwargs: of `transformers.Trainer`.
     """
 
-    def __init__(self, stage: Stage, new_names: set[str], **kwargs: Any) -> None:
+    def __init__(
+        self, stage: Stage, new_names: set[str], mesh: DeviceMesh | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        self.mesh = mesh
         self.stage, self.new_names = stage, new_names
         self.model_accepts_loss_kwargs = False  # Lesson's **kwargs are the model's, and its loss is a mean
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.part = Path(self.args.output_dir) / f"checkpoint{PART}"
         self.saving, self.watched = False, True
+        self.asks_late, self.facts = is_on_gpu(self.model), None
+        if self.model.graphs is not None:
+            self.data_collator = WithFacts(self.data_collator, placeholders_of(self.model))
+        self.late: LateQuestions | None = None
+        self.tokens: list[torch.Tensor] = []  # that were taught and are not counted yet
         if self.is_fsdp_enabled and not all(objective.end_to_end for objective in stage.objectives):
             # such a loss comes from inside the layers: their weights must stay until it has gone back there
             self.accelerator.state.fsdp_plugin.reshard_after_forward = False
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        names = inputs.pop("names", [])
+        names, self.facts = inputs.pop("names", []), inputs.pop("facts", None)
+        self.tokens.append(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         where = f"stage {self.stage.name}, step {self.state.global_step + 1}"
-        refuse_infinite_loss(self.model, loss, where, names, self.last_good())
+        late = self.late_questions()
+        if late is None:
+            refuse_infinite_loss(self.model, loss, where, names, self.last_good())
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 # 0, as `with_gradient_anchor` has it: AdamW's momentum moves what this batch did not reach
@@ -69,13 +87,40 @@ class StageTrainer(Trainer):
         if self.watched:
             refuse_idle_training(self.model, self.optimizer, where)
             self.watched = False
-        refuse_infinite_gradients(self.model.named_parameters(), where, names, self.last_good())
+        if late is None:
+            refuse_infinite_gradients(self.model.named_parameters(), where, names, self.last_good())
+        else:
+            late.add(inputs, loss, where, names)
         return loss
+
+    def late_questions(self) -> LateQuestions | None:
+        """What asks whether numbers are finite; None = every step is asked at once."""
+        optimizer = plain(self.optimizer)
+        if processes() > 1 or not (self.asks_late and heeds_marks(optimizer)):
+            return None
+        if self.late is None:
+            self.late = LateQuestions(self.model, optimizer, self.last_good)
+        return self.late
+
+    def ask_now(self) -> None:
+        """Wait for what was not asked yet: stop if a step was not finite, and count the tokens."""
+        if self.late is not None:
+            self.late.ask()
+        if self.tokens:
+            self.state.num_input_tokens_seen += int(total(torch.stack(self.tokens).sum()))
+            self.tokens.clear()
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.ask_now()
+        return result
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         objectives = self.stage.objectives
         self.model.objective = objectives[self.state.global_step * len(objectives) // self.state.max_steps]
-        terms = model(**inputs)
+        facts = {} if self.facts is None else {"facts": self.facts}
+        with context_parallel(self.model.student, self.mesh):
+            terms = model(**inputs, **facts)
         for name, value in terms.items():
             self.terms[name].append(value.detach())
         return (terms["loss"], terms) if return_outputs else terms["loss"]
@@ -89,6 +134,7 @@ class StageTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
+            self.ask_now()
             logs |= self.mean_terms()  # of all processes, so all ask
         super().log(logs, start_time)
 
@@ -133,6 +179,7 @@ class StageTrainer(Trainer):
         """Save beside the last checkpoint, and only then take its place: a kill or a full disk loses
         nothing."""
         where = f"stage {self.stage.name}, step {self.state.global_step}"
+        self.ask_now()
         refuse_infinite_tensors(taught_tensors(self.model.student), where, self.last_good())
         folder = Path(self.args.output_dir)
         if self.args.should_save:

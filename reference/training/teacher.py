@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def open_processor(name: str) -> ProcessorMixin | TextProcessor:
 
 
 def where_is(name: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` is given: a folder, and the GGUF file in it if it is one that is meant."""
+    """What `from_pretrained` is given: a folder or Hub id, and the GGUF file in it if one is meant.
+
+    Raises:
+        RefusedError: for such a file that is not there, unless it may be on the Hub, as OWNER/NAME/FILE.gguf.
+    """
     path = Path(name)
-    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    if path.suffix != ".gguf":
+        return name, {}
+    may_be_on_hub = not path.parent.is_dir() and re.fullmatch(r"[\w-][^/]*/[^/]+/.+", name)
+    check(path.is_file() or may_be_on_hub, "--teacher must be a file that is there", name)
+    return str(path.parent), {"gguf_file": path.name}

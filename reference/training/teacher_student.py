@@ -18,6 +18,9 @@ Where (1) and (2) take their input from (LinMU, arXiv 2601.01322 for the stages;
     "teacher"  layer l of both sees the teacher's hidden states; every layer learns on its own
     "student"  the student runs on its own states, its targets are the teacher's run over the same batch
 With "student" and `end_to_end` off, gradients stop between layers, so a layer still learns on its own.
+
+Within `context_parallel` every rank brings the whole batch and teaches its own tokens: terms (1) to (3) are
+its share, as those of processes with batches of their own are.
 """
 
 from __future__ import annotations
@@ -161,7 +164,10 @@ class Lesson(nn.Module):
         layers: the converted decoder layers.
         layer_calls: what each was given in the last pass as teacher.
         layer_outputs: (B, L, D) by role, of each in the last passes.
+        graphs: what runs steps from CUDA graphs; None = they run as they are.
     """
+
+    graphs: Any = None
 
     hidden_loss = staticmethod(hidden_loss)
     logit_loss = staticmethod(logit_loss)
@@ -184,15 +190,25 @@ class Lesson(nn.Module):
             self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self.hooks.append(layer.register_forward_hook(after))
 
+    def accelerate(self) -> Lesson:
+        """Let losses with gradients come from CUDA graphs, where a backend has them; the reference has none.
+        Returns the lesson."""
+        return self
+
     def close(self) -> nn.Module:
         """Take the hooks off and give the student back, its teacher still attached."""
         for hook in self.hooks:
             hook.remove()
         self.set_role("student")
-        for layer in self.layers:
-            layer.self_attn.call = None
-            layer.self_attn.outputs.clear()
+        self.forget()
         return self.student
+
+    def forget(self) -> None:
+        """Drop what the last passes left: outputs hold all that autograd recorded of them."""
+        for index, layer in enumerate(self.layers):
+            layer.self_attn.call = self.layer_calls[index] = None
+            layer.self_attn.outputs.clear()
+            self.layer_outputs[index].clear()
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
         """Teach one batch.
@@ -208,14 +224,27 @@ class Lesson(nn.Module):
         """
         objective = self.objective
         positions, mask = supervised(labels) if objective.logits else (None, None)
+        logits = {}
         if objective.inputs == "teacher":
             with torch.no_grad():
                 self.run("teacher", inputs)
             self.follow_teacher(whole_layers=objective.layer > 0)
         else:
             logits = self.run_both(inputs, positions)
-        groups = self.token_groups(inputs, labels)
-        terms = {}
+            mask = None if mask is None else mask[:, self.is_mine(positions, labels.shape[1])]
+        return self.terms(logits, mask, self.token_groups(inputs, labels))
+
+    def terms(
+        self, logits: dict[str, Tensor], mask: Tensor | None, groups: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The result of `forward`, of what the last passes left.
+
+        Args:
+            logits: (B, n, V) by role, where they are taught.
+            mask: (B, n) bool, which of them count.
+            groups: masks (B, L) bool.
+        """
+        objective, terms = self.objective, {}
         if objective.mixer:
             terms["mixer"] = self._mean_loss(self.mixer_outputs, groups)
         if objective.layer:
@@ -224,6 +253,12 @@ class Lesson(nn.Module):
             loss = self.logit_loss(logits["student"], logits["teacher"], mask, objective.temperature)
             terms["logits"] = loss * share(mask.sum().to(loss))
         return {"loss": sum(getattr(objective, name) * term for name, term in terms.items()), **terms}
+
+    def is_mine(self, positions: Tensor, length: int) -> Tensor:
+        """(n,) bool: which positions of a prompt this rank teaches, all of them where prompts are whole."""
+        context = self.student.context
+        mine = slice(0, length) if context is None else context.slice(length)
+        return (mine.start <= positions) & (positions < mine.stop)
 
     def run(self, role: str, inputs: dict[str, Tensor], positions: Tensor | None = None) -> Tensor:
         """One pass as teacher or student. Returns logits (B, n, V) of the positions (n,); of the last if
@@ -274,7 +309,8 @@ class Lesson(nn.Module):
                 args, kwargs = call
                 layer(*args, **kwargs)
             elif getattr(layer, "gradient_checkpointing", False) and layer.training:
-                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False)
+                # M-MATE draws nothing at random, and a CUDA graph cannot ask for the generator's state
+                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False, preserve_rng_state=False)
             else:
                 layer.self_attn.mix_teachers_input()
 
@@ -293,16 +329,14 @@ class Lesson(nn.Module):
     def token_groups(self, inputs: dict[str, Tensor], labels: Tensor | None) -> list[Tensor]:
         """Masks of `token_masks`; groups that are empty in the batches of all processes are left out."""
         groups = self.token_masks(inputs, labels)
+        if (context := self.student.context) is not None:
+            groups = {name: group[:, context.slice(group.shape[1])] for name, group in groups.items()}
         counts = total(torch.stack([group.sum() for group in groups.values()]))
         return [group for group, count in zip(groups.values(), counts.tolist(), strict=True) if count]
 
     def token_masks(self, inputs: dict[str, Tensor], labels: Tensor | None) -> dict[str, Tensor]:
         """Masks (B, L) bool of vision, text and answering tokens; padding is in none."""
-        valid, vision = inputs["attention_mask"].bool(), self.vision_tokens(inputs)
-        answering = torch.zeros_like(valid)
-        if labels is not None:
-            answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-        return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
+        return token_masks(inputs["attention_mask"], self.vision_tokens(inputs), labels)
 
     def vision_tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Mask (B, L) bool of image and video tokens: as the caller's coordinates say, otherwise the ids.
@@ -346,6 +380,15 @@ class Lesson(nn.Module):
             self.layer_outputs[index][self.role] = output[0] if isinstance(output, tuple) else output
 
         return hook
+
+
+def token_masks(attention_mask: Tensor, vision: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """`Lesson.token_masks` of an attention mask (B, L) and vision tokens (B, L) bool."""
+    valid = attention_mask.bool()
+    answering = torch.zeros_like(valid)
+    if labels is not None:
+        answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+    return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
 
 
 def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,38 @@ def test_model_and_stages_are_measured(tmp_path):
     )  # state, three conv inputs
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_of_text_is_rows_of_samples(packed):
+    batch = training.text_batch("tiny", training.Rows(3, 64, packed), SETTING)
+    valid, labels = batch["attention_mask"].bool(), batch["labels"]
+    assert ((valid.sum(1) >= 60) & (valid.sum(1) <= 64)).all()
+    assert (labels[~valid] == training.UNSUPERVISED).all()
+    begins = torch.zeros_like(valid)
+    if packed:
+        begins = batch["position_ids"] == 0
+        assert (begins.sum(1) >= 2).all()
+        assert torch.equal(begins[:, 1:], batch["linmu_sequence"].diff(dim=1) > 0)
+        assert (batch["position_ids"].diff(dim=1)[~begins[:, 1:]] == 1).all()
+    assert torch.equal(labels == training.UNSUPERVISED, ~valid | begins)
+
+
+@pytest.mark.parametrize("line", ["stage i", "stage iii"])
+def test_steps_over_rows_of_text_are_measured(line):
+    rows = training.Rows(2, 48, packed=True)
+    cases = [*training.text_training_cases("tiny", [rows], SETTING, benchmark.eager_last)]
+    assert [(case.passes, case.length) for case in cases] == [
+        (f"{name}, 2 packed rows", 48) for name in training.LINES
+    ]
+    values = next(case for case in cases if case.passes.startswith(f"{line},")).measure()
+    assert values["tokens_per_second"] == pytest.approx(2 * 48 / values["seconds"])
+    assert values["trained"] > 0
+    assert values["busy"] is None
+    assert values["replayed"] == ""  # a CPU has no graphs
+    on_gpu = kernels.Setting(torch.device("cuda"), torch.bfloat16, Ceilings(1.0, 1.0))
+    found = [*training.text_training_cases("tiny", [rows], on_gpu, benchmark.eager_last)]
+    assert {(case.method, case.priority) for case in found} == {("LinMU", 9), ("LinMU, eager", 10)}
+
+
 def test_norms_and_mlps_are_compiled_once_for_all_layers_and_lengths(monkeypatch):
     """A norm and an MLP, each for one token and for more; the results are those of the model as it was."""
     graphs = []
@@ -349,7 +381,7 @@ def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
     [
         (
             ["--quick", "--only", "scan"],
-            "--only must be among kernels,windows,model,graphs,decode,training, got scan",
+            "--only must be among kernels,windows,model,graphs,decode,training,text, got scan",
         ),
         (["--quick", "--lengths", "64"], "--lengths must be at least 320, got 64"),
         (["--quick", "--sizes", "28x4"], "--sizes like 28x4x128"),

@@ -48,7 +48,11 @@ PRODUCTS = {
     "mix_gradient": 0,
     "rope": 0,
     "add_norm": 0,
+    "norm_backward": 0,
     "gate": 0,
+    "gate_backward": 0,
+    "errors": 0,
+    "errors_gradient": 0,
     "text_step": 0,
     "project_one": 0,
     "project_four": 0,
@@ -67,6 +71,8 @@ SCAN = (  # float16 goes through their float32 kernels
     "writer_b",
 )
 SIZES = {"bf16": (128, 64), "fp32": (128,)}  # float16 compiles as bfloat16 does: --thorough
+OF_ROWS = ("divergence", "divergence_gradient", "mix", "mix_gradient", "add_norm", "norm_backward", "gate")
+OF_ROWS += ("gate_backward", "errors", "errors_gradient")  # which know nothing of heads
 ALL_SIZES = dict.fromkeys(("bf16", "fp16", "fp32"), (128, 64, 32, 16))
 OF_PACKED_ROWS = ("scalars", "rates", "output", "writer_x", "writer_b", "conv_forward", "conv_backward")
 WIDE = {"bf16": (256, 128, 64), "fp32": (128,)}  # of sliding windows, whose kernels hold head dims up to 256
@@ -102,6 +108,8 @@ def sizes_of(kernel: str, thorough: bool) -> dict[str, tuple[int, ...]]:
     scans = kernel.removesuffix("_packed") in SCAN
     left_out = {"fp32"} if kernel.endswith("_held") else {"fp16"} if scans else set()
     sizes = ALL_SIZES if thorough else {"bf16": (64,)} if kernel.endswith("_packed") else SIZES
+    if kernel in OF_ROWS:
+        sizes = {dtype: each[:1] for dtype, each in sizes.items()}
     if kernel.startswith("sliding"):
         sizes = ALL_WIDE if thorough else WIDE
     return {dtype: each for dtype, each in sizes.items() if dtype not in left_out}

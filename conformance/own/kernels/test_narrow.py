@@ -10,6 +10,7 @@ import torch
 from linmu.optimized import projections
 from linmu.optimized.elementwise import narrow_product as narrow
 from linmu.optimized.elementwise.operator import NarrowInputs, NarrowOutputs
+from linmu.optimized.sliding_window_attention import one_forward
 from linmu.reference.numerics import full_precision_linear
 
 from ...harness.compare import assert_same, evaluate
@@ -41,6 +42,29 @@ def test_products_in_parts_are_those_of_float32(in_parts, dtype):
     for got, want in zip(found, wanted, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_products_prepared_for_all_layers_are_the_same(in_parts, monkeypatch):
+    """Of every layer its own, and only within the forward they were prepared in; dtypes may be mixed."""
+    u, layers = torch.randn(2, 37, 48).bfloat16(), [linears(torch.float32) for _ in range(3)]
+    for index, layer in enumerate(layers):
+        layer[0].weight += index
+        layer[2].bias += index
+        layer[1].bfloat16()
+    wanted = [projections.narrow_columns(u, layer) for layer in layers]
+    own = projections.narrow_product
+    monkeypatch.setattr(projections, "narrow_product", None)
+    with one_forward():
+        projections.prepare_narrow(u, layers)
+        for layer, want in zip(layers, wanted, strict=True):
+            assert torch.equal(projections.narrow_columns(u, layer), want)
+    monkeypatch.setattr(projections, "narrow_product", own)
+    layers[1][0].weight *= 2
+    with one_forward():
+        columns = projections.narrow_columns(u, layers[1])
+    changed = wanted[1][..., :5] != columns[..., :5]
+    assert changed.any()
 
 
 def test_gradients_in_parts_are_those_of_float32(in_parts):

@@ -45,7 +45,7 @@ def compare(mesh, lengths, coords, layer, masked, started, backend):
     weight = torch.randn(2, 26, 8, dtype=torch.float64)
     angles = torch.randn(1, 26, 4, dtype=torch.float64)
     angles = (angles.cos(), angles.sin())
-    valid = torch.ones(2, 26, dtype=torch.bool)
+    valid = torch.ones(2, 26, dtype=torch.bool) if masked else None
     if masked:
         valid[0, -3:] = False
         valid[1, -2:] = False
@@ -72,6 +72,11 @@ def compare(mesh, lengths, coords, layer, masked, started, backend):
         state=state,
     )
     (got * parallel.local(weight)).sum().backward()
+    made = set(parallel.made)
+    block.layer_index = block.flex_ma.layer_index = block.local_swin.layer_index = layer + 4
+    with torch.no_grad():
+        parallel.m_mate(block, mine, layout, position_embeddings=tuple(map(parallel.local, angles)))
+    assert set(parallel.made) == made, "a layer of the same order must find the way there"
     close = {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(got, parallel.local(y), **close)
     torch.testing.assert_close(mine.grad, parallel.local(whole.grad), **close)
@@ -80,6 +85,21 @@ def compare(mesh, lengths, coords, layer, masked, started, backend):
     for parameter, grad in zip(block.parameters(), wanted, strict=True):
         dist.all_reduce(parameter.grad, group=mesh.get_group())
         torch.testing.assert_close(parameter.grad, grad, **close)
+
+
+def scan_under_autocast(mesh):
+    """Autocast rounds nothing of what passes between ranks."""
+    torch.manual_seed(0)
+    x, B, C = torch.randn(1, 26, 2, 4), torch.randn(1, 26, 2, 4), torch.randn(1, 26, 4, 4)
+    dt, gate, A = torch.rand(1, 26, 4), torch.rand(1, 26, 4), -torch.rand(4)
+    segment = torch.tensor([[-1] * 3 + [0] * 20 + [-1] * 3])
+    parallel = ContextParallel(mesh, [9, 17])
+    mine = [parallel.local(tensor) for tensor in (x, dt, B, C, gate)]
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, end = reference.bidirectional_scan(x, dt, A, B, C, gate=gate, segment=segment)
+        got, last = parallel.bidirectional_scan(*mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
+    torch.testing.assert_close(got, parallel.local(wanted), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
 
 
 def work() -> None:
@@ -97,5 +117,7 @@ def work() -> None:
                     compare(mesh, lengths, coords, layer, *options)
                 except Exception as error:
                     raise AssertionError(f"rank {rank} of {lengths}, layer {layer}, {options}") from error
+        if rank < ranks == 2:
+            scan_under_autocast(mesh)
     dist.barrier()
     dist.destroy_process_group()

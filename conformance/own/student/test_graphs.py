@@ -221,36 +221,48 @@ def test_a_prompt_as_long_as_its_bucket_runs_without_a_mask(vision):
 
 
 def stale(name: str) -> Callable:
-    """`whole_tokens` with one buffer that keeps what the first prompt brought."""
-    kept: dict[tuple, Tensor] = {}
-    own = graphed.whole_tokens
+    """`Graph.take_tokens` with one buffer that keeps what the first prompt brought."""
+    own = graphed.Graph.take_tokens
 
-    def whole_tokens(*arguments, **options):
-        found = own(*arguments, **options)
-        if name in found:
-            found[name] = kept.setdefault(tuple(found[name].shape), found[name].clone())
-        return found
+    def take_tokens(self, tokens):
+        buffer = self.tokens.get(name)
+        kept = None if buffer is None or self.hidden is None else buffer.clone()
+        own(self, tokens)
+        if kept is not None:
+            buffer.copy_(kept)
 
-    return whole_tokens
+    return take_tokens
 
 
 def plant_stale_mask(monkeypatch):
-    monkeypatch.setattr(graphed, "whole_tokens", stale("valid"))
+    monkeypatch.setattr(graphed.Graph, "take_tokens", stale("valid"))
 
 
 def plant_stale_positions(monkeypatch):
-    monkeypatch.setattr(graphed, "whole_tokens", stale("positions"))
+    monkeypatch.setattr(graphed.Graph, "take_tokens", stale("positions"))
 
 
-def plant_stale_layout(monkeypatch):
-    kept: dict[tuple, dict] = {}
-    own = graphed.layout_tensors
+def plant_stale_coordinates(monkeypatch):
+    monkeypatch.setattr(graphed.Graph, "take_tokens", stale("coords"))
 
-    def layout_tensors(*arguments):
-        found = own(*arguments)
-        return kept.setdefault(tuple(found["segment"].shape), found)
 
-    monkeypatch.setattr(graphed, "layout_tensors", layout_tensors)
+def plant_padding_that_keeps_old_tokens(monkeypatch):
+    own = graphed.Graph.take_tokens
+
+    def take_tokens(self, tokens):
+        self.blank = 64
+        own(self, tokens)
+
+    monkeypatch.setattr(graphed.Graph, "take_tokens", take_tokens)
+
+
+def plant_a_layout_found_once(monkeypatch):
+    own, kept = static_layout.StaticLayout.window_plan, {}
+
+    def window_plan(self, *arguments):
+        return kept.setdefault(self.coords.shape, own(self, *arguments))
+
+    monkeypatch.setattr(static_layout.StaticLayout, "window_plan", window_plan)
 
 
 def plant_states_of_another_prompt(monkeypatch):
@@ -310,7 +322,7 @@ PLANTS = [plant for name, plant in list(globals().items()) if name.startswith("p
 
 @pytest.mark.parametrize("plant", [None, *PLANTS], ids=lambda plant: plant.__name__ if plant else "none")
 def test_planted_bugs_are_noticed(few, monkeypatch, plant):
-    prompts = words(4, 1), words(7, 2)
+    prompts = words(5, 1), words(4, 2)  # the second is shorter, of the same bucket
     want = by_hand(few.eager, *prompts)
     if plant is None:
         torch.testing.assert_close(by_hand(few.fast, *prompts), want)
@@ -474,30 +486,81 @@ def test_a_fault_says_how_to_turn_graphs_off(few):
         assert torch.equal(few.fast(**inputs).logits, few.eager(**inputs).logits)
 
 
-def test_a_layout_gives_only_what_was_copied_before():
-    layout = static_layout.StaticLayout({"segment": torch.zeros(1, 3).long(), "scan rows": 0, "openings": 0})
-    with pytest.raises(RuntimeError, match="must be among the tensors copied before"):
-        layout.windows((1, 1, 1), 0)
-
-
 @pytest.mark.parametrize("pad", [0, 5])
-def test_a_padded_layout_is_that_of_the_padded_prompt(pad):
-    coords = torch.full((2, 40, 4), -1)
-    coords[0, 3:15] = torch.cat(
-        [torch.zeros(12, 1).long(), torch.cartesian_prod(*map(torch.arange, (3, 2, 2)))], 1
-    )
-    coords[1, 20:32] = coords[0, 3:15] + torch.tensor([1, 0, 2, 0])
+def test_a_graphs_layout_is_the_padded_prompts(pad):
+    """Found by bounds of its numbers, taped, from coordinates that came later."""
+    coords = torch.full((2, 40 + pad, 4), -1)
+    grid = torch.cartesian_prod(*map(torch.arange, (3, 2, 2)))
+    coords[0, pad + 3 : pad + 15] = torch.cat([torch.zeros(12, 1).long(), grid], 1)
+    coords[1, pad + 20 : pad + 32] = coords[0, pad + 3 : pad + 15] + torch.tensor([1, 0, 2, 5])
     valid = torch.rand(2, 40 + pad, generator=torch.Generator().manual_seed(0)) > 0.3
-    windows = [((2, 2, 2), shifted) for shifted in (False, True)]
-    whole = optimized.VisionLayout(nn.functional.pad(coords, (0, 0, pad, 0), value=-1))
-    padded = static_layout.padded_layout(optimized.VisionLayout(coords), pad)
-    got = static_layout.layout_tensors(padded, valid, windows)
-    for name, tensor in static_layout.layout_tensors(whole, valid, windows).items():
-        assert torch.equal(got[name], tensor), name
-    segment = whole.segment
+    valid[:, :pad] = False
+    buffer, windows = torch.full_like(coords, -1), [((2, 2, 2), index) for index in (0, 1)]
+    want = optimized.VisionLayout(coords)
+
+    def found(layout):
+        plans = [layout.window_plan(*each) for each in windows]
+        return [layout.scan_rows, layout.order(2), layout.vision_row, *(t for plan in plans for t in plan)]
+
+    def run():
+        layout = static_layout.StaticLayout(buffer)
+        ids = [layout.windows(*each) for each in windows]
+        return [*found(layout), layout.openings_among(None)], layout.openings_among(valid), ids
+
+    replay, (got, openings, ids) = tape(run)
+    buffer.copy_(coords)
+    replay()
+    for one, other in zip(got, [*found(want), want.openings], strict=True):
+        assert torch.equal(one, other)
     for chunk in (16, 64, 128):
-        want = next_segment(segment, vision_mask(segment, valid), chunk)
-        assert torch.equal(openings_of(got["openings"], segment.shape[1], chunk), want)
+        vision = vision_mask(want.segment, valid)
+        next_one = next_segment(want.segment, vision, chunk)
+        assert torch.equal(openings_of(openings, coords.shape[1], chunk), next_one)
+    for each, number in zip(windows, ids, strict=True):
+        own = want.windows(*each)
+        assert torch.equal(number >= 0, own >= 0)
+        for row, other in zip(number, own, strict=True):  # other numbers, the same windows
+            pairs = torch.stack([row, other])[:, row >= 0]
+            assert len(pairs.unique(dim=1)[0]) == len(row[row >= 0].unique()) == len(other[row >= 0].unique())
+
+
+def test_coordinates_beyond_a_graphs_bounds_run_eagerly(few, capsys, monkeypatch):
+    monkeypatch.setattr(engine, "_announced", {"torch"})
+    ids = torch.tensor([words(9, 1)])
+    for first in (0, static_layout.LARGEST_PLACE - 1):
+        place = torch.arange(3)
+        coords = torch.full((1, 9, 4), -1)
+        coords[0, 2:5] = torch.stack([0 * place, 0 * place, 0 * place, first + place], 1)
+        found = []
+        with torch.no_grad():
+            for student in (few.fast, few.eager):
+                embeds = student.get_input_embeddings()(ids)
+                found.append(student(inputs_embeds=embeds, linmu_coords=coords, use_cache=False).logits)
+        torch.testing.assert_close(*found)
+        assert len(few.graphs) == 1
+    assert "very large numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [1, 64, 2**14])
+def test_all_keys_within_the_bounds_are_narrow(batch):
+    """What is not would have to be numbered first, which waits for the device."""
+    coords = torch.full((1, 1, 4), -1).expand(batch, -1, -1)
+    assert static_layout.StaticLayout(coords).sorted.narrow
+
+
+def test_a_weight_of_one_number_that_is_replaced_by_its_equal_is_noticed(few):
+    mixer = few.fast.get_decoder().layers[0].self_attn
+    assert mixer.mix_proj.bias.numel() == 1
+    inputs = prompt(words(3, 1), picture(IMAGE, (1, 2, 2)), words(2, 1))
+    assert_same_forward(few, **inputs)
+    for student in (few.fast, few.eager):
+        linear = student.get_decoder().layers[0].self_attn.mix_proj
+        linear.bias = nn.Parameter(linear.bias.detach().clone())
+    assert_same_forward(few, **inputs)
+    with torch.no_grad():
+        for student in (few.fast, few.eager):
+            student.get_decoder().layers[0].self_attn.mix_proj.bias += 2
+    assert_same_forward(few, **inputs)
 
 
 def test_copies_and_pickles_begin_without_graphs(few):

@@ -14,13 +14,24 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from linmu.reference.prompts import answers
 from linmu.reference.prompts.answers import OPENS, ChatMLAnswers
 from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
 from linmu.reference.prompts.text_processor import TextProcessor
 
 from ..student import tiny_families
 from ..student.tiny_families import BUILDERS, byte_tokenizer
-from .chat_templates import IDEFICS3, INTERNVL, LLAMA3, LLAVA_ONEVISION, OF_PICTURES, OF_TEXT, Written
+from .chat_templates import (
+    CHATML,
+    IDEFICS3,
+    INTERNVL,
+    LLAMA3,
+    LLAVA_ONEVISION,
+    OF_PICTURES,
+    OF_TEXT,
+    QWEN2,
+    Written,
+)
 
 pytestmark = pytest.mark.trial_of_the_reference
 
@@ -304,6 +315,50 @@ def test_a_template_that_does_not_tell_its_answers_is_refused(template, says):
     messages = [user(text("how")), answer(text("7")), user(text("z")), answer(text("9"))]
     with pytest.raises(ValueError, match=rf"ChatCollator: the chat template must .*({says})"):
         of_text(template)([{"messages": messages}])
+
+
+CUT = ".split('</think>')[-1]"  # as in templates of Qwen3 and DeepSeek-R1
+THOUGHT = "<think>\nseven?\n</think>\n\n7"
+
+
+@pytest.mark.parametrize("supervise", ["answers", "all"])
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [(QWEN2, "message['content']"), (LLAMA3, "message['content']"), (None, "message['content']")],
+    ids=["ChatML", "renderings", "marks"],
+)
+def test_an_answer_that_a_template_cuts_is_refused_unless_it_is_context(written, content, supervise):
+    plain = written.template if written else marked(LLAMA3.template)
+    processor = TextProcessor(byte_tokenizer((*CHATML, *LLAMA3.special)))
+    processor.tokenizer.chat_template = plain.replace(content, content + CUT)
+    collator = ChatCollator(processor, supervise=supervise)
+    messages = [user(text("how")), answer(text(THOUGHT), weight=0), user(text("z")), answer(text("9 \n"))]
+    (taught,) = said_by(collator, messages)
+    assert "9" in taught and "seven" not in taught
+    for turn in (1, 3):
+        broken = [*messages[:turn], answer(text(THOUGHT)), *messages[turn + 1 :]]
+        with pytest.raises(ValueError, match=rf"must write an answer whole, got .*turn {turn}.*think"):
+            collator([{"messages": broken}])
+    processor.tokenizer.chat_template = plain
+    assert "seven?" in said_by(ChatCollator(processor, supervise=supervise), broken)[0]
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "idefics3", "llava_onevision"])
+def test_a_long_conversation_is_rendered_as_often_as_a_short_one(family, monkeypatch):
+    collator, counts = ChatCollator(processor_of(family)), []
+    said = [collator.answers, answers.render]  # finding out about the template is done once
+
+    def render(*args, **kwargs):
+        counts[-1] += 1
+        return said[1](*args, **kwargs)
+
+    monkeypatch.setattr(answers, "render", render)
+    for turns in (2, 9):
+        counts.append(0)
+        messages = [turn for n in range(turns) for turn in (user(text("how")), answer(text(str(n))))]
+        learnt = said_by(collator, messages)[0]
+        assert [n in learnt for n in map(str, range(turns))] == [True] * turns
+    assert counts[0] == counts[1] <= 2 * 3  # of the batch, and of the sample encoded before
 
 
 def test_an_answer_that_a_processor_cuts_off_is_refused():

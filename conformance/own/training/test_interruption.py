@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from linmu.reference.training import stage_trainer
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.safety import atomic_writes
 from linmu.reference.training.safety.atomic_writes import whole_file, whole_folder
@@ -177,8 +178,11 @@ def poisoned(index: int, kind: str, value: float):
     return forward_poisoned
 
 
-@pytest.mark.parametrize(("stage", "value"), [("i", float("nan")), ("iii", float("inf"))])
-def test_a_number_that_is_none_stops_the_run_and_is_named(tmp_path, monkeypatch, stage, value):
+@pytest.mark.parametrize(
+    ("stage", "value", "late"), [("i", float("nan"), False), ("iii", float("inf"), True)]
+)
+def test_a_number_that_is_none_stops_the_run_and_is_named(tmp_path, monkeypatch, stage, value, late):
+    monkeypatch.setattr(stage_trainer, "is_on_gpu", lambda model: late)
     step = StageTrainer.training_step
 
     def poison(self, *args, **kwargs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from linmu import optimized
 from linmu.reference.demo import TEACHER
 from linmu.reference.demo.documents import documents, pieces, text_of
+from linmu.reference.demo.documents import main as write_documents
 from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.prompts.text_processor import TextProcessor
 from linmu.reference.training.commands.main import main
+from linmu.reference.training.config import PRESETS, SampleSettings
+from linmu.reference.training.data import open_data
+from linmu.reference.training.data.conversations import BrokenSampleError
 from linmu.reference.training.data.turns import document_of
 from linmu.reference.training.evaluation.scores import Scores
 from linmu.reference.training.refusal import RefusedError
@@ -167,6 +172,27 @@ def no_longer_special(processor) -> str:
     return json.dumps(saved)
 
 
+@pytest.mark.parametrize("place", [0, 3, 7], ids=["held out", "first rows", "late"])
+def test_a_missing_chat_template_is_no_fault_of_a_sample(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(open_data, "LOOKED_AT", 5)
+    encoder = ChatCollator(TextProcessor(byte_tokenizer(CHATML)))
+    path, documents = tmp_path / "d.jsonl", [{"text": text} for text in DOCUMENTS * 3]
+    config = replace(PRESETS["text"], data=(str(path),), samples=SampleSettings(on_broken="skip"))
+
+    def read(rows: list) -> int:
+        path.write_text("\n".join(map(json.dumps, rows)))
+        parts = open_data.open_data(config, encoder, None, 1)
+        return len([part[i] for part in parts for i in range(len(part))])
+
+    assert read(documents) == len(documents)
+    conversation = row("no", picture=None)
+    says = r'must have a chat template to read conversations.*none.*documents, rows {"text": \.\.\.}, or set'
+    with pytest.raises(RefusedError, match=says) as error:
+        read([*documents[:place], conversation, *documents])
+    assert f"{path}, line {place + 1}" in str(error.value)
+    assert not isinstance(error.value, BrokenSampleError)
+
+
 def test_what_supervises_nothing_is_no_right_answer():
     scores = Scores(optimized.logit_loss)
     labels = torch.tensor([[IGNORED, IGNORED, IGNORED], [0, 1, 1]])
@@ -195,6 +221,17 @@ def test_a_gguf_file_that_does_not_open_is_refused_by_name(data, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(RefusedError, match=r"--teacher must be a model .*, got .*model\.gguf"):
         main(text_flags(tmp_path / "model.gguf", data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["nothere.gguf", "./a/nothere.gguf", "{}/b/nothere.gguf", "{}/nothere.gguf"])
+def test_a_gguf_file_that_is_not_there_is_refused_by_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    name = name.format(tmp_path)
+    with pytest.raises(RefusedError, match=f"^distill: --teacher must be a file that is there, got {name}$"):
+        open_processor(name)
+    monkeypatch.setattr("sys.argv", ["documents", name, str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"got {name}"):
+        write_documents()
 
 
 def test_a_gguf_file_is_unpacked_distilled_and_saved_as_a_plain_model(data, tmp_path):

@@ -164,8 +164,22 @@ def logged(folder: Path, task: str) -> list[str]:
     return [row["filtered_resps"] for row in rows]
 
 
-def test_a_benchmark_without_tasks_or_a_student_is_refused():
-    with pytest.raises(RefusedError, match="benchmark must be followed by a folder"):
-        main(["benchmark", "--tasks", "mmmu_val"])
-    with pytest.raises(RefusedError, match="--tasks must name tasks of lmms-eval"):
-        main(["benchmark", "runs/student"])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tasks", "mmmu_val"], "benchmark must be followed by a folder, got none"),
+        (["nothere", "--tasks", "mmmu_val"], "benchmark must be given a student's folder, got nothere"),
+        (["."], "--tasks must name tasks of lmms-eval, got none"),
+        ([".", "--num_processes", "two"], "--num_processes must be a number of at least 1, got two"),
+        ([".", "--num_processes", "0"], "--num_processes must be a number of at least 1, got 0"),
+        ([".", "--num_processes"], "--num_processes must be followed by a value, got none"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused_before_anything_is_opened(
+    arguments, says, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("subprocess.run", lambda *_: pytest.fail("lmms-eval was started"))
+    with pytest.raises(RefusedError, match=f"^distill: {says}"):
+        main(["benchmark", *arguments])

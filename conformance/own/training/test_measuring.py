@@ -16,7 +16,7 @@ from linmu.reference import convert
 from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.command_line import parse
-from linmu.reference.training.commands.evaluate import open_models
+from linmu.reference.training.commands.evaluate import open_models, open_processor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.evaluation.scores import Scores
 from linmu.reference.training.refusal import RefusedError
@@ -100,7 +100,7 @@ def test_data_without_one_good_sample_are_refused(student, tmp_path):
 def test_models_open_in_the_dtype_asked_for_with_their_float32_parts(student, backend):
     """As from_pretrained(dtype=) opens them: rotary frequencies and A_log are not rounded."""
     config = parse(["--dtype", "bfloat16", "--backend", backend, "--cpu"])
-    models = open_models(str(student), config, torch.device("cpu"))
+    models = open_models("evaluate", str(student), config, torch.device("cpu"))
     right = AutoModelForImageTextToText.from_pretrained(TEACHER)
     for name, model in models.items():
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -112,6 +112,15 @@ def test_models_open_in_the_dtype_asked_for_with_their_float32_parts(student, ba
     for part in ("A_log", ".D", "dt_proj.weight", "scan_gate_proj.weight", "mix_proj.weight"):
         kept = {tensor.dtype for key, tensor in student_tensors.items() if key.endswith(part)}
         assert kept == {torch.float32}, part
+
+
+@pytest.mark.parametrize("command", ["evaluate", "quantise"])
+def test_a_folder_that_does_not_open_is_refused_in_the_name_of_the_command(command, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RefusedError, match=f"^distill: {command} must be given models that open, got"):
+        main([command, str(tmp_path), "--cpu"])
+    with pytest.raises(RefusedError, match=f"^distill: {command} must be given a folder with a processor"):
+        open_processor(command, str(tmp_path))
 
 
 def test_a_run_in_bfloat16_rounds_no_rotary_frequency():

@@ -13,7 +13,10 @@ from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.prompts.chat_collator import ChatCollator
 from linmu.reference.prompts.packing_collator import PackingCollator
 from linmu.reference.prompts.processors import load_processor
+from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.main import main
+from linmu.reference.training.data.open_data import chat_collator, open_data, open_held_out
+from linmu.reference.training.refusal import RefusedError
 
 from ..student.tiny_checkpoint import shake_mixers
 from .flags import steps
@@ -133,6 +136,18 @@ def test_a_run_may_pack_its_batches(tmp_path, monkeypatch):
     (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert 0 < line["loss"] < 2
     assert json.loads((tmp_path / "config.json").read_text())["packing_tokens"] == ROW
+
+
+@pytest.mark.parametrize("flag", ["--packing_tokens", "--max_length"])
+def test_a_bound_below_the_bundled_samples_is_refused_at_the_start(flag):
+    config = parse([flag, "60", "--packing"])
+    encoder = chat_collator(load_processor(str(TEACHER)), config.samples)
+    says = rf"distill: {flag} must be at least the 61 tokens of the demo's sample \d+, got 60; set {flag} 61"
+    with pytest.raises(RefusedError, match=says):
+        if flag == "--max_length":
+            open_held_out(config, config.data, encoder, None)
+        else:
+            open_data(config, encoder, None, 1)
 
 
 @pytest.mark.parametrize(

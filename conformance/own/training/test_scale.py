@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PreTrainedModel
 
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.training.commands.main import main
+from linmu.reference.training.data.conversations import InOrder, SharedBatches
 from linmu.reference.training.safety.distributed_means import share
 
 from ..ranks import free_port
@@ -165,6 +168,16 @@ def check_tables(alone: Path, together: Path) -> None:
                 assert got == pytest.approx(value, rel=1e-4), (name, measure)
 
 
+def test_two_sharded_processes_that_share_the_tokens_see_the_losses_of_one(alone, uneven, tmp_path):
+    """Layers that are computed again send again what they sent, in the same order on both processes."""
+    arguments = [*TINY, *data_of(uneven), "--batch_size", "4", "--output", str(tmp_path / "run")]
+    arguments += ["--context_parallel", "2", "--gradient_checkpointing"]
+    run_together([*arguments, "--stages", "i", "--eval_samples", "1"], FSDP)
+    two = losses(tmp_path / "run")
+    assert list(two) == [("i", 1), ("i", 2), ("i", 3)]
+    check_steps(losses(alone), two)
+
+
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
 def test_two_processes_see_the_losses_of_one(alone, uneven, tmp_path, kind):
     arguments = [*TINY, *data_of(uneven), "--batch_size", "2", "--output", str(tmp_path / "run")]
@@ -198,6 +211,20 @@ def test_two_sharded_processes_resume_to_the_losses_of_one(alone, uneven, tmp_pa
     one, two = losses(alone), losses(tmp_path / "run")
     assert list(two) == [("i", 1), ("i", 2), ("i", 3)]
     check_steps(one, two)
+
+
+@pytest.mark.parametrize(("processes", "shared", "batch"), [(4, 2, 3), (2, 2, 1), (3, 3, 2)])
+def test_processes_that_share_tokens_get_the_same_batches(processes, shared, batch):
+    """As accelerate deals batches out: one to each process in turn."""
+    samples = InOrder(list(range(100)), 4 * batch * processes // shared)
+    data = SharedBatches(samples, batch, shared)
+    batches = BatchSampler(SequentialSampler(data), batch, drop_last=False)
+    dealt = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
+    got = [[data.__getitems__(indices) for indices in own] for own in dealt]
+    for first in range(0, processes, shared):
+        assert all(got[rank] == got[first] for rank in range(first, first + shared))
+    steps = zip(*got[::shared], strict=True)
+    assert [item for step in steps for own in step for item in own] == list(range(len(samples)))
 
 
 def test_a_single_process_takes_its_own_mean():

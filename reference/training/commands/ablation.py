@@ -7,7 +7,6 @@ proportion. The spread is the standard deviation over seeds.
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from ..config import STAGES, Config
 from ..refusal import check
 from ..safety.atomic_writes import write_text
-from .command_line import parse
+from .command_line import parse, take_flags, whole_number
 
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "full": lambda base: base,
@@ -42,18 +41,15 @@ def ablate(arguments: list[str], run: Callable[[Config], Any]) -> str:
         arguments: --seeds and --variants, and flags of a run for all of them.
         run: distils with settings and returns what `results.json` holds.
     """
-    parser = ArgumentParser("distill.py ablate", add_help=False, allow_abbrev=False)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    own, others = parser.parse_known_args(arguments)
+    own, others = take_flags({"seeds": "3", "variants": ",".join(VARIANTS)}, arguments)
+    seeds = whole_number("--seeds", own.seeds)
     names = own.variants.split(",")
     unknown = [name for name in names if name not in VARIANTS]
     check(not unknown, f"--variants must be among {sorted(VARIANTS)}", unknown)
-    check(own.seeds >= 1, "--seeds must be at least 1", own.seeds)
     named = any(flag.split("=")[0] == "--output" for flag in others)
     base = parse(others if named else [*others, "--output", "runs/ablation"])
     measured = {
-        name: [last_row(variant_of(base, name, base.seed + offset), run) for offset in range(own.seeds)]
+        name: [last_row(variant_of(base, name, base.seed + offset), run) for offset in range(seeds)]
         for name in names
     }
     folder = Path(base.output)

@@ -10,12 +10,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 from ..refusal import check
 from ..safety.atomic_writes import write_text
+from .command_line import take_flags, whole_number
+from .evaluate import after_command
 
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node")
 EVALUATE = ("-m", "lmms_eval", "--model", "linmu")
@@ -30,18 +31,16 @@ def benchmark(arguments: list[str]) -> str:
     Raises:
         RefusedError: without a student, without lmms-eval, and if it ends without results.
     """
-    check(arguments and not arguments[0].startswith("-"), "benchmark must be followed by a folder", "none")
-    parser = ArgumentParser("distill.py benchmark", add_help=False, allow_abbrev=False)
-    for name, default in {"teacher": None, "output": "runs/benchmark", "model_args": ""}.items():
-        parser.add_argument(f"--{name}", default=default)
-    parser.add_argument("--num_processes", type=int, default=1)
-    own, others = parser.parse_known_args(arguments[1:])
+    student, *flags = after_command("benchmark", arguments)
+    defaults = {"teacher": None, "output": "runs/benchmark", "model_args": "", "num_processes": "1"}
+    own, others = take_flags(defaults, flags)
+    processes = whole_number("--num_processes", own.num_processes)
     named = any(flag.split("=")[0] == "--tasks" for flag in others)
     check(named, "--tasks must name tasks of lmms-eval", "none", "`lmms-eval tasks list` names all")
     found = importlib.util.find_spec("lmms_eval")
     check(found, "benchmark must find lmms-eval", "none", "pip install 'linmu[harness]'")
-    launch = [*LAUNCH, str(own.num_processes)] if own.num_processes > 1 else []
-    models = {"teacher": own.teacher, "student": arguments[0]}
+    launch = [*LAUNCH, str(processes)] if processes > 1 else []
+    models = {"teacher": own.teacher, "student": student}
     results = {}
     for name, folder in models.items():
         if folder is not None:

@@ -7,7 +7,7 @@ if they had been given first, so one reader checks both.
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,11 @@ def parse(arguments: list[str], about: str = "") -> Config:
         arguments: the command line without the program.
         about: what --help says first.
     Raises:
-        RefusedError: for a settings file that cannot be read.
+        RefusedError: for a settings file that cannot be read, --settings or --preset without a value.
         SystemExit: for flags that do not exist or do not go together, told on stderr.
     """
     arguments = expand_resume(arguments)
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--settings", default="")
-    known, _ = first.parse_known_args(arguments)
+    known, _ = take_flags({"preset": None, "settings": ""}, arguments)
     written = read_settings(Path(known.settings)) if known.settings else {}
     preset = known.preset or written.get("preset") or "demo"
     config = PRESETS.get(preset, PRESETS["demo"])  # a wrong name is refused below
@@ -55,6 +52,36 @@ def read_flags(defaults: Config, flags: list[str], program: str, about: str) -> 
     return tyro.cli(
         Config, prog=program, description=about, args=flags, default=defaults, use_underscores=True
     )
+
+
+def take_flags(defaults: dict[str, Any], arguments: list[str]) -> tuple[Namespace, list[str]]:
+    """Some flags, as texts, and all other arguments.
+
+    Args:
+        defaults: by the flags' names.
+        arguments: a command line.
+    Raises:
+        RefusedError: for a flag that is not followed by its value.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default)
+    try:
+        return parser.parse_known_args(arguments)
+    except ArgumentError as error:
+        flag = error.argument_name
+        raise RefusedError(f"distill: {flag} must be followed by a value, got none") from None
+
+
+def whole_number(flag: str, text: str) -> int:
+    """The value of a flag that counts something.
+
+    Raises:
+        RefusedError: unless it is at least 1.
+    """
+    number = int(text) if text.isdecimal() else 0
+    check(number >= 1, f"{flag} must be a number of at least 1", text)
+    return number
 
 
 def expand_resume(arguments: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ...prompts.chat_collator import IGNORED
+from ...student.split_forward import context_parallel
 from ..data.conversations import ENDLESS, Conversations, Mixture, none_readable
 from ..evaluation.evaluation import NOTHING_HELD_OUT
 from ..evaluation.held_out import OrComplaint
@@ -86,7 +87,7 @@ def describe_stages(run: Run, batch: dict[str, torch.Tensor]) -> None:
         predictions = []
         for objective in stage.objectives:
             lesson = run.lesson(objective)
-            with run.autocast():
+            with run.autocast(), context_parallel(run.student, run.context_mesh):
                 predictions.append(predict(lesson, batch))
             lesson.close()
         memory = max(predictions, key=lambda prediction: prediction.total)

@@ -45,8 +45,8 @@ def evaluate_student(arguments: list[str]) -> Rows:
     """
     folder, config = parse_after_folder("evaluate", arguments)
     process = PartialState(cpu=config.cpu)
-    models = open_models(folder, config, process.device)
-    encoder = chat_collator(open_processor(folder), config.samples)
+    models = open_models("evaluate", folder, config, process.device)
+    encoder = chat_collator(open_processor("evaluate", folder), config.samples)
     held_out = HeldOut(ConcatDataset(open_held_out(config, config.data, encoder, None)), encoder, config)
     scores = Scores(backend_of(config.backend).Lesson.logit_loss)
     batches = tqdm(held_out.batches(), desc="evaluate", unit="batch", disable=not process.is_main_process)
@@ -64,22 +64,34 @@ def evaluate_student(arguments: list[str]) -> Rows:
     return rows
 
 
+def after_command(command: str, arguments: list[str]) -> list[str]:
+    """What follows a command: a student's folder, and flags.
+
+    Raises:
+        RefusedError: if the first is no model's folder.
+    """
+    check(arguments and not arguments[0].startswith("-"), f"{command} must be followed by a folder", "none")
+    is_model = (Path(arguments[0]) / "config.json").is_file()
+    check(is_model, f"{command} must be given a student's folder", arguments[0])
+    return arguments
+
+
 def parse_after_folder(command: str, arguments: list[str]) -> tuple[str, Config]:
     """The student's folder that follows a command, and the settings of the flags behind it.
 
     Raises:
         RefusedError: if it is none, and as `parse` does.
     """
-    check(arguments and not arguments[0].startswith("-"), f"{command} must be followed by a folder", "none")
-    folder, *flags = arguments
-    check((Path(folder) / "config.json").is_file(), f"{command} must be given a student's folder", folder)
+    folder, *flags = after_command(command, arguments)
     own_data = any(flag.split("=")[0] == "--data" for flag in flags) and "demo" not in flags
     if own_data and not any(flag.split("=")[0] == "--teacher" for flag in flags):
         flags += ["--teacher", NO_TEACHER]
     return folder, parse(flags)
 
 
-def open_models(folder: str, config: Config, device: torch.device) -> dict[str, PreTrainedModel]:
+def open_models(
+    command: str, folder: str, config: Config, device: torch.device
+) -> dict[str, PreTrainedModel]:
     """Teacher, if there is one, and student, in the dtype asked for; what must be float32 stays so."""
     dtype = getattr(torch, config.dtype)
     try:
@@ -89,22 +101,21 @@ def open_models(folder: str, config: Config, device: torch.device) -> dict[str, 
                 name = str(TEACHER) if config.teacher == "demo" else config.teacher
                 models = {"teacher": open_teacher(name, dtype)} | models
     except NOT_OPENED as error:
-        raise RefusedError(f"distill: evaluate must be given models that open, got {error}") from error
+        raise RefusedError(f"distill: {command} must be given models that open, got {error}") from error
     sizes = {name: model.config.get_text_config().vocab_size for name, model in models.items()}
     check(len({*sizes.values()}) == 1, "--teacher must have as many tokens as the student", sizes)
     for name, model in models.items():
-        refuse_infinite_weights(model.to(device).eval(), "evaluate", f"the {name}")
+        refuse_infinite_weights(model.to(device).eval(), command, f"the {name}")
     return models
 
 
-def open_processor(folder: str) -> ProcessorMixin:
+def open_processor(command: str, folder: str) -> ProcessorMixin:
     """The student's processor."""
     try:
         return load_processor(folder, padding_side="right")
     except (ValueError, OSError) as error:
-        raise RefusedError(
-            f"distill: evaluate must be given a folder with a processor, got {error}"
-        ) from error
+        must = f"distill: {command} must be given a folder with a processor"
+        raise RefusedError(f"{must}, got {error}") from error
 
 
 @torch.no_grad()

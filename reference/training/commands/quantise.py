@@ -35,8 +35,8 @@ def quantise_student(arguments: list[str]) -> str:
     process = PartialState(cpu=config.cpu)
     check(process.num_processes == 1, "quantise must run as one process", process.num_processes)
     dtype = getattr(torch, config.dtype)
-    plain = open_models(folder, replace(config, teacher=NO_TEACHER), process.device)["student"]
-    encoder = chat_collator(open_processor(folder), config.samples)
+    plain = open_models("quantise", folder, replace(config, teacher=NO_TEACHER), process.device)["student"]
+    encoder = chat_collator(open_processor("quantise", folder), config.samples)
     held_out = HeldOut(ConcatDataset(open_held_out(config, config.data, encoder, None)), encoder, config)
 
     def measured(student: LinMUModel, name: str) -> dict[str, float]:

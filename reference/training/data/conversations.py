@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ...checks import require
+from ...prompts.answers import NoChatTemplateError
 from ...prompts.chat_collator import content_blocks
 from ..refusal import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
@@ -58,6 +59,7 @@ class Conversations(Dataset):
         ValueError: if there is no such data set or it is empty.
         MissingPackageError: for films where PyAV is not installed; of a stream, when the first one comes.
         StreamEndedError: on access, if a stream cannot be read on.
+        RefusedError: on access, for a conversation that `prepare` has no chat template for.
         BrokenSampleError: on access, for a sample that cannot be used: whatever error its row, its pictures
             or `prepare` raise.
     """
@@ -94,6 +96,8 @@ class Conversations(Dataset):
                 return self.read(line)
             except (MissingPackageError, StreamEndedError):
                 raise
+            except NoChatTemplateError as error:
+                raise RefusedError(f"{self.rows.name(line)}: {error}") from error
             except Exception as error:  # any error of a sample is that sample's
                 name, why = self.rows.name(line), shortened(f"{type(error).__name__}: {error}", LONGEST)
                 if self.on_broken == "refuse":
@@ -271,6 +275,30 @@ class InOrder(Dataset):
         mixed = torch.randperm(len(whole), generator=generator).tolist()  # long ones must not all come first
         rest = [i for batch in batches if len(batch) < self.group for i in batch]
         return [i for number in mixed for i in whole[number]] + rest
+
+
+class SharedBatches(Dataset):
+    """The batches of `data`, each several times: once for each of the processes that share its tokens, which
+    follow each other and get batch after batch in turn.
+
+    Args:
+        data: a dataset with a length, of whole batches.
+        batch_size: samples of one batch.
+        times: processes that share a batch.
+    """
+
+    def __init__(self, data: Dataset, batch_size: int, times: int) -> None:
+        self.data, self.batch_size, self.times = data, batch_size, times
+
+    def __len__(self) -> int:
+        return len(self.data) * self.times
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        batches = [divmod(index, self.batch_size) for index in indices]
+        return self.data.__getitems__([b // self.times * self.batch_size + place for b, place in batches])
 
 
 def order_of(data: Dataset, seed: int) -> int | None:

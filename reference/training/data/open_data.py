@@ -12,12 +12,15 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import ProcessorMixin
 
 from ...demo import DigitsQuestions
-from ...prompts.chat_collator import ChatCollator
+from ...prompts.chat_collator import SET_TEMPLATE, ChatCollator
 from ..config import Config, SampleSettings
 from ..refusal import RefusedError, check
 from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
-from .sources import open_rows
+from .sources import JsonLines, Table, open_rows
+from .turns import OF_CONVERSATIONS
 
+LOOKED_AT = 1000  # rows of a data set that are looked at before a run
+BUNDLED = 400  # questions of the demo that are measured, all of them being short
 HELD_OUT = 20  # one sample in so many is held out unless --eval_data names others
 
 
@@ -35,11 +38,11 @@ def open_data(
         RefusedError: if there are no such data.
     """
     if config.data == ("demo",):
-        return tuple(DigitsQuestions(split, config.seed, ENDLESS) for split in ("train", "heldout"))
+        return tuple(bundled_questions(config, split, encoder) for split in ("train", "heldout"))
     try:
         sources, weights = zip(*map(parse_weight, config.data), strict=True)
         parts = [
-            open_dataset(config, source, encoder.encode, report, config.samples.streaming)
+            open_dataset(config, source, encoder, encoder.encode, report, config.samples.streaming)
             for source in sources
         ]
         if config.eval_data:
@@ -61,12 +64,30 @@ def open_held_out(
 ) -> list[Dataset]:
     """Data sets to measure on, as they stand; weights do not count."""
     if names == ("demo",):
-        return [DigitsQuestions("heldout", config.seed, ENDLESS)]
+        return [bundled_questions(config, "heldout", encoder)]
     try:
         sources = [parse_weight(name)[0] for name in names]
-        return [open_dataset(config, source, partial(with_tensors, encoder), report) for source in sources]
+        prepare = partial(with_tensors, encoder)
+        return [open_dataset(config, source, encoder, prepare, report) for source in sources]
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
+
+
+def bundled_questions(config: Config, split: str, encoder: ChatCollator) -> DigitsQuestions:
+    """The bundled data.
+
+    Raises:
+        RefusedError: if --max_length or --packing_tokens is less than the tokens of their longest sample.
+    """
+    data, most = DigitsQuestions(split, config.seed, ENDLESS), config.samples.most_tokens
+    if most:
+        # One sample in 70 is as long as any can be.
+        ids = ChatCollator(encoder.processor, supervise="all")(data.__getitems__(range(BUNDLED)))
+        longest = ids["attention_mask"].sum(1)
+        flag = "--max_length" if config.samples.max_length == most else "--packing_tokens"
+        must = f"{flag} must be at least the {longest.max()} tokens of the demo's sample {longest.argmax()}"
+        check(longest.max() <= most, must, most, f"set {flag} {longest.max()}")
+    return data
 
 
 def parse_weight(source: str) -> tuple[str, float]:
@@ -89,12 +110,34 @@ def parse_weight(source: str) -> tuple[str, float]:
 
 
 def open_dataset(
-    config: Config, source: str, prepare: Any, report: Path | None, streaming: bool = False
+    config: Config,
+    source: str,
+    encoder: ChatCollator,
+    prepare: Any,
+    report: Path | None,
+    streaming: bool = False,
 ) -> Conversations:
     """One data set of conversations."""
     rows = open_rows(source, streaming, config.seed)
+    if not encoder.reads_conversations and not streaming:
+        refuse_conversations(rows)
     options = (config.samples.on_broken, config.samples.max_frames, config.samples.max_pixels)
     return Conversations(rows, *options, prepare=prepare, report=report)
+
+
+def refuse_conversations(rows: JsonLines | Table) -> None:
+    """Refuse, at the start, conversations for a tokenizer without a chat template.
+
+    Beyond the first rows, and in a stream, they are refused when their turn comes.
+    """
+    for index in range(min(len(rows), LOOKED_AT)):
+        try:
+            row = rows.row(index)
+            is_conversation = any(row.get(key) is not None for key in OF_CONVERSATIONS)
+        except Exception:  # a broken sample, named when its turn comes
+            continue
+        must = "--teacher must have a chat template to read conversations"
+        check(not is_conversation, must, f"none for {rows.name(index)}", SET_TEMPLATE)
 
 
 def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:

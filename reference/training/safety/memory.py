@@ -26,7 +26,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def recompute_layers(student: PreTrainedModel) -> None:
     """Let every layer keep its input only and run again in the backward pass, where something is trained."""
-    student.gradient_checkpointing_enable({"use_reentrant": False})
+    student.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     leave_inputs_alone(student)
 
 

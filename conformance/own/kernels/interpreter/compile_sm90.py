@@ -85,6 +85,8 @@ LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
 
 TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIAS", "NORM"), "*fp32")
 NORM = {"WIDTH": 3584, "BLOCK": 4096, "HAS_MORE": True}
+ERRORS = {"WIDTH": 3584, "BLOCK": 1024, "HAS_TAKEN": True}
+ERROR_POINTERS = {"TAKEN": "*u8", "ERROR": "*fp32", "SQUARES": "*fp32"}
 MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
 WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
@@ -198,7 +200,7 @@ KERNELS = {
         "sliding_window_attention.kernels_step",
         "attention_kernel",
         SLIDING_STEP,
-        4,
+        8,
         3,
         {"PRESENT": "*u8"},
     ),
@@ -226,7 +228,11 @@ KERNELS = {
         {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"},
     ),
     "add_norm": ("elementwise.kernels_layer", "add_norm_kernel", NORM, 8, 3, {}),
+    "norm_backward": ("elementwise.kernels_layer", "norm_backward_kernel", NORM, 8, 3, {}),
     "gate": ("elementwise.kernels_layer", "gate_kernel", {"BLOCK": 1024}, 4, 3, {}),
+    "gate_backward": ("elementwise.kernels_layer", "gate_backward_kernel", {"BLOCK": 1024}, 4, 3, {}),
+    "errors": ("losses.kernels_hidden", "errors_kernel", ERRORS, 4, 3, ERROR_POINTERS),
+    "errors_gradient": ("losses.kernels_hidden", "errors_gradient_kernel", ERRORS, 4, 3, ERROR_POINTERS),
     "text_step": ("decoding.kernels.text_step", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
@@ -263,7 +269,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     elif chosen["kernel"] == "output_kernel":
         known |= scan_output.output_tiles(size, size, scanned, known["CHUNK"])[0]
     elif "PLACES" in chosen:
-        known["COLUMNS"] = sliding_step.COLUMNS
+        moves = chosen["kernel"] == "move_kernel"
+        known["COLUMNS"] = sliding_step.MOVED if moves else sliding_step.READ[size > 128]
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}

@@ -71,7 +71,7 @@ def main(dtype: str) -> None:
     mend_scalars()
     for table in (kernels.FORWARD, kernels_backward.QUERY_GRADIENT, kernels_backward.KEY_GRADIENT):
         table.update(dict.fromkeys(table, kernels.Tiles(16, 16, 4, 1)))
-    kernels_step.COLUMNS = 16
+    kernels_step.READ, kernels_step.MOVED = dict.fromkeys((False, True), 16), 16
     optimized.set_engine("triton")
     for case in cases(dtype):
         check(case, gradients=True)

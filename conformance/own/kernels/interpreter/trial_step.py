@@ -20,6 +20,8 @@ from linmu.optimized.elementwise.operator import AddNormInputs, GateInputs, add_
 from linmu.optimized.engine.operator import Operator
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
+from linmu.reference.m_mate import DonatedMMATEState, MMATEState
+from linmu.reference.sliding_window_attention import DonatedWindowState, WindowState
 
 from ....harness.compare import Results, assert_matches
 from ....harness.layouts import Layout, Text
@@ -41,6 +43,43 @@ BATCHES = (1, 2, 3, 5)  # the last one has too many rows for a launch of all pro
 def step(module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: FlexMAState) -> Results:
     y, state = module(u, valid=valid, position_embeddings=angles, state=state)
     return {"output": y, "conv state": state.conv, "scan state": state.scan}
+
+
+def check_block(dtype: str) -> None:
+    """A whole block, whose window branch and mix are one launch of projections, too; with few rows."""
+    for batch, options in ((1, {"qkv_bias": True}), (3, {}), (5, {"qkv_bias": True}), (2, {"qk_norm": True})):
+        config = reference.LinMUConfig(**SIZES, **options, text_window=4)
+        case = ModuleCase(Layout(((Text(1),),) * batch), config, 0, dtype, seed=batch)
+        module = random_module(optimized, "MMATE", case)
+        own, wide = (initial(reference, "MMATE", case) for _ in range(2))
+        for twin in (own, wide):
+            twin.load_state_dict(module.state_dict())
+        u, valid = case.hidden_states(), torch.arange(batch)[:, None] % 3 != 1
+        near = [torch.randn(batch, 3, 2, 6).to(u.dtype) for _ in range(2)]
+        taps = torch.randn(batch, config.conv_kernel - 1, config.conv_channels)
+        window = WindowState(*near, torch.ones(batch, 3, dtype=torch.bool))
+        state = MMATEState(taps, torch.randn(batch, 4, 6, 6), window)
+        exact = RoundedCase(case)
+        exact_window = WindowState(*(tensor.double() for tensor in near), window.present)
+        exact_state = MMATEState(taps.double(), state.scan.double(), exact_window)
+        angles = case.position_embeddings(), exact.position_embeddings()
+        truth = block_step(wide.double(), exact.hidden_states(), valid, angles[1], exact_state)
+        wanted = block_step(own, u, valid, angles[0], state)
+        donated = DonatedMMATEState(
+            *map(torch.clone, state[:2]), DonatedWindowState(*map(torch.clone, window))
+        )
+        optimized.set_engine("triton")
+        with watch_memory():
+            got = block_step(module, u.where(valid[..., None], float("nan")), valid, angles[0], donated)
+        optimized.set_engine(None)
+        for results in (got, truth, wanted):
+            results["output"] = results["output"].where(valid[..., None], 0)
+        assert_matches(got, truth, wanted, case)
+
+
+def block_step(module: nn.Module, u: Tensor, valid: Tensor, angles, state: MMATEState) -> Results:
+    y, (conv, scan, (k, v, present)) = module(u, valid=valid, position_embeddings=angles, state=state)
+    return {"output": y, "conv": conv, "scan": scan, "k": k, "v": v, "present": present.to(scan.dtype)}
 
 
 def check_layer_kernels(dtype: torch.dtype) -> None:
@@ -71,6 +110,7 @@ def main(dtype: str) -> None:
         check_layer_kernels(getattr(torch, dtype))
     for rows, outputs in text_step_kernels.OUTPUTS.items():
         text_step_kernels.ELEMENTS[rows] = 2 * rows * outputs  # three steps along the width
+    check_block(dtype)
     for batch in BATCHES:
         for index, options in enumerate(OPTIONS):
             config = reference.LinMUConfig(**SIZES, **options)

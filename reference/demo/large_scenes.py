@@ -1,0 +1,154 @@
+"""Questions about large pictures and long films of digits: what is on the grid, what is asked, the answer.
+
+Local detail: `neighbour` in pictures, `changed` in films (a cell beside, a moment before). Global context:
+`count` and `extreme` in pictures, `flashes` and `again` in films (digits anywhere, the first moment and the
+last). Few cells show a digit, so that what counts lies far apart. Letters: n samples, T Y X grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from .digits import BLANK
+from .draws import Draws
+from .scenes import DIRECTIONS, STEPS, Scenes
+
+Grid = tuple[int, int, int]
+# (T, Y, X) of pictures, and of films. Choice: as many moments as rows, since the text after a film of Qwen's
+# class has positions that follow its rows and columns, whatever its moments.
+LEVELS: dict[str, tuple[Grid, Grid]] = {
+    "short": ((1, 8, 8), (4, 4, 4)),
+    "middle": ((1, 16, 32), (8, 8, 8)),
+    "long": ((1, 64, 64), (16, 16, 16)),
+}
+SEEN = (1, 16, 16)  # of pictures to learn to see on: a window of the tower's attention
+FEWEST, MOST = 6, 40  # digits beside those asked about
+MOST_ASKED = 5
+
+
+def _drawn(draws: Draws, grid: Grid, low: int = 0, high: int = 10) -> np.ndarray:
+    """(n, cells) digits, one for every cell."""
+    return draws.integers(low, high, int(np.prod(grid)))
+
+
+def _others(draws: Draws, digit: np.ndarray, grid: Grid) -> np.ndarray:
+    """(n, cells) digits, none the sample's own `digit` (n,)."""
+    return (digit[:, None] + _drawn(draws, grid, 1)) % 10
+
+
+def _ranks(draws: Draws, grid: Grid) -> np.ndarray:
+    """(n, cells) int64, the cells in an order of their own for every sample."""
+    return draws.ranks(np.ones((len(draws), int(np.prod(grid))), bool))
+
+
+def _amount(draws: Draws, cells: int) -> np.ndarray:
+    """(n, 1) how many cells show digits that are not asked about."""
+    return draws.integers(FEWEST, min(MOST, cells // 4) + 1)[:, None]
+
+
+def _scenes(labels: np.ndarray, grid: Grid, questions: list[str], answers: list[str]) -> Scenes:
+    """Scenes of labels (n, cells), in which every cell is its own thing."""
+    n = len(labels)
+    things = np.broadcast_to(np.arange(labels.shape[1]).reshape(1, *grid), (n, *grid))
+    return Scenes(labels.reshape(n, *grid), things, np.tile(grid, (n, 1)), questions, answers)
+
+
+def cells_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """A share of 0.05 to 0.95 of the cells show digits; nothing is asked."""
+    shown = draws.uniform(int(np.prod(grid))) < 0.05 + 0.9 * draws.uniform(1)
+    return _scenes(np.where(shown, _drawn(draws, grid), BLANK), grid, [""] * len(draws), [""] * len(draws))
+
+
+def neighbour_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """Which digit is beside the only digit of its value?"""
+    digit, way = draws.integers(0, 10), draws.integers(0, 4)
+    digits, step = _others(draws, digit, grid), STEPS[way]
+    shown = _ranks(draws, grid) < _amount(draws, digits.shape[1])
+    y, x = draws.integers(np.maximum(0, -step), np.array(grid[1:]) - np.maximum(0, step), 2).T
+    rows, place = np.arange(len(draws)), y * grid[2] + x
+    beside = place + step[:, 0] * grid[2] + step[:, 1]
+    labels = np.where(shown, digits, BLANK)
+    labels[rows, beside] = digits[rows, beside]
+    labels[rows, place] = digit
+    questions = [f"Which digit is {DIRECTIONS[w]} the {d}?" for w, d in zip(way, digit, strict=True)]
+    return _scenes(labels, grid, questions, [str(d) for d in digits[rows, beside]])
+
+
+def count_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """How many cells, of all moments, show a given digit? None to five."""
+    digit, asked = draws.integers(0, 10), draws.integers(0, MOST_ASKED + 1)
+    digits, ranks = _others(draws, digit, grid), _ranks(draws, grid)
+    digits = np.where(ranks < asked[:, None], digit[:, None], digits)
+    labels = np.where(ranks < asked[:, None] + _amount(draws, digits.shape[1]), digits, BLANK)
+    questions = [f"How many times does the {d} appear?" for d in digit]
+    return _scenes(labels, grid, questions, [str(a) for a in asked])
+
+
+def extreme_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """What is the largest, or the smallest, digit?"""
+    largest, answer = draws.integers(0, 2), draws.integers(2, 10)
+    digits, ranks = _drawn(draws, grid, 0, answer[:, None] + 1), _ranks(draws, grid)
+    digits = np.where(ranks == 0, answer[:, None], digits)
+    digits = np.where(largest[:, None], digits, 9 - digits)
+    labels = np.where(ranks < _amount(draws, digits.shape[1]), digits, BLANK)
+    questions = [f"What is the {'largest' if up else 'smallest'} digit?" for up in largest]
+    answers = [str(a if up else 9 - a) for up, a in zip(largest, answer, strict=True)]
+    return _scenes(labels, grid, questions, answers)
+
+
+def changed_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """One digit turns into another and stays so; which is the new one?"""
+    n, moments, cells = len(draws), grid[0], grid[1] * grid[2]
+    ranks = _ranks(draws, (1, *grid[1:]))
+    amount = draws.integers(3, min(13, cells // 2))[:, None]
+    still = np.where(ranks < amount, _drawn(draws, (1, *grid[1:])), BLANK)
+    place = ranks.argmin(1)
+    rows = np.arange(n)
+    before = still[rows, place]
+    after = (before + draws.integers(1, 10)) % 10
+    later = np.arange(moments) >= draws.integers(1, moments)[:, None]
+    labels, things = np.repeat(still[:, None], moments, 1), np.tile(np.arange(cells), (n, moments, 1))
+    labels[rows, :, place] = np.where(later, after[:, None], before[:, None])
+    things[rows, :, place] = np.where(later, cells, place[:, None])
+    scenes = _scenes(labels.reshape(n, -1), grid, ["One digit changes. What does it become?"] * n, [])
+    scenes.things, scenes.answers = things.reshape(n, *grid), [str(a) for a in after]
+    return scenes
+
+
+def again_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """Is the only digit of the first moment among the three of the last?"""
+    n, cells = len(draws), grid[1] * grid[2]
+    digit, is_again = draws.integers(0, 10), draws.integers(0, 2).astype(bool)
+    between = (max(grid[0] - 2, 1), *grid[1:])
+    digits, shown = _drawn(draws, between), _ranks(draws, between)
+    labels = np.full((n, grid[0], cells), BLANK)
+    middle = np.where(shown < _amount(draws, shown.shape[1]), digits, BLANK).reshape(n, -1, cells)
+    labels[:, 1:-1] = middle[:, : grid[0] - 2]
+    first, last = (_ranks(draws, (1, *grid[1:])) for _ in range(2))
+    labels[:, 0] = np.where(first == 0, digit[:, None], BLANK)
+    end = _others(draws, digit, (1, *grid[1:]))
+    end = np.where((last == 0) & is_again[:, None], digit[:, None], end)
+    labels[:, -1] = np.where(last < 3, end, BLANK)
+    questions = ["Is the digit of the first moment there in the last?"] * n
+    return _scenes(labels.reshape(n, -1), grid, questions, ["yes" if a else "no" for a in is_again])
+
+
+OF_PICTURES = {"neighbour": neighbour_scenes, "count": count_scenes, "extreme": extreme_scenes}
+OF_FILMS = {"changed": changed_scenes, "flashes": count_scenes, "again": again_scenes}
+
+
+def builders_of(level: str) -> dict[str, Callable[[Draws], Scenes]]:
+    """The builders of a level of `LEVELS`, by kind; `cells` is for what learns to see.
+
+    Raises:
+        ValueError: for another level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"large questions: level must be among {tuple(LEVELS)}, got {level!r}")
+    picture, film = LEVELS[level]
+    found = {kind: partial(build, grid=picture) for kind, build in OF_PICTURES.items()}
+    found |= {kind: partial(build, grid=film) for kind, build in OF_FILMS.items()}
+    return found | {"cells": partial(cells_scenes, grid=SEEN)}

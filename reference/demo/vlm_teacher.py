@@ -1,0 +1,288 @@
+"""Make a teacher that sees of a language model: a pretrained Llama's decoder, a new tower and connector.
+
+    python -m linmu.reference.demo.vlm_teacher SmolLM2-135M-Instruct.Q4_1.gguf --output teacher
+
+First tower and connector learn to give every cell of a picture the embedding of the digit that it shows, so
+that the decoder reads a picture as if it were a text. Then all of it learns to answer, at short, middle and
+long (4,096 tokens of vision), each for so many seconds. `random` in the place of the file is a decoder of two
+random layers with a tiny tower, to try the command in seconds (--steps 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+
+from ..prompts.processors import load_processor
+from ..training.teacher import open_processor, open_teacher
+from ..training.teacher_student import supervised
+from .build_teacher import MERGE, write_preprocessing
+from .build_vlm import TINY_TOWER, TOWER, build_vlm, random_decoder, with_vision_tokens
+from .evaluation import answered_of_batch
+from .large_questions import LargeQuestions
+from .large_scenes import LEVELS
+from .packed_vision import pack_vision
+from .train_teacher import Clock, ClockTrainer, TrainingCollator
+
+RANDOM = "random"
+CELL_NAMES = (*map(str, range(10)), ".")  # what tells a digit, and last a blank cell
+LARGEST = 64  # cells a side of the largest picture
+WARMUP = 20  # steps
+SEEING = {"batch_size": 64, "learning_rate": 2e-3}
+ANSWERING = {
+    "short": {"batch_size": 192, "learning_rate": 6e-4},
+    "middle": {"batch_size": 40, "learning_rate": 5e-4},
+    "long": {"batch_size": 8, "learning_rate": 3e-4},
+}
+MOST_STEPS = 20_000
+
+
+class LabelledCells(Dataset):
+    """Pictures of digits and what their cells show: {"image": PIL image, "cells": (Y, X) int64, -1 blank}."""
+
+    def __init__(self, split: str, seed: int, length: int):
+        self.questions = LargeQuestions("short", split, seed, length, kinds=("cells",))
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        items, grids = self.questions.__getitems__(indices), self.questions.grids(indices)
+        images = [item["messages"][0]["content"][1]["image"] for item in items]
+        return [{"image": image, "cells": grid[0]} for image, grid in zip(images, grids, strict=True)]
+
+
+def collate_cells(processor: ProcessorMixin, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Patches of the pictures, their grids, and the labels of all cells (N,)."""
+    seen = processor.image_processor([item["image"] for item in items], return_tensors="pt")
+    labels = torch.cat([torch.as_tensor(item["cells"]).flatten() for item in items])
+    return {**seen, "labels": labels}
+
+
+class CellReader(nn.Module):
+    """Tower and connector, with the error of what they make of cells.
+
+    Args:
+        visual: the model's.
+        names: (11, D) the embeddings that digits and blank cells are to get.
+    """
+
+    def __init__(self, visual: nn.Module, names: Tensor):
+        super().__init__()
+        self.visual = visual
+        self.register_buffer("names", names.detach().clone())
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The squared error relative to the spread of the names; the share of cells nearest to their own."""
+        seen = self.visual(pixel_values, grid_thw=image_grid_thw).pooler_output.float()
+        spread = (self.names - self.names.mean(0)).square().sum(-1).mean()
+        loss = (seen - self.names[labels]).square().sum(-1).mean() / spread
+        nearest = torch.cdist(seen.detach(), self.names).argmin(-1)
+        return {"loss": loss, "right": (nearest == labels % len(self.names)).float().mean()}
+
+
+class AnswerCollator(TrainingCollator):
+    """TrainingCollator without the mask: padding on the right is later than all that counts."""
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = super().__call__(items)
+        del batch["attention_mask"]
+        return batch
+
+
+class InOrderTrainer(ClockTrainer):
+    """ClockTrainer that takes the samples as they come: they are random already."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+class AnswerTrainer(InOrderTrainer):
+    """Cross-entropy of answers alone: logits of all tokens would take more memory than all else."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        positions, mask = supervised(labels)
+        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
+        loss = cross_entropy(logits[mask].float(), labels[:, positions + 1][mask])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def train(
+    trainer_class: type[InOrderTrainer],
+    model: nn.Module,
+    data: Callable[[int], Dataset],
+    collate: Callable,
+    options: argparse.Namespace,
+    seconds: float,
+    *,
+    batch_size: int,
+    learning_rate: float,
+) -> int:
+    """Train for so many seconds, or `options.steps`; return the steps taken."""
+    cuda, batch_size = torch.cuda.is_available(), min(batch_size, options.most_in_batch)
+    arguments = TrainingArguments(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        bf16=cuda,
+        use_cpu=not cuda,
+        optim="adamw_torch_fused" if cuda else "adamw_torch",
+        dataloader_num_workers=options.workers,
+        dataloader_prefetch_factor=4 if options.workers else None,
+        logging_steps=options.log_every,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+    trainer = trainer_class(
+        model=model,
+        args=arguments,
+        clock=Clock(options.steps, seconds / 60),
+        warmup=min(WARMUP, options.steps),
+        train_dataset=data(options.steps * batch_size),
+        data_collator=collate,
+    )
+    trainer.model_accepts_loss_kwargs = False  # the loss is a mean
+    trainer.train()
+    return trainer.state.global_step
+
+
+def with_kinds(collate: Callable, items: list[dict[str, Any]]) -> tuple[list[str], dict[str, Tensor]]:
+    """A batch, and what kinds it asks."""
+    return [item["kind"] for item in items], collate(items)
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, collate: Callable, level: str, options: argparse.Namespace
+) -> dict[str, float]:
+    """Share of held-out questions of a level that are answered word for word, by kind."""
+    size = min(2 * ANSWERING[level]["batch_size"], options.most_in_batch)
+    data = LargeQuestions(level, "heldout", options.seed, options.eval_samples)
+    gather = partial(with_kinds, collate)
+    loader = DataLoader(data, size, collate_fn=gather, num_workers=options.workers)
+    right: dict[str, list[bool]] = defaultdict(list)
+    model.eval()
+    for kinds, batch in loader:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            answered = answered_of_batch(model, batch).tolist()
+        for kind, is_right in zip(kinds, answered, strict=True):
+            right[kind].append(is_right)
+    every = [is_right for kind in right.values() for is_right in kind]
+    return {"all": sum(every) / len(every)} | {
+        kind: sum(own) / len(own) for kind, own in sorted(right.items())
+    }
+
+
+@torch.no_grad()
+def measure_cells(reader: CellReader, collate: Callable, samples: int) -> float:
+    """Share of held-out cells whose token is nearest to its name."""
+    batch = collate(LabelledCells("heldout", 0, samples).__getitems__(range(samples)))
+    device = reader.names.device
+    return reader(**{name: tensor.to(device) for name, tensor in batch.items()})["right"].item()
+
+
+def open_decoder(name: str) -> tuple[PreTrainedModel, Any, dict[str, int]]:
+    """A Llama, its tokenizer, and the sizes of the tower that it gets."""
+    if name == RANDOM:
+        return *random_decoder(), TINY_TOWER
+    return open_teacher(name, torch.float32), open_processor(name).tokenizer, TOWER
+
+
+def make(options: argparse.Namespace) -> dict[str, Any]:
+    """Build, train, measure and save the teacher; return what was measured."""
+    set_seed(options.seed)
+    began = time.perf_counter()
+    decoder, tokenizer, tower = open_decoder(options.decoder)
+    tokenizer = with_vision_tokens(tokenizer)
+    model = build_vlm(decoder, tokenizer, tower)
+    write_preprocessing(options.output, tokenizer, LARGEST)
+    model.save_pretrained(options.output)  # the folder is whole from the start: its processor is read back
+    pack_vision(model)
+    if torch.cuda.is_available():
+        model.cuda()
+    result: dict[str, Any] = {"seconds": {"opened": time.perf_counter() - began}, "steps": {}, "accuracy": {}}
+    result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+
+    def keep(stage: str, measured: Any, steps: int, started: float) -> None:
+        """Save what there is, so that a run that is ended early leaves a teacher, too."""
+        now = time.perf_counter()
+        result["steps"][stage], result["accuracy"][stage] = steps, measured
+        result["seconds"][stage], result["seconds"]["all"] = now - started, now - began
+        if torch.cuda.is_available():
+            result["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        model.config.use_cache = True  # the trainer switches it off
+        model.save_pretrained(options.output)
+        (options.output / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps({stage: measured, "steps": steps, "seconds": round(now - started, 1)}), flush=True)
+
+    seeing, *answering = options.seconds
+    names = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(CELL_NAMES))]
+    reader, started = CellReader(model.model.visual, names), time.perf_counter()
+    collate = partial(collate_cells, load_processor(options.output))
+    cells = partial(LabelledCells, "train", options.seed)
+    steps = train(InOrderTrainer, reader, cells, collate, options, seeing, **SEEING)
+    keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
+
+    collate = AnswerCollator(options.output, MERGE)
+    for level, seconds in zip(LEVELS, answering, strict=True):
+        started = time.perf_counter()
+        questions = partial(LargeQuestions, level, "train", options.seed)
+        steps = train(AnswerTrainer, model, questions, collate, options, seconds, **ANSWERING[level])
+        keep(level, measure(model, collate, level, options), steps, started)
+    return result
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("decoder", help="GGUF file, folder or Hub id of a Llama; or random")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
+    parser.add_argument(
+        "--seconds", type=float, nargs=4, default=(12, 65, 33, 55), help="to see, at short, middle, long"
+    )
+    parser.add_argument("--steps", type=int, default=MOST_STEPS, help="most of any of the four")
+    parser.add_argument("--most-in-batch", type=int, default=1024, help="samples, where memory is short")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make questions")
+    parser.add_argument("--eval-samples", type=int, default=300, help="held-out questions of each level")
+    parser.add_argument("--log-every", type=int, default=20, help="steps between loss lines")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the teacher."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    print(json.dumps(make(parse(arguments)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
