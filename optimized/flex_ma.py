@@ -70,6 +70,8 @@ class FlexMA(reference.FlexMA):
         if rates is None:
             linears = [self.dt_proj, self.scan_gate_proj] if has_gate else [self.dt_proj]
             rates = narrow_columns(hidden_states, linears)
+        elif not has_gate:
+            rates = rates[..., : self.config.heads]
         if layout is not None:
             rates = layout.in_order(rates, self.order_layer)
         rate, gate_rate = rates.tensor_split([self.config.heads], dim=-1)

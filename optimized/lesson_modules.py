@@ -7,7 +7,8 @@
     branches    of M-MATE: q, k and v of one input
 
 Only modules of known classes, whose forward is their own, get another one; each call asks whether what it is
-given is what it knows, and is Hugging Face's own forward otherwise. Rounding is theirs.
+given is what it knows, and is Hugging Face's own forward otherwise. Norms and gates round where theirs do;
+RoPE and adapters round once where theirs do at every step.
 """
 
 from __future__ import annotations

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..reference.checks import require
 from ..reference.training import teacher_student as reference
-from ..reference.training.batch_facts import Facts
 from ..reference.training.safety.distributed_means import share
 from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
 from .engine import get_engine
@@ -56,10 +53,9 @@ class Lesson(reference.Lesson):
         restore_methods(self.replaced)
         return super().close()
 
-    def forward(
-        self, labels: Tensor | None = None, facts: Facts | None = None, **inputs: Any
-    ) -> dict[str, Tensor]:
-        """As the reference's; `facts` of the batch, if the caller has them, spare graphs a question."""
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+        """As the reference's; `facts` among the inputs, of `batch_facts`, spare graphs a question."""
+        facts = inputs.pop("facts", None)
         device = next(self.layers[0].parameters()).device
         if not self.replaced and get_engine(device) == "triton":  # few kernels are no gain to a CPU
             self.replaced = replace_methods(self.student.get_decoder())

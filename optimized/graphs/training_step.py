@@ -162,14 +162,18 @@ class TrainingGraphs:
 
     def obstacle(self, inputs: dict[str, Tensor]) -> str | None:
         """Why steps cannot run from graphs now; None = they can."""
+        found = state_of_torch(self.device)
+        if found:
+            return found
+        if any(type(parameter) is not nn.Parameter for parameter in self.lesson.parameters()):
+            return "weights that are sharded or quantised"
         made_of = tuple((each.data_ptr(), each.requires_grad) for each in self.lesson.parameters())
         if made_of != self.made_of:
             self.clear()
             self.made_of = made_of
             self.trained = [each for each in self.lesson.parameters() if each.requires_grad]
-            self.gradients = [torch.zeros_like(each) for each in self.trained]
             self.kind = kind_of(self.lesson)
-        found = self.kind or state_of_torch(self.device) or hooks_on(self.lesson)
+        found = self.kind or hooks_on(self.lesson)
         if found:
             return found
         if not self.trained:
@@ -260,6 +264,8 @@ class TrainingGraphs:
         self.lesson.forget()
         if self.capture is None:
             self.capture = self.new_capture()
+        if not self.gradients:
+            self.gradients = [torch.zeros_like(each) for each in self.trained]
         try:
             graph.replay, (graph.terms, graph.reached) = self.capture(
                 lambda: self.step(graph.buffers, autocast)
@@ -444,8 +450,6 @@ def kind_of(lesson: Lesson) -> str | None:
         return "RoPE whose angles depend on more than positions"
     if not all(isinstance(layer.self_attn.mixer, MMATE) for layer in lesson.layers):
         return "mixers of another package"
-    if any(type(parameter) is not nn.Parameter for parameter in lesson.parameters()):
-        return "weights that are sharded or quantised"
     if len({parameter.device for parameter in decoder.parameters()}) > 1:
         return "a decoder on several devices"
     for module in lesson.student.modules():

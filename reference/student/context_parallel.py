@@ -41,7 +41,6 @@ from ..numerics import (
     accumulation_dtype,
     full_precision_linear,
     last_where,
-    repeat_groups,
     without_autocast,
     zero_where_masked,
 )
@@ -165,8 +164,13 @@ class ContextParallel:
         sent = mine.expand(self.ranks, *mine.shape).flatten(0, 1)
         return self.exchange(sent, self.lengths, [len(mine)] * self.ranks).movedim(0, dim)
 
-    def in_order(self, order: Tensor) -> Route:
-        """Route to the prompt's scan order, (B, L) int64: afterwards rank r holds its slice of the scan."""
+    def in_order(self, order: Tensor) -> Route | None:
+        """Route to the prompt's scan order, (B, L) int64: afterwards rank r holds its slice of the scan.
+
+        None = it does so already.
+        """
+        if bool((order == torch.arange(order.shape[1], device=order.device)).all()):
+            return None
         position = order.argsort(1)  # where each token stands in the scan
         rows = torch.arange(len(order), device=order.device)[:, None]
         return Route(self.owner[position], position + rows * order.shape[1], self)
@@ -278,37 +282,36 @@ class ContextParallel:
         Returns:
             This rank's y (B, n, H, P), and the state after the whole prompt.
         """
-        dtype, heads = accumulation_dtype(x.dtype), dt.shape[2]
+        dtype = accumulation_dtype(x.dtype)
         mine, own = (None if each is None else self.local(each) for each in (valid, segment))
         y, end = self.operators.bidirectional_scan(x, dt, A, B, C, gate=gate, segment=own, valid=mine, D=D)
         steps = dt.to(dtype)  # (B, n, H)
-        steps = steps if mine is None else zero_where_masked(steps, mine[..., None])
+        if mine is not None:
+            steps = zero_where_masked(steps, mine[..., None])
+            x, B, C = (zero_where_masked(t, mine[..., None, None]) for t in (x, B, C))
         A, gate, reader = A.to(dtype), gate.to(dtype), C.to(dtype)
         start = torch.zeros_like(end) if initial_state is None else initial_state.to(dtype)
         forward = self.fold(end, torch.exp(A * steps.sum(1)), start)  # eq. (1)
-        read = self.reads(A, steps.cumsum(1), reader, forward[self.rank])  # eq. (2)
-        added = read
+        kept = torch.exp(A * steps.cumsum(1))  # (B, n, H), of what entered
         if own is not None:
-            cut, is_cut = self.once("cuts", lambda: self.cuts(segment))
-            added = read * torch.where(own[..., None] >= 0, gate, torch.ones_like(gate))[..., None]
-        if own is not None and is_cut:
+            kept = kept * torch.where(own[..., None] >= 0, gate, 1)
+        y = torch.addcmul(y.to(dtype), kept[..., None], self.reads(reader, forward[self.rank]))  # eq. (2)
+        cut, is_cut = (None, False) if own is None else self.once("cuts", lambda: self.cuts(segment))
+        if is_cut:
             into_left, from_right = (
                 (own == cut[e][:, None]) & (own >= 0) for e in (self.rank, self.rank + 1)
             )
             left = zero_where_masked(steps, into_left[..., None])
             write = torch.exp(A * (left.cumsum(1) - left)) * left
-            writer, wide_x = (repeat_groups(t.to(dtype), heads) for t in (B, x))
-            if mine is not None:
-                writer, wide_x = (zero_where_masked(t, mine[..., None, None]) for t in (writer, wide_x))
-            state = torch.einsum("blh,blhn,blhp->bhnp", write, writer, wide_x)
+            written = x.to(dtype)[:, :, :, None] * write.unflatten(2, (x.shape[2], -1))[..., None]
+            state = torch.einsum("blgn,blgrp->bgrnp", B.to(dtype), written).flatten(1, 2)  # (B, H, N, P)
             through = [(a == b) & (a >= 0) for a, b in pairwise(cut)]  # the rank lies inside one segment
             incoming = self.fold(state, torch.exp(A * left.sum(1)), torch.zeros_like(state), through)
             right = zero_where_masked(steps, from_right[..., None])
-            read = self.reads(A, right.flip(1).cumsum(1).flip(1), reader, incoming[self.rank + 1])
-            added = added + zero_where_masked(read * (1 - gate)[..., None], from_right[..., None, None])
-        if mine is not None:
-            added = zero_where_masked(added, mine[..., None, None])
-        return (y.to(dtype) + added).to(x.dtype), forward[-1]
+            kept = torch.exp(A * right.flip(1).cumsum(1).flip(1)) * (1 - gate)
+            kept = zero_where_masked(kept, from_right[..., None])
+            y = torch.addcmul(y, kept[..., None], self.reads(reader, incoming[self.rank + 1]))
+        return y.to(x.dtype), forward[-1]
 
     def fold(
         self, state: Tensor, decay: Tensor, start: Tensor, through: list[Tensor] | None = None
@@ -338,9 +341,9 @@ class ContextParallel:
         return cut, bool((torch.stack(cut) >= 0).any())
 
     @staticmethod
-    def reads(A: Tensor, passed: Tensor, C: Tensor, state: Tensor) -> Tensor:
-        """What tokens read of a state that entered `passed` (B, n, H) steps ago: (B, n, H, P)."""
-        return torch.einsum("blh,blhn,bhnp->blhp", torch.exp(A * passed), C, state)
+    def reads(C: Tensor, state: Tensor) -> Tensor:
+        """What tokens read of a state (B, H, N, P), but for its decay: C (B, n, H, N) -> (B, n, H, P)."""
+        return torch.einsum("blhn,bhnp->blhp", C, state)
 
     def m_mate(
         self,

@@ -73,11 +73,10 @@ def padding_mask(
 
 def may_hold_padding(attention_mask: Tensor) -> bool:
     """Whether a mask (B, S) must be heeded; it must where its values cannot be asked for."""
+    if torch.compiler.is_compiling():  # a graph cannot depend on values, nor its tracer read the variable
+        return True
     known = _has_padding.get()
-    if known is not None:
-        return known
-    # under torch.compile a graph cannot depend on what the mask holds
-    return torch.compiler.is_compiling() or not bool(attention_mask.all())
+    return not bool(attention_mask.all()) if known is None else known
 
 
 def causal_attention(

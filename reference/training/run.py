@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config
 from .data.conversations import InOrder, SharedBatches, skipped
-from .data.open_data import chat_collator, in_order, open_data
+from .data.open_data import batch_of, chat_collator, in_order, open_data
 from .evaluation.evaluation import evaluate
 from .evaluation.held_out import HeldOut
 from .evaluation.plots import plot_layers, plot_losses
@@ -159,7 +159,7 @@ class Run:
         lesson = self.lesson()
         loader = DataLoader(InOrder(self.training, min(samples, len(self.training))), size, collate_fn=list)
         with self.autocast():
-            calibrate_norms(lesson, (self.on_device(self.encoder(items)) for items in loader))
+            calibrate_norms(lesson, (self.on_device(batch_of(self.encoder, items)) for items in loader))
         lesson.close()
 
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -303,7 +303,7 @@ class Run:
             model=lesson,
             args=arguments,
             train_dataset=shared if optimizer.context_parallel > 1 else samples,
-            data_collator=self.collator.with_names,
+            data_collator=partial(batch_of, self.collator.with_names),
         )
         trainer.remove_callback(PrinterCallback)
         progress = Progress(stage.name, self.folder / "metrics.jsonl", optimizer.context_parallel)

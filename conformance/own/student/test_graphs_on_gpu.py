@@ -49,7 +49,8 @@ def test_a_layers_norm_and_gate_are_those_of_hugging_face(dtype, rows):
     x, more = (torch.randn(2, rows, 3584, device="cuda").to(dtype) for _ in range(2))
     total, normed = add_norm(AddNormInputs(x, more, norm.weight, norm.variance_epsilon, "triton"))
     assert torch.equal(total, x + more)
-    torch.testing.assert_close(normed, norm(x + more))
+    twice = {"rtol": max(2 * torch.finfo(dtype).eps, 1e-6), "atol": 1e-5}  # the sum's order may turn both roundings
+    torch.testing.assert_close(normed, norm(x + more), **twice)
     gate, up = (torch.randn(2, rows, 4864, device="cuda").to(dtype) for _ in range(2))
     torch.testing.assert_close(gate_product(GateInputs(gate, up, "triton")), F.silu(gate) * up)
 

@@ -286,6 +286,10 @@ def test_a_text_that_looks_like_a_mark_is_refused():
         collator([{"messages": messages}])
 
 
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|start_header_id|>{{ m.content }}<|eot_id|>{% else %}"
+    "<|end_header_id|>ANSWER{% endif %}{% endfor %}{% if add_generation_prompt %}<|end_header_id|>{% endif %}"
+)
 REFUSED = {
     "no end of turn": (LLAMA3.template.replace("<|eot_id|>", "\n"), "close an answer with a control"),
     "a text that is not written": ("{% for m in messages %}{{ m.role }}{% endfor %}", "close an answer"),
@@ -301,6 +305,14 @@ REFUSED = {
     "earlier answers are dropped": (
         "{% for m in messages %}<|start_header_id|>{{ m.content if m.role == 'user' or loop.last }}<|eot_id|>"
         "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}",
+        "render turns alike",
+    ),
+    "the last answer alone is closed": (
+        TURNS.replace("ANSWER", "{{ m.content }}{% if loop.last %}<|eot_id|>{% endif %}"),
+        "render turns alike",
+    ),
+    "earlier answers are written otherwise": (
+        TURNS.replace("ANSWER", "{{ '~' if not loop.last }}{{ m.content }}<|eot_id|>"),
         "render turns alike",
     ),
     "every turn is marked": (

@@ -201,7 +201,21 @@ def frozen(lesson: Lesson):
     return lambda: [p.requires_grad_(True) for p in trained]
 
 
+def sharded(lesson: Lesson):
+    """Its memory is elsewhere, and asking for its address fails."""
+    norm, own = lesson.student.model.norm, lesson.student.model.norm.weight
+    norm._parameters["weight"] = type("Sharded", (nn.Parameter,), {"data_ptr": None})(own.detach(), False)
+    return lambda: norm._parameters.update(weight=own)
+
+
+def several(lesson: Lesson):
+    before, training_step.processes = training_step.processes, lambda: 2
+    return lambda: setattr(training_step, "processes", before)
+
+
 OBSTACLES = {
+    "several processes train together": (several, {}),
+    "weights that are sharded or quantised": (sharded, {}),
     "hooks on its modules": (hooked, {}),
     "nothing is trained": (frozen, {}),
     "the arguments inputs_embeds": (None, {"inputs_embeds": torch.zeros(2, 5, 4)}),

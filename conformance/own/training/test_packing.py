@@ -16,6 +16,7 @@ from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.data.open_data import chat_collator, open_data, open_held_out
+from linmu.reference.training.evaluation.held_out import HeldOut
 from linmu.reference.training.refusal import RefusedError
 
 from ..student.tiny_checkpoint import shake_mixers
@@ -148,6 +149,20 @@ def test_a_bound_below_the_bundled_samples_is_refused_at_the_start(flag):
             open_held_out(config, config.data, encoder, None)
         else:
             open_data(config, encoder, None, 1)
+
+
+def test_samples_that_do_not_go_into_a_batch_are_refused_without_a_traceback(
+    collator, items, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise ValueError("where: pixels must be of one size")
+
+    monkeypatch.setattr(PackingCollator, "with_names", refuse)
+    with pytest.raises(RefusedError, match=r"^distill: where: pixels must be of one size$"):
+        main([*ONE_STEP, "--output", str(tmp_path), "--packing", "--packing_tokens", str(ROW)])
+    monkeypatch.setattr(ChatCollator, "__call__", refuse)
+    with pytest.raises(RefusedError, match=r"^distill: where: pixels must be of one size$"):
+        next(HeldOut(items, collator, parse([])).batches())
 
 
 @pytest.mark.parametrize(

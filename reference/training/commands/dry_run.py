@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from ...prompts.chat_collator import IGNORED
 from ...student.split_forward import context_parallel
 from ..data.conversations import ENDLESS, Conversations, Mixture, none_readable
+from ..data.open_data import batch_of
 from ..evaluation.evaluation import NOTHING_HELD_OUT
 from ..evaluation.held_out import OrComplaint
 from ..refusal import RefusedError, check
@@ -71,7 +72,7 @@ def dry_run(run: Run) -> None:
         raise RefusedError(refusals[0])
     check(readable[HELD_OUT], *NOTHING_HELD_OUT)
     data, _, index = largest
-    batch = run.collator([data[index]] * run.config.optimizer.batch_size)
+    batch = batch_of(run.collator, [data[index]] * run.config.optimizer.batch_size)
     run.say(f"the largest batch, {run.config.optimizer.batch_size} times the longest sample:")
     for name, tensor in batch.items():
         run.say(f"  {name:20} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
@@ -108,7 +109,7 @@ def survey(run: Run, data: Dataset) -> tuple[list[dict[str, int]], list[str]]:
     """Sizes of all samples that can be read, and what is wrong with the others."""
 
     def measure(item: dict[str, Any]) -> dict[str, int]:
-        batch = run.encoder([item])
+        batch = batch_of(run.encoder, [item])
         return {
             "tokens": int(batch["attention_mask"].sum()),
             "vision": int(run.student.placeholder_mask(batch["input_ids"]).sum()),

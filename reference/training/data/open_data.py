@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,18 @@ def refuse_conversations(rows: JsonLines | Table) -> None:
 def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:
     """What makes tensors of samples."""
     return ChatCollator(processor, supervise=settings.supervise, max_length=settings.most_tokens)
+
+
+def batch_of(collate: Callable[[Sequence[Any]], Any], samples: Sequence[Any]) -> Any:
+    """What a collator makes of samples, each of which it can read.
+
+    Raises:
+        RefusedError: for samples that do not go together into a batch, or not into a row.
+    """
+    try:
+        return collate(samples)
+    except ValueError as error:
+        raise RefusedError(f"distill: {error}") from error
 
 
 def with_tensors(encoder: ChatCollator, item: dict[str, Any]) -> dict[str, Any]:

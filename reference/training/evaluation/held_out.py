@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from ...prompts.chat_collator import ChatCollator
 from ..config import Config
 from ..data.conversations import BrokenSampleError, Conversations, InOrder
+from ..data.open_data import batch_of
 from ..safety.distributed_means import processes
 
 
@@ -75,7 +76,7 @@ class HeldOut:
             self.complaints |= dict.fromkeys(item for item in items if isinstance(item, str))
             items = [item for item in items if not isinstance(item, str)]
             if items:
-                yield [item["kind"] for item in items], self.encoder(items)
+                yield [item["kind"] for item in items], batch_of(self.encoder, items)
 
     def broken(self) -> list[str]:
         """What is wrong with the conversations that were left out, over all processes."""
