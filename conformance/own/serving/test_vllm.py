@@ -7,16 +7,20 @@ float32: there is no margin behind which a wrong state could hide.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu.optimized import convert, load
 from linmu.reference.prompts.qwen_processing import FrameProcessor
+from linmu.reference.student.model import LinMUModel
 
 from ..student.tiny_checkpoint import shake_mixers
-from ..student.tiny_families import BUILDERS
-from .requests_at_random import IMAGE, Request, request_at_random
+from ..student.tiny_families import BUILDERS, finished
+from .requests_at_random import IMAGE, KINDS, Request, request_at_random
 
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
@@ -30,60 +34,142 @@ os.environ.update({name: value for name, value in SETTINGS.items() if name not i
 vllm = pytest.importorskip(
     "vllm", reason="pip install 'linmu[vllm]' brings vLLM, see optimized/serving/README.md"
 )
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.forward_context import get_forward_context  # noqa: E402
 
 AT_ONCE = 32
 LETTERS = list(range(256))  # no placeholder is ever drawn
 LONGEST = 448  # tokens of a prompt and its answer; a step has room for as many
+GRAPHS = os.environ.get("LINMU_VLLM_GRAPHS") == "1"  # on a GPU: decoding steps replayed
 REQUESTS = int(os.environ.get("LINMU_VLLM_REQUESTS", "100"))
+STUDENTS: dict[str, tuple[str, list[int] | None, int]] = {  # family, converted layers, ranks
+    "qwen2_5_vl": ("qwen2_5_vl", None, 1),
+    "qwen3_vl": ("qwen3_vl", None, 1),
+    "qwen2_5_vl, middle layer attends": ("qwen2_5_vl", [0, 2], 1),
+    "qwen3_vl, two layers attend": ("qwen3_vl", [1], 1),
+    "qwen2_vl": ("qwen2_vl", None, 1),
+    "qwen2": ("qwen2", None, 1),
+    "llama, two layers attend": ("llama", [1], 1),
+    "qwen3_vl, ten blocks": ("qwen3_vl", [1], 1),
+    "two ranks": ("qwen2_5_vl", [0, 2], 2),
+}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A student with a text window and picture windows shorter than its prompts, and its processor."""
-    tiny = BUILDERS["qwen2_5_vl"]()
-    tiny.processor.video_processor = FrameProcessor(patch_size=4, min_pixels=64, max_pixels=4096)
-    path = tmp_path_factory.mktemp("student")
-    student = shake_mixers(convert(tiny.teacher, {"text_window": 6, "window_thw": (2, 2, 2)}))
-    student.save_pretrained(path)
-    tiny.processor.save_pretrained(path)
-    return str(path)
+def tiny_student(family: str, layers: list[int] | None) -> tuple[LinMUModel, object]:
+    """Return a student with a text window and picture windows shorter than its prompts, and its processor.
+
+    vLLM's attention on a CPU wants heads of 32 or more, so a hybrid's are wider than those of `BUILDERS`.
+    """
+    tiny = BUILDERS[family]()
+    teacher, config = tiny.teacher, tiny.teacher.config
+    frames = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    if family == "qwen3_vl":
+        size = {"shortest_edge": 64, "longest_edge": 16384}
+        tiny.processor.video_processor = transformers.Qwen3VLVideoProcessor(**frames, size=size)
+    elif tiny.image:
+        tiny.processor.video_processor = FrameProcessor(**frames, min_pixels=64, max_pixels=4096)
+    if layers is not None:
+        text = config.get_text_config()
+        if family == "qwen3_vl":
+            text.head_dim = 32
+        else:
+            text.hidden_size, text.initializer_range = 128, 0.15
+            text.head_dim = 32
+        if tiny.image:
+            text.rope_parameters["mrope_section"] = [6, 5, 5]
+            if family != "qwen3_vl":
+                config.vision_config.out_hidden_size = 128
+        torch.manual_seed(0)
+        teacher = finished(type(teacher)(config), getattr(tiny.processor, "tokenizer", tiny.processor))
+    options = {"text_window": 6, "window_thw": (2, 2, 2)}
+    return shake_mixers(convert(teacher, options, layers=layers)), tiny.processor
 
 
-@pytest.fixture(scope="module")
-def expected(folder):
-    """Return a function from a request to its prompt's tokens, its answer's, and their log-probabilities."""
-    from transformers import AutoProcessor
+class Served:
+    """A student's folder, vLLM's engine on it, and what generate() answers."""
 
-    student, processor = load(folder).eval(), AutoProcessor.from_pretrained(folder)
-    others = list(range(len(LETTERS), student.config.get_text_config().vocab_size))
+    def __init__(self, folder: str, name: str) -> None:
+        family, layers, ranks = STUDENTS[name]
+        student, processor = tiny_student(family, layers)
+        student.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        self.folder, self.ranks = folder, ranks
+        self.student = load(folder).eval()
+        self.processor = transformers.AutoProcessor.from_pretrained(folder)
+        self.kinds = KINDS if student.prompt_layout is not None else KINDS[:1]
+        few = {"num_gpu_blocks_override": 11} if "ten blocks" in name else {}
+        graphs = {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}} if GRAPHS else {}
+        pictures = {"limit_mm_per_prompt": {"image": 2, "video": 1}, "mm_processor_cache_gb": 0}
+        self.engine = vllm.LLM(  # in this process, without changes but for its sizes
+            model=folder,
+            dtype="float32",
+            max_model_len=LONGEST,
+            max_num_batched_tokens=LONGEST,
+            max_num_seqs=AT_ONCE,
+            tensor_parallel_size=ranks,
+            disable_log_stats=True,
+            gpu_memory_utilization=0.3,
+            **few,
+            **graphs,
+            **(pictures if len(self.kinds) > 1 else {}),
+        )
+
+    def request(self, seed: int) -> Request:
+        return request_at_random(seed, self.kinds)
 
     @torch.no_grad()
-    def answer(request: Request) -> tuple[list[int], list[int], list[float]]:
-        inputs = request.for_generate(processor)
+    def expected(self, request: Request) -> tuple[list[int], list[int], list[float]]:
+        """Return a prompt's tokens, its answer's, and their log-probabilities."""
+        others = list(range(len(LETTERS), self.student.config.get_text_config().vocab_size))
+        inputs = request.for_generate(self.processor)
         options = {"max_new_tokens": request.tokens, "do_sample": False, "suppress_tokens": others}
         options |= {"output_logits": True, "return_dict_in_generate": True}
-        output = student.generate(**inputs, **options)
+        output = self.student.generate(**inputs, **options)
         prompt = inputs["input_ids"][0].tolist()
         tokens = output.sequences[0, len(prompt) :].tolist()
         pairs = zip(output.logits, tokens, strict=True)
         return prompt, tokens, [logits[0].log_softmax(-1)[token].item() for logits, token in pairs]
 
-    return answer
+    def check(self, output, request: Request) -> None:
+        prompt, tokens, logarithms = self.expected(request)
+        (answer,) = output.outputs
+        assert list(output.prompt_token_ids) == prompt, request
+        assert list(answer.token_ids) == tokens, request
+        found = [by_token[token].logprob for by_token, token in zip(answer.logprobs, tokens, strict=True)]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(logarithms), rtol=0, atol=1e-4)
+
+    def check_all(self, requests: list[Request]) -> None:
+        given = [request.for_vllm() for request in requests]
+        outputs = self.engine.generate(given, [sampling(request) for request in requests], use_tqdm=False)
+        for request, output in zip(requests, outputs, strict=True):
+            self.check(output, request)
+        assert self.blocks_in_use() == 0
+
+    def blocks_in_use(self) -> int:
+        """Say how many rows of states, and blocks of keys and values, belong to a request."""
+        pool = self.engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's own, for nobody
+
+    def model(self):
+        return self.engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+@pytest.fixture(scope="module", params=STUDENTS)
+def served(request, tmp_path_factory):
+    found = Served(str(tmp_path_factory.mktemp("student")), request.param)
+    yield found
+    found.engine.llm_engine.engine_core.shutdown()
+    del found
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")
-def engine(folder):
-    """vLLM's engine, in this process, without changes but for its sizes."""
-    return vllm.LLM(
-        model=folder,
-        dtype="float32",
-        max_model_len=LONGEST,
-        max_num_batched_tokens=LONGEST,
-        max_num_seqs=AT_ONCE,
-        limit_mm_per_prompt={"image": 2, "video": 1},
-        mm_processor_cache_gb=0,
-        disable_log_stats=True,
-    )
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("student")
+    student, processor = tiny_student("qwen2_5_vl", None)
+    student.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
 
 
 def sampling(request: Request) -> vllm.SamplingParams:
@@ -91,40 +177,24 @@ def sampling(request: Request) -> vllm.SamplingParams:
     return vllm.SamplingParams(max_tokens=request.tokens, **options)
 
 
-def check(output, wanted: tuple[list[int], list[int], list[float]], request: Request) -> None:
-    prompt, tokens, logarithms = wanted
-    (answer,) = output.outputs
-    assert list(output.prompt_token_ids) == prompt, request
-    assert list(answer.token_ids) == tokens, request
-    found = [by_token[token].logprob for by_token, token in zip(answer.logprobs, tokens, strict=True)]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(logarithms), rtol=0, atol=1e-4)
+def test_all_requests_get_the_tokens_and_log_probabilities_of_generate(served):
+    served.check_all([served.request(seed) for seed in range(REQUESTS)])
 
 
-def blocks_in_use(engine) -> int:
-    """Say how many rows of states belong to a request."""
-    pool = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is vLLM's own, for nobody
+def test_a_request_alone_gets_the_same(served):
+    for seed in range(5):
+        served.check_all([served.request(seed + 1000)])
 
 
-def test_all_requests_get_the_tokens_and_log_probabilities_of_generate(engine, expected):
-    requests = [request_at_random(seed) for seed in range(REQUESTS)]
-    given = [request.for_vllm() for request in requests]
-    outputs = engine.generate(given, [sampling(request) for request in requests], use_tqdm=False)
-    for request, output in zip(requests, outputs, strict=True):
-        check(output, expected(request), request)
-    assert blocks_in_use(engine) == 0
+def test_prompts_of_one_token_take_no_state_from_those_before(served):
+    served.check_all([served.request(seed) for seed in range(10)])  # leave states in the rows
+    for count in (1, 3):
+        served.check_all([Request("text", letter, [], [], 4) for letter in "abc"[:count]])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_request_alone_gets_the_same(engine, expected, seed):
-    request = request_at_random(seed + 1000)
-    (output,) = engine.generate([request.for_vllm()], sampling(request), use_tqdm=False)
-    check(output, expected(request), request)
-
-
-def test_an_aborted_request_leaves_no_state_and_its_neighbours_as_they_are(engine, expected):
-    core = engine.llm_engine
-    requests = {f"{seed}": request_at_random(seed) for seed in range(2000, 2010)}
+def test_an_aborted_request_leaves_no_state_and_its_neighbours_as_they_are(served):
+    core = served.engine.llm_engine
+    requests = {f"{seed}": served.request(seed) for seed in range(2000, 2010)}
     for name, request in requests.items():
         core.add_request(name, request.for_vllm(), sampling(request))
     aborted, outputs = {"2003", "2004", "2007"}, {}
@@ -136,28 +206,44 @@ def test_an_aborted_request_leaves_no_state_and_its_neighbours_as_they_are(engin
             break
     for name, request in requests.items():
         if name not in aborted:
-            check(outputs[name], expected(request), request)
-    assert blocks_in_use(engine) == 0
+            served.check(outputs[name], request)
+    assert served.blocks_in_use() == 0
 
 
-def test_a_prompt_too_long_is_refused_and_the_engine_goes_on(engine, expected):
+@pytest.mark.parametrize("served", ["qwen3_vl, ten blocks"], indirect=True)
+def test_a_request_that_gave_its_blocks_away_starts_anew(served, monkeypatch):
+    scheduler, preempted = served.engine.llm_engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+
+    def seen(request, *args, **kwargs):
+        preempted.append(request)
+        return preempt(request, *args, **kwargs)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", seen)
+    requests = [served.request(seed) for seed in range(20)]
+    for request in requests:
+        request.tokens *= 9  # beyond a block of 128
+    served.check_all(requests)
+    assert preempted
+
+
+def test_a_prompt_too_long_is_refused_and_the_engine_goes_on(served):
     with pytest.raises(vllm.exceptions.VLLMValidationError, match="maximum context length"):
-        engine.generate([{"prompt": "a" * (LONGEST + 1)}], use_tqdm=False)
-    assert blocks_in_use(engine) == 0
-    request = request_at_random(3000)
-    (output,) = engine.generate([request.for_vllm()], sampling(request), use_tqdm=False)
-    check(output, expected(request), request)
+        served.engine.generate([{"prompt": "a" * (LONGEST + 1)}], use_tqdm=False)
+    assert served.blocks_in_use() == 0
+    served.check_all([served.request(3000)])
 
 
-def test_the_state_of_a_layer_holds_the_text_window(engine):
-    model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    layer, shapes = (
-        model.states[0],
-        dict(zip(model.states[0].names, model.states[0].get_state_shape(), strict=True)),
-    )
-    groups, dim = layer.config.groups, layer.config.head_dim
-    assert shapes["keys"] == shapes["values"] == (5, groups, dim) and shapes["present"] == (5,)
-    assert [tensor.shape[1:] for tensor in layer.kv_cache] == list(shapes.values())
+def test_the_state_of_a_layer_holds_the_text_window(served):
+    if served.ranks > 1:
+        return  # its layers are in other processes
+    states, converted = served.model().states, served.student.config.linmu["layers"]
+    assert list(states) == converted
+    for layer in states.values():
+        shapes = dict(zip(layer.names, layer.get_state_shape(), strict=True))
+        groups, dim = layer.config.groups, layer.config.head_dim
+        assert shapes["keys"] == shapes["values"] == (5, groups, dim) and shapes["present"] == (5,)
+        assert [tensor.shape[1:] for tensor in layer.kv_cache] == list(shapes.values())
 
 
 def test_a_cut_picture_is_refused_by_the_layer():
@@ -177,7 +263,9 @@ def test_a_cut_picture_is_refused_by_the_layer():
     [
         ({"enable_prefix_caching": True}, "prefix caching must be off"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculation must be off"),
-        ({"tensor_parallel_size": 2}, "parallel sizes must be 1"),
+        ({"tensor_parallel_size": 4}, "must divide the 2 groups"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallel size must be 1"),
+        ({"enable_lora": True}, "LoRA must be off"),
         ({"max_num_batched_tokens": 64}, "Please increase max_num_batched_tokens"),
     ],
 )
@@ -201,11 +289,10 @@ def test_positions_carry_coordinates_and_come_back():
     assert found[2].tolist() == [0, 2, 2, 1, 0]
 
 
-def test_text_after_a_long_video_goes_on_where_transformers_does(engine, expected):
+def test_text_after_a_long_video_goes_on_where_transformers_does(served):
     """Two frames high and wide, six long: vLLM's own positions go on from the sixth frame."""
-    long = next(r for r in map(request_at_random, range(4000, 5000)) if is_long(r))
-    (output,) = engine.generate([long.for_vllm()], sampling(long), use_tqdm=False)
-    check(output, expected(long), long)
+    if len(served.kinds) > 1:
+        served.check_all([next(r for r in map(request_at_random, range(4000, 5000)) if is_long(r))])
 
 
 def is_long(request: Request) -> bool:
@@ -214,3 +301,71 @@ def is_long(request: Request) -> bool:
         return False
     frames, height, width, _ = request.videos[0].shape
     return frames // 2 > max(height, width) // 8 + 1
+
+
+def test_chunks_end_neither_in_a_picture_nor_before_one_of_one_token():
+    from linmu.optimized.serving.vllm_plugin.scheduler import whole_tokens
+
+    pictures = [(3, 4), (9, 1), (11, 1)]
+    ends = [past + whole_tokens(pictures, past, tokens) for past, tokens in [(0, n) for n in range(1, 14)]]
+    #        text 0-2, picture 3-6, text 7, 8, picture 9, text 10, picture 11, text
+    assert ends == [1, 2, 3, 3, 3, 3, 7, 8, 8, 10, 10, 12, 13]
+    assert whole_tokens(pictures, 8, 1) == 0 and whole_tokens(pictures, 8, 2) == 2
+    assert whole_tokens([(0, 1)], 0, 1) == 1  # a prompt's first token has no state before: a prefill
+
+
+class AsksTheHost(TorchDispatchMode):
+    """Counts what a CUDA graph cannot hold: values and shapes that depend on a tensor's content."""
+
+    KINDS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        indices = args[1] if operator.overloadpacket is torch.ops.aten.index and len(args) > 1 else ()
+        by_mask = any(torch.is_tensor(index) and index.dtype == torch.bool for index in indices)
+        if by_mask or any(kind in str(operator) for kind in self.KINDS):
+            self.found.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("served", ["qwen3_vl, two layers attend"], indirect=True)
+def test_a_step_that_decodes_asks_the_host_for_nothing(served, monkeypatch):
+    """As far as a CPU can tell of what a CUDA graph can hold."""
+    model, mixed, decoding = served.model(), [], []
+    monkeypatch.setattr(model, "has_graphs", True)
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        metadata = get_forward_context().attn_metadata[next(iter(model.states.values())).name]
+        with AsksTheHost() as mode:
+            output = forward(*args, **kwargs)
+        (mixed if metadata.num_prefills else decoding).append(mode.found)
+        return output
+
+    monkeypatch.setattr(model, "forward", watched)
+    served.check_all([served.request(seed) for seed in (5001, 5003)])
+    assert len(decoding) > 3 and not any(decoding) and all(mixed)
+
+
+def test_graphs_are_captured_of_decoding_steps_only_and_only_if_asked_for():
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from linmu.optimized.serving.vllm_plugin.metadata import StateMetadataBuilder
+    from linmu.optimized.serving.vllm_plugin.settings import choose_graphs
+
+    def chosen(mode):
+        compilation = SimpleNamespace(cudagraph_mode=mode, mode=CompilationMode.VLLM_COMPILE)
+        model = SimpleNamespace(enforce_eager=False)
+        choose_graphs(SimpleNamespace(compilation_config=compilation, model_config=model))
+        return model.enforce_eager, compilation.mode
+
+    assert chosen(None)[0] and chosen(CUDAGraphMode.NONE)[0]
+    assert chosen(CUDAGraphMode.FULL_DECODE_ONLY) == (False, CompilationMode.NONE)
+    with pytest.raises(ValueError, match="must be NONE or FULL_DECODE_ONLY"):
+        chosen(CUDAGraphMode.FULL_AND_PIECEWISE)
+    support = StateMetadataBuilder.get_cudagraph_support(None, None)
+    assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

@@ -5,6 +5,7 @@ settings    what a student needs of vLLM's configuration; what is refused, and w
 scheduler   never ends a chunk inside an image or a video
 metadata    which rows of a batch decode, which prefill, and where their states are
 positions   M-RoPE's positions with the coordinates of vision tokens in their high bits
+tensor_parallel    a block's heads over ranks
 layer       an M-MATE block on vLLM's rows of states
 models      vLLM's models with that layer in the place of attention
 """
@@ -14,11 +15,13 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import version
 
-TESTED = "0.32."  # of vLLM, whose classes the plugin subclasses
+TESTED = ("0.32.",)  # of vLLM, whose classes the plugin subclasses; on a CPU, with torch 2.13
+READ = ("0.24.", "0.25.", "0.26.")  # torch 2.11: what the plugin uses is there; nobody has run it
 FOLDER = __name__
 MODELS = (  # by the names in a student's config.json
     "LinMUQwen2VLForConditionalGeneration",
     "LinMUQwen2_5_VLForConditionalGeneration",
+    "LinMUQwen3VLForConditionalGeneration",
     "LinMUQwen2ForCausalLM",
     "LinMULlamaForCausalLM",
 )
@@ -27,13 +30,17 @@ MODELS = (  # by the names in a student's config.json
 def register() -> None:
     """Make `vllm serve FOLDER` open students; vLLM calls this in each of its processes.
 
-    Under a version of vLLM that was not tested it warns and registers nothing, so that other models run.
+    It warns under a version that was only read. Under any other it warns and registers nothing, so that other
+    models run.
     """
     found = version("vllm")
     if not found.startswith(TESTED):
-        message = f"linmu: students are served by vLLM {TESTED}*, got {found}; pip install 'linmu[vllm]'"
+        was_read = found.startswith(READ)
+        end = "it was not tried" if was_read else "none are served; pip install 'linmu[vllm]'"
+        message = f"linmu: students are served by vLLM {', '.join(TESTED)}*, got {found}: {end}"
         warnings.warn(message, RuntimeWarning, stacklevel=1)
-        return
+        if not was_read:
+            return
     import transformers  # noqa: F401  # AutoConfig learns linmu_*, see linmu/reference/__init__.py
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

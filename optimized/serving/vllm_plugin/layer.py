@@ -14,14 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ....reference.checks import require
 from ....reference.config import LinMUConfig
-from ....reference.m_mate import MMATEState
-from ....reference.sliding_window_attention import WindowState
+from ....reference.m_mate import DonatedMMATEState, MMATEState
+from ....reference.sliding_window_attention import DonatedWindowState
 from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
 from .positions import check_whole
@@ -38,6 +39,11 @@ def state_shapes(config: LinMUConfig) -> dict[str, tuple[int, ...]]:
         "values": keys,
     }
     return {name: shape for name, shape in shapes.items() if shape[0] > 0}
+
+
+def state_dtypes(config: LinMUConfig, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Return their dtypes, in the order of `state_shapes`; `dtype` is the model's."""
+    return tuple(dtype if name in ("keys", "values") else torch.float32 for name in state_shapes(config))
 
 
 class Step:
@@ -72,7 +78,7 @@ class StateLayer(MambaBase, nn.Module):
     """The block in the place of a decoder layer's `self_attn`.
 
     Args:
-        config: its sizes and options.
+        config: the sizes and options of this rank's part.
         index: of the decoder layer.
         vllm_config: where vLLM finds the layer by its name.
         name: that name.
@@ -93,7 +99,7 @@ class StateLayer(MambaBase, nn.Module):
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         """In the order of `get_state_shape`."""
-        return tuple(self.dtype if name in ("keys", "values") else torch.float32 for name in self.names)
+        return state_dtypes(self.config, self.dtype)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -109,7 +115,8 @@ class StateLayer(MambaBase, nn.Module):
         metadata = get_forward_context().attn_metadata
         cos, sin = self.step.angles
         if metadata is None:  # vLLM measures memory
-            return self.block(hidden_states[None], position_embeddings=(cos, sin))[0][0]
+            y, _ = self.block(hidden_states[None], position_embeddings=(cos, sin))
+            return tensor_model_parallel_all_reduce(y[0])
         metadata = metadata[self.name]
         output = torch.zeros_like(hidden_states)
         decodes = metadata.num_decode_tokens
@@ -131,10 +138,10 @@ class StateLayer(MambaBase, nn.Module):
             )
             output[start:end] = y[0]
             self.write(row, state)
-        return output
+        return tensor_model_parallel_all_reduce(output)
 
-    def read(self, rows: Tensor) -> MMATEState:
-        """Return copies of the states in these rows of the pool."""
+    def read(self, rows: Tensor) -> DonatedMMATEState:
+        """Return copies of the states in these rows of the pool, which the block may overwrite."""
         found = {name: pool[rows] for name, pool in zip(self.names, self.kv_cache, strict=True)}
         scan = found["scan"]
         conv = found.get("conv", scan.new_zeros(len(rows), 0, self.config.conv_channels))
@@ -142,8 +149,8 @@ class StateLayer(MambaBase, nn.Module):
         if self.config.text_window:
             none = scan.new_zeros(len(rows), 0, self.config.groups, self.config.head_dim).to(self.dtype)
             present = found.get("present", scan.new_zeros(len(rows), 0)) > 0
-            window = WindowState(found.get("keys", none), found.get("values", none), present)
-        return MMATEState(conv, scan, window)
+            window = DonatedWindowState(found.get("keys", none), found.get("values", none), present)
+        return DonatedMMATEState(conv, scan, window)
 
     def write(self, rows: Tensor, state: MMATEState) -> None:
         """Put states into these rows of the pool."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from vllm.v1.attention.backend import AttentionBackend
+import torch
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 from vllm.v1.attention.backends.mamba_attn import (
     BaseMambaAttentionMetadata,
     BaseMambaAttentionMetadataBuilder,
@@ -25,13 +27,17 @@ class StateMetadata(BaseMambaAttentionMetadata):
 
 
 class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
-    """Decoding rows come first. A prompt of one token is a prefill: it has no state before."""
+    """Decoding rows come first."""
 
     metadata_cls = StateMetadata
+    _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     needs_causal_conv1d_metadata = False
+    supports_update_block_table = False  # each group of layers has rows of its own to clear
 
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False, **kwargs):
         """As vLLM's."""
+        if common_attn_metadata.max_query_len == 1:
+            common_attn_metadata = self.all_decoding(common_attn_metadata)
         metadata = self._compute_common_metadata(common_attn_metadata)
         rows, requests = metadata.num_prefills, metadata.num_reqs
         if rows:
@@ -40,6 +46,22 @@ class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
             metadata.starts = starts.tolist()
             metadata.has_state = (lengths > starts.diff()).tolist()
         return metadata
+
+    def all_decoding(self, common_attn_metadata):
+        """Let a prompt's first token decode too, from a row of zeros, where each request has one token.
+
+        By that shape alone vLLM replays a captured decode, and would leave such a token without its row.
+        """
+        requests, context = common_attn_metadata.num_reqs, self.compilation_config.static_forward_context
+        first = common_attn_metadata.seq_lens_cpu_upper_bound[:requests] == 1
+        if bool(first.any()):
+            rows = common_attn_metadata.block_table_tensor[:requests, 0]
+            rows = rows[first.to(rows.device)].long()
+            for name in self.layer_names:
+                for pool in context[name].kv_cache:
+                    pool[rows] = 0
+        still = torch.zeros_like(common_attn_metadata.is_prefilling)
+        return common_attn_metadata.replace(is_prefilling=still)
 
 
 class StateBackend(AttentionBackend):

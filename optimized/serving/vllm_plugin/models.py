@@ -14,19 +14,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from ....reference.checks import require
 from ....reference.prompts.grids import placement_coords
 from ....reference.student.families import FAMILIES
 from ....reference.student.generation import MODALITIES, rope_index
 from ....reference.student.model import LinMUModel, mixers
-from .layer import StateLayer, Step, check_decodes_are_text
+from .layer import StateLayer, Step, check_decodes_are_text, state_dtypes, state_shapes
 from .positions import pack, unpack
+from .tensor_parallel import part_of_rank, sizes_of_rank
 
 MIXER_WEIGHT = re.compile(r".*\blayers\.(\d+)\.self_attn\.((?:flex_ma|local_swin|mix_proj)\..*)")
 
@@ -38,15 +41,23 @@ def student_of(config) -> LinMUModel:
         return kinds[type(config)](config, "optimized")
 
 
+def state_of(vllm_config: VllmConfig) -> tuple[tuple[tuple[int, ...], ...], tuple[torch.dtype, ...]]:
+    """Return the shapes and dtypes of a row of states, which all converted layers have alike."""
+    config = next(iter(mixers(student_of(vllm_config.model_config.hf_config)).values())).config
+    config = sizes_of_rank(config, vllm_config.parallel_config.tensor_parallel_size)
+    return tuple(state_shapes(config).values()), state_dtypes(config, vllm_config.model_config.dtype)
+
+
 class StateModel:
     """What all families share; put before vLLM's class.
 
     Attributes:
         student: on the meta device.
-        states: the layers by their index.
+        states: the converted layers by their index.
     """
 
-    has_inner_state = is_attention_free = True  # vLLM's protocols, which as bases would not call `super()`
+    # vLLM's protocols, which as bases would not call `super()`; `say_hybrid` chooses between the last two
+    has_inner_state = is_attention_free = is_hybrid = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -57,10 +68,24 @@ class StateModel:
         for index, mixer in mixers(student).items():
             name = layers[index].self_attn.attn.layer_name
             del named[name]
-            layer = StateLayer(mixer.config, index, vllm_config, name.removesuffix(".attn"))
+            sizes = sizes_of_rank(mixer.config, get_tensor_model_parallel_world_size())
+            layer = StateLayer(sizes, index, vllm_config, name.removesuffix(".attn"))
             layers[index].self_attn = self.states[index] = layer
+        self.has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        self.rank = get_tensor_model_parallel_rank()
+        self.ranks = get_tensor_model_parallel_world_size()
         self.rotary = type(student.get_decoder().rotary_emb)(config.get_text_config())
         object.__setattr__(self, "student", student)  # no module of this one: it has no weights
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """As `state_shapes`; vLLM makes the pages of attention as long as those of states."""
+        return state_of(vllm_config)[0]
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """As `state_dtypes`."""
+        return state_of(vllm_config)[1]
 
     def decoder(self) -> nn.Module:
         """Return vLLM's decoder, whose `layers` have a `self_attn`."""
@@ -69,21 +94,25 @@ class StateModel:
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         """As vLLM's; tells the layers where the pictures are, which came with the positions."""
         coords = sizes = None
+        metadata = get_forward_context().attn_metadata
+        if metadata is not None:
+            metadata = metadata[next(iter(self.states.values())).name]
         if self.student.prompt_layout is not None and positions.ndim == 2:
             positions, coords, sizes = unpack(positions)
-            coords = coords if bool((coords >= 0).any()) else None
+            # a captured step asks the host for nothing: that it holds no picture is the scheduler's care
+            decodes = self.has_graphs and metadata is not None and metadata.num_prefills == 0
+            coords = coords if not decodes and bool((coords >= 0).any()) else None
         like = next(iter(self.states.values())).block.flex_ma.v_proj.weight
         step = Step(self.rotary(like, positions[..., None, :]), coords, sizes)
-        metadata = get_forward_context().attn_metadata
         for layer in self.states.values():
             layer.step = step
         if metadata is not None:
-            first = next(iter(self.states.values())).name
-            check_decodes_are_text(step, metadata[first].num_decode_tokens)
+            check_decodes_are_text(step, metadata.num_decode_tokens)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As vLLM's, which gets what does not belong to a block."""
+        wholes = mixers(self.student)
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         loaded = set()
 
@@ -93,10 +122,12 @@ class StateModel:
                 if match is None:
                     yield name, tensor
                     continue
-                parameter = self.states[int(match[1])].block.get_parameter(match[2])
-                same = parameter.shape == tensor.shape
-                require(same, "load_weights", f"{name} must be {tuple(parameter.shape)}", tuple(tensor.shape))
-                parameter.data.copy_(tensor)
+                index, inner = int(match[1]), match[2]
+                whole = wholes[index].get_parameter(inner).shape
+                same = whole == tensor.shape
+                require(same, "load_weights", f"{name} must be {tuple(whole)}", tuple(tensor.shape))
+                parameter = self.states[index].block.get_parameter(inner)
+                parameter.data.copy_(part_of_rank(inner, tensor, wholes[index].config, self.rank, self.ranks))
                 loaded.add(names[id(parameter)])
 
         loaded |= super().load_weights(others())
@@ -132,6 +163,9 @@ class PictureModel(StateModel):
         positions, delta = rope_index(self.student, {"input_ids": ids, **inputs})  # (3, 1, L), (1, 1)
         placements = self.student.placements(ids, inputs) if mm_features else []
         coords = placement_coords(placements, ids.shape, ids.device)
+        begins_with_one = bool(coords[0, 0, 0] >= 0) and int((coords[0, :, 0] == coords[0, 0, 0]).sum()) == 1
+        must = "a prompt must not begin with a picture of one token"
+        require(not begins_with_one, "linmu in vLLM", must, "one", "write something before it")
         return pack(positions[:, 0].long(), coords[0]), int(delta)
 
 
@@ -141,6 +175,12 @@ class LinMUQwen2VLForConditionalGeneration(PictureModel, Qwen2VLForConditionalGe
 
 class LinMUQwen2_5_VLForConditionalGeneration(PictureModel, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
     """A Qwen2.5-VL student."""
+
+
+class LinMUQwen3VLForConditionalGeneration(PictureModel, Qwen3VLForConditionalGeneration):
+    """A Qwen3-VL student; vLLM adds DeepStack's features of the pictures between its layers."""
+
+    supports_mm_device_do_normalize = False  # on the device vLLM gives videos the mean and std of images
 
 
 class LinMUQwen2ForCausalLM(StateModel, Qwen2ForCausalLM):

@@ -15,11 +15,29 @@ class WholeBlocksScheduler(Scheduler):
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args, **kwargs
     ):
-        end = num_computed_tokens + num_new_tokens
-        for feature in request.mm_features or ():
-            start = feature.mm_position.offset
-            if start < end < start + feature.mm_position.length:
-                num_new_tokens = max(0, start - num_computed_tokens)
-        return super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, *args, **kwargs
+        pictures = [(f.mm_position.offset, f.mm_position.length) for f in request.mm_features or ()]
+        tokens = whole_tokens(pictures, num_computed_tokens, num_new_tokens)
+        inputs, tokens, *rest = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, tokens, *args, **kwargs
         )
+        return inputs, whole_tokens(pictures, num_computed_tokens, tokens), *rest
+
+
+def whole_tokens(pictures: list[tuple[int, int]], past: int, tokens: int) -> int:
+    """Return how many of so many tokens after `past` a chunk may have, 0 = none in this step.
+
+    It ends in no picture, and not before a picture of one token: vLLM would take that one, alone in the next
+    chunk, for a token that was sampled.
+
+    Args:
+        pictures: where each begins, and of how many tokens it is, in the order of the prompt.
+        past: tokens of the prompt that were computed.
+        tokens: how many there is room for.
+    """
+    end = past + tokens
+    for start, length in reversed(pictures):
+        if start < end < start + length:
+            end = start
+        if length == 1 and past < end == start:
+            end -= 1
+    return max(0, end - past)
