@@ -271,6 +271,7 @@ class TrainingGraphs:
                 lambda: self.step(graph.buffers, autocast)
             )
         except Exception as error:
+            self.lesson.rest()
             self.clear()
             self.made_of = ()
             got = f"{type(error).__name__}: {error}"

@@ -190,9 +190,13 @@ class LinMUModel(StudentGeneration):
         """Save a folder that is ready for the Hub: safetensors, configurations and a model card.
 
         Raises:
-            ValueError: for 4-bit weights that a forward on a CPU has packed anew.
+            ValueError: for 4-bit weights that a forward on a CPU has packed anew, and for a student with its
+                teacher attached, whose folder could not be opened.
         """
         refuse_packed(self)
+        taught = [i for i, layer in enumerate(decoder_layers(self)) if hasattr(layer.self_attn, "attention")]
+        must, hint = "student must be saved without its teacher", "detach_teacher(student) first"
+        require(not taught, "save_pretrained", must, f"attention in layers {taught}", hint)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_card(self, save_directory)

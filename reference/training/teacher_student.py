@@ -28,6 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +96,10 @@ class TeacherStudentMixer(nn.Module):
         self.call: Call | None = None
         self.outputs: dict[str, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: without what the last calls left, which autograd may have recorded."""
+        return vars(self) | {"call": None, "outputs": {}}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Mix as `role` says, and keep the output."""
         if self.role == "teacher":
@@ -156,12 +161,16 @@ def detach_teacher(student: nn.Module) -> None:
 class Lesson(nn.Module):
     """Student with its teacher attached; calling it with a batch gives the loss of eq. (4).
 
+    A copy of the lesson, or of its student, is a student with a lesson of its own, without graphs. If a batch
+    raises an error, the student is left as student.
+
     Args:
         student: a model after `attach_teacher`.
         objective: weights and route.
 
     Attributes:
         layers: the converted decoder layers.
+        mixers: the `TeacherStudentMixer` of each.
         layer_calls: what each was given in the last pass as teacher.
         layer_outputs: (B, L, D) by role, of each in the last passes.
         graphs: what runs steps from CUDA graphs; None = they run as they are.
@@ -181,14 +190,20 @@ class Lesson(nn.Module):
         require(
             bool(self.layers), "Lesson", "student must have its teacher attached", "none", "attach_teacher"
         )
+        self.mixers = [layer.self_attn for layer in self.layers]
         self.role = "student"
         self.layer_calls: list[Call | None] = [None for _ in self.layers]
         self.layer_outputs: list[dict[str, Tensor]] = [{} for _ in self.layers]
         self.hooks = []
         for index, layer in enumerate(self.layers):
-            before, after = self._before_layer(index), self._after_layer(index)
+            before, after = partial(self._before_layer, index), partial(self._after_layer, index)
             self.hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             self.hooks.append(layer.register_forward_hook(after))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: without graphs and what the last passes left."""
+        nothing = {"layer_calls": [None for _ in self.layers], "layer_outputs": [{} for _ in self.layers]}
+        return vars(self) | nothing | {"graphs": None}
 
     def accelerate(self) -> Lesson:
         """Let losses with gradients come from CUDA graphs, where a backend has them; the reference has none.
@@ -199,15 +214,19 @@ class Lesson(nn.Module):
         """Take the hooks off and give the student back, its teacher still attached."""
         for hook in self.hooks:
             hook.remove()
+        self.rest()
+        return self.student
+
+    def rest(self) -> None:
+        """Leave the student as student, and drop what the last passes left."""
         self.set_role("student")
         self.forget()
-        return self.student
 
     def forget(self) -> None:
         """Drop what the last passes left: outputs hold all that autograd recorded of them."""
-        for index, layer in enumerate(self.layers):
-            layer.self_attn.call = self.layer_calls[index] = None
-            layer.self_attn.outputs.clear()
+        for index, mixer in enumerate(self.mixers):
+            mixer.call = self.layer_calls[index] = None
+            mixer.outputs.clear()
             self.layer_outputs[index].clear()
 
     def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
@@ -221,7 +240,23 @@ class Lesson(nn.Module):
         Returns:
             {"loss": eq. (4), "mixer": (1), "layer": (2), "logits": (3)}: scalars, those with weight 0 left
             out.
+        Raises:
+            ValueError: if the teacher was detached, or logits are taught without labels.
         """
+        try:
+            return self._taught(labels, inputs)
+        except BaseException:
+            self.rest()
+            raise
+
+    def _taught(self, labels: Tensor | None, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`forward`."""
+        attached = all(hasattr(layer.self_attn, "outputs") for layer in self.layers)
+        must, hint = (
+            "student must keep its teacher while it is taught",
+            "attach_teacher, then a new Lesson",
+        )
+        require(attached, "Lesson", must, "one that was detached", hint)
         objective = self.objective
         positions, mask = supervised(labels) if objective.logits else (None, None)
         logits = {}
@@ -304,27 +339,27 @@ class Lesson(nn.Module):
         """Run every M-MATE on what its attention was given in the last pass as teacher; with `whole_layers`,
         every converted layer as student on what it was given."""
         self.set_role("student")
-        for layer, call in zip(self.layers, self.layer_calls, strict=True):
+        for layer, mixer, call in zip(self.layers, self.mixers, self.layer_calls, strict=True):
             if whole_layers:
                 args, kwargs = call
                 layer(*args, **kwargs)
             elif getattr(layer, "gradient_checkpointing", False) and layer.training:
                 # M-MATE draws nothing at random, and a CUDA graph cannot ask for the generator's state
-                checkpoint(layer.self_attn.mix_teachers_input, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(mixer.mix_teachers_input, use_reentrant=False, preserve_rng_state=False)
             else:
-                layer.self_attn.mix_teachers_input()
+                mixer.mix_teachers_input()
 
     def set_role(self, role: str) -> None:
         """Choose who mixes. Adapters work for the student only."""
         self.role = role
-        for layer in self.layers:
-            layer.self_attn.role = role
+        for mixer in self.mixers:
+            mixer.role = role
         set_adapters(self.student, role == "student")
 
     @property
     def mixer_outputs(self) -> list[dict[str, Tensor]]:
         """(B, L, D) by role, of each converted layer's mixer in the last passes."""
-        return [layer.self_attn.outputs for layer in self.layers]
+        return [mixer.outputs for mixer in self.mixers]
 
     def token_groups(self, inputs: dict[str, Tensor], labels: Tensor | None) -> list[Tensor]:
         """Masks of `token_masks`; groups that are empty in the batches of all processes are left out."""
@@ -360,26 +395,18 @@ class Lesson(nn.Module):
         sizes = energies([output["teacher"] for output in outputs], groups)
         return (torch.stack(losses) * share(sizes).to(losses[0])).mean()
 
-    def _before_layer(self, index: int) -> Callable:
+    def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Call | None:
         """Keep what a layer is given as teacher; stop gradients between layers, unless the student learns end
         to end."""
+        if self.role == "teacher":
+            self.layer_calls[index] = args, kwargs
+        elif not self.objective.end_to_end:
+            return replace_hidden(args, kwargs, lambda hidden: hidden.detach())
+        return None
 
-        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> Call | None:
-            if self.role == "teacher":
-                self.layer_calls[index] = args, kwargs
-            elif not self.objective.end_to_end:
-                return replace_hidden(args, kwargs, lambda hidden: hidden.detach())
-            return None
-
-        return hook
-
-    def _after_layer(self, index: int) -> Callable:
+    def _after_layer(self, index: int, layer: nn.Module, args: tuple, output: Any) -> None:
         """Keep a layer's output."""
-
-        def hook(layer: nn.Module, args: tuple, output: Any) -> None:
-            self.layer_outputs[index][self.role] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+        self.layer_outputs[index][self.role] = output[0] if isinstance(output, tuple) else output
 
 
 def token_masks(attention_mask: Tensor, vision: Tensor, labels: Tensor | None) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from linmu import optimized, reference
 from linmu.reference import (
     Lesson,
     Objective,
@@ -227,6 +229,52 @@ def test_an_objective_that_cannot_be_is_refused():
 def test_logits_without_labels_are_refused(pair):
     with pytest.raises(ValueError, match="labels must be given where logits are taught"):
         pair.lesson(TOGETHER)(**pair.inputs)
+
+
+@pytest.mark.parametrize("package", [reference, optimized])
+def test_a_copy_has_a_lesson_of_its_own(package):
+    """Copied and pickled while it is open and a batch was taught; the original's stays as it was."""
+    teacher = build_teacher(num_hidden_layers=1)
+    student = convert(teacher)
+    attach_teacher(student, teacher)
+    lesson, inputs = package.Lesson(student, TOGETHER), every_kind("right")
+    loss = lesson(inputs["input_ids"], **inputs)["loss"]
+    kept = lesson.layer_outputs[0]["student"]
+    for twin in (copy.deepcopy(lesson), pickle.loads(pickle.dumps(lesson))):
+        assert not twin.layer_outputs[0] and not twin.mixers[0].outputs
+        assert twin.layers[0] is twin.student.get_decoder().layers[0] is not lesson.layers[0]
+        torch.testing.assert_close(twin(inputs["input_ids"], **inputs)["loss"], loss)
+    copy.deepcopy(student)(**inputs)
+    assert lesson.layer_outputs[0]["student"] is kept
+    assert not twin.close().get_decoder().layers[0]._forward_hooks
+    assert lesson.layers[0]._forward_hooks
+
+
+def test_an_error_leaves_the_student_as_student(pair):
+    lesson = pair.lesson(TOGETHER)
+    pair.student.get_output_embeddings().forward = None  # reached at the end of the teacher's pass
+    with pytest.raises(TypeError):
+        lesson(pair.labels, **pair.inputs)
+    del pair.student.get_output_embeddings().forward
+    assert not lesson.layer_outputs[0]
+    torch.testing.assert_close(logits_of(pair.student, pair.inputs), logits_of(pair.alone, pair.inputs))
+
+
+def test_a_lesson_without_its_teacher_is_refused_and_closes(pair):
+    """Otherwise the student would be compared with itself."""
+    lesson = pair.lesson(Objective(logits=1.0))
+    detach_teacher(pair.student)
+    with pytest.raises(ValueError, match="student must keep its teacher"):
+        lesson(pair.labels, **pair.inputs)
+    lesson.close()
+    assert not pair.student.get_decoder().layers[0]._forward_hooks
+
+
+def test_saving_with_the_teacher_attached_is_refused(pair, tmp_path):
+    """Its folder could not be opened."""
+    with pytest.raises(ValueError, match=r"must be saved without its teacher.*detach_teacher"):
+        pair.student.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_calibration_gives_flex_ma_the_scale_of_the_teachers_heads(pair):
