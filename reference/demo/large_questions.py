@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .flags import at_least, folder_to_write
 from .large_scenes import LEVELS, OF_FILMS, OF_PICTURES, builders_of
 from .questions import DigitsQuestions
 
@@ -88,17 +89,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("questions"))
+    parser.add_argument("--output", type=folder_to_write, default="questions", help="folder for both files")
     for level, count in zip(LEVELS, (0, 0, 3000), strict=True):
         parser.add_argument(
-            f"--{level}", type=int, default=count, help=f"training questions of level {level}"
+            f"--{level}", type=at_least(0), default=count, help=f"training questions of level {level}"
         )
-    parser.add_argument("--held-out", type=int, default=300, help="held-out questions")
+    parser.add_argument("--held-out", type=at_least(0), default=300, help="held-out questions")
     parser.add_argument("--held-out-level", choices=LEVELS, default="long", help="their level")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.add_argument("--seed", type=at_least(0), default=1)
+    parser.add_argument("--workers", type=at_least(1), default=4, help="processes")
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
     counts = {level: getattr(options, level) for level in LEVELS}
     write(options.output / "train.jsonl", counts, "train", options.seed, options.workers)
     counts = {options.held_out_level: options.held_out}

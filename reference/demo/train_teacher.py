@@ -34,6 +34,7 @@ from ..prompts.chat_collator import ChatCollator
 from ..prompts.processors import load_processor
 from .build_teacher import MERGE, build_model, build_tokenizer, write_preprocessing
 from .evaluation import best_guess, heldout_accuracy
+from .flags import at_least, folder_to_write
 from .packed_vision import pack_vision
 from .questions import KINDS, DigitsQuestions
 
@@ -189,24 +190,24 @@ def report(options: argparse.Namespace, steps: int) -> dict[str, Any]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
+    parser.add_argument("--output", type=folder_to_write, required=True, help="folder for the teacher")
     parser.add_argument("--start", type=Path, help="teacher to train further; default: fresh weights")
-    parser.add_argument("--steps", type=int, default=12_000, help="optimiser steps")
+    parser.add_argument("--steps", type=at_least(1), default=12_000, help="optimiser steps")
     parser.add_argument(
         "--max-minutes", type=float, default=1e9, help="end, learning rate and all, by this time"
     )
-    parser.add_argument("--batch-size", type=int, default=512, help="questions per step")
+    parser.add_argument("--batch-size", type=at_least(1), default=512, help="questions per step")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="at the end of the warm-up")
-    parser.add_argument("--warmup", type=int, default=300, help="steps of warm-up")
+    parser.add_argument("--warmup", type=at_least(0), default=300, help="steps of warm-up")
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that compose pictures")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that compose pictures")
     parser.add_argument(
         "--kinds", nargs="+", choices=KINDS, default=KINDS, help="one named twice is asked twice as often"
     )
-    parser.add_argument("--log-every", type=int, default=100, help="steps between loss lines")
-    parser.add_argument("--eval-per-kind", type=int, default=1000, help="held-out questions of each kind")
-    parser.add_argument("--eval-seed", type=int, default=1234)
+    parser.add_argument("--log-every", type=at_least(1), default=100, help="steps between loss lines")
+    parser.add_argument("--eval-per-kind", type=at_least(1), default=1000, help="of each kind, held out")
+    parser.add_argument("--eval-seed", type=at_least(0), default=1234)
     return parser.parse_args(arguments)
 
 

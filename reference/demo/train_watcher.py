@@ -20,6 +20,7 @@ from ..prompts.answers import TURN_END
 from ..prompts.chat_collator import IGNORED, ChatCollator
 from ..prompts.processors import load_processor
 from .film import digits_film
+from .flags import at_least
 from .questions import FRAMES_PER_SECOND, conversation
 
 WARMUP = 30  # steps
@@ -89,11 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("student", help="folder of a student of the bundled teacher")
     parser.add_argument("output", help="folder for the student that watches")
-    parser.add_argument("--steps", type=int, default=900, help="of the optimiser")
-    parser.add_argument("--films", type=int, default=4, help="in a batch")
-    parser.add_argument("--scenes", type=int, default=8, help="of a film")
+    parser.add_argument("--steps", type=at_least(1), default=900, help="of the optimiser")
+    parser.add_argument("--films", type=at_least(1), default=4, help="in a batch")
+    parser.add_argument("--scenes", type=at_least(1), default=8, help="of a film")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="after the warm-up")
-    parser.add_argument("--seed", type=int, default=0, help="of the films")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the films")
     options = vars(parser.parse_args(arguments))
     folder, output = options.pop("student"), options.pop("output")
     set_seed(options["seed"])

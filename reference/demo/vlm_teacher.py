@@ -14,25 +14,26 @@ import argparse
 import json
 import logging
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
 
 from ..prompts.processors import load_processor
-from ..training.teacher import open_processor, open_teacher
+from ..training.teacher import NOT_OPENED, open_processor, open_teacher
 from ..training.teacher_student import supervised
 from .build_teacher import MERGE, write_preprocessing
 from .build_vlm import TINY_TOWER, TOWER, build_vlm, random_decoder, with_vision_tokens
 from .evaluation import answered_of_batch
+from .flags import at_least, duration, folder_to_write
 from .large_questions import LargeQuestions
 from .large_scenes import LEVELS
 from .packed_vision import pack_vision
@@ -211,7 +212,13 @@ def open_decoder(name: str) -> tuple[PreTrainedModel, Any, dict[str, int]]:
     """A Llama, its tokenizer, and the sizes of the tower that it gets."""
     if name == RANDOM:
         return *random_decoder(), TINY_TOWER
-    return open_teacher(name, torch.float32), open_processor(name).tokenizer, TOWER
+    try:
+        decoder, tokenizer = open_teacher(name, torch.float32), open_processor(name).tokenizer
+    except NOT_OPENED as error:
+        sys.exit(f"vlm_teacher: DECODER must be one that opens, got {name}: {error}")
+    if not isinstance(decoder, LlamaForCausalLM):
+        sys.exit(f"vlm_teacher: DECODER must be a Llama, got {type(decoder).__name__}")
+    return decoder, tokenizer, TOWER
 
 
 def make(options: argparse.Namespace) -> dict[str, Any]:
@@ -264,16 +271,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("decoder", help="GGUF file, folder or Hub id of a Llama; or random")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the teacher")
+    parser.add_argument("--output", type=folder_to_write, required=True, help="folder for the teacher")
     parser.add_argument(
-        "--seconds", type=float, nargs=4, default=(12, 65, 33, 55), help="to see, at short, middle, long"
+        "--seconds", type=duration, nargs=4, default=(12, 65, 33, 55), help="to see, at short, middle, long"
     )
-    parser.add_argument("--steps", type=int, default=MOST_STEPS, help="most of any of the four")
-    parser.add_argument("--most-in-batch", type=int, default=1024, help="samples, where memory is short")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make questions")
-    parser.add_argument("--eval-samples", type=int, default=300, help="held-out questions of each level")
-    parser.add_argument("--log-every", type=int, default=20, help="steps between loss lines")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=at_least(1), default=MOST_STEPS, help="most of any of the four")
+    parser.add_argument(
+        "--most-in-batch", type=at_least(1), default=1024, help="samples, where memory is short"
+    )
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that make questions")
+    parser.add_argument(
+        "--eval-samples", type=at_least(1), default=300, help="held-out questions of each level"
+    )
+    parser.add_argument("--log-every", type=at_least(1), default=20, help="steps between loss lines")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     return parser.parse_args(arguments)
 
 

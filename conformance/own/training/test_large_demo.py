@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from linmu.reference.demo import large_questions
+from linmu.reference.demo import TEACHER, large_questions, train_watcher
 from linmu.reference.demo.build_teacher import MERGE, write_preprocessing
 from linmu.reference.demo.build_vlm import (
     TINY_TOWER,
@@ -25,7 +25,7 @@ from linmu.reference.demo.large_questions import LARGE_KINDS, LargeQuestions
 from linmu.reference.demo.large_scenes import LEVELS
 from linmu.reference.demo.packed_vision import pack_vision
 from linmu.reference.demo.train_teacher import TrainingCollator
-from linmu.reference.demo.vlm_teacher import LARGEST, make, parse
+from linmu.reference.demo.vlm_teacher import LARGEST, make, open_decoder, parse
 from linmu.reference.training.data.conversations import Conversations
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -161,3 +161,28 @@ def test_the_command_makes_a_teacher(tmp_path):
     result = make(parse(["random", "--output", str(tmp_path), *few]))
     assert result == json.loads((tmp_path / "accuracy.json").read_text())
     assert result["steps"] == dict.fromkeys(("cells", *LEVELS), 1)
+
+
+@pytest.mark.parametrize(
+    ("read", "flags", "told"),
+    [
+        (large_questions.main, ["--workers", "0"], "--workers: must be a whole number of at least 1, got 0"),
+        (large_questions.main, ["--long", "-2"], "--long: must be a whole number of at least 0, got -2"),
+        (parse, ["random", "--steps", "many"], "--steps: must be a whole number of at least 1, got many"),
+        (parse, ["random", "--seconds", "1", "1", "1", "nan"], "a finite number of seconds > 0, got nan"),
+        (parse, ["random", "--output", __file__], f"must be a folder that can be written, got {__file__}"),
+        (train_watcher.main, ["in", "out", "--films", "0"], "--films: must be a whole number of at least 1"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_refused_as_it_is_read(read, flags, told, capsys):
+    with pytest.raises(SystemExit):
+        read(flags)
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("gone.gguf", "one that opens, got gone.gguf"), (TEACHER, "a Llama")]
+)
+def test_a_decoder_that_cannot_be_is_refused_by_name(name, told):
+    with pytest.raises(SystemExit, match=f"DECODER must be {told}"):
+        open_decoder(str(name))
