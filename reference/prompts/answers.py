@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -68,6 +69,9 @@ def answers_of(
         for role, text in (("user", QUESTION), ("assistant", ANSWER))
     )
     text = render(processor, [asked, answered])
+    hint = "contents are texts to a language model's template, and lists of blocks to one that sees"
+    is_said = QUESTION in text and ANSWER in text
+    require(is_said, WHERE, "the chat template must write what is said", repr(text), hint)
     before, _, after = text.partition(ANSWER)
     is_chatml = before.endswith(ANSWER_HEADER) and after.startswith(TURN_END)
     if is_chatml and TURN_END in processor.tokenizer.get_vocab():
@@ -352,8 +356,16 @@ class TokenSpans:
 
 
 def render(processor: Any, conversation: Conversation, **settings: Any) -> str:
-    """A conversation as its chat template writes it, a placeholder for each picture."""
-    return processor.apply_chat_template([list(conversation)], tokenize=False, **settings)[0]
+    """A conversation as its chat template writes it, a placeholder for each picture.
+
+    Raises:
+        ValueError: for a template that is broken, or that refuses the conversation.
+    """
+    try:
+        return processor.apply_chat_template([list(conversation)], tokenize=False, **settings)[0]
+    except (TemplateError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{WHERE}: the chat template must write every conversation, got {got}") from error
 
 
 def require_whole(conversation: Conversation, turn: int, rendered: str) -> None:

@@ -292,7 +292,14 @@ TURNS = (
 )
 REFUSED = {
     "no end of turn": (LLAMA3.template.replace("<|eot_id|>", "\n"), "close an answer with a control"),
-    "a text that is not written": ("{% for m in messages %}{{ m.role }}{% endfor %}", "close an answer"),
+    "a text that is not written": ("{% for m in messages %}{{ m.role }}{% endfor %}", "write what is said"),
+    "blocks of text for a language model": (
+        "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}<|eot_id|>{% endfor %}",
+        "write what is said.*contents are texts",
+    ),
+    "what is not there": ("{{ messages[0].role.x.y }}", "write every conversation, got UndefinedError"),
+    "half a template": ("{% for m in messages %}", "write every conversation, got TemplateSyntaxError"),
+    "it refuses": ("{{ raise_exception('no roles') }}", "every conversation, got TemplateError: no roles"),
     "the last turn alone is closed": (
         "{% for m in messages %}{{ m.content }}{% if loop.last %}<|eot_id|>{% endif %}{% endfor %}",
         "render an answer right after its prompt",
