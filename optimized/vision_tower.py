@@ -152,8 +152,8 @@ def aligned_mlp(module: Qwen2_5_VLMLP, hidden_state: Tensor) -> Tensor:
     products = module.gate_proj, module.up_proj, module.down_proj
     more = -module.intermediate_size % (ALIGNED // hidden_state.element_size())
     as_made = all(type(each) is nn.Linear and has_no_hooks(each) for each in products)
-    same = all(each.weight.dtype == hidden_state.dtype for each in products)
-    if not hidden_state.is_cuda or not more or not as_made or not same or torch.compiler.is_compiling():
+    same = as_made and all(each.weight.dtype == hidden_state.dtype for each in products)
+    if not hidden_state.is_cuda or not more or not same or torch.compiler.is_compiling():
         return type(module).forward(module, hidden_state)
     return filled_mlp(module, hidden_state, more)
 

@@ -62,7 +62,8 @@ class Context:
         """Return the `SplitForward` of a forward's arguments; None = a decoded token, which is not split.
 
         Raises:
-            ValueError: for packed rows, for router logits, and for fewer tokens than ranks.
+            ValueError: for packed rows, for router logits, for fewer tokens than ranks, and for a negative
+                `logits_to_keep`.
         """
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE_NAME)
         length = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
@@ -158,6 +159,8 @@ class SplitForward:
             self.labels = parallel.local(following).contiguous()
             self.count = (following != -100).sum() if self.count is None else self.count
         asked = kwargs.get("logits_to_keep")
+        wrong = isinstance(asked, int) and asked < 0
+        require(not wrong, WHERE, "logits_to_keep must be 0, a number of last tokens, or positions", asked)
         self.last = min(asked, self.length) if isinstance(asked, int) else 0
         if isinstance(asked, Tensor):
             start, stop = parallel.slice.start, parallel.slice.stop

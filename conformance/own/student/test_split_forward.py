@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from linmu import optimized
 from linmu.optimized import lesson_modules
-from linmu.reference.student.split_forward import evenly
+from linmu.reference.student.split_forward import SplitForward, evenly
 
 from ..ranks import run_ranks
 from .split_forward_steps import STUDENTS, Case, Taught, work
@@ -40,3 +42,9 @@ def test_a_lessons_fast_attention_leaves_split_rows_to_the_one_that_fetches_all_
     u, mask, split = torch.zeros(1, 2, 8), torch.ones(1, 2), object()
     lesson_modules.attended(Attention(), u, (u, u), attention_mask=mask, linmu_split=split)
     assert given["linmu_split"] is split and given["attention_mask"] is mask
+
+
+def test_a_negative_number_of_last_tokens_is_refused():
+    parallel = SimpleNamespace(edges=[0, 2, 4], slice=slice(0, 2))
+    with pytest.raises(ValueError, match=r"context_parallel: logits_to_keep must be .*, got -2"):
+        SplitForward(parallel, {"logits_to_keep": -2}, 0)

@@ -94,6 +94,29 @@ def test_a_filled_mlp_is_the_stock_one(learns):
     torch.testing.assert_close(filled_mlp(mlp, hidden, 5), mlp(hidden))
 
 
+class Packed(torch.nn.Module):
+    """A quantised product: there is no `weight` to ask."""
+
+    def __init__(self, plain: torch.nn.Linear) -> None:
+        super().__init__()
+        self.packed = {"plain": plain}
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.packed["plain"](hidden)
+
+
+def test_a_tower_of_quantised_products_runs(stock):
+    fast, grid = copy.deepcopy(stock), torch.tensor([[1, 4, 4]])
+    hasten_tower(fast)
+    for parent in [*fast.blocks.modules()]:
+        for name, child in [*parent.named_children()]:
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, Packed(child))
+    pixels = pixels_of(stock, grid)
+    found, wanted = (tower(pixels, grid_thw=grid).pooler_output for tower in (fast, stock))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_students_are_hastened_and_their_teachers_are_not(name):
     tiny = qwen_vl(name)
