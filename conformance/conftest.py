@@ -125,25 +125,25 @@ def properties_table(backend: Backend, terminalreporter: pytest.TerminalReporter
             of = dict(report.user_properties).get(PROPERTY_OF)
             if of is not None and of[0] == backend.name:
                 counts[of[1]][outcome] += 1
-    yield f"{'':20}{'tried':>8}{'passed':>8}{'failed':>8}"
+    yield f"{'':26}{'tried':>8}{'passed':>8}{'failed':>8}"
     for name, found in counts.items():
         if name in backend.missing:
-            yield f"{name:20}  not implemented, so not tested"
+            yield f"{name:26}  not implemented, so not tested"
         elif name in backend.taken_over:
-            yield f"{name:20}  taken over from {getattr(backend.module, name).__module__}, so not tested"
+            yield f"{name:26}  taken over from {getattr(backend.module, name).__module__}, so not tested"
         else:
             expected = f"  {found['xfailed']} expected to fail" if found["xfailed"] else ""
             failed = found["failed"] + found["error"] + found["xpassed"]
-            yield f"{name:20}{found.total():>8}{found['passed']:>8}{failed:>8}{expected}"
+            yield f"{name:26}{found.total():>8}{found['passed']:>8}{failed:>8}{expected}"
 
 
 def compiled_table(rows: list) -> Iterator[str]:
     """What each kernel takes of a multiprocessor, as test_compile_sm90.py records it."""
-    yield f"{'kernel':20}{'dtype':>6}{'N = P':>7}{'registers':>11}{'spills':>8}{'shared KB':>11}{'wgmma':>7}"
+    yield f"{'kernel':26}{'dtype':>6}{'N = P':>7}{'registers':>11}{'spills':>8}{'shared KB':>11}{'wgmma':>7}"
     for kernel, dtype, size, found in sorted(rows, key=lambda row: (row[0], row[1], -row[2])):
         spilled, shared = found["spill_stores"] + found["spill_loads"], found["shared"] / 1024
         yield (
-            f"{kernel:20}{dtype:>6}{size:>7}{found['registers']:>11}{spilled:>8}{shared:>11.1f}{found['wgmma']:>7}"
+            f"{kernel:26}{dtype:>6}{size:>7}{found['registers']:>11}{spilled:>8}{shared:>11.1f}{found['wgmma']:>7}"
         )
 
 

@@ -28,6 +28,9 @@ def loss_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_half_precision_inputs_are_exact_to_float32": test(cases=cases(("bfloat16", "float16")))(
             check_inside_is_float32
         ),
+        "test_the_student_says_the_dtype_of_the_loss": test(cases=cases(("bfloat16", "float32")), share=0.3)(
+            check_dtype_is_the_students
+        ),
     }
 
 
@@ -78,6 +81,17 @@ def check_teacher_gets_no_gradient(backend: Any, case: LossCase) -> None:
     """The teacher is the target, also where it shares weights with the student."""
     found = run(backend, case, gradients=True)
     assert_zero(found["grad teacher"], case, "grad teacher")
+
+
+def check_dtype_is_the_students(backend: Any, case: LossCase) -> None:
+    """A teacher of another dtype is compared as it is, and changes no dtype."""
+    given = case.inputs()
+    mixed = case.changed(teacher=given["teacher"].double())
+    wanted = run(reference, case, gradients=True)
+    found = run(backend, mixed, gradients=True)
+    found.pop("grad teacher")
+    wanted.pop("grad teacher")
+    assert_same(found, wanted, case, factor=2.0)
 
 
 def check_inside_is_float32(backend: Any, case: LossCase) -> None:

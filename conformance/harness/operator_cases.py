@@ -484,7 +484,7 @@ MANY_SHAPES = {
     "batch": (1, 2, 3),
     "length": LENGTHS,
     "size": (1, 2, 3, 5, 8),  # head dims and state sizes
-    "heads": ((1, 1), (2, 1), (3, 1), (2, 2), (4, 2), (3, 3)),
+    "heads": ((1, 1), (3, 1), (2, 2), (4, 2), (6, 2)),
     "taps": (1, 2, 3, 4, 5),
     "width": (1, 2, 7, 33),
     "text_window": (1, 2, 3, 4, 5, 8, 17, 40),
@@ -492,14 +492,14 @@ MANY_SHAPES = {
 SHAPES_ON_A_GPU = {
     **MANY_SHAPES,
     "size": (3, 16),
-    "heads": ((1, 1), (4, 2), (3, 1)),
+    "heads": ((1, 1), (4, 2), (6, 2), (3, 1)),
     "text_window": (1, 3, 8, 40),
 }
 FEW_SHAPES = {
     "batch": (2,),
     "length": (24, 1),
     "size": (3,),
-    "heads": ((4, 2),),
+    "heads": ((6, 2),),
     "taps": (4,),
     "width": (33,),
     "text_window": (5,),

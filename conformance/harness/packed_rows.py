@@ -20,7 +20,7 @@ from .layouts import Layout, Text
 from .module_cases import ModuleCase, random_module
 from .module_checks import tensors_of
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
-from .operator_checks import check_matches_the_reference, check_strides
+from .operator_checks import check_matches_the_reference, check_strides, sizes_of_gradients
 
 SAMPLES = 4  # of a row, about
 MASKS_OF_ALL = ("mask", "valid", "asks")
@@ -105,7 +105,7 @@ def check_equals_samples_alone(backend: Any, case: Case) -> None:
     """Values, gradients of every argument, and the states before and after."""
     packed = PackedCase(case)
     alone = fed(partial(sample_by_sample, operator_of(backend, case), packed), packed, gradients=True)
-    assert_same(run(backend, packed, gradients=True), alone, case)
+    assert_same(run(backend, packed, gradients=True), alone, case, sizes=partial(sizes_of_gradients, packed))
 
 
 def check_ids_mean_nothing_else(backend: Any, case: Case) -> None:
@@ -145,7 +145,8 @@ def check_hundreds_of_samples(backend: Any, case: Case) -> None:
 
     present = {name: torch.ones_like(given[name]) for name in MASKS_OF_ALL if given.get(name) is not None}
     alone = fed(as_rows, case.changed(**present), gradients=True)
-    assert_same(run(backend, case.changed(sequence=numbers, **present), gradients=True), alone, case)
+    packed = case.changed(sequence=numbers, **present)
+    assert_same(run(backend, packed, gradients=True), alone, case, sizes=partial(sizes_of_gradients, packed))
 
 
 def check_module_equals_samples_alone(

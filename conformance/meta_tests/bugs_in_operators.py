@@ -224,6 +224,12 @@ def the_teacher_is_trained(reference, student, teacher, valid=None):
     return reference(student, teacher, valid) + 0 * student.sum() + (teacher - teacher.detach()).sum()
 
 
+@planted("hidden_loss", hidden.test_the_student_says_the_dtype_of_the_loss)
+def the_loss_has_the_wider_dtype_of_the_two(reference, student, teacher, valid=None):
+    loss = reference(student, teacher, valid)
+    return loss.to(torch.promote_types(loss.dtype, teacher.dtype))
+
+
 @planted("logit_loss", logit.test_half_precision_inputs_are_exact_to_float32)
 def the_softmax_is_taken_in_half_precision(reference, student, teacher, mask=None, temperature=1.0):
     rounded = student.float().log_softmax(-1).to(student.dtype)

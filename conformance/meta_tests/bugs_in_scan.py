@@ -132,6 +132,13 @@ def the_gradient_of_the_last_token_is_lost(reference, x, *tensors, **rest):
     return reference(torch.cat([x[:, :-1], x[:, -1:].detach()], dim=1), *tensors, **rest)
 
 
+@planted("selective_scan", one.test_decays_are_formed_in_float32)
+def the_backward_pass_rounds_the_steps(reference, x, dt, *tensors, **rest):
+    right = reference(x, dt, *tensors, **rest)
+    coarse = reference(x, dt.to(x.dtype).to(dt.dtype), *tensors, **rest)
+    return tuple(value.detach() + (of - of.detach()) for value, of in zip(right, coarse, strict=True))
+
+
 @planted("selective_scan", one.test_groups_equal_repeated_heads)
 def only_the_first_head_of_a_group_sends_a_gradient(reference, x, dt, A, B, C, **rest):
     ratio, x, B = C.shape[2] // x.shape[2], per_head(x, C), per_head(B, C)

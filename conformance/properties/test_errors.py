@@ -57,10 +57,11 @@ def half_text() -> torch.Tensor:
 
 
 def interleaved() -> torch.Tensor:
-    """Tokens of two segments that take turns."""
-    coords = torch.zeros(1, 4, 4, dtype=torch.int64)
-    coords[0, :, 0] = torch.tensor([0, 1, 0, 1])
-    coords[0, 2:, 3] = 1
+    """Tokens of two segments that take turns, in the second row."""
+    coords = torch.full((2, 4, 4), -1)
+    coords[1] = 0
+    coords[1, :, 0] = torch.tensor([0, 1, 0, 1])
+    coords[1, 2:, 3] = 1
     return coords
 
 
@@ -216,6 +217,45 @@ def test_a_wrong_argument_is_named(backend, operator, changes, words):
 def test_right_arguments_are_accepted(backend, operator):
     """What the rows above change is valid before the change."""
     getattr(backend, operator)(**VALID[operator])
+
+
+def tensors_of(given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor among the arguments, those of a state as argument.field."""
+    found = {}
+    for name, value in given.items():
+        parts = (
+            {f"{name}.{field}": part for field, part in value._asdict().items()}
+            if isinstance(value, WindowState)
+            else {}
+        )
+        found |= parts or ({name: value} if isinstance(value, torch.Tensor) else {})
+    return found
+
+
+def with_other(given: dict[str, Any], name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """The arguments with another tensor of `tensors_of`."""
+    argument, _, field = name.partition(".")
+    return given | {argument: given[argument]._replace(**{field: tensor}) if field else tensor}
+
+
+ONE_TENSOR = ("scan_order", "inverse_order", "window_ids")  # which has its device from nowhere else
+
+
+@pytest.mark.parametrize("operator", [pytest.param(name, marks=pytest.mark.needs(name)) for name in VALID])
+def test_every_argument_is_checked(backend, operator):
+    """For its kind of number, its number of axes, and its device."""
+    given, call = VALID[operator], getattr(backend, operator)
+    for name, tensor in tensors_of(given).items():
+        kind, longer = torch.int64 if tensor.is_floating_point() else torch.float32, tensor[..., None]
+        wrong = {
+            (name, str(kind).removeprefix("torch.")): tensor.to(kind),
+            (name, str(tuple(longer.shape))): longer,
+        }
+        if operator not in ONE_TENSOR:
+            wrong["device", "meta"] = tensor.to("meta")
+        for words, other in wrong.items():
+            changed = with_other(given, name, other)
+            assert_says(lambda changed=changed: call(**changed), operator, words)
 
 
 WRONG_INPUTS = (

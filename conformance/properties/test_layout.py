@@ -290,6 +290,17 @@ def test_shifted_windows_follow_swins_rule(backend, columns, window, sizes):
 
 
 @pytest.mark.needs("window_ids")
+@pytest.mark.parametrize("axis", (1, 2, 3))
+def test_cells_without_a_token_count_towards_the_extent(backend, axis):
+    """Four cells of seven, 0 1 5 6: a window of four is shifted, to 0 1 | 5 | 6."""
+    coords = torch.zeros(1, 4, 4, dtype=torch.int64)
+    coords[0, :, axis] = torch.tensor([0, 1, 5, 6])
+    ids = backend.window_ids(coords, (4, 4, 4), True)[0].tolist()
+    found = [list(dict.fromkeys(ids)).index(i) for i in ids]
+    assert found == [0, 0, 1, 2], f"window_ids: cells 0 1 5 6 must be in windows 0 0 1 2, got {found}"
+
+
+@pytest.mark.needs("window_ids")
 def test_the_shift_looks_at_every_segment_and_axis_by_itself(backend):
     """A long image next to a short one, a long axis next to a short one."""
     coords = Layout(((Vision(0, (1, 2, 4)), Vision(1, (1, 2, 2)), Vision(2, (3, 1, 2))),)).coords
