@@ -34,8 +34,8 @@ class PackedCase(ChangedCase):
         samples: of each row, the places of one after the other.
     """
 
-    def __init__(self, case: Case, draw: int = 0) -> None:
-        self.samples = samples_of(case.shape, case.seed, getattr(case, "layout", None))
+    def __init__(self, case: Case, draw: int = 0, samples: list[list[slice]] | None = None) -> None:
+        self.samples = samples or samples_of(case.shape, case.seed, getattr(case, "layout", None))
         super().__init__(case, {"sequence": ids_of(self.samples, valid_tokens(case), case.seed, draw)})
         self.masks = (*case.masks, "sequence")
 
@@ -101,9 +101,24 @@ def sample_by_sample(operator: Callable, case: PackedCase, **given: Any) -> tupl
     return torch.cat(rows), torch.cat(states).to(end.dtype)
 
 
+BORDERS = ((0, 32, 128, 129, 256, 512), (0, 31, 64, 127, 255, 384, 513))  # of chunks, and beside them
+
+
+def check_samples_at_borders(backend: Any, case: Case) -> None:
+    """Two rows whose samples begin where chunks may, and fill several: none reads the one before."""
+    edges = ((*starts, case.shape[1]) for starts in BORDERS)
+    samples = [[slice(*edge) for edge in pairwise(row)] for row in edges]
+    compare_with_samples_alone(backend, PackedCase(case, samples=samples))
+
+
 def check_equals_samples_alone(backend: Any, case: Case) -> None:
     """Values, gradients of every argument, and the states before and after."""
-    packed = PackedCase(case)
+    compare_with_samples_alone(backend, PackedCase(case))
+
+
+def compare_with_samples_alone(backend: Any, packed: PackedCase) -> None:
+    """The same, of a packed case."""
+    case = packed.case
     alone = fed(partial(sample_by_sample, operator_of(backend, case), packed), packed, gradients=True)
     assert_same(run(backend, packed, gradients=True), alone, case, sizes=partial(sizes_of_gradients, packed))
 

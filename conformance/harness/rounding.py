@@ -7,14 +7,17 @@ matter. Each check takes a backend and a case of half precision.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
 
-from .compare import assert_same
+from linmu import reference
+
+from .compare import assert_same, quarters
 from .operator_cases import BidirectionalCase, Case, ConvCase, Numbers, run
-from .operator_checks import check_matches_the_reference
+from .operator_checks import check_matches_the_reference, sizes_of_gradients
 
 HALVES = ("mixed", "bfloat16", "float16")
 STRONG = 16  # e^16 is what a state loses in one token
@@ -96,3 +99,21 @@ def check_scores(backend: Any, case: Case) -> None:
             }
         )
         check_matches_the_reference(backend, close, gradients=False)
+
+
+def check_low_scores(backend: Any, case: Case) -> None:
+    """All scores far below 0, exactly so, but one key's, far above it: a softmax knows differences only, and
+    those of keys that a token sees. A logarithm of its sum is as large as the scores, and so is its rounding.
+    """
+    given, keys = case.inputs(), ("k", "initial_k")
+    for offset in (16, 512, 2**15):
+        q, k = quarters(given["q"], case.seed), {}
+        q[..., -1] = 1
+        for place, name in enumerate(name for name in keys if given.get(name) is not None):
+            k[name] = quarters(given[name], case.seed + 1 + place)
+            k[name][..., -1] = -offset
+        k["k"][:, case.length // 2, :, -1] = offset
+        low = case.changed(q=q, **k, scale=1.0)
+        found, wanted = (run(each, low, gradients=True) for each in (backend, reference))
+        sizes = partial(sizes_of_gradients, low)
+        assert_same(found, wanted, case, factor=1 + offset / 50, sizes=sizes)

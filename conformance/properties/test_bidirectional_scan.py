@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import operator_checks, packed_rows, rounding
+from ..harness import large_cases, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.layouts import LONG_PROMPTS, Layout, Text, Vision
 from ..harness.operator_cases import (
@@ -370,3 +370,10 @@ def test_one_vision_token_counts_itself_once_in_each_direction(backend, gap):
     own_write = (given["dt"] * (given["C"] * given["B"]).sum(-1))[..., None] * given["x"]
     for share in (0.0, 0.25, 1.0):
         assert_same({"y": run(backend, with_gate(case, share))["y"]}, {"y": own_write}, case)
+
+
+@pytest.mark.needs("bidirectional_scan")
+def test_samples_may_begin_where_chunks_do(backend):
+    """And be longer than these: no state is carried over their first token."""
+    case = large_cases.both(((Text(640),),) * 2, 2, 1, 3, 2, decay=-1e-3)
+    packed_rows.check_samples_at_borders(backend, case)

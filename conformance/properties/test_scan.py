@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from linmu import reference
 
-from ..harness import operator_checks, packed_rows, rounding
+from ..harness import large_cases, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
 from ..harness.operator_cases import (
     DTYPES,
@@ -253,3 +253,11 @@ def test_hundreds_of_small_writes_all_count(backend, dtype):
         y, state = backend.selective_scan(one, step, decay, one, one, initial_state=before)
         assert state.item() == pytest.approx(start + length / 2, abs=1e-2)
         assert y[0, -1].item() == pytest.approx(start + length / 2, rel=0.005)
+
+
+@pytest.mark.needs("selective_scan")
+@pytest.mark.parametrize("reverse", (False, True))
+def test_samples_may_begin_where_chunks_do(backend, reverse):
+    """And be longer than these: no state is carried over their first token."""
+    case = large_cases.scan(640, 2, 1, 3, 2, batch=2, reverse=reverse, decay=-1e-3)
+    packed_rows.check_samples_at_borders(backend, case)

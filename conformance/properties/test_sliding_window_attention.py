@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ..harness import operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
-from ..harness.operator_cases import DTYPES, fed, gradients_of, operator_of, property_of, run
+from ..harness.operator_cases import DTYPES, EXACT, fed, gradients_of, operator_of, property_of, run
 from ..harness.second_sliding_window import pairs_and_rest, sizes_in_window
 from ..harness.second_sliding_window import sliding_window_attention as by_mask
 from ..harness.sliding_window_cases import STATE, SlidingWindowCase, selected, sliding_window_cases
@@ -233,6 +233,12 @@ def test_large_scores_are_finite(backend, case: SlidingWindowCase):
     """Scores far beyond the range of exp, forward and backward, where the softmax picks one token."""
     for name, tensor in run(backend, case.changed(scale=3000.0), gradients=True).items():
         assert torch.isfinite(tensor).all(), f"{name} must be finite: {case!r}"
+
+
+@sliding(cases=sliding_window_cases(EXACT), share=0.5)
+def test_scores_may_all_be_low(backend, case: SlidingWindowCase):
+    """Nothing that stands for a key out of the window competes with keys of scores down to -32,768."""
+    rounding.check_low_scores(backend, case)
 
 
 @sliding(cases=sliding_window_cases(rounding.HALVES[1:], initial_state=False), share=0.5)

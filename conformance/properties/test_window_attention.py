@@ -10,6 +10,7 @@ from ..harness import operator_checks, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.operator_cases import (
     DTYPES,
+    EXACT,
     WindowCase,
     fed,
     gradients_of,
@@ -121,6 +122,12 @@ def test_large_scores_are_finite(backend, case: WindowCase):
     """Scores far beyond the range of exp, forward and backward, where the softmax picks one token."""
     for name, tensor in run(backend, case.changed(scale=3000.0), gradients=True).items():
         assert torch.isfinite(tensor).all(), f"{name} must be finite: {case!r}"
+
+
+@windows(cases=window_cases(EXACT), share=0.5)
+def test_scores_may_all_be_low(backend, case: WindowCase):
+    """Nothing that stands for a key out of the window competes with keys of scores down to -32,768."""
+    rounding.check_low_scores(backend, case)
 
 
 @windows(cases=window_cases(("float16", "bfloat16")))
