@@ -20,12 +20,15 @@ globals().update(loss_properties("hidden_loss", hidden_loss_cases))
 
 @hidden(cases=hidden_loss_cases())
 def test_the_hidden_loss_is_relative(backend, case: HiddenLossCase):
-    """Predicting zero costs 1, doubling both changes nothing, doubling the error costs four times as much."""
+    """Predicting zero costs 1, numbers all larger or all smaller change nothing, doubling the error costs four
+    times as much."""
     student, teacher = case.inputs()["student"], case.inputs()["teacher"]
     loss = run(backend, case)["loss"]
     of_zero = run(backend, case.changed(student=torch.zeros_like(teacher)))["loss"]
     assert of_zero.item() == pytest.approx(1.0, rel=1e-5), f"predicting zero must cost 1: {case!r}"
-    assert_same(run(backend, case.changed(student=8 * student, teacher=8 * teacher)), {"loss": loss}, case)
+    for factor in (8, 2.0**-20):
+        scaled = case.changed(student=factor * student, teacher=factor * teacher)
+        assert_same(run(backend, scaled), {"loss": loss}, case)
     further = case.changed(student=teacher + 2 * (student - teacher))
     assert_same(run(backend, further), {"loss": 4 * loss}, case)
 
