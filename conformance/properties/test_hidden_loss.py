@@ -20,8 +20,8 @@ globals().update(loss_properties("hidden_loss", hidden_loss_cases))
 
 @hidden(cases=hidden_loss_cases())
 def test_the_hidden_loss_is_relative(backend, case: HiddenLossCase):
-    """Predicting zero costs 1, numbers all larger or all smaller change nothing, doubling the error costs four
-    times as much."""
+    """Predicting zero costs 1, larger or smaller numbers change nothing, twice the error costs four times as
+    much."""
     student, teacher = case.inputs()["student"], case.inputs()["teacher"]
     loss = run(backend, case)["loss"]
     of_zero = run(backend, case.changed(student=torch.zeros_like(teacher)))["loss"]
