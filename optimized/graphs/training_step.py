@@ -27,9 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from ...reference.student.packed_rows import started_anew
 from ...reference.student.unconverted_attention import padding_is_known
-from ...reference.training.batch_facts import Facts, ask, is_answered
+from ...reference.training.batch_facts import Facts, ask
 from ...reference.training.safety.distributed_means import processes
-from ...reference.training.teacher_student import Lesson
+from ...reference.training.teacher_student import Lesson, is_answered
 from ..engine import get_engine, say_once
 from ..engine.torch_state import is_observed
 from ..layout import VisionLayout, fast

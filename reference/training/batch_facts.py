@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .teacher_student import IGNORED_LABEL, Lesson, token_masks
+from .teacher_student import Lesson, is_answered, token_masks
 
 
 class Facts(NamedTuple):
@@ -64,11 +64,6 @@ def ask(masks: Mapping[str, Tensor], attention_mask: Tensor, labels: Tensor | No
     *some, has_padding, positions = torch.stack([each.long() for each in found]).tolist()
     groups = tuple(name for name, is_there in zip(masks, some, strict=True) if is_there)
     return Facts(groups, bool(has_padding), positions)
-
-
-def is_answered(labels: Tensor) -> Tensor:
-    """Whether the next token is supervised: (B, L) int64 -> (B, L-1) bool."""
-    return labels[:, 1:] != IGNORED_LABEL
 
 
 def placeholders_of(lesson: Lesson) -> tuple[int, ...]:

@@ -414,15 +414,20 @@ def token_masks(attention_mask: Tensor, vision: Tensor, labels: Tensor | None) -
     valid = attention_mask.bool()
     answering = torch.zeros_like(valid)
     if labels is not None:
-        answering[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+        answering[:, :-1] = is_answered(labels)
     return {"vision": valid & vision, "text": valid & ~vision, "answering": valid & answering}
+
+
+def is_answered(labels: Tensor) -> Tensor:
+    """Whether the next token is supervised: (B, L) int64 -> (B, L-1) bool."""
+    return labels[:, 1:] != IGNORED_LABEL
 
 
 def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Positions whose next token is supervised in some row: (n,) int64, and (B, n) bool, which rows count
     there."""
     require(labels is not None, "Lesson", "labels must be given where logits are taught", None)
-    mask = labels[:, 1:] != IGNORED_LABEL
+    mask = is_answered(labels)
     positions = mask.any(0).nonzero().squeeze(-1)
     return positions, mask[:, positions]
 
