@@ -66,6 +66,10 @@ class Limits:
     most_tokens: int
     most_graphs: int
 
+    def bucket(self, length: int) -> int | None:
+        """The smallest of `lengths` that holds so many tokens; None = none does."""
+        return next((bucket for bucket in self.lengths if bucket >= length), None)
+
 
 class Request(NamedTuple):
     """One forward: embeds (B, L, D); positions (B, L) or (3, B, L); valid (B, L), 0 = padding, None = all
@@ -220,7 +224,7 @@ class GraphedDecoder:
         batch, length = tokens.shape[:2]
         if batch > self.limits.most_rows:
             return f"more than most_rows={self.limits.most_rows} rows"
-        bucket = self.bucket(length)
+        bucket = self.limits.bucket(length)
         if bucket is None:
             return f"prompts longer than the largest of lengths, {self.limits.lengths[-1]}"
         if batch * bucket > self.limits.most_tokens:
@@ -263,10 +267,6 @@ class GraphedDecoder:
         """Whether the caller wants a cache."""
         asked = given.get("use_cache")
         return bool(self.decoder.config.use_cache if asked is None else asked)
-
-    def bucket(self, length: int) -> int | None:
-        """The smallest of `lengths` that holds so many tokens; None = none does."""
-        return next((bucket for bucket in self.limits.lengths if bucket >= length), None)
 
     def run(self, given: dict[str, Any]) -> BaseModelOutputWithPast:
         """The forward from graphs."""
@@ -321,7 +321,7 @@ class GraphedDecoder:
     def prefill(self, request: Request, slots: list[LinMUCacheLayer]) -> Tensor:
         """Any other forward, (B, L, D); the slots get the new states."""
         batch, length, _ = request.embeds.shape
-        bucket = self.bucket(length)
+        bucket = self.limits.bucket(length)
         pad = bucket - length
         masked = pad > 0 or (request.valid is not None and not bool(request.valid.all()))
         tokens = token_tensors(request, masked)

@@ -17,6 +17,7 @@ from ..engine import get_engine
 from ..engine.torch_state import is_observed
 
 CAPTURING = "transformers.utils.output_capturing"
+OBSERVED = "torch.compile, a mode or a transform observes it, or LINMU_SHORTCUTS=0"
 
 
 class Watch:
@@ -101,9 +102,12 @@ def state_of_torch(device: torch.device) -> str | None:
     if torch.is_grad_enabled():
         return "gradients are recorded (torch.no_grad() turns that off)"
     if is_observed():
-        return "torch.compile, a mode or a transform observes it, or LINMU_SHORTCUTS=0"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast"
+        return OBSERVED
+    return "autocast" if torch.is_autocast_enabled(device.type) else state_of_device(device)
+
+
+def state_of_device(device: torch.device) -> str | None:
+    """What of a device's state asks for no graph; None on a CPU, where a stand-in may capture."""
     if device.type != "cuda":
         return None
     if get_engine(device) != "triton":

@@ -30,14 +30,14 @@ from ...reference.student.unconverted_attention import padding_is_known
 from ...reference.training.batch_facts import Facts, ask
 from ...reference.training.safety.distributed_means import processes
 from ...reference.training.teacher_student import Lesson, is_answered
-from ..engine import get_engine, say_once
+from ..engine import say_once
 from ..engine.torch_state import is_observed
 from ..layout import VisionLayout, fast
 from ..m_mate import MMATE
 from ..sliding_window_attention import one_forward
 from .capture import Capture, copy_all
 from .decoder import DECODERS, FIXED_ROPE, Limits, zeros_like
-from .obstacles import CAPTURING
+from .obstacles import OBSERVED, state_of_device, watches
 from .static_layout import StaticLayout, is_within_bounds
 
 LENGTHS = (64, 128, 192, *(2**k * quarters // 4 for k in range(8, 16) for quarters in (4, 5, 6, 7)), 65536)
@@ -67,25 +67,27 @@ class Problem(NamedTuple):
     has_padding: bool
 
     @property
+    def parts(self) -> tuple[dict[Any, Tensor], ...]:
+        """All tensors, by what they are for."""
+        return self.call, self.layout, self.groups, self.answers
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All of them, in order."""
-        parts = (self.call, self.layout, self.groups, self.answers)
-        return [tensor for part in parts for tensor in part.values()]
+        return [tensor for part in self.parts for tensor in part.values()]
 
     @property
     def shape(self) -> tuple:
         """What problems of one graph have in common."""
-        parts = (self.call, self.layout, self.groups, self.answers)
         of_parts = (
             tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in part.items())
-            for part in parts
+            for part in self.parts
         )
         return (*of_parts, self.has_padding)
 
     def buffers(self) -> Problem:
         """One of the same shape, for values to be copied into."""
-        parts = (self.call, self.layout, self.groups, self.answers)
-        new = ({name: zeros_like(tensor) for name, tensor in part.items()} for part in parts)
+        new = ({name: zeros_like(tensor) for name, tensor in part.items()} for part in self.parts)
         return Problem(*new, self.has_padding)
 
 
@@ -182,9 +184,9 @@ class TrainingGraphs:
         if tokens.ndim != 2 or tokens.device != self.device:
             return "a mask other than (B, L) on the decoder's device"
         batch, length = tokens.shape
-        if batch > self.limits.most_rows or self.bucket(length) is None:
+        if batch > self.limits.most_rows or self.limits.bucket(length) is None:
             return f"batches beyond {self.limits.most_rows} rows of {self.limits.lengths[-1]} tokens"
-        if batch * self.bucket(length) > self.limits.most_tokens:
+        if batch * self.limits.bucket(length) > self.limits.most_tokens:
             return f"batches of more than {self.limits.most_tokens} tokens, padding included"
         if self.lesson.student.prompt_layout is not None:
             packed = inputs.get("linmu_sequence") is not None
@@ -195,10 +197,6 @@ class TrainingGraphs:
         if inputs.get("position_ids") is not None and inputs.get("linmu_sequence") is None:
             return "position_ids without linmu_sequence, which may tell of packed rows"
         return None
-
-    def bucket(self, length: int) -> int | None:
-        """The smallest of the limits' lengths that holds so many tokens; None = none does."""
-        return next((bucket for bucket in self.limits.lengths if bucket >= length), None)
 
     def problem(self, labels: Tensor | None, inputs: dict[str, Tensor], facts: Facts | None) -> Problem | str:
         """A batch in the shapes of its graph, or why there is none."""
@@ -215,13 +213,13 @@ class TrainingGraphs:
             if isinstance(call, str):
                 return call
         length = inputs["attention_mask"].shape[1]
-        pad = self.bucket(length) - length
+        pad = self.limits.bucket(length) - length
         has_padding = facts.has_padding or pad > 0
         call = {name: padded(tensor, pad, name == "inputs_embeds") for name, tensor in call.items()}
         groups = {name: padded(masks[name], pad) for name in facts.groups}
         answers = {}
         if taught:
-            answers = answering(is_answered(labels), self.bucket(max(facts.positions, 1)))
+            answers = answering(is_answered(labels), self.limits.bucket(max(facts.positions, 1)))
             answers["positions"] = answers["positions"] + pad
         where = {}
         if layout is not None:
@@ -471,10 +469,7 @@ def hooks_on(lesson: Lesson) -> str | None:
     for module in lesson.student.modules():
         for kind in kinds:
             hooks = module.__dict__.get(kind)
-            if hooks and any(
-                number not in own and getattr(hook, "__module__", None) != CAPTURING
-                for number, hook in hooks.items()
-            ):
+            if hooks and watches({number: hook for number, hook in hooks.items() if number not in own}):
                 return "hooks on its modules"
     return None
 
@@ -483,10 +478,4 @@ def state_of_torch(device: torch.device) -> str | None:
     """What of torch's state asks for steps as they are."""
     if processes() > 1:
         return "several processes train together"
-    if is_observed():
-        return "torch.compile, a mode or a transform observes it, or LINMU_SHORTCUTS=0"
-    if device.type != "cuda":
-        return None
-    if get_engine(device) != "triton":
-        return "the torch engine"
-    return "another capture" if torch.cuda.is_current_stream_capturing() else None
+    return OBSERVED if is_observed() else state_of_device(device)
