@@ -34,8 +34,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttention
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention
 
-from .elementwise.operator import GateInputs, NormInputs, RotateInputs, frozen_norm, gate_product, rotate
-from .engine.torch_state import has_no_hooks
+from .elementwise.operator import GateInputs, RotateInputs, gate_product, rotate
+from .lesson_modules import normed
+from .projections import are_plain
 
 ATTENTIONS = (
     VisionAttention,
@@ -140,20 +141,15 @@ def runs_by_length(beginnings: list[int], device: torch.device) -> list[Run]:
 
 def norm(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """The stock RMS norm, on a GPU in one kernel."""
-    weight = module.weight
-    trained = weight.requires_grad and torch.is_grad_enabled()
-    if trained or not hidden_states.is_cuda or weight.dtype != hidden_states.dtype:
-        return type(module).forward(module, hidden_states)
-    return frozen_norm(NormInputs(hidden_states, weight, module.variance_epsilon))
+    forward = normed if hidden_states.is_cuda else type(module).forward
+    return forward(module, hidden_states)
 
 
 def aligned_mlp(module: Qwen2_5_VLMLP, hidden_state: Tensor) -> Tensor:
     """The stock MLP, its width F filled up by zeros: rows begin at multiples of `ALIGNED` bytes."""
-    products = module.gate_proj, module.up_proj, module.down_proj
     more = -module.intermediate_size % (ALIGNED // hidden_state.element_size())
-    as_made = all(type(each) is nn.Linear and has_no_hooks(each) for each in products)
-    same = as_made and all(each.weight.dtype == hidden_state.dtype for each in products)
-    if not hidden_state.is_cuda or not more or not same or torch.compiler.is_compiling():
+    plain = are_plain([module.gate_proj, module.up_proj, module.down_proj], hidden_state.dtype)
+    if not hidden_state.is_cuda or not more or not plain or torch.compiler.is_compiling():
         return type(module).forward(module, hidden_state)
     return filled_mlp(module, hidden_state, more)
 
