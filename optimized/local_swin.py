@@ -15,13 +15,13 @@ from ..reference.layout import samples_of
 from ..reference.sliding_window_attention import DonatedWindowState, WindowState
 from .elementwise.torch_engine import local_rows
 from .engine import engine_of_block
+from .engine.once import once_a_forward
 from .flex_ma import may_be_overwritten
 from .layout import VisionLayout, fast, rows_where
 from .projections import checked_angles, rotated, token_products
 from .sliding_window_attention import (
     attend_spans,
     is_step,
-    once_a_forward,
     sliding_window_attention,
     spans_of_layer,
     step_in_place,

@@ -17,8 +17,8 @@ from .decoding.operator import ProjectionInputs, ProjectionOutputs, text_project
 from .elementwise import narrow_product as in_bfloat16_parts
 from .elementwise.operator import NarrowInputs, RotateInputs, narrow_product, rotate
 from .elementwise.torch_engine import angles_of
+from .engine.once import once_a_forward
 from .engine.torch_state import has_no_hooks
-from .sliding_window_attention import once_a_forward
 
 __all__ = [
     "HeadProjections",

@@ -9,11 +9,11 @@ from ..reference.training import teacher_student as reference
 from ..reference.training.safety.distributed_means import share
 from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
 from .engine import get_engine
+from .engine.once import one_forward
 from .graphs.capture import CudaCapture
 from .graphs.training_step import LIMITS, TrainingGraphs
 from .lesson_modules import replace_methods, restore_methods
 from .losses import hidden_loss, hidden_losses, logit_loss
-from .sliding_window_attention import one_forward
 
 __all__ = ["Lesson", "Objective", "attach_teacher", "detach_teacher"]
 

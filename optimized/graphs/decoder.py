@@ -32,10 +32,10 @@ from ...reference.m_mate import MMATEState
 from ...reference.sliding_window_attention import WindowState
 from ...reference.student.cache import CACHE_NAME, LinMUCacheLayer, cache_slot, name_cache
 from ..engine import say_once
+from ..engine.once import one_forward
 from ..engine.operator import on_device_of
 from ..layout import VisionLayout, fast
 from ..m_mate import prepare_layers
-from ..sliding_window_attention import one_forward
 from .capture import Capture, copies, copy_all
 from .layers import through_layers
 from .obstacles import Watch, arguments, state_of_torch

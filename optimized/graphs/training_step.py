@@ -31,10 +31,10 @@ from ...reference.training.batch_facts import Facts, ask
 from ...reference.training.safety.distributed_means import processes
 from ...reference.training.teacher_student import Lesson, is_answered
 from ..engine import say_once
+from ..engine.once import one_forward
 from ..engine.torch_state import is_observed
 from ..layout import VisionLayout, fast
 from ..m_mate import MMATE
-from ..sliding_window_attention import one_forward
 from .capture import Capture, copy_all
 from .decoder import DECODERS, FIXED_ROPE, Limits, zeros_like
 from .obstacles import OBSERVED, state_of_device, watches

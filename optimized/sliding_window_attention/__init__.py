@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...reference.sliding_window_attention import WindowState, check_sliding_window
+from ..engine.once import once_a_forward
 from .operator import SlidingInputs, StepInputs, attend, attend_step
-from .spans import Spans, find_spans, once_a_forward, one_forward, spans_of_layer
+from .spans import Spans, find_spans, spans_of_layer
 
 __all__ = [
     "Spans",
@@ -26,8 +27,6 @@ __all__ = [
     "attend_spans",
     "find_spans",
     "is_step",
-    "once_a_forward",
-    "one_forward",
     "sliding_window_attention",
     "spans_of_layer",
     "step_in_place",

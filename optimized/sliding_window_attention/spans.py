@@ -10,16 +10,13 @@ a key are neighbours too. Nothing is asked from the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_of_forward: ContextVar[dict[Hashable, Any] | None] = ContextVar("found in a forward", default=None)
+from ..engine.once import once_a_forward
 
 
 class Spans(NamedTuple):
@@ -71,28 +68,6 @@ def find_spans(
     missing = wanted < 1 if begin is None else (wanted < 1) | (last < begin[:, -1:])
     needed = None if valid is None and present is None else there
     return Spans(asks, needed, low, high, last.long().masked_fill_(missing, -1))
-
-
-@contextmanager
-def one_forward() -> Iterator[None]:
-    """Within, what asks `once_a_forward` are the layers of one forward, over the same tokens, masks and
-    `present` of states.
-    """
-    before = _of_forward.set({})
-    try:
-        yield
-    finally:
-        _of_forward.reset(before)
-
-
-def once_a_forward(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` returns, made by the first layer within `one_forward`, and by every caller outside."""
-    known = None if torch.compiler.is_compiling() else _of_forward.get()
-    if known is None:
-        return make()
-    if key not in known:
-        known[key] = make()
-    return known[key]
 
 
 def spans_of_layer(

@@ -10,7 +10,7 @@ import torch
 from linmu.optimized import projections
 from linmu.optimized.elementwise import narrow_product as narrow
 from linmu.optimized.elementwise.operator import NarrowInputs, NarrowOutputs
-from linmu.optimized.sliding_window_attention import one_forward
+from linmu.optimized.engine.once import one_forward
 from linmu.reference.numerics import full_precision_linear
 
 from ...harness.compare import assert_same, evaluate
