@@ -1,8 +1,8 @@
 """generate()'s loop over tokens, which launches the next one while the GPU computes the one before.
 
-After every token Hugging Face's `_sample` asks the GPU whether all rows have ended, and so waits: what it does
-before the next forward, some 1 ms, the GPU is idle. Its `DeferredStopCheck` asks one token late instead; the
-forward that this is too many, it undoes. It does so on Apple's GPUs alone so far; here it does on NVIDIA's.
+After every token Hugging Face's `_sample` asks the GPU whether all rows have ended, and so waits: during what
+it does before the next forward, some 1 ms, the GPU is idle. Its `DeferredStopCheck` asks one token late; the
+forward that this is too many, it undoes. So far it does so on Apple's GPUs alone; here it does on NVIDIA's.
 """
 
 from __future__ import annotations

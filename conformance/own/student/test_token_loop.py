@@ -1,4 +1,4 @@
-"""An accelerated student's generate() asks one token late whether it has ended: what it returns is the same."""
+"""An accelerated student's generate() asks one token late whether it has ended, and returns the same."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from linmu.reference.training.batch_facts import Facts, WithFacts, ask, placehol
 from linmu.reference.training.parameter_groups import MIXER, MLPS, belongs
 from linmu.reference.training.safety.memory import leave_inputs_alone, recompute_layers
 
-from ..student.tape import tape
 from ..student import tiny_checkpoint as tiny
+from ..student.tape import tape
 from ..student.tiny_checkpoint import build_teacher, every_kind, picture, prompt, shake_mixers
 from ..student.tiny_families import text_decoder
 
