@@ -48,7 +48,8 @@ def accelerate(
     are the same up to rounding. Whatever graphs cannot do runs as before, and the reason is said once on
     stderr: gradients, hooks, adapters that are not merged, `output_hidden_states` and `output_attentions`,
     autocast, masks other than (B, S), and what exceeds the limits. Beams run from graphs, at the price of a
-    copy of the states a token. Calls from several threads take turns.
+    copy of the states a token. Calls from several threads take turns. generate() asks one token late whether
+    it has ended, unless its cache is returned or was passed in: see `token_loop.sample`.
 
     Memory beside the weights: of each graph of B rows and a bucket of L tokens its inputs, some B·L·(D+1,000)
     values, of one that decodes the states of B rows; and one pool that all share, as large as the largest
