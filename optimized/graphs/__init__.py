@@ -6,6 +6,7 @@
 
 decoder         the decoder's forward from graphs: buckets, buffers, caches
 layers          the decoder's layers, in fewer kernels
+token_loop      generate() without waiting for each token
 training_step   a Lesson's losses and gradients from one graph
 static_layout   where vision tokens are, in buffers
 capture         torch's CUDA graphs
@@ -24,6 +25,7 @@ from ...reference.student.model import LinMUModel, decoder_layers, mixers
 from ..m_mate import MMATE
 from .capture import Capture, CudaCapture
 from .decoder import DECODERS, FIXED_ROPE, GraphedDecoder, Limits
+from .token_loop import sample
 
 __all__ = ["accelerate", "unaccelerate"]
 
@@ -73,6 +75,7 @@ def unaccelerate(student: LinMUModel) -> LinMUModel:
     decoder = student.get_decoder()
     if isinstance(decoder.__dict__.get("forward"), GraphedDecoder):
         del decoder.forward
+    student.__dict__.pop("token_loop", None)
     return student
 
 
@@ -81,6 +84,7 @@ def install(student: LinMUModel, limits: Limits, new_capture: Callable[[], Captu
     decoder = unaccelerate(student).get_decoder()
     check(student, limits)
     decoder.forward = GraphedDecoder(decoder, limits, new_capture)
+    student.token_loop = sample
     return student
 
 
