@@ -72,6 +72,16 @@ def opened(*flags: str) -> Run:
     return run
 
 
+def test_one_process_takes_one_gpu_of_several(tmp_path, monkeypatch):
+    """The Trainer would wrap the lesson in `nn.DataParallel`, with so many times the batch."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run = Run(parse([flag for flag in TINY if flag != "--cpu"]))
+    run.open()
+    trainer = run.trainer(run.stages[0], tmp_path)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == run.config.optimizer.batch_size
+    trainer.model.close()
+
+
 @pytest.mark.parametrize("layers", [["1", "3"], ["-1"]])
 def test_a_hybrid_may_keep_its_first_layers_attention(tmp_path, layers):
     rows = main([*TINY, *steps(1, 1, 1), "--layers", *layers, "--output", str(tmp_path)])["rows"]
