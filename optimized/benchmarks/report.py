@@ -68,8 +68,8 @@ DEFINITIONS = {
         "One `watch.see` of a block of frames, from arrays of pixels on: processor, vision tower, decoder. "
         "Two frames are one moment; tokens are those of a block's pictures. The time is the wall's, of one "
         "block of each stream until the GPU is done; frames/s are those of all streams, of blocks in a row. "
-        "Busy as above. LinMU runs from CUDA graphs on a GPU (`optimized.accelerate`); the teacher as Hugging "
-        "Face has it, after so many tokens, whose keys and values are random numbers: all of them, or the "
+        "Busy as above. LinMU runs from CUDA graphs on a GPU (`optimized.accelerate`); the teacher as Hugging"
+        " Face has it, after so many tokens, whose keys and values are random numbers: all of them, or the "
         "last. What grew counts from the first blocks to the last: bytes of the state, of all tensors on the "
         "GPU, of the process on the host."
     ),
