@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from .benchmarks import decoding, graphs, kernels, models, training
+from .benchmarks import decoding, graphs, kernels, models, training, watching
 from .benchmarks.cases import Case, measure_all
 from .benchmarks.counts import Sizes
 from .benchmarks.problems import SHORTEST
@@ -38,7 +38,7 @@ from .benchmarks.report import Report
 from .benchmarks.timing import Ceilings, measure_ceilings
 from .engine import get_engine
 
-PARTS = ("kernels", "windows", "model", "graphs", "decode", "training", "text")
+PARTS = ("kernels", "windows", "model", "graphs", "decode", "training", "text", "watch")
 K = 1024
 TEXT_MODEL = "smollm2-135m"
 SIZES = "28x4x128,16x4x64"
@@ -51,6 +51,7 @@ LENGTHS = {
     "decode": [8 * K, 32 * K, 128 * K],
     "training": [4 * K, 16 * K],
     "text": [1 * K, 4 * K, 16 * K],
+    "watch": [],
 }
 QUICK_LENGTHS = {
     "kernels": [512, 1024, 2048, 4096, 8192, 16 * K],
@@ -60,6 +61,7 @@ QUICK_LENGTHS = {
     "decode": [512, 4096, 32 * K],
     "training": [SHORTEST],
     "text": [],
+    "watch": [],
 }
 LONG = 256 * K  # tokens from which on a line waits until the shorter ones are there
 ONE_PART = 1000  # more than any priority within a part
@@ -124,9 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> Report:
 
     def prepare(case: Case) -> None:
         """Leave all of the memory to what is measured."""
-        if case.benchmark not in graphs.BENCHMARKS:
+        as_they_are = (*graphs.BENCHMARKS, watching.BENCHMARK)
+        if case.benchmark not in as_they_are:
             plain.forget()
-        if case.benchmark in ("scan", "windows", "training", *graphs.BENCHMARKS):
+        if case.benchmark in ("scan", "windows", "training", *as_they_are):
             pair.forget()
 
     try:
@@ -249,6 +252,8 @@ def cases_of_parts(
     if "graphs" in options.parts and not options.quick:
         yield from graphs.short_prompt_cases(plain, lengths["graphs"], setting, later(-1, LONG, 6))
         yield from graphs.generate_cases(plain, setting, later(-1, LONG, 6))
+    if "watch" in options.parts:
+        yield from watching.watching_cases(plain, setting, options.quick, later(9, LONG, 9))
     if "decode" in options.parts:
         yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 6))
     if "training" in options.parts:

@@ -12,7 +12,7 @@ import torch
 
 from linmu import optimized
 from linmu.optimized import benchmark, graphs
-from linmu.optimized.benchmarks import decoding, kernels, models, training
+from linmu.optimized.benchmarks import decoding, kernels, models, training, watching
 from linmu.optimized.benchmarks import graphs as bench_graphs
 from linmu.optimized.benchmarks.cases import Case, LeftOutError, measure_all
 from linmu.optimized.benchmarks.counts import Sizes, attention_counts, scan_counts, window_counts
@@ -420,3 +420,51 @@ def test_without_a_gpu_the_command_says_what_to_add(capsys):
     with pytest.raises(SystemExit):
         benchmark.main([])
     assert "a CUDA GPU must be there, got none; add --quick for the CPU" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def shallow() -> models.Pair:
+    """The small model with one decoder layer."""
+    return models.Pair("small", 1, SETTING, prepared=False)
+
+
+def test_blocks_of_frames_are_measured_for_several_streams(shallow):
+    stream = watching.Stream(4, 2, 2)
+    values = watching.measure_watching(shallow, "LinMU", stream, SETTING)
+    assert values["frames_per_second"] == pytest.approx(4 / values["seconds_in_a_row"])
+    assert values["tokens_per_second"] == pytest.approx(8 / values["seconds_in_a_row"])
+    cache = (8 * 64 * 64 + 3 * (2 * 2 + 8) * 64) * 4 + 127 * (2 * 2 * 64 * 4 + 1)
+    assert values["cache_bytes"] == 2 * cache
+
+
+def test_a_processor_gives_the_models_own_ids():
+    clip = next(watching.Stream(16, 4).clips())
+    inputs = watching.encode(watching.build_processor(), clip)
+    assert inputs["input_ids"].tolist() == [[models.START, *[models.VIDEO] * 32, models.END]]
+    assert inputs["video_grid_thw"].tolist() == [[2, 8, 8]]
+
+
+@pytest.mark.parametrize("slides", [False, True])
+def test_a_teachers_block_leaves_its_cache_as_long_as_before(shallow, slides, monkeypatch):
+    lengths = []
+    model = shallow.model(models.TEACHER)
+    forward = type(model).forward
+
+    def noted(self, **kwargs):
+        lengths.append(kwargs[watching.CACHE_NAME].get_seq_length())
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    values = watching.measure_teacher(shallow, watching.Stream(4, 2), 64, slides, SETTING)
+    assert values["cache_bytes"] == 2 * 2 * 64 * 4 * 64
+    assert set(lengths) == {64} and len(lengths) > 5
+
+
+def test_a_long_run_tells_what_grew(shallow, monkeypatch):
+    stream = watching.Stream(4, 4)
+    values = watching.measure_endless(shallow, watching.Endless("small", stream, 12, 64), SETTING)
+    assert values["state_growth"] == 0 and values["growth"].keys() <= {"host"}
+    assert values["frames"] >= 12 + 4 * watching.WARM
+    monkeypatch.setattr(watching.watch, "state_bytes", property(lambda self: self.frames))
+    values = watching.measure_endless(shallow, watching.Endless("small", stream, 12, 64), SETTING)
+    assert values["state_growth"] == 12

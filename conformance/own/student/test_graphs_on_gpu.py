@@ -36,6 +36,7 @@ def test_graphs_give_what_the_eager_student_gives():
             got, want = (torch.stack(tokens(student, **inputs).logits) for student in (fast, eager))
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
     assert len(fast.get_decoder().forward.graphs) > 1
+    assert len(fast.model.visual.forward.graphs) > 0
     optimized.unaccelerate(fast)
     inputs = on_gpu(PROMPTS["image"]())
     assert torch.equal(tokens(fast, **inputs).sequences, tokens(eager, **inputs).sequences)
