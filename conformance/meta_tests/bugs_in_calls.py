@@ -600,6 +600,43 @@ for operator, test in (
         BUGS.append(Bug(f"{operator}_{name}", operator, partial(steps_within, *bounds), (test,)))
 
 
+@planted(
+    "bidirectional_scan",
+    test_bidirectional_scan.test_gates_of_0_and_1_and_steps_of_0_match_the_reference,
+)
+def gates_at_the_ends_of_their_range_get_no_gradient(reference, *, gate, **given):
+    return reference(gate=torch.where((gate > 0) & (gate < 1), gate, gate.detach()), **given)
+
+
+@planted("selective_scan", test_scan.test_large_and_tiny_steps_are_finite)
+def steps_of_0_are_taken_for_masked(reference, *, dt, C, **given):
+    return reference(dt=dt, C=torch.where((dt != 0)[..., None], C, 0), **given)
+
+
+@planted("bidirectional_scan", test_bidirectional_scan.test_absent_arguments_mean_their_neutral_values)
+def padding_is_ignored_where_no_segment_is_given(reference, *, segment=None, valid=None, **given):
+    return reference(segment=segment, valid=None if segment is None else valid, **given)
+
+
+@planted(
+    "sliding_window_attention",
+    test_sliding_window_attention.test_attention_is_a_mean_of_the_values_it_sees,
+)
+def a_scale_of_zero_is_taken_for_none_here_too(reference, *, scale=None, **given):
+    return reference(scale=scale or None, **given)
+
+
+for operator, test in (
+    ("hidden_loss", test_hidden_loss.test_half_precision_inputs_are_exact_to_float32),
+    ("logit_loss", test_logit_loss.test_half_precision_inputs_are_exact_to_float32),
+):
+
+    def rounded_teacher(reference, *, student, teacher, **given):
+        return reference(student=student, teacher=teacher.to(student.dtype), **given)
+
+    BUGS.append(Bug(f"{operator}_rounds_the_teacher", operator, rounded_teacher, (test,)))
+
+
 @planted("hidden_loss", test_hidden_loss.test_a_small_hidden_loss_keeps_its_digits)
 def squares_are_multiplied_out(reference, *, student, teacher, valid=None):
     kept = torch.ones(student.shape[:2], dtype=torch.bool) if valid is None else valid
