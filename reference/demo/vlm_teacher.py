@@ -43,12 +43,12 @@ from .train_teacher import Clock, ClockTrainer, TrainingCollator
 RANDOM = "random"
 CELL_NAMES = (*map(str, range(10)), ".")  # what tells a digit, and last a blank cell
 LARGEST = 64  # cells a side of the largest picture
-WARMUP = 20  # steps
+WARMUP = 30  # steps
 SEEING = {"batch_size": 64, "learning_rate": 2e-3}
 ANSWERING = {
-    "short": {"batch_size": 192, "learning_rate": 6e-4},
-    "middle": {"batch_size": 40, "learning_rate": 5e-4},
-    "long": {"batch_size": 8, "learning_rate": 3e-4},
+    "short": {"batch_size": 192, "learning_rate": 1e-3},
+    "middle": {"batch_size": 40, "learning_rate": 7e-4},
+    "long": {"batch_size": 8, "learning_rate": 4e-4},
 }
 MOST_STEPS = 20_000
 LEARNT = {"short": 0.6, "middle": 0.7, "long": 0.9}  # accuracy below which a kind is given up
