@@ -216,6 +216,7 @@ class watch:  # noqa: N801 (called like a function)
         beams = generate_kwargs.get("num_beams", beams.num_beams) or 1
         if beams > 1:
             session.cache.batch_repeat_interleave(beams)
+        inputs = session._on_device(inputs)
         ids = inputs["input_ids"]
         tokens = self.student.generate(
             **inputs, attention_mask=torch.ones_like(ids), **{CACHE_NAME: session.cache}, **generate_kwargs
@@ -323,7 +324,7 @@ class watch:  # noqa: N801 (called like a function)
         self._forward(self._with_positions(inputs))
 
     def _with_positions(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return what forward takes of a block, on the student's device, with position ids (3, 1, L).
+        """Return what forward takes of a block, with position ids (3, 1, L).
 
         Positions are restarted first where the block would pass `max_position`.
         """
@@ -339,20 +340,24 @@ class watch:  # noqa: N801 (called like a function)
             self.position = 0
         names = ("pixel_values_videos", "video_grid_thw")
         taken = {"input_ids": ids, "position_ids": positions + self.position}
-        taken |= {name: inputs[name] for name in names if name in inputs}
-        return {name: tensor.to(self.student.device) for name, tensor in taken.items()}
+        return taken | {name: inputs[name] for name in names if name in inputs}
 
     @torch.no_grad()
     def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Move the state on by a block, and return its last token's logits, (1, 1, vocabulary)."""
         self.is_whole = False
-        output = self.student(**inputs, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1)
+        # a block ends in text, whose position is one number on all axes; asked while it is on the host
+        after = int(inputs["position_ids"][0, 0, -1]) + 1
+        output = self.student(
+            **self._on_device(inputs), **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1
+        )
         for slot in self.cache.layers:
             slot.seen_tokens = 0  # of lengths nothing is kept; positions say where a block stands
-        # a block ends in text, whose position is one number on all axes
-        self.position = int(inputs["position_ids"][0, 0, -1]) + 1
-        self.is_whole = True
+        self.position, self.is_whole = after, True
         return output.logits
+
+    def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.student.device) for name, tensor in inputs.items()}
 
     def _check_whole(self, where: str) -> None:
         must, hint = "the session must not have been interrupted inside a block", "open it from its file"

@@ -574,12 +574,14 @@ def test_copies_and_pickles_begin_without_graphs(few):
         few.eager.get_decoder().norm.weight *= 2
         torch.testing.assert_close(other(**inputs).logits, few.eager(**inputs).logits)
     assert "forward" not in few.fast.state_dict()
-    few.fast.get_decoder().forward.new_capture = graphs.CudaCapture  # a lambda has no pickle
+    for module in (few.fast.get_decoder(), few.fast.model.visual):
+        module.forward.new_capture = graphs.CudaCapture  # a lambda has no pickle
     buffer = io.BytesIO()
     torch.save(few.fast, buffer)
     buffer.seek(0)
     opened = torch.load(buffer, weights_only=False)
     assert opened.get_decoder().forward.limits == LIMITS
+    assert opened.model.visual.forward.tower is opened.model.visual
 
 
 REFUSED = {
