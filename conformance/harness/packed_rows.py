@@ -57,7 +57,7 @@ def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> T
     """(B, L) int64, an id for each sample: they rise from 0, the same ones in every row.
 
     With another `draw` they come in any order, are equal modulo 2^32 and as float32, or small and negative,
-    and those of tokens that are not valid are noise.
+    or the largest and the lowest there are, and those of tokens that are not valid are noise.
     """
     numbers, ids = Numbers(seed + 6 + draw), torch.zeros(valid.shape, dtype=torch.int64)
     factor, first = (1, 0) if not draw else (2**32, 2**59) if seed % 2 else (1, -3)
@@ -65,6 +65,8 @@ def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> T
         order = torch.randperm(len(own), generator=numbers.generator) if draw else torch.arange(len(own))
         for place, sample in zip(order.tolist(), own, strict=True):
             ids[row, sample] = place * factor + first
+            if draw and seed % 3 == 0:
+                ids[row, sample] = 2**63 - 1 - place if place % 2 else place - 2**63
     noise = torch.randint(-3, 3, valid.shape, generator=numbers.generator)
     return torch.where(valid, ids, noise) if draw else ids
 
@@ -105,10 +107,18 @@ BORDERS = ((0, 32, 128, 129, 256, 512), (0, 31, 64, 127, 255, 384, 513))  # of c
 
 
 def check_samples_at_borders(backend: Any, case: Case) -> None:
-    """Two rows whose samples begin where chunks may, and fill several: none reads the one before."""
-    edges = ((*starts, case.shape[1]) for starts in BORDERS)
+    """Two rows whose samples begin where chunks may, and fill several: none reads the one before.
+
+    Without padding, and with some inside the samples and at the end of one.
+    """
+    edges = [(*starts, case.shape[1]) for starts in BORDERS]
     samples = [[slice(*edge) for edge in pairwise(row)] for row in edges]
-    compare_with_samples_alone(backend, PackedCase(case, samples=samples))
+    holes = Numbers(case.seed + 8).some(*case.shape, share=0.9)
+    holes[0, list(edges[0][:-1])] = True
+    holes[1, edges[1][-3] - 20 : edges[1][-2]] = False
+    mask = next(name for name in ("mask", "valid") if name in case.inputs())
+    for each in (case, case.changed(**{mask: holes})):
+        compare_with_samples_alone(backend, PackedCase(each, samples=samples))
 
 
 def check_equals_samples_alone(backend: Any, case: Case) -> None:

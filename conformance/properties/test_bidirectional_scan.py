@@ -26,7 +26,7 @@ NUMBERINGS = (  # of segments: large, sparse, equal modulo 2^32, equal as float3
     lambda i: 1000 - 7 * i,
     lambda i: 2**33 + i * 2**32,
     lambda i: 2**26 + i,
-    lambda i: 2**62 - i,
+    lambda i: 2**63 - 1 - i,
 )
 ONE_WORD = Layout(((Text(1),),) * 2)
 TWO_CELLS = Layout(((Vision(0, (1, 1, 2)),),))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
-from ..harness import operator_checks, packed_rows, rounding
+from ..harness import large_cases, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
 from ..harness.operator_cases import DTYPES, EXACT, fed, gradients_of, operator_of, property_of, run
 from ..harness.second_sliding_window import pairs_and_rest, sizes_in_window
@@ -116,6 +117,14 @@ def test_the_state_is_the_last_valid_keys_and_values(backend, case: SlidingWindo
         if name != "o":
             kind = torch.bool if name == "state present" else case.inputs()["k"].dtype
             assert_exact(got, wanted[name].to(kind), case, name)
+
+
+@sliding(cases=sliding_window_cases(("bfloat16", "float16"), initial_state=True), share=0.3)
+def test_a_state_of_another_dtype_is_taken_in_that_of_the_keys(backend, case: SlidingWindowCase):
+    """A float32 state before half-precision tokens: the same numbers, and a state after in half precision."""
+    given = case.inputs()
+    wide = case.changed(**{name: given[name].float() for name in STATE[:2]})
+    assert_same(run(backend, wide), run(backend, case), case)
 
 
 @sliding(cases=sliding_window_cases(valid="some", packed=False))
@@ -287,6 +296,17 @@ def long_rows(draw: st.DrawFn) -> SlidingWindowCase:
 def test_long_packed_rows_with_padding_match_attention_under_a_mask(backend, case: SlidingWindowCase):
     """Windows about the sizes of blocks, over padding and sequences of any length."""
     check_matches_attention_under_a_mask(backend, case)
+
+
+@pytest.mark.needs("sliding_window_attention")
+def test_samples_may_begin_where_blocks_do(backend):
+    """Windows of a block or more, samples that begin at its borders and beside them."""
+    case = large_cases.sliding(640, 2, 1, 3, 150, batch=2)
+    edges = [(*starts, 640) for starts in packed_rows.BORDERS]
+    samples = [[slice(*edge) for edge in pairwise(row)] for row in edges]
+    everyone = torch.ones(case.shape, dtype=torch.bool)
+    sequence = packed_rows.ids_of(samples, everyone, seed=1, draw=1)
+    check_matches_attention_under_a_mask(backend, case.changed(sequence=sequence))
 
 
 @pytest.mark.needs("sliding_window_attention")

@@ -6,6 +6,7 @@
 
 decoder         the decoder's forward from graphs: buckets, buffers, caches
 layers          the decoder's layers, in fewer kernels
+token_loop      generate() without waiting for each token
 tower           a vision tower's forward from graphs, by the grids of its pictures
 training_step   a Lesson's losses and gradients from one graph
 static_layout   where vision tokens are, in buffers
@@ -25,6 +26,7 @@ from ...reference.student.model import LinMUModel, decoder_layers, mixers
 from ..m_mate import MMATE
 from .capture import Capture, CudaCapture
 from .decoder import DECODERS, FIXED_ROPE, GraphedDecoder, Limits
+from .token_loop import sample
 from .tower import TOWERS, GraphedTower, towers_of
 
 __all__ = ["accelerate", "unaccelerate"]
@@ -78,6 +80,7 @@ def unaccelerate(student: LinMUModel) -> LinMUModel:
     for module in (student.get_decoder(), *towers):
         if isinstance(module.__dict__.get("forward"), graphed):
             del module.forward
+    student.__dict__.pop("token_loop", None)
     return student
 
 
@@ -86,6 +89,7 @@ def install(student: LinMUModel, limits: Limits, new_capture: Callable[[], Captu
     decoder = unaccelerate(student).get_decoder()
     check(student, limits)
     decoder.forward = GraphedDecoder(decoder, limits, new_capture)
+    student.token_loop = sample
     for tower in towers_of(student):
         if "forward" not in tower.__dict__:
             tower.forward = GraphedTower(tower, new_capture)

@@ -4,8 +4,9 @@
 
 First tower and connector learn to give every cell of a picture the embedding of the digit that it shows, so
 that the decoder reads a picture as if it were a text. Then all of it learns to answer, at short, middle and
-long (4,096 tokens of vision), each for so many seconds. `random` in the place of the file is a decoder of two
-random layers with a tiny tower, to try the command in seconds (--steps 2).
+long (4,032 tokens of vision), each for so many seconds; kinds of questions that it has not learnt at one are
+not asked at the next. `accuracy.json` says which are left, as `kinds`. `random` in the place of the file is a
+decoder of two random layers with a tiny tower, to try the command in seconds (--steps 2).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .build_teacher import MERGE, write_preprocessing
 from .build_vlm import TINY_TOWER, TOWER, build_vlm, random_decoder, with_vision_tokens
 from .evaluation import answered_of_batch
 from .flags import at_least, duration, folder_to_write
-from .large_questions import LargeQuestions
+from .large_questions import LARGE_KINDS, LargeQuestions
 from .large_scenes import LEVELS
 from .packed_vision import pack_vision
 from .train_teacher import Clock, ClockTrainer, TrainingCollator
@@ -50,6 +51,7 @@ ANSWERING = {
     "long": {"batch_size": 8, "learning_rate": 3e-4},
 }
 MOST_STEPS = 20_000
+LEARNT = {"short": 0.6, "middle": 0.7, "long": 0.9}  # accuracy below which a kind is given up
 
 
 class LabelledCells(Dataset):
@@ -179,20 +181,24 @@ def with_kinds(collate: Callable, items: list[dict[str, Any]]) -> tuple[list[str
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, collate: Callable, level: str, options: argparse.Namespace
+    model: PreTrainedModel,
+    collate: Callable,
+    level: str,
+    kinds: tuple[str, ...],
+    options: argparse.Namespace,
 ) -> dict[str, float]:
     """Share of held-out questions of a level that are answered word for word, by kind."""
     size = min(2 * ANSWERING[level]["batch_size"], options.most_in_batch)
-    data = LargeQuestions(level, "heldout", options.seed, options.eval_samples)
+    data = LargeQuestions(level, "heldout", options.seed, options.eval_samples, kinds)
     gather = partial(with_kinds, collate)
     loader = DataLoader(data, size, collate_fn=gather, num_workers=options.workers)
     right: dict[str, list[bool]] = defaultdict(list)
     model.eval()
-    for kinds, batch in loader:
+    for asked, batch in loader:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             answered = answered_of_batch(model, batch).tolist()
-        for kind, is_right in zip(kinds, answered, strict=True):
+        for kind, is_right in zip(asked, answered, strict=True):
             right[kind].append(is_right)
     every = [is_right for kind in right.values() for is_right in kind]
     return {"all": sum(every) / len(every)} | {
@@ -256,13 +262,22 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     steps = train(InOrderTrainer, reader, cells, collate, options, seeing, **SEEING)
     keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
 
-    collate = AnswerCollator(options.output, MERGE)
+    collate, kinds = AnswerCollator(options.output, MERGE), LARGE_KINDS
     for level, seconds in zip(LEVELS, answering, strict=True):
         started = time.perf_counter()
-        questions = partial(LargeQuestions, level, "train", options.seed)
+        questions = partial(LargeQuestions, level, "train", options.seed, kinds=kinds)
         steps = train(AnswerTrainer, model, questions, collate, options, seconds, **ANSWERING[level])
-        keep(level, measure(model, collate, level, options), steps, started)
+        measured = measure(model, collate, level, kinds, options)
+        kinds = learnt(measured, kinds, LEARNT[level])
+        result["kinds"] = [*kinds]
+        keep(level, measured, steps, started)
     return result
+
+
+def learnt(measured: dict[str, float], kinds: tuple[str, ...], least: float) -> tuple[str, ...]:
+    """The kinds of at least this accuracy; if there are none, the best."""
+    best = max(measured.get(kind, 0.0) for kind in kinds)
+    return tuple(kind for kind in kinds if measured.get(kind, 0.0) >= min(least, best))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -376,6 +376,26 @@ def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
     assert "| 7B | stage i | 32,768 | LinMU | 100 | 0% | 3,072 | 5,120 |" in table
 
 
+def test_named_parts_run_one_after_the_other_at_lengths_of_their_own():
+    flags = ["--quick", "--only", "training,kernels", "--lengths", "512", "training=320", "--layers", "1"]
+    parser = benchmark.make_parser()
+    options = benchmark.checked(parser, parser.parse_args(flags))
+    pair = models.Pair("small", 1, SETTING)
+    cases = sorted(benchmark.cases_of(options, SETTING, pair, pair), key=lambda case: case.priority)
+    kinds = [(case.benchmark, case.length) for case in cases]
+    assert [*dict.fromkeys(kinds)] == [("training", 320), ("scan", 512)]
+
+
+def test_samples_side_by_side_are_one_packed_row():
+    one = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None], "pixels": torch.ones(4, 3)}
+    row = training.side_by_side([one, one | {"pixels": torch.zeros(4, 3)}])
+    assert row["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5] * 2]
+    assert row["linmu_sequence"].tolist() == [[0] * 6 + [1] * 6]
+    assert torch.equal(row["position_ids"], row["labels"])
+    assert row["pixels"].sum() == 12 and len(row["pixels"]) == 8
+    assert training.side_by_side([one]) is one
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -386,6 +406,7 @@ def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
         (["--quick", "--lengths", "64"], "--lengths must be at least 320, got 64"),
         (["--quick", "--sizes", "28x4"], "--sizes like 28x4x128"),
         (["--quick", "--lengths", "4k"], "--lengths must be like 4096,65536"),
+        (["--quick", "--lengths", "scan=4096"], "--lengths must be like 4096,65536 or model=4096"),
     ],
 )
 def test_a_wrong_flag_is_told(flags, message, capsys):
