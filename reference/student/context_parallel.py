@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 from ..causal_conv import causal_conv
 from ..checks import require
@@ -326,10 +327,7 @@ class ContextParallel:
             state = torch.zeros_like(end)
             if learns or self.rank > 0:
                 write = torch.exp(A * (left.cumsum(1) - left)) * left
-                write = write.to(wide).unflatten(2, (x.shape[2], -1))[..., None]
-                written = x.to(wide)[:, :, :, None] * write
-                state = torch.einsum("blgn,blgrp->bgrnp", B.to(wide), written).flatten(1, 2)  # (B, H, N, P)
-                state = state.to(dtype)
+                state = recomputed(written, x, B, write.to(wide)).to(dtype)
             through = [(a == b) & (a >= 0) for a, b in pairwise(cut)]  # the rank lies inside one segment
             incoming = self.fold(state, torch.exp(A * left.sum(1)), torch.zeros_like(state), through)
             if learns or self.rank + 1 < self.ranks:
@@ -464,8 +462,31 @@ def plus_reads(y: Tensor, kept: Tensor, C: Tensor, state: Tensor) -> Tensor:
     """y (B, n, H, P) and what tokens read by C (B, n, H, N) of a state (B, H, N, P), of which `kept`
     (B, n, H) is left; all in the dtype of y.
     """
-    read = torch.einsum("blhn,bhnp->blhp", C.to(y.dtype), state.to(y.dtype))
-    return torch.addcmul(y, kept.to(y.dtype)[..., None], read)
+    kept, state = kept.to(y.dtype)[..., None], state.to(y.dtype)
+    if torch.is_grad_enabled():
+        return y + recomputed(lambda kept, C, state: kept * reads(C, state), kept, C, state)
+    return torch.addcmul(y, kept, reads(C, state))
+
+
+def reads(C: Tensor, state: Tensor) -> Tensor:
+    """C (B, n, H, N) and a state (B, H, N, P) -> (B, n, H, P)."""
+    return torch.einsum("blhn,bhnp->blhp", C.to(state.dtype), state)
+
+
+def written(x: Tensor, B: Tensor, write: Tensor) -> Tensor:
+    """The state (B, H, N, P) of x (B, n, G, P) by B (B, n, G, N), each token's share `write`, (B, n, H)."""
+    shares = write.unflatten(2, (x.shape[2], -1))[..., None]  # (B, n, G, H/G, 1)
+    parts = x.to(write.dtype)[:, :, :, None] * shares
+    return torch.einsum("blgn,blgrp->bgrnp", B.to(write.dtype), parts).flatten(1, 2)
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, of which backward finds nothing kept: copies of all tokens in float32 would be
+    a third of a layer's memory.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def crossing(segment: Tensor, edge: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from linmu import optimized, reference
 from linmu.optimized.student import OPERATORS
-from linmu.reference.student.context_parallel import ContextParallel
+from linmu.reference.student.context_parallel import ContextParallel, Operators
 
 TEXT = [[-1] * 4]
 
@@ -102,6 +102,26 @@ def scan_under_autocast(mesh):
     torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
 
 
+def scan_keeps_no_copies(mesh):
+    """Of what passes between ranks backward keeps the tokens as they came, and no copies in float32."""
+    x, B, C = (torch.randn(1, 26, heads, 16).bfloat16().requires_grad_() for heads in (2, 2, 4))
+    dt, gate, A = torch.rand(1, 26, 4), torch.rand(1, 26, 4), -torch.rand(4)
+    segment, kept = torch.tensor([[-1] * 3 + [0] * 20 + [-1] * 3]), []
+
+    def scan(x, dt, A, B, C, **given):
+        return C + 0, x.sum() * torch.ones(1, 4, 16, 16)
+
+    parallel = ContextParallel(mesh, [9, 17], Operators(bidirectional_scan=scan))
+    mine = [parallel.local(tensor) for tensor in (x, dt, B, C, gate)]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((t.dtype, t.numel())) or t, lambda t: t
+    ):
+        y, _ = parallel.bidirectional_scan(*mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
+        total = y.sum()
+    total.backward()
+    assert kept and (torch.float32, mine[3].numel()) not in kept
+
+
 @torch.no_grad()
 def scan_in_bfloat16(mesh):
     """As far from float32 as one process is in bfloat16, or nearly."""
@@ -139,5 +159,6 @@ def work() -> None:
         if rank < ranks == 2:
             scan_under_autocast(mesh)
             scan_in_bfloat16(mesh)
+            scan_keeps_no_copies(mesh)
     dist.barrier()
     dist.destroy_process_group()
