@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import LlamaForCausalLM, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, PreTrainedModel, ProcessorMixin, set_seed
 
 from ..prompts.processors import load_processor
+from ..training.stage_trainer import OneDevice
 from ..training.teacher import NOT_OPENED, open_processor, open_teacher
 from ..training.teacher_student import supervised
 from .build_teacher import MERGE, write_preprocessing
@@ -141,7 +142,7 @@ def train(
 ) -> int:
     """Train for so many seconds, or `options.steps`; return the steps taken."""
     cuda, batch_size = torch.cuda.is_available(), min(batch_size, options.most_in_batch)
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(options.output),
         max_steps=options.steps,
         per_device_train_batch_size=batch_size,
