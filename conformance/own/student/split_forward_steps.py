@@ -211,7 +211,11 @@ class Taught:
     def learn(self, objective: reference.Objective) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss's terms, and the gradients."""
         lesson = self.student.linmu_backend.Lesson(self.student, objective)
-        terms = lesson(labels=self.labels, **self.inputs)
+        inputs = dict(self.inputs)
+        if objective is OBJECTIVES[1]:  # packed: text, then the rest; one token at the end of each
+            inputs["linmu_sequence"] = torch.zeros_like(self.labels)
+            inputs["linmu_sequence"][:, -1:] = 1
+        terms = lesson(labels=self.labels, **inputs)
         terms["loss"].backward()
         lesson.close()
         return {name: term.detach() for name, term in terms.items()}, gradients(self.student)
