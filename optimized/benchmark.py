@@ -4,6 +4,7 @@
     python -m linmu.optimized.benchmark                      on a GPU, everything
     python -m linmu.optimized.benchmark --budget 200         the same, the most telling lines first, then stop
     python -m linmu.optimized.benchmark --only model,decode --lengths 32768,131072
+    python -m linmu.optimized.benchmark --only graphs,model --lengths graphs=512,1024 model=32768
 
 Writes Markdown tables, JSON and plots into --output, after every line. Peers take part if they are installed:
 fla (`pip install fla-core`), mamba_ssm, Bi-Mamba2.
@@ -22,14 +23,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .benchmarks import decoding, graphs, kernels, models, training
+from .benchmarks import decoding, graphs, kernels, models, training, watching
 from .benchmarks.cases import Case, measure_all
 from .benchmarks.counts import Sizes
 from .benchmarks.problems import SHORTEST
@@ -37,7 +38,7 @@ from .benchmarks.report import Report
 from .benchmarks.timing import Ceilings, measure_ceilings
 from .engine import get_engine
 
-PARTS = ("kernels", "windows", "model", "graphs", "decode", "training", "text")
+PARTS = ("kernels", "windows", "model", "graphs", "decode", "training", "text", "watch")
 K = 1024
 TEXT_MODEL = "smollm2-135m"
 SIZES = "28x4x128,16x4x64"
@@ -50,6 +51,7 @@ LENGTHS = {
     "decode": [8 * K, 32 * K, 128 * K],
     "training": [4 * K, 16 * K],
     "text": [1 * K, 4 * K, 16 * K],
+    "watch": [],
 }
 QUICK_LENGTHS = {
     "kernels": [512, 1024, 2048, 4096, 8192, 16 * K],
@@ -59,8 +61,10 @@ QUICK_LENGTHS = {
     "decode": [512, 4096, 32 * K],
     "training": [SHORTEST],
     "text": [],
+    "watch": [],
 }
 LONG = 256 * K  # tokens from which on a line waits until the shorter ones are there
+ONE_PART = 1000  # more than any priority within a part
 QUICK_BUDGET = 110.0
 QUICK_BOTH = 2048  # tokens up to which --quick times a backward pass
 PLOTTING = 8.0  # seconds of a budget kept for the plots
@@ -73,6 +77,7 @@ class Options:
 
     quick: bool
     parts: tuple[str, ...]
+    in_turn: bool
     lengths: dict[str, list[int]]
     sizes: list[Sizes]
     layers: int | None
@@ -121,9 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> Report:
 
     def prepare(case: Case) -> None:
         """Leave all of the memory to what is measured."""
-        if case.benchmark not in graphs.BENCHMARKS:
+        as_they_are = (*graphs.BENCHMARKS, watching.BENCHMARK)
+        if case.benchmark not in as_they_are:
             plain.forget()
-        if case.benchmark in ("scan", "windows", "training", *graphs.BENCHMARKS):
+        if case.benchmark in ("scan", "windows", "training", *as_they_are):
             pair.forget()
 
     try:
@@ -146,11 +152,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="small sizes, on the CPU, in two minutes")
-    add("--only", default=",".join(PARTS), help=f"parts to run, among {','.join(PARTS)}")
-    add("--lengths", help="tokens, like 4096,65536; default: by part")
+    add("--only", help=f"parts to run, one after the other, among {','.join(PARTS)}; default: all")
+    add(
+        "--lengths",
+        nargs="+",
+        help="tokens, like 4096,65536, or by part, like model=4096",
+    )
     add("--sizes", help=f"heads x groups x head dim of the operators; default {SIZES}")
     add("--layers", type=int, help="decoder layers of the model; default: all")
-    add("--without-peers", action="store_true", help="measure LinMU and its teacher only")
+    add("--without-peers", action="store_true", help="measure LinMU, from graphs alone, and its teacher")
     add(
         "--budget",
         type=float,
@@ -166,25 +176,26 @@ def checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
     """The flags as `Options`; what is wrong with them ends the program."""
     if not given.quick and not torch.cuda.is_available():
         parser.error("benchmark: a CUDA GPU must be there, got none; add --quick for the CPU")
-    parts = tuple(given.only.split(","))
+    parts = tuple(given.only.split(",")) if given.only else PARTS
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         parser.error(f"benchmark: --only must be among {','.join(PARTS)}, got {','.join(unknown)}")
     try:
-        asked = sorted({int(part) for part in given.lengths.split(",")}) if given.lengths else None
+        lengths = lengths_of(given.lengths or [], QUICK_LENGTHS if given.quick else LENGTHS)
         text = given.sizes or (QUICK_SIZES if given.quick else SIZES)
         sizes = [Sizes(*(int(part) for part in size.split("x"))) for size in text.split(",")]
     except (ValueError, TypeError):
-        parser.error("benchmark: --lengths must be like 4096,65536 and --sizes like 28x4x128")
-    if asked and asked[0] < SHORTEST:
-        parser.error(f"benchmark: --lengths must be at least {SHORTEST}, got {asked[0]}")
-    defaults = QUICK_LENGTHS if given.quick else LENGTHS
+        parser.error("benchmark: --lengths must be like 4096,65536 or model=4096, and --sizes like 28x4x128")
+    shortest = min(length for part in parts for length in lengths[part] or [SHORTEST])
+    if shortest < SHORTEST:
+        parser.error(f"benchmark: --lengths must be at least {SHORTEST}, got {shortest}")
     device = torch.device("cpu") if given.quick else torch.device("cuda", torch.cuda.current_device())
     folder = Path("optimized/results") / slug(device_name(device))
     return Options(
         given.quick,
         parts,
-        {part: asked or defaults[part] for part in PARTS},
+        bool(given.only),
+        lengths,
         sizes,
         given.layers,
         not given.without_peers,
@@ -195,12 +206,35 @@ def checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Optio
     )
 
 
+def lengths_of(given: Sequence[str], defaults: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Tokens by part: "4096,65536" for all, "model=4096" for one. ValueError for anything else."""
+    found = dict(defaults)
+    for item in given:
+        part, equals, numbers = item.rpartition("=")
+        if equals and part not in PARTS:
+            raise ValueError(part)
+        asked = sorted({int(number) for number in numbers.split(",")})
+        found |= dict.fromkeys([part] if equals else PARTS, asked)
+    return found
+
+
 def cases_of(
     options: Options, setting: kernels.Setting, pair: models.Pair, plain: models.Pair
 ) -> Iterator[Case]:
-    """All lines of a run, with models prepared for long prompts, and as users have them. The order is by
-    priority: first what shows each part at ordinary lengths, then backward passes, long prompts and peers
-    that take long to compile.
+    """All lines of a run; where parts were named, one part after the other."""
+    groups = [(part,) for part in options.parts] if options.in_turn else [options.parts]
+    for place, parts in enumerate(groups):
+        for case in cases_of_parts(replace(options, parts=parts), setting, pair, plain):
+            if options.peers or case.method != graphs.EAGER:
+                yield replace(case, priority=case.priority + place * ONE_PART)
+
+
+def cases_of_parts(
+    options: Options, setting: kernels.Setting, pair: models.Pair, plain: models.Pair
+) -> Iterator[Case]:
+    """Lines with models prepared for long prompts, and as users have them. The order is by priority: first
+    what shows each part at ordinary lengths, then backward passes, long prompts and peers that take long to
+    compile.
     """
     lengths = options.lengths
     for place, sizes in enumerate(options.sizes):
@@ -218,6 +252,8 @@ def cases_of(
     if "graphs" in options.parts and not options.quick:
         yield from graphs.short_prompt_cases(plain, lengths["graphs"], setting, later(-1, LONG, 6))
         yield from graphs.generate_cases(plain, setting, later(-1, LONG, 6))
+    if "watch" in options.parts:
+        yield from watching.watching_cases(plain, setting, options.quick, later(9, LONG, 9))
     if "decode" in options.parts:
         yield from decoding.decode_cases(pair, lengths["decode"], setting, later(2, LONG, 6))
     if "training" in options.parts:
@@ -263,7 +299,7 @@ def later(soon: int, long: int, late: int):
 
 def eager_last(method: str, length: int) -> int:
     """The priority of training: steps as they are come after those from graphs."""
-    return 10 if method == graphs.EAGER else 9
+    return 11 if method == graphs.EAGER else 9
 
 
 def environment(options: Options, ceilings: Ceilings, said: str) -> dict[str, Any]:

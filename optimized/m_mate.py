@@ -13,7 +13,7 @@ from ..reference.m_mate import MMATEState
 from .elementwise.operator import MixInputs, mix_branches
 from .engine import engine_of_block
 from .engine.torch_state import has_no_hooks
-from .flex_ma import FlexMA
+from .flex_ma import FlexMA, prepare_decay_rates
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
 from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow
@@ -96,6 +96,7 @@ def prepare_layers(blocks: list[MMATE], u: Tensor, layout: VisionLayout | None) 
         layout: of the forward.
     """
     flex = [block.flex_ma for block in blocks]
+    prepare_decay_rates(flex, u)
     if layout is None:
         prepare_narrow(u, [[each.dt_proj] for each in flex])
         prepare_narrow(u, [[block.mix_proj] for block in blocks if hasattr(block, "mix_proj")])

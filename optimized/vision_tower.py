@@ -34,6 +34,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttention
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention
 
+from ..reference.student.model import refuse_replicas
 from .elementwise.operator import GateInputs, RotateInputs, gate_product, rotate
 from .lesson_modules import normed
 from .projections import are_plain
@@ -63,8 +64,10 @@ def hasten_tower(model: nn.Module) -> None:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    """Let calls of a module run `forward(module, ...)`."""
+    """Let calls of a module run `forward(module, ...)`. A replica of `nn.DataParallel` would run it with this
+    module's weights, which are on another GPU, so there are none."""
     module.forward = partial(forward, module)
+    module._replicate_for_data_parallel = refuse_replicas
 
 
 def attention(

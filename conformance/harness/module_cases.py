@@ -267,6 +267,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> LinMUConfig:
         "qkv_bias": draw(st.booleans()),
         "output_bias": draw(st.booleans()),
         "qk_norm": draw(st.booleans()),
+        "norm_eps": draw(st.sampled_from((1e-6, 1e-2))),
         "window_thw": draw(st.sampled_from(((1, 2, 2), (2, 1, 3), (4, 8, 8)))),
         "text_window": draw(st.sampled_from((0, 3, 128, 1))),
         "conv_kernel": draw(st.sampled_from((4, 0, 1, 2))),

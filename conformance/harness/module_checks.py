@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from linmu import reference
 from linmu.reference import VisionLayout
 
-from .compare import assert_exact, assert_same, assert_zero
-from .layouts import Layout
+from .compare import assert_exact, assert_same, assert_zero, quarters
+from .layouts import Layout, Text, Vision
 from .module_cases import ModuleCase, check_module, large_cases, named, random_module, run
 
 STATES = ("conv state", "scan state")
+ONE_CELL = Layout(((Text(3), Vision(0, (1, 1, 1)), Text(2)), (Text(3), Vision(4, (1, 1, 1)), Text(2))))
+TWO_ROWS = Layout(((Vision(0, (2, 2, 2)), Text(2)), (Text(1), Vision(0, (1, 3, 3)))))
 
 
 def arguments_of(case: ModuleCase, part: slice) -> dict:
@@ -74,13 +76,40 @@ def check_batch_mates_change_nothing(module: nn.Module, name: str, case: ModuleC
 
 
 def check_splitting_changes_nothing(module: nn.Module, name: str, case: ModuleCase) -> None:
-    """Two pieces, cut where no span is cut, the state handed over."""
-    whole, u = run(module, name, case), case.hidden_states()
+    """Two pieces, cut where no span is cut, the state handed over; and the gradient that it hands back."""
+    u, valid = case.hidden_states().requires_grad_(), case.layout.valid[..., None]
+    whole = run(module, name, case, u)
     for cut in case.layout.cuts()[::3]:
         first, state = module(u[:, :cut], **arguments_of(case, slice(0, cut)))
         second, state = module(u[:, cut:], **arguments_of(case, slice(cut, None)), state=state)
         found = named(torch.cat([first, second], dim=1), state)
         assert_same(only_valid(found, case.layout), only_valid(whole, case.layout), case)
+    if case.layout.cuts():
+        grads = []
+        for output in (whole["output"], found["output"]):
+            asked = (output * valid)[:, cut:]
+            (grad,) = torch.autograd.grad(asked, u, quarters(asked, case.seed))
+            grads.append({"grad hidden_states": grad})
+        assert_same(grads[1], grads[0], case, factor=10)
+
+
+def check_one_vision_token_behind_a_state(backend: Any, name: str, case: ModuleCase) -> None:
+    """Text, an image of one token, text: a piece of one token with a layout is no step of text."""
+    module, u = random_module(backend, name, case), case.hidden_states()
+    whole, state, outputs = run(module, name, case), None, []
+    for span in (slice(0, 3), slice(3, 4), slice(4, None)):
+        output, state = module(u[:, span], **arguments_of(case, span), state=state)
+        outputs.append(output)
+    assert_same(named(torch.cat(outputs, dim=1), state), whole, case)
+
+
+def check_angles_of_one_row(backend: Any, name: str, case: ModuleCase) -> None:
+    """Of batch 1 they are those of every row, whatever the order of its tokens."""
+    module = random_module(backend, name, case)
+    one = tuple(angle[:1] for angle in case.position_embeddings())
+    for_all = tuple(angle.expand(case.layout.shape[0], -1, -1) for angle in one)
+    narrow = run(module, name, case, position_embeddings=one)
+    assert_same(narrow, run(module, name, case, position_embeddings=for_all), case)
 
 
 def check_steps_equal_prefill(module: nn.Module, name: str, case: ModuleCase) -> None:
@@ -121,7 +150,7 @@ def check_the_state_is_left(module: nn.Module, name: str, case: ModuleCase) -> N
     u, (cos, sin) = case.hidden_states(), case.position_embeddings()
     _, state = module(u[:, :-1], position_embeddings=(cos[:, :-1], sin[:, :-1]))
     copies = [part.detach().clone() for part in tensors_of(state)]
-    for mode in (torch.no_grad(), torch.enable_grad()):
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with mode:
             module(u[:, -1:], position_embeddings=(cos[:, -1:], sin[:, -1:]), state=state)
     for part, copy in zip(tensors_of(state), copies, strict=True):

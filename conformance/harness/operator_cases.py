@@ -19,7 +19,7 @@ from torch import Tensor
 from .compare import Results, evaluate, report
 from .layouts import Layout, layouts
 
-DTYPES = {  # name -> (dtype of x, B, C, u, q, k, v; dtype of dt, A, gate, D)
+DTYPES = {  # name -> (dtype of x, B, C, u, q, k, v; dtype of dt, A, gate, D, and of taps)
     "float64": (torch.float64, torch.float64),
     "float32": (torch.float32, torch.float32),
     "float16": (torch.float16, torch.float16),
@@ -378,11 +378,11 @@ class ConvCase(Case):
 
     def inputs(self, draw: int = 0) -> dict[str, Any]:
         """All arguments by name; another `draw` gives other numbers and the same mask."""
-        numbers, dtype = Numbers(self.seed + 7919 * draw), DTYPES[self.dtype][0]
+        numbers, (dtype, of_taps) = Numbers(self.seed + 7919 * draw), DTYPES[self.dtype]
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         u = numbers.normal(self.batch, self.length, self.channels, dtype=dtype)
-        weight = numbers.normal(self.channels, self.taps, dtype=dtype)
-        bias = numbers.normal(self.channels, dtype=dtype)
+        weight = numbers.normal(self.channels, self.taps, dtype=of_taps)
+        bias = numbers.normal(self.channels, dtype=of_taps)
         state = numbers.normal(self.batch, self.taps - 1, self.channels, dtype=state_dtype)
         return {
             "u": u,

@@ -23,6 +23,7 @@ from .compare import (
     assert_exact,
     assert_matches,
     assert_same,
+    cotangent,
     evaluate,
     in_float64,
     is_float,
@@ -73,6 +74,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_uninitialised_memory_is_never_read": test(cases=exact, share=0.5)(check_uninitialised_memory),
         "test_sizes_that_people_run": large_cases_of(operator),
         "test_nothing_is_remembered_between_calls": test(cases=exact, share=0.5)(check_nothing_is_remembered),
+        "test_backward_passes_may_come_late_and_twice": test(cases=exact, share=0.3)(check_backward_passes),
     }
 
 
@@ -236,8 +238,9 @@ def check_arguments_are_left(backend: Any, case: Case) -> None:
     """No argument is written to, forward or backward, with a gradient or without, states and masks too."""
     given = case.inputs()
     copies = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
-    with torch.no_grad():
-        operator_of(backend, case)(**given)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            operator_of(backend, case)(**given)
     fixed = case.changed(**given)
     run(backend, fixed, gradients=True)
     for name, copy in copies.items():
@@ -247,11 +250,13 @@ def check_arguments_are_left(backend: Any, case: Case) -> None:
 def check_results_are_new(backend: Any, case: Case) -> None:
     """A result is a new tensor: whoever writes to it, or to an argument, changes nothing else.
 
-    Also without masks and states, where most shortcuts are.
+    Also without masks and states, and where all is masked: there are the shortcuts.
     """
     given = case.inputs()
     bare = given | dict.fromkeys(MAY_BE_ABSENT & given.keys())
-    for arguments, gradients in ((given, False), (given, True), (bare, False)):
+    masks = {name: value for name, value in given.items() if is_mask(value) and name != "present"}
+    nobody = given | {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    for arguments, gradients in ((given, False), (given, True), (bare, False), (nobody, False)):
         floats = {name: value for name, value in arguments.items() if is_float(value)}
         leaves = {name: value.detach().requires_grad_(gradients) for name, value in floats.items()}
         outputs = operator_of(backend, case)(**arguments | leaves)
@@ -262,6 +267,10 @@ def check_results_are_new(backend: Any, case: Case) -> None:
                     isinstance(value, Tensor) and output.numel() and memory_of(output) == memory_of(value)
                 )
                 assert not shared, report(f"{result}: must be a new tensor, got a view of {name}", case)
+
+
+def is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -297,10 +306,44 @@ def check_nothing_is_remembered(backend: Any, case: Case) -> None:
     assert_same(run(backend, fixed, gradients=True), wanted_of_others, case)
     for name, value in first.items():
         if isinstance(value, Tensor) and not is_float(value):  # masks and ids, (B, L), of a step (B,)
-            mirrored = value.flip(-1)
+            # samples that are mirrored without their tokens might cut a segment in two: these become one
+            mirrored = torch.zeros_like(value) if name == "sequence" else value.flip(-1)
             wanted = run(backend, fixed.changed(**{name: mirrored}))
             value.copy_(mirrored)
             assert_same(run(backend, fixed), wanted, case)
+
+
+def check_backward_passes(backend: Any, case: Case) -> None:
+    """After another forward pass, and a second time, a backward pass gives what it gives at once. Neither it
+    nor the other writes to a result, or to a gradient that is handed to it."""
+    others = case.changed(**case.inputs(draw=1))
+    wanted = [run(backend, each, gradients=True) for each in (case, others)]
+    passes = [forward_pass(backend, each) for each in (case, others)]
+    for which, time in ((0, "late"), (1, "after another's"), (0, "twice")):
+        leaves, outputs, cotangents = passes[which]
+        copies = [tensor.detach().clone() for tensor in (*outputs.values(), *cotangents)]
+        asked = [outputs[name] for name in outputs if outputs[name].requires_grad]
+        found = torch.autograd.grad(
+            asked, list(leaves.values()), cotangents, allow_unused=True, retain_graph=True
+        )
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            key = f"grad {name}, {time}"
+            assert_same({key: gradient}, {key: wanted[which][f"grad {name}"]}, case)
+        names = (*outputs, *(f"the gradient handed to result {i}" for i in range(len(cotangents))))
+        for name, tensor, copy in zip(names, (*outputs.values(), *cotangents), copies, strict=True):
+            assert_exact(tensor.detach(), copy, case, f"{name} after a backward pass")
+
+
+def forward_pass(backend: Any, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:
+    """The float arguments by name, the results by name, and what `evaluate` hands to the backward pass."""
+    given = case.inputs()
+    leaves = {name: value.detach().requires_grad_() for name, value in given.items() if is_float(value)}
+    outputs = operator_of(backend, case)(**given | leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = dict(zip(case.results, outputs, strict=True))
+    cotangents = [cotangent(output, i) for i, output in enumerate(outputs) if output.requires_grad]
+    return leaves, named, cotangents
 
 
 def check_uninitialised_memory(backend: Any, case: Case) -> None:

@@ -20,7 +20,12 @@ from .layouts import Layout, Text
 from .module_cases import ModuleCase, random_module
 from .module_checks import tensors_of
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
-from .operator_checks import check_matches_the_reference, check_strides, sizes_of_gradients
+from .operator_checks import (
+    check_matches_the_reference,
+    check_nothing_is_remembered,
+    check_strides,
+    sizes_of_gradients,
+)
 
 SAMPLES = 4  # of a row, about
 MASKS_OF_ALL = ("mask", "valid", "asks")
@@ -57,7 +62,7 @@ def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> T
     """(B, L) int64, an id for each sample: they rise from 0, the same ones in every row.
 
     With another `draw` they come in any order, are equal modulo 2^32 and as float32, or small and negative,
-    and those of tokens that are not valid are noise.
+    or the largest and the lowest there are, and those of tokens that are not valid are noise.
     """
     numbers, ids = Numbers(seed + 6 + draw), torch.zeros(valid.shape, dtype=torch.int64)
     factor, first = (1, 0) if not draw else (2**32, 2**59) if seed % 2 else (1, -3)
@@ -65,6 +70,8 @@ def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> T
         order = torch.randperm(len(own), generator=numbers.generator) if draw else torch.arange(len(own))
         for place, sample in zip(order.tolist(), own, strict=True):
             ids[row, sample] = place * factor + first
+            if draw and seed % 3 == 0:
+                ids[row, sample] = 2**63 - 1 - place if place % 2 else place - 2**63
     noise = torch.randint(-3, 3, valid.shape, generator=numbers.generator)
     return torch.where(valid, ids, noise) if draw else ids
 
@@ -105,10 +112,18 @@ BORDERS = ((0, 32, 128, 129, 256, 512), (0, 31, 64, 127, 255, 384, 513))  # of c
 
 
 def check_samples_at_borders(backend: Any, case: Case) -> None:
-    """Two rows whose samples begin where chunks may, and fill several: none reads the one before."""
-    edges = ((*starts, case.shape[1]) for starts in BORDERS)
+    """Two rows whose samples begin where chunks may, and fill several: none reads the one before.
+
+    Without padding, and with some inside the samples and at the end of one.
+    """
+    edges = [(*starts, case.shape[1]) for starts in BORDERS]
     samples = [[slice(*edge) for edge in pairwise(row)] for row in edges]
-    compare_with_samples_alone(backend, PackedCase(case, samples=samples))
+    holes = Numbers(case.seed + 8).some(*case.shape, share=0.9)
+    holes[0, list(edges[0][:-1])] = True
+    holes[1, edges[1][-3] - 20 : edges[1][-2]] = False
+    mask = next(name for name in ("mask", "valid") if name in case.inputs())
+    for each in (case, case.changed(**{mask: holes})):
+        compare_with_samples_alone(backend, PackedCase(each, samples=samples))
 
 
 def check_equals_samples_alone(backend: Any, case: Case) -> None:
@@ -139,9 +154,15 @@ def check_packed_strides(backend: Any, case: Case) -> None:
     check_strides(backend, PackedCase(case))
 
 
+def check_packed_is_not_remembered(backend: Any, case: Case) -> None:
+    """Nor is anything that was made of the ids."""
+    check_nothing_is_remembered(backend, PackedCase(case))
+
+
 def check_one_sample(backend: Any, case: Case) -> None:
-    """One id a row is no id."""
+    """One id a row is no id, also after rows of the same shape that had several."""
     wanted = run(backend, case, gradients=True)
+    run(backend, PackedCase(case))
     for number in (0, -1, 2**60):
         one = case.changed(sequence=torch.full(case.shape, number))
         assert_same(run(backend, one, gradients=True), wanted, case)
@@ -248,5 +269,8 @@ def packed_properties(operator: str, cases: Callable, long: Callable | None = No
             check_hundreds_of_samples
         ),
         "test_strides_of_packed_rows_do_not_matter": test(cases=exact, share=0.2)(check_packed_strides),
+        "test_samples_are_not_remembered_between_calls": test(cases=exact, share=0.1)(
+            check_packed_is_not_remembered
+        ),
         "test_a_row_of_one_sample_is_not_packed": test(cases=exact, share=0.2)(check_one_sample),
     }

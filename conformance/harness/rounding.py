@@ -84,6 +84,18 @@ def check_taps(backend: Any, case: ConvCase) -> None:
     check_matches_the_reference(backend, cancelling, gradients=False)
 
 
+def check_taps_are_kept(backend: Any, case: ConvCase) -> None:
+    """The current token alone, with a tap and a bias that cancel but for what half precision leaves out of
+    each."""
+    given = case.inputs()
+    weight = torch.zeros_like(given["weight"])
+    weight[:, -1] = 1 + 2**-10
+    bias = torch.full_like(weight[:, 0], 2**-11 - 1)
+    u = torch.ones_like(given["u"])
+    out = run(backend, case.changed(u=u, weight=weight, bias=bias))["out"]
+    assert_same({"out": out}, {"out": torch.full_like(u, 2**-10 + 2**-11)}, case)
+
+
 def check_scores(backend: Any, case: Case) -> None:
     """Large scores that differ by the last bits of q, of which each key reads one channel; and with q and k
     swapped."""

@@ -73,16 +73,22 @@ class SlidingWindowCase(Case):
 
     @property
     def sequence(self) -> Tensor | None:
-        """Ids that rise where a sample of a packed row begins; of padding, any.
+        """Ids of the samples of a packed row; of padding, any.
 
-        They are beyond 2^31, or equal modulo 2^32 and as float32.
+        They rise, beyond 2^31, or equal modulo 2^32 and as float32; or they fall, from 1 to the negative; or
+        they are the largest and the lowest there are, in turn.
         """
         if not self.packed:
             return None
         tokens, numbers = (self.batch, self.length), Numbers(self.seed + 3)
         starts = numbers.some(*tokens, share=min(0.25, 3 / self.length))
         first, factor = (2**59, 2**32) if self.seed % 2 else (3_000_000_019, 1000)
-        sequence = first + factor * starts.cumsum(1)
+        place = starts.cumsum(1)
+        sequence = first + factor * place
+        if self.seed % 5 == 1:
+            sequence = 1 - place
+        elif self.seed % 5 == 2:
+            sequence = torch.where(place % 2 == 0, 2**63 - 1 - place, place - 2**63)
         valid = row_mask(self.valid, *tokens, Numbers(self.seed + 2))
         return sequence if valid is None else sequence.masked_fill(~valid, -7)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 import torch
 
 from ..harness import operator_checks, packed_rows, rounding
@@ -149,3 +150,16 @@ def test_the_state_before_is_the_first_samples_in_a_row_shorter_than_the_taps(ba
 def test_taps_that_cancel_are_summed_in_float32(backend, case: ConvCase):
     """No product of a tap, and no sum of some, is rounded to the dtype of u."""
     rounding.check_taps(backend, case)
+
+
+@conv(cases=conv_cases(("mixed",), bias=True, mask="none"), share=0.2)
+def test_taps_are_not_rounded_to_the_dtype_of_u(backend, case: ConvCase):
+    """Nor is the bias: both are float32 beside half-precision tokens."""
+    rounding.check_taps_are_kept(backend, case)
+
+
+@pytest.mark.needs("causal_conv")
+def test_samples_may_begin_where_blocks_do(backend):
+    """And be longer than these, with padding between: no input is carried over their first token."""
+    case = ConvCase(2, 640, 2, 4, True, "none", True, "float32", 3)
+    packed_rows.check_samples_at_borders(backend, case)

@@ -23,19 +23,24 @@ from ..harness.module_cases import (
     run,
 )
 from ..harness.module_checks import (
+    ONE_CELL,
+    TWO_ROWS,
+    check_angles_of_one_row,
     check_batch_mates_change_nothing,
     check_causality,
+    check_one_vision_token_behind_a_state,
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
     check_steps_equal_prefill,
     check_the_state_is_left,
     large_cases_of,
 )
-from ..harness.operator_cases import DTYPES, property_of
+from ..harness.operator_cases import DTYPES, Numbers, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 
 flex = partial(property_of, "FlexMA", share=0.4)
 NAME = "FlexMA"
+ONE_WORD = Layout(((Text(1),), (Text(1),)))
 TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
 LONG_TEXT = Layout(((Text(70), Pad(4)), (Text(11), Pad(2), Text(61))))
 PROMPT = Layout(((Text(2), Vision(0, (2, 2, 3), "frame"), Text(2)),))
@@ -106,6 +111,18 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 test_sizes_that_people_run = large_cases_of(NAME)
 
 
+@flex(cases=module_cases(layout=ONE_CELL), share=0.2)
+def test_one_vision_token_may_be_a_piece(backend, case: ModuleCase):
+    """A prefill of one token of an image, behind a state, is read both ways."""
+    check_one_vision_token_behind_a_state(backend, NAME, case)
+
+
+@flex(cases=module_cases(layout=TWO_ROWS, scan_rope=True), share=0.2)
+def test_angles_of_one_row_serve_all_rows(backend, case: ModuleCase):
+    """Hugging Face may pass cos and sin with batch 1; each row scans in an order of its own."""
+    check_angles_of_one_row(backend, NAME, case)
+
+
 @flex(cases=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
 def test_a_state_is_left_as_it_was(backend, case: ModuleCase):
     """A state that is handed over may be handed over again: beams, and a second answer."""
@@ -131,12 +148,15 @@ def test_the_state_is_float32_and_constant_in_size(backend, case: ModuleCase):
 
 @flex(cases=module_cases(head_norm=True, conv_kernel=4))
 def test_flex_ma_starts_at_its_initial_values(backend, case: ModuleCase):
-    """dt = 1, gate ½, D = 0, norm weight 1, half-lives log-spaced from 64 to 8192, identity convolution."""
-    p = dict(initial(backend, NAME, case).named_parameters())
+    """dt = 1, gate ½, D = 0, norm weight 1, identity convolution, half-lives log-spaced from 64 to 8192, or
+    as the configuration has them."""
     heads = case.config.heads
-    half_lives = math.log(2) / p["A_log"].double().exp()
-    spaced = [64.0 * 128.0 ** (h / max(heads - 1, 1)) for h in range(heads)]
-    assert half_lives.tolist() == pytest.approx(spaced, rel=1e-5)
+    for options in ({}, {"half_life": (3.0, 50.0)}):
+        own = case.with_options(**options)
+        p, (shortest, longest) = dict(initial(backend, NAME, own).named_parameters()), own.config.half_life
+        half_lives = math.log(2) / p["A_log"].double().exp()
+        spaced = [shortest * (longest / shortest) ** (h / max(heads - 1, 1)) for h in range(heads)]
+        assert half_lives.tolist() == pytest.approx(spaced, rel=1e-5)
     assert torch.nn.functional.softplus(p["dt_proj.bias"].double()).tolist() == pytest.approx([1.0] * heads)
     for name in ("dt_proj.weight", "scan_gate_proj.weight", "scan_gate_proj.bias", "D", "conv_bias"):
         assert_zero(p[name].detach(), case, name)
@@ -188,6 +208,28 @@ def test_flex_ma_starts_from_attention(backend, case: ModuleCase):
     assert_close(
         {"output": output}, {"output": wanted}, case, 1e-6
     )  # the half-lives are stored in float32 first
+
+
+@flex(cases=module_cases(("mixed", "bfloat16"), layout=ONE_WORD, qk_norm=True, conv_kernel=0), share=0.3)
+def test_steps_are_projected_in_float32(backend, case: ModuleCase):
+    """One token after which e^-16 of a state is left: a step that is rounded to the dtype of the model is an
+    error of some per cent."""
+    module, config = random_module(backend, NAME, case), case.config
+    with torch.no_grad():
+        module.A_log.fill_(math.log(16.0))
+        module.dt_proj.bias.fill_(0.6)
+        module.dt_proj.weight.mul_(0.02)
+    size = (2, config.heads, config.head_dim, config.head_dim)
+    scan = 100 * math.exp(16) * Numbers(case.seed + 9).normal(*size, dtype=torch.float32)
+    channels = config.conv_channels
+    state = reference.FlexMAState(torch.zeros(2, 0, channels), scan)
+    truth, u = initial(reference, NAME, case), case.hidden_states()
+    truth.load_state_dict(module.state_dict())
+    wanted = run(truth.float(), NAME, case, u.float(), layout=None, state=state)
+    found = run(module, NAME, case, layout=None, state=state)
+    bound = 2e-3 * wanted["scan state"].abs().max()
+    error = (found["scan state"] - wanted["scan state"]).abs().max()
+    assert error < bound, f"scan state: must be that of steps in float32, off by {error:.3e}: {case!r}"
 
 
 @flex(cases=module_cases(("float32", "bfloat16")))

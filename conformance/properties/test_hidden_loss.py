@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness.compare import assert_same
+from ..harness.compare import assert_same, quarters
 from ..harness.loss_checks import loss_properties
 from ..harness.operator_cases import HiddenLossCase, hidden_loss_cases, property_of, run
-from ..harness.operator_checks import call_properties
+from ..harness.operator_checks import call_properties, check_matches_the_reference
 
 hidden = partial(property_of, "hidden_loss")
 
@@ -26,11 +26,19 @@ def test_the_hidden_loss_is_relative(backend, case: HiddenLossCase):
     loss = run(backend, case)["loss"]
     of_zero = run(backend, case.changed(student=torch.zeros_like(teacher)))["loss"]
     assert of_zero.item() == pytest.approx(1.0, rel=1e-5), f"predicting zero must cost 1: {case!r}"
-    for factor in (8, 2.0**-20):
+    for factor in (8, 2.0**-40):
         scaled = case.changed(student=factor * student, teacher=factor * teacher)
         assert_same(run(backend, scaled), {"loss": loss}, case)
     further = case.changed(student=teacher + 2 * (student - teacher))
     assert_same(run(backend, further), {"loss": 4 * loss}, case)
+
+
+@hidden(cases=hidden_loss_cases(), share=0.3)
+def test_a_small_hidden_loss_keeps_its_digits(backend, case: HiddenLossCase):
+    """A student that is almost right: no difference of squares that are a million times as large."""
+    teacher = case.inputs()["teacher"]
+    close = case.changed(student=teacher * (1 + 2.0**-12 * quarters(teacher, case.seed)))
+    check_matches_the_reference(backend, close)
 
 
 @pytest.mark.needs("hidden_loss")

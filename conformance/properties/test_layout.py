@@ -164,7 +164,7 @@ def test_numbers_neighbours_and_padding_do_not_change_the_layout(backend, case: 
         backend.scan_order(layout.coords, case.layer_index),
         backend.window_ids(layout.coords, *windows),
     )
-    for number in (lambda i: 1000 - 7 * i, lambda i: 2**33 + i * 2**32, lambda i: 2**62 - i):
+    for number in (lambda i: 1000 - 7 * i, lambda i: 2**33 + i * 2**32, lambda i: 2**63 - 1 - i):
         renamed = layout.renumbered([number(i) for i in range(int(layout.segment.max()) + 1)]).coords
         found = backend.scan_order(renamed, case.layer_index)
         assert_order(found, order, renamed, case, "order of segments renumbered")

@@ -25,6 +25,8 @@ from ..harness.module_cases import (
     run_with_gradients,
 )
 from ..harness.module_checks import (
+    TWO_ROWS,
+    check_angles_of_one_row,
     check_batch_mates_change_nothing,
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
@@ -172,14 +174,10 @@ def test_batch_mates_change_nothing(backend, case: ModuleCase):
     check_batch_mates_change_nothing(random_module(backend, NAME, case), NAME, case)
 
 
-@swin(cases=module_cases(layout=Layout(((Vision(0, (1, 3, 3)),), (Vision(0, (1, 3, 3)),)))))
+@swin(cases=module_cases(layout=TWO_ROWS), share=0.2)
 def test_angles_of_one_row_serve_all_rows(backend, case: ModuleCase):
     """Hugging Face may pass cos and sin with batch 1."""
-    module = random_module(backend, NAME, case)
-    one = tuple(angle[:1] for angle in case.position_embeddings())
-    for_all = tuple(angle.expand(2, -1, -1) for angle in one)
-    narrow = run(module, NAME, case, position_embeddings=one)
-    assert_same(narrow, run(module, NAME, case, position_embeddings=for_all), case)
+    check_angles_of_one_row(backend, NAME, case)
 
 
 @swin(cases=module_cases(("float32", "bfloat16")))

@@ -24,8 +24,12 @@ from ..harness.module_cases import (
     run_with_gradients,
 )
 from ..harness.module_checks import (
+    ONE_CELL,
+    TWO_ROWS,
+    check_angles_of_one_row,
     check_batch_mates_change_nothing,
     check_causality,
+    check_one_vision_token_behind_a_state,
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
     check_steps_equal_prefill,
@@ -150,6 +154,18 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 test_sizes_that_people_run = large_cases_of(NAME)
 
 
+@mate(cases=module_cases(layout=ONE_CELL), share=0.2)
+def test_one_vision_token_may_be_a_piece(backend, case: ModuleCase):
+    """A prefill of one token of an image, behind a state, is read both ways."""
+    check_one_vision_token_behind_a_state(backend, NAME, case)
+
+
+@mate(cases=module_cases(layout=TWO_ROWS, scan_rope=True), share=0.2)
+def test_angles_of_one_row_serve_all_rows(backend, case: ModuleCase):
+    """Hugging Face may pass cos and sin with batch 1; each row scans in an order of its own."""
+    check_angles_of_one_row(backend, NAME, case)
+
+
 @mate(cases=module_cases(layout=TEXT_ONLY, conv_kernel=4), share=0.3)
 def test_a_state_is_left_as_it_was(backend, case: ModuleCase):
     """A state that is handed over may be handed over again: beams, and a second answer."""
@@ -168,6 +184,13 @@ def test_segment_numbers_change_nothing(backend, case: ModuleCase):
     module = random_module(backend, NAME, case)
     renamed = reference.VisionLayout(case.layout.renumbered([40, 7]).coords)
     assert_same(run(module, NAME, case, layout=renamed), run(module, NAME, case), case)
+
+
+@mate(cases=module_cases(layout=PROMPT), share=0.2)
+def test_no_mask_means_all_valid(backend, case: ModuleCase):
+    """Of text and of images."""
+    module = random_module(backend, NAME, case)
+    assert_same(run(module, NAME, case, valid=None), run(module, NAME, case), case)
 
 
 @mate(cases=module_cases(layout=TEXT_ONLY))
@@ -201,6 +224,22 @@ def test_state_dicts_are_interchangeable(backend, case: ModuleCase):
         assert shapes[0] == shapes[1], f"{name}: {case!r}"
         ours.load_state_dict(theirs.state_dict())
         theirs.load_state_dict(ours.state_dict())
+
+
+@mate("FlexMA", "LocalSwin", "MMATE", cases=module_cases(layout=TEXT_ONLY), share=0.2)
+def test_a_decoder_of_text_alone_leaves_out_what_vision_needs(backend, case: ModuleCase):
+    """`text_only`: the same parameters but for those, and the same results."""
+    bare = case.with_options(text_only=True)
+    for name in ("FlexMA", "MMATE"):
+        whole, ours, theirs = (
+            random_module(backend, name, case),
+            initial(backend, name, bare),
+            initial(reference, name, bare),
+        )
+        assert ours.state_dict().keys() == theirs.state_dict().keys(), f"{name}: {case!r}"
+        ours.load_state_dict({key: whole.state_dict()[key] for key in ours.state_dict()})
+        found, wanted = (run(each, name, case, layout=None) for each in (ours, whole))
+        assert_same(found, wanted, case)
 
 
 @mate(cases=module_cases(["float32"]), share=0.2)

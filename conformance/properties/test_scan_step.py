@@ -121,6 +121,17 @@ def test_steps_equal_the_prefill_of_text(backend, case: BidirectionalCase):
     assert_same({"y": torch.stack(outputs, dim=1), "final_state": state}, whole, case, factor=2)
 
 
+@step(cases=step_cases(), share=0.5)
+def test_strong_decay_and_tiny_steps_match_the_reference(backend, case: StepCase):
+    """Neither is a decay kept from 0, nor a step from almost 0, nor either from being large."""
+    given = case.inputs()
+    strong = case.changed(A=torch.full_like(given["A"], -30000.0))
+    tiny = case.changed(dt=1e-5 * given["dt"], state=torch.zeros_like(given["state"]))
+    none = case.changed(dt=torch.zeros_like(given["dt"]))
+    for changed in (strong, tiny, none, case.changed(dt=1e4 * given["dt"])):
+        operator_checks.check_matches_the_reference(backend, changed)
+
+
 @pytest.mark.needs("scan_step")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
 def test_dozens_of_small_writes_all_count(backend, dtype):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
-from ..harness import operator_checks, packed_rows, rounding
+from linmu import reference
+
+from ..harness import large_cases, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
 from ..harness.operator_cases import DTYPES, EXACT, fed, gradients_of, operator_of, property_of, run
 from ..harness.second_sliding_window import pairs_and_rest, sizes_in_window
@@ -118,6 +121,14 @@ def test_the_state_is_the_last_valid_keys_and_values(backend, case: SlidingWindo
             assert_exact(got, wanted[name].to(kind), case, name)
 
 
+@sliding(cases=sliding_window_cases(("bfloat16", "float16"), initial_state=True), share=0.3)
+def test_a_state_of_another_dtype_is_taken_in_that_of_the_keys(backend, case: SlidingWindowCase):
+    """A float32 state before half-precision tokens: the same numbers, and a state after in half precision."""
+    given = case.inputs()
+    wide = case.changed(**{name: given[name].float() for name in STATE[:2]})
+    assert_same(run(backend, wide), run(backend, case), case)
+
+
 @sliding(cases=sliding_window_cases(valid="some", packed=False))
 def test_padding_anywhere_is_as_if_absent(backend, case: SlidingWindowCase):
     """Padding inside a row makes no window shorter: each row without it gives the same."""
@@ -161,7 +172,7 @@ def test_a_packed_row_equals_its_samples_alone(backend, case: SlidingWindowCase)
     packed = run(backend, case, gradients=True)
     for row in range(case.batch):
         ids = case.inputs()["sequence"][row]
-        for number in ids.unique().tolist():
+        for number in dict.fromkeys(ids.tolist()):  # from the first sample to the last
             own = ids == number
             sample = selected(case.row(row), own).changed(sequence=None)
             alone = run(backend, sample)
@@ -249,11 +260,13 @@ def test_large_scores_are_formed_in_float32(backend, case: SlidingWindowCase):
 
 @sliding(cases=sliding_window_cases())
 def test_attention_is_a_mean_of_the_values_it_sees(backend, case: SlidingWindowCase):
-    """Equal values come out unchanged where a token asks."""
+    """Equal values come out unchanged where a token asks; a scale of 0 weighs all alike."""
     given, (_, asking) = case.inputs(), there_and_asking(case)
     ones = {name: torch.ones_like(given[name]) for name in ("v", "initial_v") if given[name] is not None}
     o = run(backend, case.changed(**ones))["o"]
     assert_same({"o": o}, {"o": torch.ones_like(o) * asking[..., None, None]}, case)
+    level = case.changed(scale=0.0)
+    assert_same({"o": run(backend, level)["o"]}, {"o": run(reference, level)["o"]}, case)
 
 
 def check_matches_attention_under_a_mask(backend: Any, case: SlidingWindowCase) -> None:
@@ -287,6 +300,17 @@ def long_rows(draw: st.DrawFn) -> SlidingWindowCase:
 def test_long_packed_rows_with_padding_match_attention_under_a_mask(backend, case: SlidingWindowCase):
     """Windows about the sizes of blocks, over padding and sequences of any length."""
     check_matches_attention_under_a_mask(backend, case)
+
+
+@pytest.mark.needs("sliding_window_attention")
+def test_samples_may_begin_where_blocks_do(backend):
+    """Windows of a block or more, samples that begin at its borders and beside them."""
+    case = large_cases.sliding(640, 2, 1, 3, 150, batch=2)
+    edges = [(*starts, 640) for starts in packed_rows.BORDERS]
+    samples = [[slice(*edge) for edge in pairwise(row)] for row in edges]
+    everyone = torch.ones(case.shape, dtype=torch.bool)
+    sequence = packed_rows.ids_of(samples, everyone, seed=1, draw=1)
+    check_matches_attention_under_a_mask(backend, case.changed(sequence=sequence))
 
 
 @pytest.mark.needs("sliding_window_attention")

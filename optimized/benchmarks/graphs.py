@@ -91,7 +91,9 @@ def measure_prompt(pair: Pair, method: str, length: int, setting: Setting) -> di
 
 
 class Clock(StoppingCriteria):
-    """Never stops; notes when each token is chosen. generate() waits for each before it asks."""
+    """Never stops; notes when each token is launched. generate() waits for each before the next, or for the
+    one before it: either way the GPU's time is what lies between most of them.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []

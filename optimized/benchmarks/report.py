@@ -22,8 +22,10 @@ TITLES = {
     "decode": "Decoding",
     "short": "Time to first token of short prompts",
     "generate": "generate()",
+    "watching": "Watching without end",
     "training": "Training step",
 }
+WITHOUT_CURVES = ("training", "watching")  # whose lines differ in more than the length
 DEFINITIONS = {
     "scan": (
         "One call of `bidirectional_scan`, or one and its gradients. FLOPs: a scan in chunks of 64 "
@@ -61,6 +63,15 @@ DEFINITIONS = {
         "One greedy token of `generate()` after a prompt of that length with a video's pixels: the median of"
         " the times between two tokens, of which generate() waits for each. Busy as above, the difference of "
         "34 tokens and 2 over 32; the teacher's cache is Hugging Face's own."
+    ),
+    "watching": (
+        "One `watch.see` of a block of frames, from arrays of pixels on: processor, vision tower, decoder. "
+        "Two frames are one moment; tokens are those of a block's pictures. The time is the wall's, of one "
+        "block of each stream until the GPU is done; frames/s are those of all streams, of blocks in a row. "
+        "Busy as above. LinMU runs from CUDA graphs on a GPU (`optimized.accelerate`); the teacher as Hugging"
+        " Face has it, after so many tokens, whose keys and values are random numbers: all of them, or the "
+        "last. What grew counts from the first blocks to the last: bytes of the state, of all tensors on the "
+        "GPU, of the process on the host."
     ),
     "training": (
         "One optimizer step: forward, backward, clipping, AdamW; on one prompt with its pixels, layers "
@@ -130,9 +141,9 @@ class Report:
             parts += [f"## {TITLES[name]}", DEFINITIONS[name]]
             if measured(lines):
                 parts += [table(name, lines)]
-                if name != "training":
+                if name not in WITHOUT_CURVES:
                     parts += [f"![{TITLES[name]}]({name}.png)"]
-            parts += [bullets(growth(lines) + crossovers(lines))] if name != "training" else []
+            parts += [bullets(growth(lines) + crossovers(lines))] if name not in WITHOUT_CURVES else []
             parts += [bullets(left_out(lines))]
         if {"scan", "windows"} & set(self.benchmarks):
             parts += ["## Limits of the peers", bullets([*(peer.limits for peer in PEERS), FLEX_LIMIT])]
@@ -146,7 +157,7 @@ class Report:
         """A PNG per benchmark that has curves."""
         for name in self.benchmarks:
             curves = panels(self.of(name))
-            if name != "training" and curves:
+            if name not in WITHOUT_CURVES and curves:
                 draw(name, curves, self.folder / f"{name}.png", self.environment["device"])
 
 
@@ -189,6 +200,10 @@ def columns_of(benchmark: str) -> list[Column]:
     if benchmark in ("decode", "short", "training"):
         columns += [("rows", number("batch", form=",.0f"))]
         columns += [("replayed", lambda line: line.get("replayed", ""))]
+    if benchmark == "watching":
+        columns += [("frames/s", number("frames_per_second", form=",.1f"))]
+        columns += [("state or cache MiB", number("cache_bytes", 2**-20, ",.1f"))]
+        columns += [("grew by bytes: state, GPU, host", grown)]
     if benchmark in ("ttft", "decode", "short", "generate"):
         columns += [("cache MiB", number("cache_bytes", 2**-20, ",.1f"))]
         columns += [("teacher's attention", attention)]
@@ -199,6 +214,14 @@ def columns_of(benchmark: str) -> list[Column]:
 def attention(line: Line) -> str:
     """Which of torch's kernels attended, where one did."""
     return "" if line["method"] == OURS else line.get("attention", "")
+
+
+def grown(line: Line) -> str:
+    """What a long run added."""
+    if "growth" not in line:
+        return ""
+    parts = [line["state_growth"], *(line["growth"].get(name) for name in ("gpu", "host"))]
+    return ", ".join("not measured" if part is None else f"{part:,}" for part in parts)
 
 
 def growth(lines: Sequence[Line]) -> list[str]:

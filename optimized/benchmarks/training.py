@@ -2,8 +2,9 @@
 
 A step is what `distill.py` does with a batch: bfloat16 arithmetic on a GPU over float32 copies of what is
 trained, gradients clipped at 1, AdamW; on a GPU the losses and their gradients come from CUDA graphs, and
-from the lesson as it is. Two kinds of batches: one prompt with its pixels, of which the last tenth is
-supervised, layers recomputed in the backward pass; and rows of text, all of it supervised, padded or packed.
+from the lesson as it is. Two kinds of batches: one prompt with its pixels, or a row of several, of which the
+last tenth is supervised, layers recomputed in the backward pass; and rows of text, all of it supervised,
+padded or packed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,11 +30,12 @@ from .cases import Case, values_of
 from .graphs import EAGER
 from .kernels import OURS, Setting
 from .models import Pair, build_teacher, video_inputs
-from .problems import prompt
+from .problems import SHORTEST, prompt
 from .timing import wall_and_busy
 
 MLPS = r".*layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)"
 ANSWERED = 0.1  # share of the prompt's tokens that are supervised, at its end
+SAMPLES = 4  # in a packed row of prompts
 UNSUPERVISED = -100
 LINES = {  # stage, and which of its objectives
     "stage i": ("i", 0),
@@ -93,12 +96,16 @@ ROWS = (
 def training_cases(
     pair: Pair, lengths: Sequence[int], setting: Setting, priority: Callable[[str, int], int]
 ) -> Iterator[Case]:
-    """A line per stage, route, length and method: prompts with pixels."""
+    """A line per stage, route, length and method: prompts with pixels, alone and packed. The stages between
+    come after the first and the last, which bound them.
+    """
     for name, (stage, place) in LINES.items():
-        for method in methods(setting):
-            for length in lengths:
-                measure = partial(measure_prompt_step, pair, method, stage, place, length, setting)
-                yield Case("training", method, pair.size, name, length, measure, priority(method, length))
+        for method, length in product(methods(setting), lengths):
+            number = priority(method, length) + (stage == "ii")
+            for samples in (1, SAMPLES) if length >= SAMPLES * SHORTEST else (1,):
+                measure = partial(measure_prompt_step, pair, method, stage, place, samples, length, setting)
+                passes = name + (f", {samples} packed" if samples > 1 else "")
+                yield Case("training", method, pair.size, passes, length, measure, number)
 
 
 def text_training_cases(
@@ -109,7 +116,7 @@ def text_training_cases(
         for method in methods(setting):
             for each in rows:
                 measure = partial(measure_text_step, model, method, stage, place, each, setting)
-                number = priority(method, each.tokens)
+                number = priority(method, each.tokens) + (stage == "ii")
                 yield Case("training", method, model, f"{name}, {each}", each.tokens, measure, number)
 
 
@@ -119,16 +126,35 @@ def methods(setting: Setting) -> tuple[str, ...]:
 
 
 def measure_prompt_step(
-    pair: Pair, method: str, stage: str, place: int, length: int, setting: Setting
+    pair: Pair, method: str, stage: str, place: int, samples: int, length: int, setting: Setting
 ) -> dict[str, Any]:
     """The values of one line; student and optimizer are made for it and dropped."""
     pair.forget()
     student = taught_student(build_teacher(pair.name, pair.layers, setting), {})
     recompute_layers(student)
+    batch = side_by_side([prompt_batch(student, length // samples, setting) for _ in range(samples)])
+    return measure_step(student, method, PRESETS["vlm"], stage, place, batch, setting)
+
+
+def prompt_batch(student: nn.Module, length: int, setting: Setting) -> dict[str, Tensor]:
+    """One prompt with its pixels, its end supervised."""
     batch = video_inputs(student, prompt(length), setting)
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, : -round(ANSWERED * length)] = UNSUPERVISED
-    return measure_step(student, method, PRESETS["vlm"], stage, place, batch, setting)
+    return batch
+
+
+def side_by_side(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Prompts (1, L) of one length as samples of one packed row; one is left as it is."""
+    if len(batches) == 1:
+        return batches[0]
+    per_token = {name for name, tensor in batches[0].items() if tensor.shape == batches[0]["labels"].shape}
+    row = {
+        name: torch.cat([batch[name] for batch in batches], dim=int(name in per_token)) for name in batches[0]
+    }
+    length = batches[0]["labels"].shape[1]
+    place = torch.arange(len(batches) * length, device=row["labels"].device)[None]
+    return row | {"linmu_sequence": place // length, "position_ids": place % length}
 
 
 def measure_text_step(

@@ -6,6 +6,8 @@
 
 decoder         the decoder's forward from graphs: buckets, buffers, caches
 layers          the decoder's layers, in fewer kernels
+token_loop      generate() without waiting for each token
+tower           a vision tower's forward from graphs, by the grids of its pictures
 training_step   a Lesson's losses and gradients from one graph
 static_layout   where vision tokens are, in buffers
 capture         torch's CUDA graphs
@@ -24,6 +26,8 @@ from ...reference.student.model import LinMUModel, decoder_layers, mixers
 from ..m_mate import MMATE
 from .capture import Capture, CudaCapture
 from .decoder import DECODERS, FIXED_ROPE, GraphedDecoder, Limits
+from .token_loop import sample
+from .tower import TOWERS, GraphedTower, towers_of
 
 __all__ = ["accelerate", "unaccelerate"]
 
@@ -46,11 +50,13 @@ def accelerate(
     are the same up to rounding. Whatever graphs cannot do runs as before, and the reason is said once on
     stderr: gradients, hooks, adapters that are not merged, `output_hidden_states` and `output_attentions`,
     autocast, masks other than (B, S), and what exceeds the limits. Beams run from graphs, at the price of a
-    copy of the states a token. Calls from several threads take turns.
+    copy of the states a token. The vision towers of Qwen2-VL and Qwen2.5-VL run from graphs where pictures of
+    the same sizes come again, as a video's frames do. Calls from several threads take turns. generate() asks
+    one token late whether it has ended, unless its cache is returned or was passed in: `token_loop.sample`.
 
     Memory beside the weights: of each graph of B rows and a bucket of L tokens its inputs, some B·L·(D+1,000)
     values, of one that decodes the states of B rows; and one pool that all share, as large as the largest
-    prompt's activations.
+    prompt's activations; another such pool for the tower.
 
     Args:
         student: on a GPU, of a family whose decoder is Qwen2's, Llama's, Qwen2-VL's or Qwen2.5-VL's, as all
@@ -70,9 +76,12 @@ def accelerate(
 
 def unaccelerate(student: LinMUModel) -> LinMUModel:
     """Let a student run as before `accelerate`, and free its graphs; returns it. Caches stay good."""
-    decoder = student.get_decoder()
-    if isinstance(decoder.__dict__.get("forward"), GraphedDecoder):
-        del decoder.forward
+    graphed = (GraphedDecoder, GraphedTower)
+    towers = (module for module in student.modules() if type(module) in TOWERS)
+    for module in (student.get_decoder(), *towers):
+        if isinstance(module.__dict__.get("forward"), graphed):
+            del module.forward
+    student.__dict__.pop("token_loop", None)
     return student
 
 
@@ -81,6 +90,10 @@ def install(student: LinMUModel, limits: Limits, new_capture: Callable[[], Captu
     decoder = unaccelerate(student).get_decoder()
     check(student, limits)
     decoder.forward = GraphedDecoder(decoder, limits, new_capture)
+    student.token_loop = sample
+    for tower in towers_of(student):
+        if "forward" not in tower.__dict__:
+            tower.forward = GraphedTower(tower, new_capture)
     return student
 
 

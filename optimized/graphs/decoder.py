@@ -273,6 +273,7 @@ class GraphedDecoder:
         embeds, cache, uses_cache = given.get("inputs_embeds"), given.get(CACHE_NAME), self.uses_cache(given)
         if cache is None and uses_cache:
             cache = DynamicCache()  # its layers are all ours, whatever the configuration says
+            cache.layers = [LinMUCacheLayer() for _ in self.decoder.layers]
         slots = [] if cache is None else slots_of(cache, len(self.decoder.layers))
         with torch.inference_mode(False), torch.no_grad():
             embeds = self.decoder.embed_tokens(given["input_ids"]) if embeds is None else embeds

@@ -37,12 +37,12 @@ class StaticLayout(VisionLayout):
 
     Args:
         coords: (B, L, 4) int64, those of a layout within `bounds`, which was checked.
+        sequence: (B, L) int64, its samples; None = one a row.
     """
 
-    def __init__(self, coords: Tensor) -> None:
+    def __init__(self, coords: Tensor, sequence: Tensor | None = None) -> None:
         segment, place = coords[..., 0].sort(dim=1, stable=True)
-        facts = Facts((segment >= 0).sum(), bounds(len(coords)), place)
-        super().__init__(coords, None, {"facts": facts, "begins": None})  # packed rows run without graphs
+        super().__init__(coords, sequence, {"facts": Facts((segment >= 0).sum(), bounds(len(coords)), place)})
 
     def __post_init__(self) -> None:
         """Check nothing: the layout whose coordinates these are was checked."""

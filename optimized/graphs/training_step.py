@@ -189,8 +189,7 @@ class TrainingGraphs:
         if batch * self.limits.bucket(length) > self.limits.most_tokens:
             return f"batches of more than {self.limits.most_tokens} tokens, padding included"
         if self.lesson.student.prompt_layout is not None:
-            packed = inputs.get("linmu_sequence") is not None
-            return "packed rows of a model that sees" if packed else None
+            return None
         other = sorted(inputs.keys() - TEXT)
         if other or inputs.get("input_ids") is None:
             return f"the arguments {', '.join(other) or 'without input_ids'}"
@@ -302,7 +301,9 @@ class TrainingGraphs:
     def terms(self, buffers: Problem) -> dict[str, Tensor]:
         """What `Lesson.forward` does, from the decoder on."""
         lesson, objective = self.lesson, self.lesson.objective
-        layout = StaticLayout(buffers.layout["coords"]) if buffers.layout else None
+        layout, sequence = None, buffers.call.get("linmu_sequence")
+        if buffers.layout:
+            layout = StaticLayout(buffers.layout["coords"], sequence)
         head = lesson.student.get_output_embeddings()
 
         def run(role: str) -> Tensor | None:
@@ -422,6 +423,7 @@ def decoder_call(
     finally:
         hook.remove()
     layout, call = fast(given.pop("linmu_layout", None)), {}
+    given.pop("linmu_spans", None)  # where samples are depends on values: graphs take their ids
     for name, value in given.items():
         if isinstance(value, Tensor) and name in PER_TOKEN:
             call[name] = value

@@ -23,7 +23,7 @@ from .digits import CELL
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TURN_END, PADDING = "<|im_end|>", "<|endoftext|>"
-WINDOW = 16 * CELL  # pixels: a moment of a film is one window of the tower's attention
+WINDOW = 18 * CELL  # pixels: a moment of a film is one window of the tower's attention
 TOWER = {"depth": 4, "hidden_size": 192, "intermediate_size": 512, "num_heads": 3}
 TINY_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 1}
 COPIED = (

@@ -3,7 +3,7 @@
     python -m linmu.reference.demo.large_questions --output questions
 
 writes `questions/train.jsonl` and `questions/held_out.jsonl`, rows as `distill.py --data` reads them, with
-their pictures in them. At level `long` a picture or film is 4,096 tokens of the bundled class of teachers.
+their pictures in them. At level `long` a picture or film is 4,032 tokens of the bundled class of teachers.
 """
 
 from __future__ import annotations
@@ -68,19 +68,21 @@ def as_row(item: dict[str, Any], level: str) -> str:
     return json.dumps({"kind": kind, "messages": item["messages"]})
 
 
-def rows(level: str, split: str, seed: int, start: int, stop: int) -> list[str]:
+def rows(level: str, split: str, seed: int, kinds: tuple[str, ...], start: int, stop: int) -> list[str]:
     """Lines of the items `start` to `stop` of a level."""
-    items = LargeQuestions(level, split, seed).__getitems__(range(start, stop))
+    items = LargeQuestions(level, split, seed, kinds=kinds).__getitems__(range(start, stop))
     return [as_row(item, level) for item in items]
 
 
-def write(path: Path, counts: dict[str, int], split: str, seed: int, workers: int) -> None:
+def write(
+    path: Path, counts: dict[str, int], split: str, seed: int, kinds: tuple[str, ...], workers: int
+) -> None:
     """Write so many items of every level to a file."""
     with path.open("w", encoding="utf-8") as file, ProcessPoolExecutor(workers) as pool:
         for level, count in counts.items():
             starts = range(0, count, AT_ONCE)
             stops = [min(start + AT_ONCE, count) for start in starts]
-            for lines in pool.map(partial(rows, level, split, seed), starts, stops):
+            for lines in pool.map(partial(rows, level, split, seed, kinds), starts, stops):
                 file.writelines(f"{line}\n" for line in lines)
 
 
@@ -96,13 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
     parser.add_argument("--held-out", type=at_least(0), default=300, help="held-out questions")
     parser.add_argument("--held-out-level", choices=LEVELS, default="long", help="their level")
+    parser.add_argument("--kinds", nargs="+", choices=LARGE_KINDS, default=LARGE_KINDS, help="of questions")
     parser.add_argument("--seed", type=at_least(0), default=1)
     parser.add_argument("--workers", type=at_least(1), default=4, help="processes")
     options = parser.parse_args(arguments)
-    counts = {level: getattr(options, level) for level in LEVELS}
-    write(options.output / "train.jsonl", counts, "train", options.seed, options.workers)
+    counts, kinds = {level: getattr(options, level) for level in LEVELS}, tuple(options.kinds)
+    write(options.output / "train.jsonl", counts, "train", options.seed, kinds, options.workers)
     counts = {options.held_out_level: options.held_out}
-    write(options.output / "held_out.jsonl", counts, "heldout", options.seed, options.workers)
+    write(options.output / "held_out.jsonl", counts, "heldout", options.seed, kinds, options.workers)
 
 
 if __name__ == "__main__":

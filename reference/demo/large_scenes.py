@@ -1,8 +1,10 @@
 """Questions about large pictures and long films of digits: what is on the grid, what is asked, the answer.
 
-Local detail: `neighbour` in pictures, `changed` in films (a cell beside, a moment before). Global context:
-`count` and `extreme` in pictures, `flashes` and `again` in films (digits anywhere, the first moment and the
-last). Few cells show a digit, so that what counts lies far apart. Letters: n samples, T Y X grid.
+Local detail: `row` and `column` in pictures, `changed` in films (a cell beside, a moment before). Global
+context: `there`, `count` and `extreme` in pictures, `flashes`, `order` and `again` in films (digits anywhere,
+the first moment and the last). Few cells show a digit, so that what counts lies far apart.
+
+Letters: n samples, T Y X grid.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from .draws import Draws
 from .scenes import DIRECTIONS, STEPS, Scenes
 
 Grid = tuple[int, int, int]
-# (T, Y, X) of pictures, and of films. Choice: as many moments as rows, since the text after a film of Qwen's
-# class has positions that follow its rows and columns, whatever its moments.
+# (T, Y, X) of pictures, and of films. Choice: no more moments than columns, since the text after a film of
+# Qwen's class has positions that follow its rows and columns, whatever its moments; and long prompts end just
+# below 4,096 tokens, text and all, so that steps from CUDA graphs are not padded to 5,120.
 LEVELS: dict[str, tuple[Grid, Grid]] = {
     "short": ((1, 8, 8), (4, 4, 4)),
     "middle": ((1, 16, 32), (8, 8, 8)),
-    "long": ((1, 64, 64), (16, 16, 16)),
+    "long": ((1, 63, 64), (16, 14, 18)),
 }
-SEEN = (1, 16, 16)  # of pictures to learn to see on: a window of the tower's attention
-FEWEST, MOST = 6, 40  # digits beside those asked about
-MOST_ASKED = 5
+SEEN = (1, 18, 18)  # of pictures to learn to see on: a window of the tower's attention
+FEWEST, MOST = 3, 12  # digits beside those asked about
+MOST_ASKED = 3
 
 
 def _drawn(draws: Draws, grid: Grid, low: int = 0, high: int = 10) -> np.ndarray:
@@ -62,9 +65,9 @@ def cells_scenes(draws: Draws, grid: Grid) -> Scenes:
     return _scenes(np.where(shown, _drawn(draws, grid), BLANK), grid, [""] * len(draws), [""] * len(draws))
 
 
-def neighbour_scenes(draws: Draws, grid: Grid) -> Scenes:
-    """Which digit is beside the only digit of its value?"""
-    digit, way = draws.integers(0, 10), draws.integers(0, 4)
+def neighbour_scenes(draws: Draws, grid: Grid, ways: tuple[int, int]) -> Scenes:
+    """Which digit is beside the only digit of its value, in one of two directions of `STEPS`?"""
+    digit, way = draws.integers(0, 10), np.array(ways)[draws.integers(0, 2)]
     digits, step = _others(draws, digit, grid), STEPS[way]
     shown = _ranks(draws, grid) < _amount(draws, digits.shape[1])
     y, x = draws.integers(np.maximum(0, -step), np.array(grid[1:]) - np.maximum(0, step), 2).T
@@ -77,8 +80,18 @@ def neighbour_scenes(draws: Draws, grid: Grid) -> Scenes:
     return _scenes(labels, grid, questions, [str(d) for d in digits[rows, beside]])
 
 
+def there_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """Does any cell show a given digit?"""
+    digit, is_there = draws.integers(0, 10), draws.integers(0, 2).astype(bool)
+    digits, ranks = _others(draws, digit, grid), _ranks(draws, grid)
+    digits = np.where((ranks == 0) & is_there[:, None], digit[:, None], digits)
+    labels = np.where(ranks < _amount(draws, digits.shape[1]), digits, BLANK)
+    questions = [f"Is there a {d}?" for d in digit]
+    return _scenes(labels, grid, questions, ["yes" if there else "no" for there in is_there])
+
+
 def count_scenes(draws: Draws, grid: Grid) -> Scenes:
-    """How many cells, of all moments, show a given digit? None to five."""
+    """How many cells, of all moments, show a given digit? None to three."""
     digit, asked = draws.integers(0, 10), draws.integers(0, MOST_ASKED + 1)
     digits, ranks = _others(draws, digit, grid), _ranks(draws, grid)
     digits = np.where(ranks < asked[:, None], digit[:, None], digits)
@@ -118,6 +131,24 @@ def changed_scenes(draws: Draws, grid: Grid) -> Scenes:
     return scenes
 
 
+def order_scenes(draws: Draws, grid: Grid) -> Scenes:
+    """Digits flash one after the other; which is the first, or the last?"""
+    n, moments, cells = len(draws), grid[0], grid[1] * grid[2]
+    amount = draws.integers(FEWEST, min(MOST, moments) + 1)[:, None]
+    shown = _ranks(draws, (1, 1, moments)) < amount
+    digits, place, at_end = (
+        draws.integers(0, 10, moments),
+        draws.integers(0, cells, moments),
+        draws.integers(0, 2),
+    )
+    labels = np.full((n, moments, cells), BLANK)
+    np.put_along_axis(labels, place[..., None], np.where(shown, digits, BLANK)[..., None], axis=2)
+    asked = np.where(at_end, moments - 1 - shown[:, ::-1].argmax(1), shown.argmax(1))
+    questions = [f"Which digit comes {'last' if last else 'first'}?" for last in at_end]
+    answers = [str(d) for d in digits[np.arange(n), asked]]
+    return _scenes(labels.reshape(n, -1), grid, questions, answers)
+
+
 def again_scenes(draws: Draws, grid: Grid) -> Scenes:
     """Is the only digit of the first moment among the three of the last?"""
     n, cells = len(draws), grid[1] * grid[2]
@@ -136,8 +167,14 @@ def again_scenes(draws: Draws, grid: Grid) -> Scenes:
     return _scenes(labels.reshape(n, -1), grid, questions, ["yes" if a else "no" for a in is_again])
 
 
-OF_PICTURES = {"neighbour": neighbour_scenes, "count": count_scenes, "extreme": extreme_scenes}
-OF_FILMS = {"changed": changed_scenes, "flashes": count_scenes, "again": again_scenes}
+OF_PICTURES = {
+    "row": partial(neighbour_scenes, ways=(0, 1)),
+    "column": partial(neighbour_scenes, ways=(2, 3)),
+    "there": there_scenes,
+    "count": count_scenes,
+    "extreme": extreme_scenes,
+}
+OF_FILMS = {"changed": changed_scenes, "flashes": count_scenes, "order": order_scenes, "again": again_scenes}
 
 
 def builders_of(level: str) -> dict[str, Callable[[Draws], Scenes]]:

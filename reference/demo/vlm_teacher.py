@@ -4,8 +4,9 @@
 
 First tower and connector learn to give every cell of a picture the embedding of the digit that it shows, so
 that the decoder reads a picture as if it were a text. Then all of it learns to answer, at short, middle and
-long (4,096 tokens of vision), each for so many seconds. `random` in the place of the file is a decoder of two
-random layers with a tiny tower, to try the command in seconds (--steps 2).
+long (4,032 tokens of vision), each for so many seconds; kinds of questions that it has not learnt at one are
+not asked at the next. `accuracy.json` says which are left, as `kinds`. `random` in the place of the file is a
+decoder of two random layers with a tiny tower, to try the command in seconds (--steps 2).
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
-from transformers import LlamaForCausalLM, PreTrainedModel, ProcessorMixin, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, PreTrainedModel, ProcessorMixin, set_seed
 
 from ..prompts.processors import load_processor
+from ..training.stage_trainer import OneDevice
 from ..training.teacher import NOT_OPENED, open_processor, open_teacher
 from ..training.teacher_student import supervised
 from .build_teacher import MERGE, write_preprocessing
 from .build_vlm import TINY_TOWER, TOWER, build_vlm, random_decoder, with_vision_tokens
 from .evaluation import answered_of_batch
 from .flags import at_least, duration, folder_to_write
-from .large_questions import LargeQuestions
+from .large_questions import LARGE_KINDS, LargeQuestions
 from .large_scenes import LEVELS
 from .packed_vision import pack_vision
 from .train_teacher import Clock, ClockTrainer, TrainingCollator
@@ -42,14 +44,15 @@ from .train_teacher import Clock, ClockTrainer, TrainingCollator
 RANDOM = "random"
 CELL_NAMES = (*map(str, range(10)), ".")  # what tells a digit, and last a blank cell
 LARGEST = 64  # cells a side of the largest picture
-WARMUP = 20  # steps
+WARMUP = 30  # steps
 SEEING = {"batch_size": 64, "learning_rate": 2e-3}
 ANSWERING = {
-    "short": {"batch_size": 192, "learning_rate": 6e-4},
-    "middle": {"batch_size": 40, "learning_rate": 5e-4},
-    "long": {"batch_size": 8, "learning_rate": 3e-4},
+    "short": {"batch_size": 192, "learning_rate": 1e-3},
+    "middle": {"batch_size": 40, "learning_rate": 7e-4},
+    "long": {"batch_size": 8, "learning_rate": 4e-4},
 }
 MOST_STEPS = 20_000
+LEARNT = {"short": 0.6, "middle": 0.7, "long": 0.9}  # accuracy below which a kind is given up
 
 
 class LabelledCells(Dataset):
@@ -139,7 +142,7 @@ def train(
 ) -> int:
     """Train for so many seconds, or `options.steps`; return the steps taken."""
     cuda, batch_size = torch.cuda.is_available(), min(batch_size, options.most_in_batch)
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(options.output),
         max_steps=options.steps,
         per_device_train_batch_size=batch_size,
@@ -179,20 +182,24 @@ def with_kinds(collate: Callable, items: list[dict[str, Any]]) -> tuple[list[str
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, collate: Callable, level: str, options: argparse.Namespace
+    model: PreTrainedModel,
+    collate: Callable,
+    level: str,
+    kinds: tuple[str, ...],
+    options: argparse.Namespace,
 ) -> dict[str, float]:
     """Share of held-out questions of a level that are answered word for word, by kind."""
     size = min(2 * ANSWERING[level]["batch_size"], options.most_in_batch)
-    data = LargeQuestions(level, "heldout", options.seed, options.eval_samples)
+    data = LargeQuestions(level, "heldout", options.seed, options.eval_samples, kinds)
     gather = partial(with_kinds, collate)
     loader = DataLoader(data, size, collate_fn=gather, num_workers=options.workers)
     right: dict[str, list[bool]] = defaultdict(list)
     model.eval()
-    for kinds, batch in loader:
+    for asked, batch in loader:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             answered = answered_of_batch(model, batch).tolist()
-        for kind, is_right in zip(kinds, answered, strict=True):
+        for kind, is_right in zip(asked, answered, strict=True):
             right[kind].append(is_right)
     every = [is_right for kind in right.values() for is_right in kind]
     return {"all": sum(every) / len(every)} | {
@@ -228,6 +235,8 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     decoder, tokenizer, tower = open_decoder(options.decoder)
     tokenizer = with_vision_tokens(tokenizer)
     model = build_vlm(decoder, tokenizer, tower)
+    if options.start:
+        model.load_state_dict(type(model).from_pretrained(options.start).state_dict())
     write_preprocessing(options.output, tokenizer, LARGEST)
     model.save_pretrained(options.output)  # the folder is whole from the start: its processor is read back
     pack_vision(model)
@@ -236,33 +245,48 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"seconds": {"opened": time.perf_counter() - began}, "steps": {}, "accuracy": {}}
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
+    def save() -> None:
+        """Save the weights."""
+        model.config.use_cache = True  # the trainer switches it off
+        model.save_pretrained(options.output)
+
     def keep(stage: str, measured: Any, steps: int, started: float) -> None:
-        """Save what there is, so that a run that is ended early leaves a teacher, too."""
+        """Write down what there is, so that a run that is ended early tells of its teacher, too."""
         now = time.perf_counter()
         result["steps"][stage], result["accuracy"][stage] = steps, measured
         result["seconds"][stage], result["seconds"]["all"] = now - started, now - began
         if torch.cuda.is_available():
             result["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        model.config.use_cache = True  # the trainer switches it off
-        model.save_pretrained(options.output)
         (options.output / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({stage: measured, "steps": steps, "seconds": round(now - started, 1)}), flush=True)
 
     seeing, *answering = options.seconds
-    names = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(CELL_NAMES))]
-    reader, started = CellReader(model.model.visual, names), time.perf_counter()
-    collate = partial(collate_cells, load_processor(options.output))
-    cells = partial(LabelledCells, "train", options.seed)
-    steps = train(InOrderTrainer, reader, cells, collate, options, seeing, **SEEING)
-    keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
+    if not options.start:
+        names = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(CELL_NAMES))]
+        reader, started = CellReader(model.model.visual, names), time.perf_counter()
+        collate = partial(collate_cells, load_processor(options.output))
+        cells = partial(LabelledCells, "train", options.seed)
+        steps = train(InOrderTrainer, reader, cells, collate, options, seeing, **SEEING)
+        save()
+        keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
 
-    collate = AnswerCollator(options.output, MERGE)
+    collate, kinds = AnswerCollator(options.output, MERGE), LARGE_KINDS
     for level, seconds in zip(LEVELS, answering, strict=True):
         started = time.perf_counter()
-        questions = partial(LargeQuestions, level, "train", options.seed)
+        questions = partial(LargeQuestions, level, "train", options.seed, kinds=kinds)
         steps = train(AnswerTrainer, model, questions, collate, options, seconds, **ANSWERING[level])
-        keep(level, measure(model, collate, level, options), steps, started)
+        save()
+        measured = measure(model, collate, level, kinds, options)
+        kinds = learnt(measured, kinds, LEARNT[level])
+        result["kinds"] = [*kinds]
+        keep(level, measured, steps, started)
     return result
+
+
+def learnt(measured: dict[str, float], kinds: tuple[str, ...], least: float) -> tuple[str, ...]:
+    """The kinds of at least this accuracy; if there are none, the best."""
+    best = max(measured.get(kind, 0.0) for kind in kinds)
+    return tuple(kind for kind in kinds if measured.get(kind, 0.0) >= min(least, best))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -272,8 +296,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("decoder", help="GGUF file, folder or Hub id of a Llama; or random")
     parser.add_argument("--output", type=folder_to_write, required=True, help="folder for the teacher")
+    parser.add_argument("--start", help="such a teacher to train further, which can see already")
     parser.add_argument(
-        "--seconds", type=duration, nargs=4, default=(12, 65, 33, 55), help="to see, at short, middle, long"
+        "--seconds", type=duration, nargs=4, default=(12, 74, 28, 50), help="to see, at short, middle, long"
     )
     parser.add_argument("--steps", type=at_least(1), default=MOST_STEPS, help="most of any of the four")
     parser.add_argument(

@@ -41,8 +41,8 @@ Turn = Mapping[str, Any]
 Conversation = Sequence[Turn]
 
 
-class NoChatTemplateError(ValueError):
-    """A tokenizer that cannot read conversations: no fault of a sample."""
+class ChatTemplateError(ValueError):
+    """A chat template that is missing, or whose answers cannot be told: no fault of a sample."""
 
 
 class Found(NamedTuple):
@@ -62,8 +62,18 @@ def answers_of(
         control: its control tokens, of which one ends a turn.
         placeholders: those that stand for pictures.
     Raises:
-        ValueError: for a template that does not say where an answer begins and ends.
+        ChatTemplateError: for a template that does not say where an answer begins and ends.
     """
+    try:
+        return way_of(processor, control, placeholders)
+    except ValueError as error:
+        raise ChatTemplateError(str(error)) from error
+
+
+def way_of(
+    processor: Any, control: Sequence[str], placeholders: Sequence[str]
+) -> ChatMLAnswers | RenderedAnswers:
+    """`answers_of`, its refusals as `ValueError`."""
     asked, answered = (
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in (("user", QUESTION), ("assistant", ANSWER))

@@ -24,7 +24,7 @@ from .answers import (
     TURN_END,
     TURN_START,
     ChatMLAnswers,
-    NoChatTemplateError,
+    ChatTemplateError,
     RenderedAnswers,
     answers_of,
     chat_template_of,
@@ -59,10 +59,10 @@ class ChatCollator:
             A document is supervised throughout; it has no turns, so it reads as the tokenizer gives it.
         max_length: tokens that a conversation may have; 0 = any number.
     Raises:
-        NoChatTemplateError: on use, for a conversation, if there is no chat template.
-        ValueError: on use, for a chat template whose answers cannot be told, and for a conversation that does
-            not fit it, holds control tokens in its text, is too long, or whose pictures the processor leaves
-            out or thins.
+        ChatTemplateError: on use, for a conversation, if there is no chat template, or its answers cannot be
+            told.
+        ValueError: on use, for a conversation that does not fit the chat template, holds control tokens in
+            its text, is too long, or whose pictures the processor leaves out or thins.
 
     A video block may carry `fps`, the frames per second of what it holds; it becomes `second_per_grid_ts`.
     """
@@ -78,10 +78,17 @@ class ChatCollator:
         self.control_ids = ids_of(tokenizer, control_tokens(processor))
         self.placeholder_ids = ids_of(tokenizer, vision_placeholders(processor))
 
-    @property
-    def reads_conversations(self) -> bool:
-        """Whether there is a chat template; documents need none."""
-        return bool(chat_template_of(self.processor))
+    def require_chat_template(self) -> None:
+        """Refuse a chat template that is missing, or whose answers cannot be told; documents need none.
+
+        Raises:
+            ChatTemplateError: for such a template.
+        """
+        if not chat_template_of(self.processor):
+            must = "ChatCollator: the tokenizer must have a chat template to read conversations"
+            raise ChatTemplateError(f"{must}, got none; {SET_TEMPLATE}")
+        if self.supervise == "answers":
+            _ = self.answers
 
     @cached_property
     def answers(self) -> ChatMLAnswers | RenderedAnswers:
@@ -122,12 +129,10 @@ class ChatCollator:
 
     def _tensors(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Items not encoded before."""
-        if not self.reads_conversations:
-            must = "ChatCollator: the tokenizer must have a chat template to read conversations"
-            raise NoChatTemplateError(f"{must}, got none; {SET_TEMPLATE}")
         conversations = [list(item["messages"]) for item in items]
         for conversation in conversations:
             self._refuse_control_tokens(conversation)
+        self.require_chat_template()
         prompts = self.supervise == "nothing"
         if prompts:
             conversations = [c[:-1] if c[-1]["role"] == "assistant" else c for c in conversations]

@@ -41,9 +41,11 @@ class StudentGeneration:
 
     Attributes:
         prompt_layout: how the family's prompts show images and videos; None = a text decoder.
+        token_loop: what runs in the place of Hugging Face's `_sample`, with the same arguments; None = that.
     """
 
     prompt_layout: PromptLayout | None = None
+    token_loop: Callable | None = None
     _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
 
     def has_vision(self, inputs: dict[str, Any]) -> bool:
@@ -101,6 +103,13 @@ class StudentGeneration:
                     kwargs["position_ids"] = self._positions(past, input_ids, are_new, kwargs)
                 self.prompt_layout.drop_cached(self.config, placements, past, kwargs)
         return super().generate(inputs, generation_config=generation_config, **kwargs)
+
+    @with_signature_of(GenerationMixin._sample)
+    def _sample(self, *args, **kwargs):
+        """Choose tokens one by one, the likeliest or by chance."""
+        if self.token_loop is None:
+            return super()._sample(*args, **kwargs)
+        return self.token_loop(self, *args, **kwargs)
 
     def _check_whole_conversation(self, past: int, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         """Bring masks and token types to the length of the conversation, and refuse a part of it."""

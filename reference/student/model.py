@@ -139,6 +139,9 @@ class LinMUModel(StudentGeneration):
                 plan = module._tp_plan.items()
                 module._tp_plan = {name: kind for name, kind in plan if "self_attn" not in name.split(".")}
 
+    def _replicate_for_data_parallel(self):
+        refuse_replicas()
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Start the parameters that no checkpoint brought, the mixers' own included."""
@@ -277,6 +280,17 @@ class LinMUModel(StudentGeneration):
     def placeholder_mask(self, input_ids: Tensor) -> Tensor:
         """Say where placeholders of images and videos are: (B, L) int64 -> (B, L) bool, nowhere for text."""
         return self.placeholder_types(input_ids) > 0
+
+
+def refuse_replicas() -> None:
+    """What `nn.DataParallel` meets where it asks for a replica: those of one process run in threads, and
+    would share what the layers of a forward share.
+
+    Raises:
+        ValueError: always.
+    """
+    must, hint = "a student must have a process for each GPU", "start it by torchrun, with DDP or FSDP2"
+    require(False, "nn.DataParallel", must, "one process for several", hint)
 
 
 def decodes_one_token(embeds: Tensor, past: Cache | None) -> bool:

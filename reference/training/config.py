@@ -276,6 +276,9 @@ def check_settings(config: Config) -> None:
         "calibration_batches",
     ):
         check(flat[name] >= 0, f"--{name} must be 0 or more", flat[name])
+    no_window = config.mixer.text_only and not config.mixer.text_window
+    must = "--branches local must come with --mixer.text_window, or a teacher that sees"
+    check(not (no_window and config.student.branches == "local"), must, "text without a window")
     samples = config.samples
     shared = config.optimizer.context_parallel > 1
     check(not (shared and samples.packing), "--context_parallel and --packing must not both be given", "both")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..demo import TEACHER
@@ -46,7 +46,7 @@ from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
 from .safety.guards import refuse_infinite_weights
 from .safety.memory import leave_inputs_alone, recompute_layers
-from .stage_trainer import StageTrainer, load_taught, taught_tensors
+from .stage_trainer import OneDevice, StageTrainer, load_taught, taught_tensors
 from .stages import Stage, stage_of, steps_before
 from .teacher import NOT_OPENED, open_processor, open_teacher
 from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
@@ -108,6 +108,9 @@ class Run:
             peft_settings(self.student, self.config.mlps)  # refused now, not in hours
         for line in about_student(self.student, self.config, self.device):
             self.say(line)
+        gpus = torch.cuda.device_count() if self.device.type == "cuda" else 1
+        if gpus > self.process.num_processes == 1:
+            self.say(f"one GPU of {gpus} is used; `torchrun --nproc_per_node {gpus} distill.py ...` uses all")
 
     @property
     def batches_at_once(self) -> int:
@@ -262,7 +265,7 @@ class Run:
         self.set_free(stage)
         config, steps = self.config, self.config.of_stage(stage.name).steps
         optimizer, watch = config.optimizer, config.watch
-        arguments = TrainingArguments(
+        arguments = OneDevice(
             output_dir=str(folder),
             max_steps=steps,
             per_device_train_batch_size=optimizer.batch_size,

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..checks import require
@@ -39,6 +39,15 @@ from .safety.guards import (
 )
 from .safety.late_questions import LateQuestions, heeds_marks, is_on_gpu, plain
 from .stages import Stage
+
+
+class OneDevice(TrainingArguments):
+    """Arguments of a process that trains on one device: the Trainer would spread a lone process over all GPUs
+    by `nn.DataParallel`."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
 
 
 class StageTrainer(Trainer):

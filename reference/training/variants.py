@@ -26,12 +26,12 @@ def start(student: nn.Module, settings: StudentSettings) -> None:
             continue
         mixer = module.mixer
         if settings.init == "random":
-            for branch in (mixer.flex_ma,) if mixer.config.text_only else (mixer.flex_ma, mixer.local_swin):
+            for branch in (mixer.flex_ma, *([mixer.local_swin] if mixer.config.has_local_swin else [])):
                 start_at_random(branch)
-        if settings.branches != "both" and not mixer.config.text_only:
+        if settings.branches != "both" and mixer.config.has_local_swin:
             mixer.mix_proj.weight.zero_()
             mixer.mix_proj.bias.fill_(PINNED if settings.branches == "flex" else -PINNED)
-        if settings.branches == "local":  # text has no other branch: it is left to the residual stream
+        if settings.branches == "local":  # text without a window has no other branch: the residual stream
             for tensor in mixer.flex_ma.o_proj.parameters():
                 tensor.zero_()
 

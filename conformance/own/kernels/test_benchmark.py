@@ -12,7 +12,7 @@ import torch
 
 from linmu import optimized
 from linmu.optimized import benchmark, graphs
-from linmu.optimized.benchmarks import decoding, kernels, models, training
+from linmu.optimized.benchmarks import decoding, kernels, models, training, watching
 from linmu.optimized.benchmarks import graphs as bench_graphs
 from linmu.optimized.benchmarks.cases import Case, LeftOutError, measure_all
 from linmu.optimized.benchmarks.counts import Sizes, attention_counts, scan_counts, window_counts
@@ -376,16 +376,37 @@ def test_what_only_a_gpu_measures_finds_its_place_in_the_tables(tmp_path):
     assert "| 7B | stage i | 32,768 | LinMU | 100 | 0% | 3,072 | 5,120 |" in table
 
 
+def test_named_parts_run_one_after_the_other_at_lengths_of_their_own():
+    flags = ["--quick", "--only", "training,kernels", "--lengths", "512", "training=320", "--layers", "1"]
+    parser = benchmark.make_parser()
+    options = benchmark.checked(parser, parser.parse_args(flags))
+    pair = models.Pair("small", 1, SETTING)
+    cases = sorted(benchmark.cases_of(options, SETTING, pair, pair), key=lambda case: case.priority)
+    kinds = [(case.benchmark, case.length) for case in cases]
+    assert [*dict.fromkeys(kinds)] == [("training", 320), ("scan", 512)]
+
+
+def test_samples_side_by_side_are_one_packed_row():
+    one = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None], "pixels": torch.ones(4, 3)}
+    row = training.side_by_side([one, one | {"pixels": torch.zeros(4, 3)}])
+    assert row["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5] * 2]
+    assert row["linmu_sequence"].tolist() == [[0] * 6 + [1] * 6]
+    assert torch.equal(row["position_ids"], row["labels"])
+    assert row["pixels"].sum() == 12 and len(row["pixels"]) == 8
+    assert training.side_by_side([one]) is one
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (
             ["--quick", "--only", "scan"],
-            "--only must be among kernels,windows,model,graphs,decode,training,text, got scan",
+            f"--only must be among {','.join(benchmark.PARTS)}, got scan",
         ),
         (["--quick", "--lengths", "64"], "--lengths must be at least 320, got 64"),
         (["--quick", "--sizes", "28x4"], "--sizes like 28x4x128"),
         (["--quick", "--lengths", "4k"], "--lengths must be like 4096,65536"),
+        (["--quick", "--lengths", "scan=4096"], "--lengths must be like 4096,65536 or model=4096"),
     ],
 )
 def test_a_wrong_flag_is_told(flags, message, capsys):
@@ -399,3 +420,52 @@ def test_without_a_gpu_the_command_says_what_to_add(capsys):
     with pytest.raises(SystemExit):
         benchmark.main([])
     assert "a CUDA GPU must be there, got none; add --quick for the CPU" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def shallow() -> models.Pair:
+    """The small model with one decoder layer."""
+    return models.Pair("small", 1, SETTING, prepared=False)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_blocks_of_frames_are_measured_for_several_streams(shallow, together):
+    stream = watching.Stream(4, 2, 2, together)
+    values = watching.measure_watching(shallow, "LinMU", stream, SETTING)
+    assert values["frames_per_second"] == pytest.approx(4 / values["seconds_in_a_row"])
+    assert values["tokens_per_second"] == pytest.approx(8 / values["seconds_in_a_row"])
+    cache = (8 * 64 * 64 + 3 * (2 * 2 + 8) * 64) * 4 + 127 * (2 * 2 * 64 * 4 + 1)
+    assert values["cache_bytes"] == 2 * cache
+
+
+def test_a_processor_gives_the_models_own_ids():
+    clip = next(watching.Stream(16, 4).clips())
+    inputs = watching.encode(watching.build_processor(), clip)
+    assert inputs["input_ids"].tolist() == [[models.START, *[models.VIDEO] * 32, models.END]]
+    assert inputs["video_grid_thw"].tolist() == [[2, 8, 8]]
+
+
+@pytest.mark.parametrize("slides", [False, True])
+def test_a_teachers_block_leaves_its_cache_as_long_as_before(shallow, slides, monkeypatch):
+    lengths = []
+    model = shallow.model(models.TEACHER)
+    forward = type(model).forward
+
+    def noted(self, **kwargs):
+        lengths.append(kwargs[watching.CACHE_NAME].get_seq_length())
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", noted)
+    values = watching.measure_teacher(shallow, watching.Stream(4, 2), 64, slides, SETTING)
+    assert values["cache_bytes"] == 2 * 2 * 64 * 4 * 64
+    assert set(lengths) == {64} and len(lengths) > 5
+
+
+def test_a_long_run_tells_what_grew(shallow, monkeypatch):
+    stream = watching.Stream(4, 4)
+    values = watching.measure_endless(shallow, watching.Endless("small", stream, 12, 64), SETTING)
+    assert values["state_growth"] == 0 and values["growth"].keys() <= {"host"}
+    assert values["frames"] >= 12 + 4 * watching.WARM
+    monkeypatch.setattr(watching.watch, "state_bytes", property(lambda self: self.frames))
+    values = watching.measure_endless(shallow, watching.Endless("small", stream, 12, 64), SETTING)
+    assert values["state_growth"] == 12

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.generation import utils
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from linmu import optimized
@@ -35,9 +36,26 @@ def test_graphs_give_what_the_eager_student_gives():
             got, want = (torch.stack(tokens(student, **inputs).logits) for student in (fast, eager))
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
     assert len(fast.get_decoder().forward.graphs) > 1
+    assert len(fast.model.visual.forward.graphs) > 0
     optimized.unaccelerate(fast)
     inputs = on_gpu(PROMPTS["image"]())
     assert torch.equal(tokens(fast, **inputs).sequences, tokens(eager, **inputs).sequences)
+
+
+def test_generate_ends_where_the_eager_one_does_without_waiting_for_each_token(monkeypatch):
+    """The host may be a token ahead: what it launches then reads what the one before has left."""
+    eager = shake_mixers(optimized.convert(build_teacher())).cuda()
+    fast = optimized.accelerate(copy.deepcopy(eager))
+    waits = []
+    monkeypatch.setattr(utils.StopCheck, "__call__", lambda *_: waits.append(1))
+    inputs = on_gpu(PROMPTS["video"]())
+    free = fast.generate(**inputs, do_sample=False, max_new_tokens=40)
+    assert not waits
+    monkeypatch.undo()
+    for place in (-1, -20):  # known beforehand, and asked for
+        ends = {"eos_token_id": int(free[0, place]), "pad_token_id": 0, "max_new_tokens": 40}
+        found = [student.generate(**inputs, do_sample=False, **ends) for student in (fast, eager)]
+        assert torch.equal(*found)
 
 
 @FLOATS

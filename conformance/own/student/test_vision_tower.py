@@ -117,6 +117,16 @@ def test_a_tower_of_quantised_products_runs(stock):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_students_and_their_towers_refuse_replicas_in_one_process():
+    """`nn.DataParallel` asks each module of what it wraps for its replicas."""
+    teacher = qwen_vl("qwen2_5_vl").teacher
+    student = optimized.convert(teacher)
+    for part in (student, student.model.visual, torch.nn.Sequential(student)):
+        with pytest.raises(ValueError, match=r"nn\.DataParallel: a student must have a process .*torchrun"):
+            [module._replicate_for_data_parallel() for module in part.modules()]
+    assert [module._replicate_for_data_parallel() for module in teacher.modules()]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_students_are_hastened_and_their_teachers_are_not(name):
     tiny = qwen_vl(name)

@@ -61,6 +61,32 @@ def test_it_says_what_would_be_trained_on_what_and_writes_nothing(mine, capsys):
     assert not (mine.parent / "run").exists()
 
 
+CONTEXT = {"messages": [ASK, SAY | {"weight": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        (CONTEXT, "--data must hold an answer to learn, got none in the first 3 samples"),
+        (GOOD, "held-out data must hold conversations that can be read, with an answer to learn, got none"),
+    ],
+)
+def test_data_without_an_answer_are_refused_by_it_and_by_the_run(tmp_path, training, says):
+    """Alike: an answer of weight 0 is context, so nothing could be measured, or no logits be learnt."""
+    for name, row in (("t.jsonl", training), ("e.jsonl", CONTEXT if training is GOOD else GOOD)):
+        (tmp_path / name).write_text("\n".join([json.dumps(row)] * 3))
+    given = [*flags(tmp_path / "t.jsonl", "--eval_data", str(tmp_path / "e.jsonl")), *steps(1, 1, 1)]
+    for arguments in (given, given[1:]):
+        with pytest.raises(RefusedError, match=re.escape(says)):
+            main(arguments)
+
+
+def test_stages_without_logits_need_no_answers(tmp_path):
+    for name, row in (("t.jsonl", CONTEXT), ("e.jsonl", GOOD)):
+        (tmp_path / name).write_text("\n".join([json.dumps(row)] * 3))
+    main([*flags(tmp_path / "t.jsonl", "--eval_data", str(tmp_path / "e.jsonl")), "--stages", "i"])
+
+
 MEASURED = """
 import json, sys
 from linmu.reference.training.safety.memory import peak_above, predict, weights

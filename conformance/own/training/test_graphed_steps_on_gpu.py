@@ -10,7 +10,7 @@ import torch
 
 from ..student.tiny_checkpoint import build_teacher, every_kind
 from ..student.tiny_families import text_decoder
-from .test_graphed_steps import OBJECTIVES, lesson_of, words
+from .test_graphed_steps import OBJECTIVES, lesson_of, packed_pictures, words
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: nothing to capture")
 
@@ -26,6 +26,7 @@ CASES = {
     "padded, recomputed": (lambda: text_decoder().teacher, True, lambda: words(0, padding=3)),
     "packed": (lambda: text_decoder().teacher, False, lambda: words(0, packed=True)),
     "pictures": (build_teacher, False, lambda: with_labels(every_kind("right"))),
+    "packed pictures": (build_teacher, False, lambda: packed_pictures(5)),
     "pictures, recomputed": (build_teacher, True, lambda: with_labels(every_kind("right"))),
 }
 

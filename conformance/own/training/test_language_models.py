@@ -186,10 +186,26 @@ def test_a_missing_chat_template_is_no_fault_of_a_sample(tmp_path, monkeypatch, 
 
     assert read(documents) == len(documents)
     conversation = row("no", picture=None)
-    says = r'must have a chat template to read conversations.*none.*documents, rows {"text": \.\.\.}, or set'
+    says = r'must have a chat template .*to read conversations, got none; .*rows {"text": \.\.\.}, or set'
     with pytest.raises(RefusedError, match=says) as error:
         read([*documents[:place], conversation, *documents])
     assert f"{path}, line {place + 1}" in str(error.value)
+    assert not isinstance(error.value, BrokenSampleError)
+
+
+@pytest.mark.parametrize("place", [0, 7], ids=["first rows", "late"])
+def test_a_chat_template_of_no_use_is_no_fault_of_a_sample(tmp_path, monkeypatch, place):
+    """It is named once, and refuses the run: --on_broken skip would leave out every conversation."""
+    monkeypatch.setattr(open_data, "LOOKED_AT", 5)
+    processor = TextProcessor(byte_tokenizer(CHATML))
+    processor.tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}{% endfor %}"
+    path, rows = tmp_path / "d.jsonl", [{"text": text} for text in DOCUMENTS * 3]
+    path.write_text("\n".join(map(json.dumps, [*rows[:place], row("no", picture=None), *rows])))
+    config = replace(PRESETS["text"], data=(str(path),), samples=SampleSettings(on_broken="skip"))
+    says = rf"--teacher must have a chat template that reads {path}, line {place + 1}: .* write what is said"
+    with pytest.raises(RefusedError, match=says) as error:
+        parts = open_data.open_data(config, ChatCollator(processor), None, 1)
+        [part[i] for part in parts for i in range(len(part))]
     assert not isinstance(error.value, BrokenSampleError)
 
 

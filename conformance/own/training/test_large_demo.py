@@ -25,7 +25,7 @@ from linmu.reference.demo.large_questions import LARGE_KINDS, LargeQuestions
 from linmu.reference.demo.large_scenes import LEVELS
 from linmu.reference.demo.packed_vision import pack_vision
 from linmu.reference.demo.train_teacher import TrainingCollator
-from linmu.reference.demo.vlm_teacher import LARGEST, make, open_decoder, parse
+from linmu.reference.demo.vlm_teacher import LARGEST, learnt, make, open_decoder, parse
 from linmu.reference.training.data.conversations import Conversations
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -57,6 +57,11 @@ def read_slowly(kind: str, question: str, grid: np.ndarray) -> str:
     if kind == "again":
         (first,) = grid[0][grid[0] != BLANK]
         return "yes" if first in grid[-1] else "no"
+    if kind == "there":
+        return "yes" if asked[0] in grid else "no"
+    if kind == "order":
+        shown = grid[grid != BLANK]  # moment after moment
+        return str(shown[-1] if "last" in question else shown[0])
     if kind == "changed":
         ((t, y, x),) = np.argwhere(grid[1:] != grid[:-1])
         return str(grid[t + 1, y, x])
@@ -75,16 +80,19 @@ def test_answers_are_what_the_grid_shows(level, count):
         assert grid.shape == LEVELS[level][block["type"] == "video"]
         seen.add(item["kind"])
     assert seen <= set(LARGE_KINDS) and (level == "long" or seen == set(LARGE_KINDS))
-    assert np.prod(grids[0].shape) == {"short": 64, "middle": 512, "long": 4096}[level]
+    assert np.prod(grids[0].shape) == {"short": 64, "middle": 512, "long": 4032}[level]
 
 
 def test_every_answer_is_as_likely_as_the_others():
     """An answer that can be guessed needs no looking."""
     for kind, share in {
-        "neighbour": 0.2,
-        "count": 0.25,
+        "row": 0.2,
+        "column": 0.2,
+        "there": 0.6,
+        "count": 0.35,
         "extreme": 0.2,
         "changed": 0.2,
+        "order": 0.2,
         "again": 0.6,
     }.items():
         answers = [
@@ -102,11 +110,12 @@ def test_unknown_levels_and_kinds_are_refused():
 
 def test_questions_are_written_as_distill_reads_them(tmp_path):
     counts = {"short": 5, "middle": 0, "long": 1, "held-out": 2, "held-out-level": "short", "workers": 1}
+    asked = ("row", "order")
     flags = [part for name, value in counts.items() for part in (f"--{name}", str(value))]
-    large_questions.main(["--output", str(tmp_path), *flags])
+    large_questions.main(["--output", str(tmp_path), *flags, "--kinds", *asked])
     rows = Conversations(tmp_path / "train.jsonl")
     assert len(rows) == 6 and len(Conversations(tmp_path / "held_out.jsonl")) == 2
-    wanted = LargeQuestions("short", "train", 1).__getitems__(range(5))
+    wanted = LargeQuestions("short", "train", 1, kinds=asked).__getitems__(range(5))
     for row, item in zip((rows[i] for i in range(5)), wanted, strict=True):
         (_, got), (_, block) = (sample["messages"][0]["content"] for sample in (row, item))
         assert row["kind"] == f"{item['kind']}, short"
@@ -161,6 +170,15 @@ def test_the_command_makes_a_teacher(tmp_path):
     result = make(parse(["random", "--output", str(tmp_path), *few]))
     assert result == json.loads((tmp_path / "accuracy.json").read_text())
     assert result["steps"] == dict.fromkeys(("cells", *LEVELS), 1)
+    further = make(parse(["random", "--output", str(tmp_path / "further"), "--start", str(tmp_path), *few]))
+    assert further["steps"] == dict.fromkeys(LEVELS, 1)
+
+
+def test_a_kind_that_was_not_learnt_is_asked_no_more():
+    measured = {"all": 0.7, "row": 0.95, "there": 0.9, "count": 0.2}
+    asked = ("row", "there", "count", "again")  # `again` was not among the few that were measured
+    assert learnt(measured, asked, 0.9) == ("row", "there")
+    assert learnt(measured, asked, 0.99) == ("row",)  # a teacher of no kind could not be measured
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_data_of_broken_samples_alone_are_refused_by_both_in_the_same_words(data
     }[place]
     said = f"{bad} must hold samples that can be read, got broken ones alone"
     if place == "held-out data":
-        said = "held-out data must hold conversations that can be read, got none"
+        said = "held-out data must hold conversations that can be read, with an answer to learn, got none"
     arguments = flags(data, tmp_path / "run")
     start = arguments.index(str(data))
     arguments[start : start + 1] = names

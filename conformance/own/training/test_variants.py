@@ -14,14 +14,19 @@ from transformers import AutoModelForImageTextToText
 from linmu.reference import MMATE, Lesson, Objective, logit_loss
 from linmu.reference.demo import TEACHER
 from linmu.reference.student.backend import BACKENDS, Backend
+from linmu.reference.student.convert import convert
 from linmu.reference.training.commands.ablation import VARIANTS, table_of, variant_of, with_stages
 from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.main import main
+from linmu.reference.training.config import StudentSettings, check_settings
 from linmu.reference.training.parameter_groups import MIXER, ParameterGroup
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
 from linmu.reference.training.stages import stage_of
+from linmu.reference.training.teacher_student import attach_teacher
+from linmu.reference.training.variants import start
 
+from ..student.tiny_families import BUILDERS
 from .figures import drawn
 from .flags import steps
 
@@ -67,6 +72,16 @@ def opened(*flags: str) -> Run:
     return run
 
 
+def test_one_process_takes_one_gpu_of_several(tmp_path, monkeypatch):
+    """The Trainer would wrap the lesson in `nn.DataParallel`, with so many times the batch."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run = Run(parse([flag for flag in TINY if flag != "--cpu"]))
+    run.open()
+    trainer = run.trainer(run.stages[0], tmp_path)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == run.config.optimizer.batch_size
+    trainer.model.close()
+
+
 @pytest.mark.parametrize("layers", [["1", "3"], ["-1"]])
 def test_a_hybrid_may_keep_its_first_layers_attention(tmp_path, layers):
     rows = main([*TINY, *steps(1, 1, 1), "--layers", *layers, "--output", str(tmp_path)])["rows"]
@@ -107,6 +122,35 @@ def test_a_random_start_keeps_nothing_of_attention():
     for name, tensor in own.items():
         copied = ".mixer." in name and re.search(r"\.(q|k|v|o)_proj\.weight$", name)
         assert torch.equal(tensor, random[name]) != bool(copied) or name.endswith("_proj.bias"), name
+
+
+def decoder_of_text(window: int) -> torch.nn.Module:
+    """A language model's student with its teacher, as `--preset text` makes it."""
+    teacher = BUILDERS["llama"]().teacher
+    student = convert(teacher, {"text_only": True, "text_window": window})
+    attach_teacher(student, teacher)
+    return student
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_decoder_of_text_starts_its_window_as_it_is_asked_to(window):
+    """`text_only` leaves out what vision uses; a text window stays, and with it Local-Swin and the mix."""
+    own, random, flex = (decoder_of_text(window) for _ in range(3))
+    start(random, StudentSettings(init="random"))
+    start(flex, StudentSettings(branches="flex"))
+    before, after, pinned = (dict(each.named_parameters()) for each in (own, random, flex))
+    copied = {name for name in before if re.search(r"\.mixer\..*\.[qkvo]_proj\.weight$", name)}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == copied
+    assert any("local_swin" in name for name in copied) == bool(window)
+    mixes = [tensor for name, tensor in pinned.items() if name.endswith("mix_proj.bias")]
+    assert bool(mixes) == bool(window) and all(torch.sigmoid(mix) == 1 for mix in mixes)
+
+
+def test_text_without_a_window_has_no_other_branch():
+    check_settings(parse(["--preset", "text", "--data", "a.jsonl", "--teacher", "a", "--branches", "local"]))
+    flags = ["--mixer.text_only", "--mixer.text_window", "0", "--branches", "local"]
+    with pytest.raises(SystemExit):
+        parse(flags)
 
 
 def test_settings_of_a_stage_change_its_losses_alone():

@@ -50,11 +50,11 @@ def dry_run(run: Run) -> None:
         RefusedError: if samples are broken and broken samples refuse a run.
     """
     largest, broken, refusals = None, 0, []
-    readable = {TRAINING: 0, HELD_OUT: 0}
+    answered = {TRAINING: 0, HELD_OUT: 0}  # samples with an answer to learn
     for title, name, data in parts(run):
         sizes, complaints = survey(run, data)
         broken += len(complaints)
-        readable[title] += len(sizes)
+        answered[title] += sum(size["supervised"] > 0 for size in sizes)
         if title == TRAINING and not sizes:
             refusals.append(none_readable(name))
         run.say(f"{title}, {name}: {len(sizes)} samples can be read, {len(complaints)} are broken")
@@ -70,7 +70,7 @@ def dry_run(run: Run) -> None:
     check(not refused, "samples must be readable", f"{broken} that are not", "mend them, or --on_broken skip")
     if refusals:
         raise RefusedError(refusals[0])
-    check(readable[HELD_OUT], *NOTHING_HELD_OUT)
+    check(answered[HELD_OUT], *NOTHING_HELD_OUT)
     data, _, index = largest
     batch = batch_of(run.collator, [data[index]] * run.config.optimizer.batch_size)
     run.say(f"the largest batch, {run.config.optimizer.batch_size} times the longest sample:")

@@ -54,7 +54,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
         batch = {name: tensor.to(process.device) for name, tensor in batch.items()}
         scores.add({name: ask(model, batch) for name, model in models.items()}, batch["labels"], kinds)
     rows, broken = scores.rows(), held_out.broken()
-    check(rows, "--data must hold conversations that can be read", "none")
+    check(rows, "--data must hold conversations that can be read, with an answer to learn", "none")
     if process.is_main_process:
         print(table(rows, "evaluated"))
         for complaint in broken:

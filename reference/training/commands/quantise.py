@@ -47,7 +47,7 @@ def quantise_student(arguments: list[str]) -> str:
             logits = {"teacher": ask(plain, batch), "student": ask(student, batch)}
             scores.add(logits, batch["labels"], kinds)
         rows = scores.rows()
-        check(rows, "--data must hold conversations that can be read", "none")
+        check(rows, "--data must hold conversations that can be read, with an answer to learn", "none")
         return rows["student"]
 
     lines = [TITLES, row("as saved", weight_bytes(plain), measured(plain, "as saved"))]

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ...checks import require
-from ...prompts.answers import NoChatTemplateError
+from ...prompts.answers import ChatTemplateError
 from ...prompts.chat_collator import content_blocks
 from ..refusal import RefusedError
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
@@ -38,6 +38,11 @@ LONGEST = 600  # characters of what is wrong with a sample
 
 class BrokenSampleError(RefusedError):
     """A sample that cannot be used, by file and line."""
+
+
+def template_refused(name: str, error: ChatTemplateError) -> RefusedError:
+    """The refusal of a run by its teacher's chat template, met first at the sample of this name."""
+    return RefusedError(f"distill: --teacher must have a chat template that reads {name}: {error}")
 
 
 def none_readable(source: str) -> str:
@@ -59,7 +64,7 @@ class Conversations(Dataset):
         ValueError: if there is no such data set or it is empty.
         MissingPackageError: for films where PyAV is not installed; of a stream, when the first one comes.
         StreamEndedError: on access, if a stream cannot be read on.
-        RefusedError: on access, for a conversation that `prepare` has no chat template for.
+        RefusedError: on access, for a conversation where `prepare` has no chat template, or one of no use.
         BrokenSampleError: on access, for a sample that cannot be used: whatever error its row, its pictures
             or `prepare` raise.
     """
@@ -96,8 +101,8 @@ class Conversations(Dataset):
                 return self.read(line)
             except (MissingPackageError, StreamEndedError):
                 raise
-            except NoChatTemplateError as error:
-                raise RefusedError(f"{self.rows.name(line)}: {error}") from error
+            except ChatTemplateError as error:
+                raise template_refused(self.rows.name(line), error) from error
             except Exception as error:  # any error of a sample is that sample's
                 name, why = self.rows.name(line), shortened(f"{type(error).__name__}: {error}", LONGEST)
                 if self.on_broken == "refuse":

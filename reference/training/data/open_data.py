@@ -12,10 +12,11 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import ProcessorMixin
 
 from ...demo import DigitsQuestions
-from ...prompts.chat_collator import SET_TEMPLATE, ChatCollator
+from ...prompts.answers import ChatTemplateError
+from ...prompts.chat_collator import IGNORED, ChatCollator
 from ..config import Config, SampleSettings
 from ..refusal import RefusedError, check
-from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of
+from .conversations import ENDLESS, Conversations, InOrder, Mixture, order_of, template_refused
 from .sources import JsonLines, Table, open_rows
 from .turns import OF_CONVERSATIONS
 
@@ -53,10 +54,31 @@ def open_data(
                 part.prepare = partial(with_tensors, encoder)
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
+    if any(config.of_stage(stage).logits for stage in config.stages) and not config.samples.streaming:
+        require_answer(parts)
     if len(parts) == 1:
         return parts[0], held_out[0] if len(held_out) == 1 else ConcatDataset(held_out)
     group = config.optimizer.batch_size * world_size if config.samples.group_by_length else 0
     return Mixture(parts, weights, config.seed, group), ConcatDataset(held_out)
+
+
+def require_answer(parts: Sequence[Conversations]) -> None:
+    """Refuse data for training on logits that hold no answer to learn, as far as `LOOKED_AT` samples tell.
+
+    Reads on until it finds one; mostly that is the first.
+    """
+    read = 0
+    for part in parts:
+        for line in part.lines[:LOOKED_AT]:
+            try:
+                labels = part.read(line)["tensors"]["labels"]
+            except Exception:  # a broken sample, named when its turn comes
+                continue
+            read += 1
+            if bool((labels != IGNORED).any()):
+                return
+    must, hint = "--data must hold an answer to learn", "--stages i ii learn none; weight 0 is context alone"
+    check(not read, must, f"none in the first {read} samples", hint)
 
 
 def open_held_out(
@@ -119,14 +141,14 @@ def open_dataset(
 ) -> Conversations:
     """One data set of conversations."""
     rows = open_rows(source, streaming, config.seed)
-    if not encoder.reads_conversations and not streaming:
-        refuse_conversations(rows)
+    if not streaming:
+        require_chat_template(rows, encoder)
     options = (config.samples.on_broken, config.samples.max_frames, config.samples.max_pixels)
     return Conversations(rows, *options, prepare=prepare, report=report)
 
 
-def refuse_conversations(rows: JsonLines | Table) -> None:
-    """Refuse, at the start, conversations for a tokenizer without a chat template.
+def require_chat_template(rows: JsonLines | Table, encoder: ChatCollator) -> None:
+    """Refuse, at the start, conversations without a chat template that reads them.
 
     Beyond the first rows, and in a stream, they are refused when their turn comes.
     """
@@ -136,8 +158,11 @@ def refuse_conversations(rows: JsonLines | Table) -> None:
             is_conversation = any(row.get(key) is not None for key in OF_CONVERSATIONS)
         except Exception:  # a broken sample, named when its turn comes
             continue
-        must = "--teacher must have a chat template to read conversations"
-        check(not is_conversation, must, f"none for {rows.name(index)}", SET_TEMPLATE)
+        if is_conversation:
+            try:
+                return encoder.require_chat_template()
+            except ChatTemplateError as error:
+                raise template_refused(rows.name(index), error) from error
 
 
 def chat_collator(processor: ProcessorMixin, settings: SampleSettings) -> ChatCollator:

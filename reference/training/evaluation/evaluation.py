@@ -12,7 +12,7 @@ from ..teacher_student import Lesson, supervised
 from .branch_usage import ERRORS, LayerWatch
 from .scores import Rows, Scores
 
-NOTHING_HELD_OUT = "held-out data must hold conversations that can be read", "none"
+NOTHING_HELD_OUT = "held-out data must hold conversations that can be read, with an answer to learn", "none"
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def evaluate(
         `mixer_error` (relative, on the teacher's hidden states) and `layer_error` (relative, on the student's
         own), means over layers. The student's row has `layers` as well.
     Raises:
-        RefusedError: if there are no conversations.
+        RefusedError: if there are no conversations with an answer to learn.
     """
     was_training = lesson.training
     lesson.eval()
