@@ -242,7 +242,7 @@ def test_time_stamps_go_on_and_begin_anew():
 
 def test_several_streams_are_seen_in_one_forward(family, monkeypatch):
     student, processor = family
-    together, alone = ([watch(student, processor, max_position=45) for _ in range(2)] for _ in range(2))
+    together, alone = ([watch(student, processor, max_position=56) for _ in range(2)] for _ in range(2))
     for one, other in (together, alone):
         one.see(clip(9)), other.see(clip(8, 2))  # positions, and restarts, of their own
     rows, forward = [], type(student).forward
