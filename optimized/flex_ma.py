@@ -14,10 +14,11 @@ from torch import Tensor
 from linmu import reference
 
 from ..reference.flex_ma import DonatedState, FlexMAState
-from ..reference.numerics import full_precision_linear
+from ..reference.numerics import accumulation_dtype, full_precision_linear
 from .causal_conv.operator import ConvInputs, causal_conv
 from .decoding.operator import TextStepInputs, text_step
 from .engine import engine_of_block
+from .engine.once import once_a_forward
 from .layout import VisionLayout, begins_of, fast, permute_tokens
 from .projections import checked_angles, narrow_columns, rotated, token_products
 from .scan import ScanInputs, scan
@@ -81,7 +82,7 @@ class FlexMA(reference.FlexMA):
         inputs = ScanInputs(
             x,
             dt,
-            -torch.exp(self.A_log.to(dt.dtype)),
+            self.decay_rate(dt.dtype),
             B,
             C,
             gate=torch.sigmoid(gate_rate) if has_gate else None,
@@ -101,6 +102,11 @@ class FlexMA(reference.FlexMA):
         if self.config.output_gate:
             y = y * F.silu(self.z_proj(hidden_states))
         return y, FlexMAState(conv_state, scan_state)
+
+    def decay_rate(self, dtype: torch.dtype) -> Tensor:
+        """A of eq. (3), (H,)."""
+        prepared = once_a_forward(("A", id(self)), lambda: None)
+        return -torch.exp(self.A_log.to(dtype)) if prepared is None else prepared
 
     def rotate(
         self, C: Tensor, B: Tensor, angles: tuple[Tensor, Tensor] | None, engine: str | None
@@ -199,6 +205,16 @@ class FlexMA(reference.FlexMA):
             z = None if gate is None else gate(u)[:, 0]
         C, B = self.rotate(C, B, angles, engine)
         return x[:, 0], B[:, 0], C[:, 0], rate, None if gate is None else z
+
+
+def prepare_decay_rates(branches: list[FlexMA], u: Tensor) -> None:
+    """Make A of all layers at once, for hidden states like u (B, L, D): two small kernels a layer otherwise.
+    It holds within `one_forward`, and for calls without gradients.
+    """
+    if branches and u.shape[1] > 1:  # one token takes `text_step`
+        logs = torch.stack([branch.A_log for branch in branches]).to(accumulation_dtype(u.dtype))
+        for branch, rate in zip(branches, -torch.exp(logs), strict=True):
+            once_a_forward(("A", id(branch)), lambda rate=rate: rate)
 
 
 def may_be_overwritten(state: Tensor, dtype: torch.dtype) -> bool:

@@ -26,12 +26,12 @@ from transformers import (
     AutoModelForImageTextToText,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
 from ..prompts.chat_collator import ChatCollator
 from ..prompts.processors import load_processor
+from ..training.stage_trainer import OneDevice
 from .build_teacher import MERGE, build_model, build_tokenizer, write_preprocessing
 from .evaluation import best_guess, heldout_accuracy
 from .flags import at_least, folder_to_write
@@ -121,7 +121,7 @@ def train(options: argparse.Namespace) -> int:
     model.save_pretrained(options.output)  # the folder is whole from the start: its processor is read back
     pack_vision(model)
     cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(options.output),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,

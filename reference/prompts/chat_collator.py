@@ -129,10 +129,10 @@ class ChatCollator:
 
     def _tensors(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Items not encoded before."""
-        self.require_chat_template()
         conversations = [list(item["messages"]) for item in items]
         for conversation in conversations:
             self._refuse_control_tokens(conversation)
+        self.require_chat_template()
         prompts = self.supervise == "nothing"
         if prompts:
             conversations = [c[:-1] if c[-1]["role"] == "assistant" else c for c in conversations]

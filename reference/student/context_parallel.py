@@ -28,9 +28,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
 
 from ..causal_conv import causal_conv
 from ..checks import require
@@ -50,6 +51,18 @@ from ..sliding_window_attention import WindowState, sliding_window_attention
 from ..window_attention import window_attention
 
 
+def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
+    """`full_precision_linear` of u (B, n, D) by each."""
+    return [full_precision_linear(u, linear) for linear in linears]
+
+
+def mix_branches(y: Tensor, local: Tensor, logit: Tensor, mixes: Tensor | None) -> Tensor:
+    """The branches (B, n, D) mixed by sigmoid(logit), (B, n, 1), where `mixes` (B, n), else y; None = all."""
+    mix = torch.sigmoid(logit)
+    mixed = (mix * y + (1 - mix) * local).to(y.dtype)
+    return mixed if mixes is None else torch.where(mixes[..., None], mixed, y)
+
+
 @dataclass(frozen=True)
 class Operators:
     """The operators each rank runs on its own tokens: the reference's, or those of another backend."""
@@ -58,6 +71,9 @@ class Operators:
     bidirectional_scan: Callable = bidirectional_scan
     sliding_window_attention: Callable = sliding_window_attention
     window_attention: Callable = window_attention
+    apply_rope: Callable = apply_rope
+    narrow_products: Callable = narrow_products
+    mix_branches: Callable = mix_branches
 
 
 class Route:
@@ -289,28 +305,36 @@ class ContextParallel:
         if mine is not None:
             steps = zero_where_masked(steps, mine[..., None])
             x, B, C = (zero_where_masked(t, mine[..., None, None]) for t in (x, B, C))
-        A, gate, reader = A.to(dtype), gate.to(dtype), C.to(dtype)
+        A, gate = A.to(dtype), gate.to(dtype)
+        # With gradients every rank computes all of it, so that the collectives of backward pair up. Without,
+        # what is 0 is left out, and products are those of the tensors' dtype, as within the scan.
+        learns = torch.is_grad_enabled()
+        wide = dtype if learns else x.dtype
+        y = y.to(wide)
         start = torch.zeros_like(end) if initial_state is None else initial_state.to(dtype)
         forward = self.fold(end, torch.exp(A * steps.sum(1)), start)  # eq. (1)
-        kept = torch.exp(A * steps.cumsum(1))  # (B, n, H), of what entered
-        if own is not None:
-            kept = kept * torch.where(own[..., None] >= 0, gate, 1)
-        y = torch.addcmul(y.to(dtype), kept[..., None], self.reads(reader, forward[self.rank]))  # eq. (2)
+        if learns or self.rank > 0 or initial_state is not None:
+            kept = torch.exp(A * steps.cumsum(1))  # (B, n, H), of what entered
+            if own is not None:
+                kept = kept * torch.where(own[..., None] >= 0, gate, 1)
+            y = plus_reads(y, kept, C, forward[self.rank])  # eq. (2)
         cut, is_cut = (None, False) if own is None else self.once("cuts", lambda: self.cuts(segment))
         if is_cut:
             into_left, from_right = (
                 (own == cut[e][:, None]) & (own >= 0) for e in (self.rank, self.rank + 1)
             )
             left = zero_where_masked(steps, into_left[..., None])
-            write = torch.exp(A * (left.cumsum(1) - left)) * left
-            written = x.to(dtype)[:, :, :, None] * write.unflatten(2, (x.shape[2], -1))[..., None]
-            state = torch.einsum("blgn,blgrp->bgrnp", B.to(dtype), written).flatten(1, 2)  # (B, H, N, P)
+            state = torch.zeros_like(end)
+            if learns or self.rank > 0:
+                write = torch.exp(A * (left.cumsum(1) - left)) * left
+                state = recomputed(written, x, B, write.to(wide)).to(dtype)
             through = [(a == b) & (a >= 0) for a, b in pairwise(cut)]  # the rank lies inside one segment
             incoming = self.fold(state, torch.exp(A * left.sum(1)), torch.zeros_like(state), through)
-            right = zero_where_masked(steps, from_right[..., None])
-            kept = torch.exp(A * right.flip(1).cumsum(1).flip(1)) * (1 - gate)
-            kept = zero_where_masked(kept, from_right[..., None])
-            y = torch.addcmul(y, kept[..., None], self.reads(reader, incoming[self.rank + 1]))
+            if learns or self.rank + 1 < self.ranks:
+                right = zero_where_masked(steps, from_right[..., None])
+                kept = torch.exp(A * right.flip(1).cumsum(1).flip(1)) * (1 - gate)
+                kept = zero_where_masked(kept, from_right[..., None])
+                y = plus_reads(y, kept, C, incoming[self.rank + 1])
         return y.to(x.dtype), forward[-1]
 
     def fold(
@@ -340,11 +364,6 @@ class ContextParallel:
         cut = [crossing(segment, edge) for edge in self.edges]
         return cut, bool((torch.stack(cut) >= 0).any())
 
-    @staticmethod
-    def reads(C: Tensor, state: Tensor) -> Tensor:
-        """What tokens read of a state (B, H, N, P), but for its decay: C (B, n, H, N) -> (B, n, H, P)."""
-        return torch.einsum("blhn,bhnp->blhp", C, state)
-
     def m_mate(
         self,
         block: MMATE,
@@ -373,17 +392,17 @@ class ContextParallel:
         window = None if state is None else state.window
         if layout is not None or config.text_window:
             local, window = self.local_swin(block.local_swin, u, layout, valid, position_embeddings, window)
-            mix = torch.sigmoid(full_precision_linear(u, block.mix_proj))
-            mixed = (mix * y + (1 - mix) * local).to(y.dtype)
             mixes = valid if config.text_window else layout.is_vision
-            y = mixed if mixes is None else torch.where(self.local(mixes)[..., None], mixed, y)
+            mixes = None if mixes is None else self.local(mixes)
+            (logit,) = self.operators.narrow_products(u, [block.mix_proj])
+            y = self.operators.mix_branches(y, local, logit, mixes)
         conv, scan = (tensor.clone() for tensor in after)  # no views of what all ranks sent
         window = None if window is None else WindowState(*(tensor.clone() for tensor in window))
         return y, MMATEState(conv, scan, window)
 
     def flex_ma(self, flex, u, layout, valid, position_embeddings, state) -> tuple[Tensor, FlexMAState]:
         """`FlexMA.forward` of this rank's tokens; arguments as for `m_mate`."""
-        xBC, dt, gate = FlexMA.project(flex, u, position_embeddings)
+        xBC, dt, gate = self.project(flex, u, position_embeddings)
         route = None
         if layout is not None:
             layer = flex.order_layer
@@ -406,10 +425,22 @@ class ContextParallel:
             y = route.back(y.flatten(0, 1))
         return FlexMA.project_out(flex, y, u), FlexMAState(conv_state, scan_state)
 
+    def project(self, flex, u: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
+        """`FlexMA.project` by this object's operators."""
+        C, B, x = flex.project_heads(u)
+        if flex.config.scan_rope:
+            C, B = (self.operators.apply_rope(each, position_embeddings) for each in (C, B))
+        C = C * flex.config.head_dim**-0.5
+        xBC = torch.cat([tensor.flatten(2) for tensor in (x, B, C)], dim=-1)
+        linears = [flex.dt_proj] if flex.config.text_only else [flex.dt_proj, flex.scan_gate_proj]
+        rates = self.operators.narrow_products(u, linears)
+        dt = F.softplus(rates[0])
+        return xBC, dt, torch.full_like(dt, 0.5) if flex.config.text_only else torch.sigmoid(rates[1])
+
     def local_swin(self, swin, u, layout, valid, position_embeddings, state):
         """`LocalSwin.forward` of this rank's tokens; arguments as for `m_mate`."""
         q, k, v = swin.project_heads(u)
-        q, k = apply_rope(q, position_embeddings), apply_rope(k, position_embeddings)
+        q, k = (self.operators.apply_rope(each, position_embeddings) for each in (q, k))
         mixed, takes_part = 0, None
         if layout is not None:
             sizes, layer = swin.config.window_thw, swin.layer_index
@@ -425,6 +456,37 @@ class ContextParallel:
         if takes_part is not None:
             output = output * self.local(takes_part)[..., None]
         return output, state
+
+
+def plus_reads(y: Tensor, kept: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """y (B, n, H, P) and what tokens read by C (B, n, H, N) of a state (B, H, N, P), of which `kept`
+    (B, n, H) is left; all in the dtype of y.
+    """
+    kept, state = kept.to(y.dtype)[..., None], state.to(y.dtype)
+    if torch.is_grad_enabled():
+        return y + recomputed(lambda kept, C, state: kept * reads(C, state), kept, C, state)
+    return torch.addcmul(y, kept, reads(C, state))
+
+
+def reads(C: Tensor, state: Tensor) -> Tensor:
+    """C (B, n, H, N) and a state (B, H, N, P) -> (B, n, H, P)."""
+    return torch.einsum("blhn,bhnp->blhp", C.to(state.dtype), state)
+
+
+def written(x: Tensor, B: Tensor, write: Tensor) -> Tensor:
+    """The state (B, H, N, P) of x (B, n, G, P) by B (B, n, G, N), each token's share `write`, (B, n, H)."""
+    shares = write.unflatten(2, (x.shape[2], -1))[..., None]  # (B, n, G, H/G, 1)
+    parts = x.to(write.dtype)[:, :, :, None] * shares
+    return torch.einsum("blgn,blgrp->bgrnp", B.to(write.dtype), parts).flatten(1, 2)
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, of which backward finds nothing kept: copies of all tokens in float32 would be
+    a third of a layer's memory.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def crossing(segment: Tensor, edge: int) -> Tensor:

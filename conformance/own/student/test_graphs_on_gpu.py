@@ -53,10 +53,8 @@ def test_generate_ends_where_the_eager_one_does_without_waiting_for_each_token(m
     assert not waits
     monkeypatch.undo()
     for place in (-1, -20):  # known beforehand, and asked for
-        ends = {"eos_token_id": int(free[0, place]), "pad_token_id": 0}
-        found = [
-            each.generate(**inputs, do_sample=False, max_new_tokens=40, **ends) for each in (fast, eager)
-        ]
+        ends = {"eos_token_id": int(free[0, place]), "pad_token_id": 0, "max_new_tokens": 40}
+        found = [student.generate(**inputs, do_sample=False, **ends) for student in (fast, eager)]
         assert torch.equal(*found)
 
 

@@ -37,9 +37,9 @@ OBJECTIVES = {
 }
 
 
-def lesson_of(teacher: nn.Module, recompute: bool = False) -> Lesson:
+def lesson_of(teacher: nn.Module, recompute: bool = False, layers: list[int] | None = None) -> Lesson:
     """Its students learn M-MATE and adapters of the MLPs, in float64."""
-    student = shake_mixers(optimized.convert(teacher, {"text_window": 4})).double()
+    student = shake_mixers(optimized.convert(teacher, {"text_window": 4}, layers=layers)).double()
     attach_teacher(student, teacher.double())
     if recompute:
         recompute_layers(student)
@@ -56,8 +56,8 @@ def lesson_of(teacher: nn.Module, recompute: bool = False) -> Lesson:
 class Both:
     """One lesson twice, over weights of their own: as it is, and from graphs."""
 
-    def __init__(self, teacher: nn.Module, recompute: bool = False) -> None:
-        self.eager, self.fast = (lesson_of(copy.deepcopy(teacher), recompute) for _ in range(2))
+    def __init__(self, teacher: nn.Module, recompute: bool = False, layers: list[int] | None = None) -> None:
+        self.eager, self.fast = (lesson_of(copy.deepcopy(teacher), recompute, layers) for _ in range(2))
         self.fast.graphs = TrainingGraphs(self.fast, LIMITS, lambda: tape)
 
     def teach(self, *batches: dict[str, Tensor]) -> None:
@@ -92,17 +92,17 @@ class Both:
             lesson.zero_grad()
 
 
-def one_layer() -> nn.Module:
+def short(layers: int = 1) -> nn.Module:
     """A language model whose tape is short."""
     teacher = text_decoder(llama=True).teacher
-    del teacher.model.layers[1:]
-    teacher.config.num_hidden_layers = 1
+    del teacher.model.layers[layers:]
+    teacher.config.num_hidden_layers = layers
     return teacher
 
 
 @pytest.fixture(scope="module")
 def text() -> Both:
-    return Both(one_layer())
+    return Both(short())
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +137,21 @@ def test_steps_of_text_are_those_of_the_lesson(text, stage):
     assert text.fast.graphs.runs - before == 2
 
 
+def test_steps_of_a_hybrid_are_those_of_the_lesson():
+    """Gradients go through the attention that is kept, of whose padding a graph is told."""
+    pair = Both(short(2), layers=[0])
+    pair.set(OBJECTIVES["iii"])
+    for number in range(2):
+        pair.teach(words(number, padding=2))
+    assert pair.fast.graphs.runs == 1
+
+
 @pytest.mark.parametrize("kind", ["padded and packed", "recomputed"])
 def test_padded_packed_and_recomputed_steps_accumulate(text, kind):
     """Of shapes that share a graph, and of objectives that follow each other."""
     pair, odd = text, kind == "padded and packed"
     if not odd:
-        pair = Both(one_layer(), recompute=True)
+        pair = Both(short(), recompute=True)
     pair.fast.graphs = TrainingGraphs(pair.fast, LIMITS, lambda: tape)
     for place, stage in enumerate(("i", "iii"), start=1):
         pair.set(OBJECTIVES[stage])
