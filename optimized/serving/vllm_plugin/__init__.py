@@ -19,8 +19,8 @@ TESTED = ("0.32.",)  # of vLLM, whose classes the plugin subclasses; on a CPU, w
 PARTLY = {  # torch 2.11
     "0.24.": "it was not tried",
     "0.25.": "it was not tried",
-    "0.26.": "text and images were tried; it does not tell Qwen2.5-VL's processor a video's frames per second: "
-    "give them in mm_processor_kwargs",
+    "0.26.": "text and images were tried; videos of Qwen2.5-VL lose their "
+    "frames per second there, and with them their positions in time",
 }
 FOLDER = __name__
 MODELS = (  # by the names in a student's config.json
