@@ -61,19 +61,22 @@ def samples_of(shape: tuple[int, int], seed: int, layout: Layout | None) -> list
 def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> Tensor:
     """(B, L) int64, an id for each sample: they rise from 0, the same ones in every row.
 
-    With another `draw` they come in any order, are equal modulo 2^32 and as float32, or small and negative,
-    or the largest and the lowest there are, and those of tokens that are not valid are noise.
+    With another `draw` they come in any order, are in each row equal modulo 2^32 and as float32, or small and
+    negative, or the largest and the lowest there are, and those of tokens that are not valid are noise.
     """
     numbers, ids = Numbers(seed + 6 + draw), torch.zeros(valid.shape, dtype=torch.int64)
-    factor, first = (1, 0) if not draw else (2**32, 2**59) if seed % 2 else (1, -3)
     for row, own in enumerate(samples):
         order = torch.randperm(len(own), generator=numbers.generator) if draw else torch.arange(len(own))
         for place, sample in zip(order.tolist(), own, strict=True):
-            ids[row, sample] = place * factor + first
-            if draw and seed % 4 == 2:
-                ids[row, sample] = 2**63 - 1 - place if place % 2 else place - 2**63
+            ids[row, sample] = id_of(place, (seed + row) % 3) if draw else place
     noise = torch.randint(-3, 3, valid.shape, generator=numbers.generator)
     return torch.where(valid, ids, noise) if draw else ids
+
+
+def id_of(place: int, kind: int) -> int:
+    """What a sample in this place is called: of each kind as `ids_of` says."""
+    ends = 2**63 - 1 - place if place % 2 else place - 2**63
+    return (place * 2**32 + 2**59, place - 3, ends)[kind]
 
 
 def valid_tokens(case: Case) -> Tensor:
