@@ -160,7 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--sizes", help=f"heads x groups x head dim of the operators; default {SIZES}")
     add("--layers", type=int, help="decoder layers of the model; default: all")
-    add("--without-peers", action="store_true", help="measure LinMU and its teacher only")
+    add("--without-peers", action="store_true", help="measure LinMU, from graphs alone, and its teacher")
     add(
         "--budget",
         type=float,
@@ -222,12 +222,11 @@ def cases_of(
     options: Options, setting: kernels.Setting, pair: models.Pair, plain: models.Pair
 ) -> Iterator[Case]:
     """All lines of a run; where parts were named, one part after the other."""
-    if not options.in_turn:
-        yield from cases_of_parts(options, setting, pair, plain)
-        return
-    for place, part in enumerate(options.parts):
-        for case in cases_of_parts(replace(options, parts=(part,)), setting, pair, plain):
-            yield replace(case, priority=case.priority + place * ONE_PART)
+    groups = [(part,) for part in options.parts] if options.in_turn else [options.parts]
+    for place, parts in enumerate(groups):
+        for case in cases_of_parts(replace(options, parts=parts), setting, pair, plain):
+            if options.peers or case.method != graphs.EAGER:
+                yield replace(case, priority=case.priority + place * ONE_PART)
 
 
 def cases_of_parts(
@@ -300,7 +299,7 @@ def later(soon: int, long: int, late: int):
 
 def eager_last(method: str, length: int) -> int:
     """The priority of training: steps as they are come after those from graphs."""
-    return 10 if method == graphs.EAGER else 9
+    return 11 if method == graphs.EAGER else 9
 
 
 def environment(options: Options, ceilings: Ceilings, said: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ token of text takes two kernels between its hidden states and W_o: `text_step`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,15 +16,30 @@ from torch import Tensor
 from linmu import reference
 
 from ..reference.flex_ma import DonatedState, FlexMAState
-from ..reference.numerics import full_precision_linear
+from ..reference.numerics import accumulation_dtype, full_precision_linear
 from .causal_conv.operator import ConvInputs, causal_conv
 from .decoding.operator import TextStepInputs, text_step
 from .engine import engine_of_block
+from .engine.once import once_a_forward
 from .layout import VisionLayout, begins_of, fast, permute_tokens
 from .projections import checked_angles, narrow_columns, rotated, token_products
 from .scan import ScanInputs, scan
 
-__all__ = ["FlexMA", "FlexMAState"]
+__all__ = ["FlexMA", "FlexMAState", "PooledState"]
+
+
+class PooledState(NamedTuple):
+    """A state for one token of text without a gradient, its scan's among those of others.
+
+    Args:
+        conv: (B, K-1, channels).
+        scan: (R, H, N, P) in the accumulation dtype, each row contiguous: overwritten in place.
+        rows: (B,) int64, which of them is each one's.
+    """
+
+    conv: Tensor
+    scan: Tensor
+    rows: Tensor
 
 
 class FlexMA(reference.FlexMA):
@@ -81,7 +98,7 @@ class FlexMA(reference.FlexMA):
         inputs = ScanInputs(
             x,
             dt,
-            -torch.exp(self.A_log.to(dt.dtype)),
+            self.decay_rate(dt.dtype),
             B,
             C,
             gate=torch.sigmoid(gate_rate) if has_gate else None,
@@ -101,6 +118,11 @@ class FlexMA(reference.FlexMA):
         if self.config.output_gate:
             y = y * F.silu(self.z_proj(hidden_states))
         return y, FlexMAState(conv_state, scan_state)
+
+    def decay_rate(self, dtype: torch.dtype) -> Tensor:
+        """A of eq. (3), (H,)."""
+        prepared = once_a_forward(("A", id(self)), lambda: None)
+        return -torch.exp(self.A_log.to(dtype)) if prepared is None else prepared
 
     def rotate(
         self, C: Tensor, B: Tensor, angles: tuple[Tensor, Tensor] | None, engine: str | None
@@ -150,11 +172,13 @@ class FlexMA(reference.FlexMA):
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (1) to (5) without W_o, one token of text without a gradient: (B, 1, H·P), and the state.
 
-        A donated state is overwritten; any other is left as it was.
+        A donated or pooled state is overwritten; any other is left as it was.
         """
         x, B, C, rate, z = self.project_token(hidden_states, angles, engine)
-        scan_state = state.scan
-        if not (isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)):
+        scan_state, rows = state.scan, getattr(state, "rows", None)
+        if rows is None and not (
+            isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)
+        ):
             scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
         has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
         inputs = TextStepInputs(
@@ -173,6 +197,7 @@ class FlexMA(reference.FlexMA):
             None if valid is None else valid[:, 0],
             self.config.head_dim**-0.5,
             self.config.norm_eps,
+            rows,
             engine,
         )
         y, conv_state = text_step(inputs)
@@ -199,6 +224,16 @@ class FlexMA(reference.FlexMA):
             z = None if gate is None else gate(u)[:, 0]
         C, B = self.rotate(C, B, angles, engine)
         return x[:, 0], B[:, 0], C[:, 0], rate, None if gate is None else z
+
+
+def prepare_decay_rates(branches: list[FlexMA], u: Tensor) -> None:
+    """Make A of all layers at once, for hidden states like u (B, L, D): two small kernels a layer otherwise.
+    It holds within `one_forward`, and for calls without gradients.
+    """
+    if branches and u.shape[1] > 1:  # one token takes `text_step`
+        logs = torch.stack([branch.A_log for branch in branches]).to(accumulation_dtype(u.dtype))
+        for branch, rate in zip(branches, -torch.exp(logs), strict=True):
+            once_a_forward(("A", id(branch)), lambda rate=rate: rate)
 
 
 def may_be_overwritten(state: Tensor, dtype: torch.dtype) -> bool:

@@ -5,20 +5,38 @@ Letters: B batch, L tokens, D width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from linmu import reference
 
 from ..reference.m_mate import MMATEState
+from ..reference.sliding_window_attention import WindowState
 from .elementwise.operator import MixInputs, mix_branches
 from .engine import engine_of_block
+from .engine.beside import Fork
 from .engine.torch_state import has_no_hooks
-from .flex_ma import FlexMA
+from .flex_ma import FlexMA, PooledState, prepare_decay_rates
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
 from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow
 
-__all__ = ["MMATE", "MMATEState"]
+__all__ = ["MMATE", "MMATEState", "PooledMMATEState"]
+
+
+class PooledMMATEState(NamedTuple):
+    """As `PooledState`, with the text window's, which is overwritten if it is donated; None = it has none."""
+
+    conv: Tensor
+    scan: Tensor
+    rows: Tensor
+    window: WindowState | None
+
+    @property
+    def flex_ma(self) -> PooledState:
+        """Flex-MA's part."""
+        return PooledState(self.conv, self.scan, self.rows)
 
 
 class MMATE(reference.MMATE):
@@ -46,30 +64,42 @@ class MMATE(reference.MMATE):
         before, window = (None, None) if state is None else (state.flex_ma, state.window)
         if layout is None or not self.runs_in_parts():
             given = {"valid": valid, "position_embeddings": angles, "sequence": sequence}
+            has_local = layout is not None or self.config.text_window > 0
+            fork = Fork(has_local and self.may_fork())
             y, after = flex_ma(hidden_states, layout, state=before, **given)
-            if layout is None and not self.config.text_window:
+            if not has_local:
                 return y, MMATEState(*after, window)
             if is_own(local_swin, LocalSwin):
                 engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
                 vkq = mix = None
-                if layout is None:
-                    vkq, mix = local_swin.project_token(hidden_states, self.mix_proj, window, engine)
-                rest = (layout, valid, angles, window, sequence, engine, vkq)
-                local, row, window = local_swin.attend(hidden_states, *rest)
+                with fork.second():
+                    if layout is None:
+                        vkq, mix = local_swin.project_token(hidden_states, self.mix_proj, window, engine)
+                    rest = (layout, valid, angles, window, sequence, engine, vkq)
+                    local, row, window = local_swin.attend(hidden_states, *rest)
             else:
                 local, window = local_swin(hidden_states, layout, state=window, **given)
                 engine, row, mix = None, self.mixed_rows(y, layout, valid), None
             if mix is None:
                 (mix,) = narrow_products(hidden_states, [self.mix_proj])
+            fork.join()
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
             rates, mix = narrow_columns(hidden_states, linears).tensor_split([-1], dim=-1)
-            given = (hidden_states, layout, valid, angles)
+            given, fork = (hidden_states, layout, valid, angles), Fork(self.may_fork())
             y, after = flex_ma.heads(*given, before, sequence, engine, rates)
             y = flex_ma.o_proj(y)
-            local, row, window = local_swin.attend(*given, window, sequence, engine)
+            with fork.second():
+                local, row, window = local_swin.attend(*given, window, sequence, engine)
+            fork.join()
         return mix_branches(MixInputs(y, local, mix, row, engine)), MMATEState(*after, window)
+
+    def may_fork(self) -> bool:
+        """Whether the branches share nothing that is made on the way: what layers have in common, the first
+        two have made, whose windows are plain and shifted.
+        """
+        return self.layer_index > 1 and is_own(self.local_swin, LocalSwin)
 
     def mixed_rows(self, y: Tensor, layout: VisionLayout | None, valid: Tensor | None) -> Tensor:
         """(B, L) int64: where each token stands in the flattened batch, -1 where only Flex-MA has a say."""
@@ -96,6 +126,7 @@ def prepare_layers(blocks: list[MMATE], u: Tensor, layout: VisionLayout | None) 
         layout: of the forward.
     """
     flex = [block.flex_ma for block in blocks]
+    prepare_decay_rates(flex, u)
     if layout is None:
         prepare_narrow(u, [[each.dt_proj] for each in flex])
         prepare_narrow(u, [[block.mix_proj] for block in blocks if hasattr(block, "mix_proj")])

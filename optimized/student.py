@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..reference.config import LinMUConfig
@@ -13,8 +14,10 @@ from ..reference.student.backend import Backend, register_backend
 from ..reference.student.context_parallel import Operators
 from ..reference.student.model import LinMUModel
 from .causal_conv import causal_conv
-from .layout import VisionLayout
+from .elementwise.operator import MixInputs, mix_branches
+from .layout import VisionLayout, rows_where
 from .m_mate import MMATE
+from .projections import apply_rope, narrow_products
 from .scan import bidirectional_scan
 from .sliding_window_attention import sliding_window_attention
 from .training import Lesson
@@ -23,7 +26,21 @@ from .window_attention import window_attention
 
 __all__ = ["convert", "load"]
 
-OPERATORS = Operators(causal_conv, bidirectional_scan, sliding_window_attention, window_attention)
+
+def mix(y: Tensor, local: Tensor, logit: Tensor, mixes: Tensor | None) -> Tensor:
+    """`mix_branches` as context parallel calls it."""
+    return mix_branches(MixInputs(y, local, logit, rows_where(mixes, y)))
+
+
+OPERATORS = Operators(
+    causal_conv,
+    bidirectional_scan,
+    sliding_window_attention,
+    window_attention,
+    apply_rope,
+    narrow_products,
+    mix,
+)
 BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson, hasten_tower, OPERATORS))
 
 

@@ -20,7 +20,12 @@ from .layouts import Layout, Text
 from .module_cases import ModuleCase, random_module
 from .module_checks import tensors_of
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
-from .operator_checks import check_matches_the_reference, check_strides, sizes_of_gradients
+from .operator_checks import (
+    check_matches_the_reference,
+    check_nothing_is_remembered,
+    check_strides,
+    sizes_of_gradients,
+)
 
 SAMPLES = 4  # of a row, about
 MASKS_OF_ALL = ("mask", "valid", "asks")
@@ -149,9 +154,15 @@ def check_packed_strides(backend: Any, case: Case) -> None:
     check_strides(backend, PackedCase(case))
 
 
+def check_packed_is_not_remembered(backend: Any, case: Case) -> None:
+    """Nor is anything that was made of the ids."""
+    check_nothing_is_remembered(backend, PackedCase(case))
+
+
 def check_one_sample(backend: Any, case: Case) -> None:
-    """One id a row is no id."""
+    """One id a row is no id, also after rows of the same shape that had several."""
     wanted = run(backend, case, gradients=True)
+    run(backend, PackedCase(case))
     for number in (0, -1, 2**60):
         one = case.changed(sequence=torch.full(case.shape, number))
         assert_same(run(backend, one, gradients=True), wanted, case)
@@ -258,5 +269,8 @@ def packed_properties(operator: str, cases: Callable, long: Callable | None = No
             check_hundreds_of_samples
         ),
         "test_strides_of_packed_rows_do_not_matter": test(cases=exact, share=0.2)(check_packed_strides),
+        "test_samples_are_not_remembered_between_calls": test(cases=exact, share=0.1)(
+            check_packed_is_not_remembered
+        ),
         "test_a_row_of_one_sample_is_not_packed": test(cases=exact, share=0.2)(check_one_sample),
     }

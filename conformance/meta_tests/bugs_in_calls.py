@@ -213,7 +213,86 @@ def gives_gradients_only_if_all_results_have_one(operator: str, reference: Calla
     return NeedsBoth.apply(*reference(**given))
 
 
+class Spoilt(torch.autograd.Function):
+    """The same numbers. `how` says what the backward pass does wrong."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, how: str) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(tensor))
+        ctx.how, ctx.place, ctx.own = how, (how, tensor.shape, tensor.dtype), tensor.detach().clone()
+        BUFFERS[ctx.place] = ctx.own
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        if ctx.how == "buffer":
+            return gradient * BUFFERS[ctx.place].isclose(ctx.own), None
+        if ctx.how == "handed":
+            return gradient.mul_(0.5) * 2, None
+        (saved,) = ctx.saved_tensors
+        found = gradient * saved
+        saved.data.mul_(0.5)
+        return found, None
+
+
+def spoils_what_it_saved(operator: str, reference: Callable, **given: Any) -> Outputs:
+    return each(reference(**given), lambda tensor: Spoilt.apply(tensor, "saved"))
+
+
+def saves_in_a_buffer_of_all_calls(operator: str, reference: Callable, **given: Any) -> Outputs:
+    return each(reference(**given), lambda tensor: Spoilt.apply(tensor, "buffer"))
+
+
+def writes_to_the_gradients_it_is_handed(operator: str, reference: Callable, **given: Any) -> Outputs:
+    return each(reference(**given), lambda tensor: Spoilt.apply(tensor, "handed"))
+
+
+def writes_to_its_state_under_inference_mode(operator: str, reference: Callable, **given: Any) -> Outputs:
+    outputs = reference(**given)
+    state = given.get("state" if operator == "scan_step" else "initial_state")
+    if torch.is_inference_mode_enabled() and state is not None:
+        (state.k if isinstance(state, WindowState) else state).mul_(0.5)
+    return outputs
+
+
+def gives_its_state_back_where_all_is_masked(operator: str, reference: Callable, **given: Any) -> Outputs:
+    y, state = reference(**given)
+    mask, name = given[MASKS[operator]], "state" if operator == "scan_step" else "initial_state"
+    shortcut = mask is not None and not mask.any() and given[name] is not None
+    return y, given[name] if shortcut else state
+
+
+def keeps_its_tokens_in_a_workspace_of_all_calls(operator: str, reference: Callable, **given: Any) -> Outputs:
+    tokens = given[first_of(operator)]
+    place = BUFFERS.setdefault((operator, tokens.shape, tokens.dtype), torch.empty(tokens.shape).to(tokens))
+    place.copy_(tokens.detach())
+    given[first_of(operator)] = place + (tokens - tokens.detach())
+    return reference(**given)
+
+
+LATE = "test_backward_passes_may_come_late_and_twice"
+LEFT = "test_arguments_are_left_as_they_were"
+VIEWS = "test_results_share_no_memory_with_arguments"
+
 KINDS: tuple[tuple[Callable, str, tuple[str, ...]], ...] = (
+    (spoils_what_it_saved, LATE, ("bidirectional_scan", "scan_step", "window_attention", "logit_loss")),
+    (
+        saves_in_a_buffer_of_all_calls,
+        LATE,
+        ("selective_scan", "sliding_window_attention", "causal_conv", "hidden_loss"),
+    ),
+    (writes_to_the_gradients_it_is_handed, LATE, ("selective_scan", "window_attention", "causal_conv")),
+    (
+        writes_to_its_state_under_inference_mode,
+        LEFT,
+        ("selective_scan", "scan_step", "sliding_window_attention", "causal_conv"),
+    ),
+    (
+        keeps_its_tokens_in_a_workspace_of_all_calls,
+        "test_calls_may_interrupt_each_other",
+        ("selective_scan", "window_attention", "scan_step", "logit_loss"),
+    ),
+    (gives_its_state_back_where_all_is_masked, VIEWS, ("selective_scan", "scan_step", "causal_conv")),
     (writes_to_its_tokens, "test_arguments_are_left_as_they_were", tuple(FILES)),
     (writes_to_its_mask, "test_arguments_are_left_as_they_were", tuple(FILES)),
     (takes_its_tokens_for_contiguous, "test_strides_do_not_matter", tuple(FILES)),
@@ -459,6 +538,130 @@ for operator, broken, test in (
 ):
     what = f"half_of_{broken.args[0]}" if isinstance(broken, partial) else broken.__name__
     BUGS.append(Bug(f"{operator}_{what}", operator, broken, (getattr(FILES[operator], test),)))
+
+
+def largest_ids_are_joined_with_the_row(reference, *, window_id, **given):
+    """In one number, which wraps around."""
+    rows = torch.arange(len(window_id))[:, None]
+    joined = torch.where(window_id >= 0, rows * (window_id.max() + 1) + window_id, -1)
+    batch, length = window_id.shape
+    flat = {name: tensor.flatten(0, 1)[None] for name, tensor in given.items() if isinstance(tensor, Tensor)}
+    joined = joined.flatten().unique(return_inverse=True)[1].view(1, -1) - int(bool((window_id < 0).any()))
+    return reference(window_id=joined, **given | flat).view(batch, length, *given["q"].shape[2:3], -1)
+
+
+planted("window_attention", test_window_attention.test_renumbering_the_windows_changes_nothing)(
+    largest_ids_are_joined_with_the_row
+)
+
+
+def ids_of_samples(change: Callable, reference: Callable, *tensors: Tensor, sequence=None, **given: Any):
+    return reference(*tensors, sequence=None if sequence is None else change(sequence), **given)
+
+
+def taken_to_rise(ids: Tensor) -> Tensor:
+    return ids.cummax(1).values
+
+
+def none_below_0(ids: Tensor) -> Tensor:
+    return ids.clamp(min=0)
+
+
+for operator, test in (
+    ("selective_scan", test_scan.test_ids_of_samples_say_where_they_begin_and_nothing_else),
+    ("bidirectional_scan", test_bidirectional_scan.test_ids_of_samples_say_where_they_begin_and_nothing_else),
+    ("causal_conv", test_causal_conv.test_ids_of_samples_say_where_they_begin_and_nothing_else),
+    ("sliding_window_attention", test_sliding_window_attention.test_values_match_the_reference),
+):
+    for change in (taken_to_rise, none_below_0):
+        name = f"ids_of_samples_of_{operator}_are_{change.__name__}"
+        BUGS.append(Bug(name, operator, partial(ids_of_samples, change), (test,)))
+
+
+@planted(
+    "sliding_window_attention",
+    test_sliding_window_attention.test_a_state_of_another_dtype_is_taken_in_that_of_the_keys,
+)
+def a_float32_state_makes_the_next_one_float32(reference, *, initial_state=None, **given):
+    o, state = reference(initial_state=initial_state, **given)
+    if initial_state is None:
+        return o, state
+    kinds = (initial_state.k.dtype, initial_state.v.dtype)
+    return o, WindowState(state.k.to(kinds[0]), state.v.to(kinds[1]), state.present)
+
+
+@planted("causal_conv", test_causal_conv.test_taps_are_not_rounded_to_the_dtype_of_u)
+def float32_taps_are_rounded(reference, *, u, weight, **given):
+    return reference(u=u, weight=weight.to(u.dtype).to(weight.dtype), **given)
+
+
+@planted("causal_conv", test_causal_conv.test_taps_are_not_rounded_to_the_dtype_of_u)
+def a_float32_bias_is_rounded(reference, *, u, bias=None, **given):
+    return reference(u=u, bias=None if bias is None else bias.to(u.dtype).to(bias.dtype), **given)
+
+
+def steps_within(low: float, high: float, reference: Callable, *, dt: Tensor, **given: Any) -> Outputs:
+    """Their gradients are right."""
+    return reference(dt=dt + (dt.clamp(low, high) - dt).detach(), **given)
+
+
+for operator, test in (
+    ("selective_scan", test_scan.test_large_and_tiny_steps_are_finite),
+    ("scan_step", test_scan_step.test_strong_decay_and_tiny_steps_match_the_reference),
+):
+    for name, bounds in (("no_step_is_tiny", (1e-4, torch.inf)), ("no_step_is_large", (0.0, 100.0))):
+        BUGS.append(Bug(f"{operator}_{name}", operator, partial(steps_within, *bounds), (test,)))
+
+
+@planted(
+    "bidirectional_scan",
+    test_bidirectional_scan.test_gates_of_0_and_1_and_steps_of_0_match_the_reference,
+)
+def gates_at_the_ends_of_their_range_get_no_gradient(reference, *, gate, **given):
+    return reference(gate=torch.where((gate > 0) & (gate < 1), gate, gate.detach()), **given)
+
+
+@planted("selective_scan", test_scan.test_large_and_tiny_steps_are_finite)
+def steps_of_0_are_taken_for_masked(reference, *, dt, C, **given):
+    return reference(dt=dt, C=torch.where((dt != 0)[..., None], C, 0), **given)
+
+
+@planted("bidirectional_scan", test_bidirectional_scan.test_absent_arguments_mean_their_neutral_values)
+def padding_is_ignored_where_no_segment_is_given(reference, *, segment=None, valid=None, **given):
+    return reference(segment=segment, valid=None if segment is None else valid, **given)
+
+
+@planted(
+    "sliding_window_attention",
+    test_sliding_window_attention.test_attention_is_a_mean_of_the_values_it_sees,
+)
+def a_scale_of_zero_is_taken_for_none_here_too(reference, *, scale=None, **given):
+    return reference(scale=scale or None, **given)
+
+
+for operator, test in (
+    ("hidden_loss", test_hidden_loss.test_half_precision_inputs_are_exact_to_float32),
+    ("logit_loss", test_logit_loss.test_half_precision_inputs_are_exact_to_float32),
+):
+
+    def rounded_teacher(reference, *, student, teacher, **given):
+        return reference(student=student, teacher=teacher.to(student.dtype), **given)
+
+    BUGS.append(Bug(f"{operator}_rounds_the_teacher", operator, rounded_teacher, (test,)))
+
+
+@planted("hidden_loss", test_hidden_loss.test_a_small_hidden_loss_keeps_its_digits)
+def squares_are_multiplied_out(reference, *, student, teacher, valid=None):
+    kept = torch.ones(student.shape[:2], dtype=torch.bool) if valid is None else valid
+    s, t = student[kept], teacher[kept].detach()
+    return (s.square().sum() - 2 * (s * t).sum() + t.square().sum()) / t.square().sum()
+
+
+@planted("hidden_loss", test_hidden_loss.test_the_hidden_loss_is_relative)
+def a_millionth_of_a_millionth_is_added_to_the_size(reference, *, student, teacher, valid=None):
+    kept = torch.ones(student.shape[:2], dtype=torch.bool) if valid is None else valid
+    size = teacher[kept].detach().square().sum()
+    return reference(student=student, teacher=teacher, valid=valid) * (size / (size + 1e-12))
 
 
 @planted("causal_conv", test_causal_conv.test_taps_that_cancel_are_summed_in_float32)

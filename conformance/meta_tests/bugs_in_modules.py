@@ -5,6 +5,8 @@ A bug turns the reference's class into a broken one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ from linmu.reference import VisionLayout
 from ..properties import test_flex_ma as flex
 from ..properties import test_local_swin as swin
 from ..properties import test_m_mate as mate
-from .planting import planted
+from .planting import BUGS, Bug, planted
 
 
 @planted("FlexMA", flex.test_padding_changes_nothing)
@@ -259,5 +261,109 @@ def the_mix_is_not_trained(reference):
             result = super().forward(hidden_states, layout, **rest)
             self.mix_proj.requires_grad_(True)
             return result
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_one_vision_token_may_be_a_piece)
+def a_piece_of_one_token_is_taken_for_a_step(reference):
+    class Broken(reference):
+        def scan(self, xBC, dt, gate, layout, valid, state, sequence):
+            one = state is not None and xBC.shape[1] == 1
+            return super().scan(xBC, dt, gate, None if one else layout, valid, state, sequence)
+
+    return Broken
+
+
+def detached(part):
+    """The state before, in this part, passes no gradient on."""
+
+    def broken(reference):
+        class Broken(reference):
+            def forward(self, hidden_states, layout=None, *, state=None, **rest):
+                state = None if state is None else state._replace(**{part: getattr(state, part).detach()})
+                return super().forward(hidden_states, layout, state=state, **rest)
+
+        return Broken
+
+    return broken
+
+
+for name, of, parts in (("FlexMA", flex, ("conv", "scan")), ("LocalSwin", swin, ("k", "v"))):
+    for part in parts:
+        caught_by = (of.test_splitting_outside_blocks_changes_nothing,)
+        BUGS.append(Bug(f"the_{part}_state_of_{name}_passes_no_gradient_on", name, detached(part), caught_by))
+
+
+@planted("FlexMA", flex.test_angles_of_one_row_serve_all_rows)
+def angles_of_one_row_are_permuted_as_that_row(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, position_embeddings=None, **rest):
+            if layout is not None and position_embeddings is not None and len(position_embeddings[0]) == 1:
+                order, inverse = layout.order(self.order_layer)[:1], layout.inverse(self.order_layer)
+                rows = torch.zeros_like(inverse)
+                position_embeddings = tuple(a[:, order[0]][rows, inverse] for a in position_embeddings)
+            return super().forward(hidden_states, layout, position_embeddings=position_embeddings, **rest)
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_flex_ma_and_gradients_match_the_reference)
+def the_norm_has_an_eps_of_its_own(reference):
+    class Broken(reference):
+        def project_out(self, y, u):
+            own, self.config = self.config, replace(self.config, norm_eps=1e-6)
+            try:
+                return super().project_out(y, u)
+            finally:
+                self.config = own
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_flex_ma_starts_at_its_initial_values)
+def half_lives_are_those_of_the_default(reference):
+    class Broken(reference):
+        def initial_values(self):
+            own, self.config = self.config, replace(self.config, half_life=(64.0, 8192.0))
+            try:
+                return super().initial_values()
+            finally:
+                self.config = own
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_steps_are_projected_in_float32)
+def steps_have_the_dtype_of_the_model(reference):
+    class Broken(reference):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            return xBC, dt.to(u.dtype).to(dt.dtype), gate
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_a_state_is_left_as_it_was)
+def a_step_writes_to_its_state_under_inference_mode(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            output, after = super().forward(hidden_states, layout, state=state, **rest)
+            if state is not None and torch.is_inference_mode_enabled():
+                state.scan.copy_(after.scan)
+            return output, after
+
+    return Broken
+
+
+@planted("MMATE", mate.test_a_decoder_of_text_alone_leaves_out_what_vision_needs)
+def a_decoder_of_text_alone_has_smaller_steps(reference):
+    class Flex(reference.flex_ma_class):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            return xBC, dt * (0.9 if self.config.text_only else 1.0), gate
+
+    class Broken(reference):
+        flex_ma_class = Flex
 
     return Broken

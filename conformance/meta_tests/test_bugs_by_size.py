@@ -6,6 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ..harness.compare import assert_close
 from ..harness.large_cases import FORMULATIONS, LARGE, check_large
@@ -25,6 +26,23 @@ def test_a_bug_that_begins_at_a_size_is_caught(name):
         except AssertionError:
             return
     pytest.fail(f"no large case notices: {bug}")
+
+
+@pytest.mark.parametrize("size", (64, 128, 256))
+def test_a_window_that_just_fills_a_block_is_tried(size):
+    """Its last token is lost."""
+
+    def attend(**given):
+        ids = given["window_id"]
+        full = (ids >= 0).sum(1, keepdim=True) == size
+        lost = full & (torch.arange(ids.shape[1]) == ids.shape[1] - 1)
+        return right("window_attention", given | {"window_id": ids.masked_fill(lost, -1)})
+
+    with pytest.raises(AssertionError):
+        check_large(
+            SimpleNamespace(window_attention=attend),
+            LARGE["window_attention"][f"{size} tokens in one window"],
+        )
 
 
 def test_there_are_enough_bugs_of_every_size():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ..harness import large_cases, operator_checks, packed_rows, rounding
-from ..harness.compare import assert_exact, assert_same, assert_zero
+from ..harness.compare import assert_exact, assert_same, assert_zero, quarters
 from ..harness.layouts import LONG_PROMPTS, Layout, Text, Vision
 from ..harness.operator_cases import (
     DTYPES,
@@ -331,6 +331,9 @@ def test_absent_arguments_mean_their_neutral_values(backend, case: Bidirectional
             initial_state=torch.zeros_like(wanted["final_state"]),
         )
         assert_same(run(backend, neutral), wanted, case)
+    text = case.changed(segment=torch.full(case.shape, -1))
+    wanted = run(backend, text, gradients=True)
+    assert_same(run(backend, case.changed(segment=None), gradients=True), wanted, case)
 
 
 @both(cases=bidirectional_cases(rounding.HALVES, layout=ONE_WORD, initial_state=True), share=0.5)
@@ -358,6 +361,26 @@ def test_extreme_gates_and_decays_are_finite(backend, case: BidirectionalCase):
     gate, A = (given["gate"] > 0.5).to(given["gate"]), torch.full_like(given["A"], -30000.0)
     for name, tensor in run(backend, case.changed(gate=gate, A=A), gradients=True).items():
         assert torch.isfinite(tensor).all(), f"{name} must be finite: {case!r}"
+
+
+@both(cases=bidirectional_cases(), share=0.3)
+def test_gates_of_0_and_1_and_steps_of_0_match_the_reference(backend, case: BidirectionalCase):
+    """Both are in their range: gradients of all, where a gate is shut, and where softplus gave 0."""
+    given = case.inputs()
+    gate = (given["gate"] > 0.5).to(given["gate"])
+    dt = torch.where(quarters(given["dt"], case.seed) > 0.5, 0, given["dt"])
+    operator_checks.check_matches_the_reference(backend, case.changed(gate=gate, dt=dt))
+
+
+@both(cases=bidirectional_cases(("float16", "mixed"), initial_state=False), share=0.4)
+def test_numbers_at_the_edge_of_half_precision_match_the_reference(backend, case: BidirectionalCase):
+    """x of 2,000 and steps of 100: their product overflows float16, the result does not, in any direction."""
+    given = case.inputs()
+    x, small = quarters(given["x"], case.seed) * 1000, 2.0**-13
+    edge = case.changed(x=x, dt=torch.full_like(given["dt"], 100), B=given["B"] * small, C=given["C"] * small)
+    edge = edge.changed(D=None)
+    operator_checks.check_matches_the_reference(backend, edge, gradients=False)
+    operator_checks.check_matches_the_reference(backend, edge, of=("y",))  # the state's gradient overflows
 
 
 @pytest.mark.needs("bidirectional_scan")

@@ -186,6 +186,13 @@ def test_segment_numbers_change_nothing(backend, case: ModuleCase):
     assert_same(run(module, NAME, case, layout=renamed), run(module, NAME, case), case)
 
 
+@mate(cases=module_cases(layout=PROMPT), share=0.2)
+def test_no_mask_means_all_valid(backend, case: ModuleCase):
+    """Of text and of images."""
+    module = random_module(backend, NAME, case)
+    assert_same(run(module, NAME, case, valid=None), run(module, NAME, case), case)
+
+
 @mate(cases=module_cases(layout=TEXT_ONLY))
 def test_no_layout_means_all_text(backend, case: ModuleCase):
     """A text-only batch needs no coordinates, and angles for a text window or a rotated scan alone."""

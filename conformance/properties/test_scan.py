@@ -202,12 +202,13 @@ def test_decays_are_formed_in_float32(backend, case: ScanCase):
     rounding.check_decays(backend, case)
 
 
-@scan(cases=scan_cases(EXACT, mask="none"))
+@scan(cases=scan_cases(EXACT, mask="none"), share=0.4)
 def test_large_and_tiny_steps_are_finite(backend, case: ScanCase):
-    """Steps of 1e-6 and 1e4 side by side overflow nothing, forward or backward; tiny ones alone are kept."""
+    """Steps of 1e-6 and 1e4 side by side overflow nothing, both ways; tiny ones alone, and 0, are kept."""
     dt = case.inputs()["dt"]
     uneven = case.changed(dt=torch.where(quarters(dt, case.seed) > 0, 1e4, 1e-6).to(dt.dtype))
-    for changed in (uneven, case.changed(dt=1e-5 * dt, initial_state=None)):
+    some_are_0 = case.changed(dt=torch.where(quarters(dt, case.seed) > 0.5, 0, dt))
+    for changed in (uneven, case.changed(dt=1e-5 * dt, initial_state=None), some_are_0):
         truth = run(reference, operator_checks.widened(changed), gradients=True)
         in_own_dtype = run(reference, changed, gradients=True)
         assert_matches(run(backend, changed, gradients=True), truth, in_own_dtype, case)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from linmu import reference
+
 from ..harness import large_cases, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
 from ..harness.operator_cases import DTYPES, EXACT, fed, gradients_of, operator_of, property_of, run
@@ -170,7 +172,7 @@ def test_a_packed_row_equals_its_samples_alone(backend, case: SlidingWindowCase)
     packed = run(backend, case, gradients=True)
     for row in range(case.batch):
         ids = case.inputs()["sequence"][row]
-        for number in ids.unique().tolist():
+        for number in dict.fromkeys(ids.tolist()):  # from the first sample to the last
             own = ids == number
             sample = selected(case.row(row), own).changed(sequence=None)
             alone = run(backend, sample)
@@ -258,11 +260,13 @@ def test_large_scores_are_formed_in_float32(backend, case: SlidingWindowCase):
 
 @sliding(cases=sliding_window_cases())
 def test_attention_is_a_mean_of_the_values_it_sees(backend, case: SlidingWindowCase):
-    """Equal values come out unchanged where a token asks."""
+    """Equal values come out unchanged where a token asks; a scale of 0 weighs all alike."""
     given, (_, asking) = case.inputs(), there_and_asking(case)
     ones = {name: torch.ones_like(given[name]) for name in ("v", "initial_v") if given[name] is not None}
     o = run(backend, case.changed(**ones))["o"]
     assert_same({"o": o}, {"o": torch.ones_like(o) * asking[..., None, None]}, case)
+    level = case.changed(scale=0.0)
+    assert_same({"o": run(backend, level)["o"]}, {"o": run(reference, level)["o"]}, case)
 
 
 def check_matches_attention_under_a_mask(backend: Any, case: SlidingWindowCase) -> None:

@@ -96,13 +96,16 @@ ROWS = (
 def training_cases(
     pair: Pair, lengths: Sequence[int], setting: Setting, priority: Callable[[str, int], int]
 ) -> Iterator[Case]:
-    """A line per stage, route, length and method: prompts with pixels, alone and packed."""
+    """A line per stage, route, length and method: prompts with pixels, alone and packed. The stages between
+    come after the first and the last, which bound them.
+    """
     for name, (stage, place) in LINES.items():
         for method, length in product(methods(setting), lengths):
+            number = priority(method, length) + (stage == "ii")
             for samples in (1, SAMPLES) if length >= SAMPLES * SHORTEST else (1,):
                 measure = partial(measure_prompt_step, pair, method, stage, place, samples, length, setting)
                 passes = name + (f", {samples} packed" if samples > 1 else "")
-                yield Case("training", method, pair.size, passes, length, measure, priority(method, length))
+                yield Case("training", method, pair.size, passes, length, measure, number)
 
 
 def text_training_cases(
@@ -113,7 +116,7 @@ def text_training_cases(
         for method in methods(setting):
             for each in rows:
                 measure = partial(measure_text_step, model, method, stage, place, each, setting)
-                number = priority(method, each.tokens)
+                number = priority(method, each.tokens) + (stage == "ii")
                 yield Case("training", method, model, f"{name}, {each}", each.tokens, measure, number)
 
 

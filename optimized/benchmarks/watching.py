@@ -40,7 +40,7 @@ OTHERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TEMPLATE = Path(__file__).parents[2] / "reference" / "demo" / "chat_template.jinja"
 CLIPS = 4  # different blocks, seen in turn
 WARM = 4  # blocks before the timed ones: compiled, tuned, captured
-TEACHER_WARM = 1
+LEAST = 5  # timed ones
 LAST = 32768  # tokens whose keys and values a sliding cache keeps
 SEEN = (32768, 262144, 1048576, 2097152)  # tokens before the teacher's block
 SEEN_QUICK = (1024,)
@@ -54,17 +54,20 @@ class Stream:
     Args:
         tokens: of a moment, a square number.
         frames: of a block.
-        count: streams in turn.
+        count: streams.
+        together: in one forward; else one after the other.
     """
 
     tokens: int
     frames: int
     count: int = 1
+    together: bool = False
 
     @property
     def name(self) -> str:
         """In a table."""
-        streams = "1 stream" if self.count == 1 else f"{self.count} streams in turn"
+        how = "at once" if self.together else "in turn"
+        streams = "1 stream" if self.count == 1 else f"{self.count} streams {how}"
         return f"{streams}, {self.frames} frames a block, {self.tokens} tokens a moment"
 
     @property
@@ -80,8 +83,11 @@ class Stream:
         return itertools.cycle([numbers.integers(0, 256, shape, dtype=np.uint8) for _ in range(CLIPS)])
 
 
-STREAMS = (Stream(256, 2), Stream(64, 2), Stream(256, 8), Stream(64, 8), Stream(256, 2, 8), Stream(64, 2, 8))
-QUICK_STREAMS = (Stream(4, 2), Stream(4, 2, 2))
+STREAMS = (
+    *(Stream(tokens, frames) for frames in (2, 8) for tokens in (256, 64)),
+    *(Stream(tokens, 2, 8, together) for together in (False, True) for tokens in (256, 64)),
+)
+QUICK_STREAMS = (Stream(4, 2), Stream(4, 2, 2), Stream(4, 2, 2, True))
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ def time_blocks(see: Callable[[], object], setting: Setting, most: int = 100) ->
 
     synchronize(setting)
     once = waited()
-    count = min(max(int(4 * setting.seconds / once), 5), most)
+    count = min(max(int(4 * setting.seconds / once), LEAST), most)
     times = [waited() for _ in range(count)]
     start = time.perf_counter()
     for _ in range(count):
@@ -197,6 +203,9 @@ def measure_watching(pair: Pair, method: str, stream: Stream, setting: Setting) 
     sessions = [watch(model, processor, FRAMES_PER_SECOND) for _ in range(stream.count)]
 
     def see() -> None:
+        if stream.together:
+            watch.see_together(sessions, [next(clips) for _ in sessions])
+            return
         for session in sessions:
             session.see(next(clips))
 
@@ -264,8 +273,7 @@ def measure_teacher(pair: Pair, stream: Stream, seen: int, slides: bool, setting
             part = slice(-seen, None) if slides else slice(seen)
             layer.keys, layer.values = layer.keys[:, :, part], layer.values[:, :, part]
 
-    for _ in range(TEACHER_WARM):
-        see()
+    see()
     timing, share = time_blocks(see, setting, most=20)
     busy = busy_seconds(see) if setting.device.type == "cuda" else None
     per_token = 2 * len(cache.layers) * text["num_key_value_heads"] * dim * setting.dtype.itemsize

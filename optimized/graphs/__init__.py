@@ -51,7 +51,8 @@ def accelerate(
     stderr: gradients, hooks, adapters that are not merged, `output_hidden_states` and `output_attentions`,
     autocast, masks other than (B, S), and what exceeds the limits. Beams run from graphs, at the price of a
     copy of the states a token. The vision towers of Qwen2-VL and Qwen2.5-VL run from graphs where pictures of
-    the same sizes come again, as a video's frames do. Calls from several threads take turns.
+    the same sizes come again, as a video's frames do. Calls from several threads take turns. generate() asks
+    one token late whether it has ended, unless its cache is returned or was passed in: `token_loop.sample`.
 
     Memory beside the weights: of each graph of B rows and a bucket of L tokens its inputs, some B·L·(D+1,000)
     values, of one that decodes the states of B rows; and one pool that all share, as large as the largest

@@ -32,6 +32,7 @@ from ...reference.m_mate import MMATEState
 from ...reference.sliding_window_attention import WindowState
 from ...reference.student.cache import CACHE_NAME, LinMUCacheLayer, cache_slot, name_cache
 from ..engine import say_once
+from ..engine.beside import branches_beside
 from ..engine.once import one_forward
 from ..engine.operator import on_device_of
 from ..layout import VisionLayout, fast
@@ -47,6 +48,7 @@ ARGUMENTS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "us
 FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # angles that follow from positions alone
 TOKEN_AXES = {"embeds": 1, "positions": -1, "valid": 1, "coords": 1}  # of `token_tensors`
 PADDING = {"coords": -1}  # what they hold in padding; the others 0
+BESIDE = True  # whether a block's branches run beside each other
 HOW_TO_TURN_OFF = "linmu.optimized.unaccelerate(student) turns the graphs off"
 
 
@@ -159,6 +161,7 @@ class GraphedDecoder:
         self.graphs: OrderedDict[tuple, Graph] = OrderedDict()
         self.watch: Watch | None = None
         self.capture: Capture | None = None
+        self.stream: torch.cuda.Stream | None = None  # of the second branch
         self.lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,6 +276,7 @@ class GraphedDecoder:
         embeds, cache, uses_cache = given.get("inputs_embeds"), given.get(CACHE_NAME), self.uses_cache(given)
         if cache is None and uses_cache:
             cache = DynamicCache()  # its layers are all ours, whatever the configuration says
+            cache.layers = [LinMUCacheLayer() for _ in self.decoder.layers]
         slots = [] if cache is None else slots_of(cache, len(self.decoder.layers))
         with torch.inference_mode(False), torch.no_grad():
             embeds = self.decoder.embed_tokens(given["input_ids"]) if embeds is None else embeds
@@ -376,14 +380,21 @@ class GraphedDecoder:
             tokens = dict(graph.tokens)
             coords = tokens.pop("coords", None)
             layout = None if coords is None else StaticLayout(coords)
-            hidden, after = run_layers(self.decoder, **tokens, layout=layout, states=graph.states)
+            with branches_beside(self.stream):
+                hidden, after = run_layers(self.decoder, **tokens, layout=layout, states=graph.states)
             if keeps_states:
                 copy_all(tensors_of(graph.states), tensors_of(after))
             return hidden, after
 
         if self.capture is None:
             self.capture = self.new_capture()
+            self.stream = second_stream(self.device)
         graph.replay, (graph.hidden, graph.after) = self.capture(run)
+
+
+def second_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Where a block's second branch runs, beside the first; None = after it."""
+    return torch.cuda.Stream(device) if BESIDE and device.type == "cuda" else None
 
 
 def run_layers(

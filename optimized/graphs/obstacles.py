@@ -12,10 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.activations import SiLUActivation
 
 from ..engine import get_engine
 from ..engine.torch_state import is_observed
+from .layers import NORMS
 
+MEMBERS = ("_modules", "_parameters", "_buffers")
+# What these compute follows from the members they have: another one changes nothing.
+LEAVES = {nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, *NORMS}
 CAPTURING = "transformers.utils.output_capturing"
 OBSERVED = "torch.compile, a mode or a transform observes it, or LINMU_SHORTCUTS=0"
 
@@ -31,11 +37,15 @@ class Watch:
         self.modules = [module for module in decoder.modules() if module is not decoder]
         self.spaces = [vars(module) for module in self.modules]
         everything = [vars(decoder), *self.spaces]
-        parts = [space[kind] for space in everything for kind in ("_modules", "_parameters", "_buffers")]
-        self.filled, self.empty = [part for part in parts if part], [part for part in parts if not part]
+        parts = [space[kind] for space in everything for kind in MEMBERS]
+        self.filled = [part for part in parts if part]
         self.members = [*map(dict, self.filled)]
+        open_to_more = [decoder, *(module for module in self.modules if type(module) not in LEAVES)]
+        parts = [vars(module)[kind] for module in open_to_more for kind in MEMBERS]
+        self.empty = [part for part in parts if not part]
         kinds = ("_forward_hooks", "_forward_pre_hooks")
         self.hooks = [space[kind] for space in everything for kind in kinds]
+        self.handles = -1  # of hooks that there were in torch when these were last found to do nothing
         self.kind = kind_of(self.modules)
         self.scalars = [
             (part, name, value)
@@ -74,10 +84,21 @@ class Watch:
     def obstacle(self) -> str | None:
         """What in the decoder follows its calls, or changes with them."""
         every = nn.modules.module  # hooks of all modules
-        found = every._global_forward_hooks or every._global_forward_pre_hooks
-        if found or (any(self.hooks) and any(map(watches, self.hooks))):
+        if every._global_forward_hooks or every._global_forward_pre_hooks or self.has_hooks():
             return "hooks on its modules"
         return self.kind
+
+    def has_hooks(self) -> bool:
+        """Whether hooks on modules do anything. Torch numbers the hooks that are put on modules: as long as
+        there was no other one, there is none here.
+        """
+        handles = RemovableHandle.next_id
+        if handles == self.handles:
+            return False
+        found = any(self.hooks) and any(map(watches, self.hooks))
+        if not found:
+            self.handles = handles
+        return found
 
 
 def watches(hooks: dict[int, Any]) -> bool:

@@ -94,9 +94,11 @@ def state_after(k: Tensor, v: Tensor, valid: Tensor | None, last: Tensor | None,
             return F.pad(there[:, end], (missing, 0))
 
         present = once_a_forward(("at end", window), present_at_end)
-        kept = [F.pad(tensor[:, end], (0, 0, 0, 0, missing, 0)) for tensor in (k, v)]
+        kept = [F.pad(tensor[:, end], (0, 0, 0, 0, missing, 0)) for tensor in (k, v)]  # copies in any case
+        if valid is None:
+            return WindowState(*kept, present)
     absent = once_a_forward(("absent", window), lambda: ~present[..., None, None])
-    return WindowState(*(tensor.masked_fill(absent, 0) for tensor in kept), present)
+    return WindowState(*(tensor.masked_fill_(absent, 0) for tensor in kept), present)
 
 
 def step_in_place(

@@ -44,12 +44,12 @@ from .train_teacher import Clock, ClockTrainer, TrainingCollator
 RANDOM = "random"
 CELL_NAMES = (*map(str, range(10)), ".")  # what tells a digit, and last a blank cell
 LARGEST = 64  # cells a side of the largest picture
-WARMUP = 20  # steps
+WARMUP = 30  # steps
 SEEING = {"batch_size": 64, "learning_rate": 2e-3}
 ANSWERING = {
-    "short": {"batch_size": 192, "learning_rate": 6e-4},
-    "middle": {"batch_size": 40, "learning_rate": 5e-4},
-    "long": {"batch_size": 8, "learning_rate": 3e-4},
+    "short": {"batch_size": 192, "learning_rate": 1e-3},
+    "middle": {"batch_size": 40, "learning_rate": 7e-4},
+    "long": {"batch_size": 8, "learning_rate": 4e-4},
 }
 MOST_STEPS = 20_000
 LEARNT = {"short": 0.6, "middle": 0.7, "long": 0.9}  # accuracy below which a kind is given up
@@ -235,6 +235,8 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     decoder, tokenizer, tower = open_decoder(options.decoder)
     tokenizer = with_vision_tokens(tokenizer)
     model = build_vlm(decoder, tokenizer, tower)
+    if options.start:
+        model.load_state_dict(type(model).from_pretrained(options.start).state_dict())
     write_preprocessing(options.output, tokenizer, LARGEST)
     model.save_pretrained(options.output)  # the folder is whole from the start: its processor is read back
     pack_vision(model)
@@ -243,31 +245,37 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"seconds": {"opened": time.perf_counter() - began}, "steps": {}, "accuracy": {}}
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
+    def save() -> None:
+        """Save the weights."""
+        model.config.use_cache = True  # the trainer switches it off
+        model.save_pretrained(options.output)
+
     def keep(stage: str, measured: Any, steps: int, started: float) -> None:
-        """Save what there is, so that a run that is ended early leaves a teacher, too."""
+        """Write down what there is, so that a run that is ended early tells of its teacher, too."""
         now = time.perf_counter()
         result["steps"][stage], result["accuracy"][stage] = steps, measured
         result["seconds"][stage], result["seconds"]["all"] = now - started, now - began
         if torch.cuda.is_available():
             result["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        model.config.use_cache = True  # the trainer switches it off
-        model.save_pretrained(options.output)
         (options.output / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps({stage: measured, "steps": steps, "seconds": round(now - started, 1)}), flush=True)
 
     seeing, *answering = options.seconds
-    names = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(CELL_NAMES))]
-    reader, started = CellReader(model.model.visual, names), time.perf_counter()
-    collate = partial(collate_cells, load_processor(options.output))
-    cells = partial(LabelledCells, "train", options.seed)
-    steps = train(InOrderTrainer, reader, cells, collate, options, seeing, **SEEING)
-    keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
+    if not options.start:
+        names = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(list(CELL_NAMES))]
+        reader, started = CellReader(model.model.visual, names), time.perf_counter()
+        collate = partial(collate_cells, load_processor(options.output))
+        cells = partial(LabelledCells, "train", options.seed)
+        steps = train(InOrderTrainer, reader, cells, collate, options, seeing, **SEEING)
+        save()
+        keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
 
     collate, kinds = AnswerCollator(options.output, MERGE), LARGE_KINDS
     for level, seconds in zip(LEVELS, answering, strict=True):
         started = time.perf_counter()
         questions = partial(LargeQuestions, level, "train", options.seed, kinds=kinds)
         steps = train(AnswerTrainer, model, questions, collate, options, seconds, **ANSWERING[level])
+        save()
         measured = measure(model, collate, level, kinds, options)
         kinds = learnt(measured, kinds, LEARNT[level])
         result["kinds"] = [*kinds]
@@ -288,8 +296,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("decoder", help="GGUF file, folder or Hub id of a Llama; or random")
     parser.add_argument("--output", type=folder_to_write, required=True, help="folder for the teacher")
+    parser.add_argument("--start", help="such a teacher to train further, which can see already")
     parser.add_argument(
-        "--seconds", type=duration, nargs=4, default=(12, 65, 33, 55), help="to see, at short, middle, long"
+        "--seconds", type=duration, nargs=4, default=(12, 74, 28, 50), help="to see, at short, middle, long"
     )
     parser.add_argument("--steps", type=at_least(1), default=MOST_STEPS, help="most of any of the four")
     parser.add_argument(

@@ -3,8 +3,9 @@
     session = watch(student, processor, fps=2)
     session.see(frames)              # a block of frames; again and again
     session.ask("What happened?")    # answered from a copy of the state
+    watch.see_together(sessions, clips)    # a block of each of several streams
 
-Letters: L tokens of a block, F frames, height and width in pixels; B = 1, one stream a session.
+Letters: L tokens of a block, F frames, height and width in pixels, R sessions; one stream a session, B = 1.
 
 **What is kept.** Per layer a state of constant size (`cache.py`). Beside it four numbers: the frames seen,
 their height and width, and the next token's position; and the text that has not been read yet, which ends
@@ -47,7 +48,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,7 @@ from .model import LinMUModel, decoder_layers, mixers
 
 VERSION = 1  # of a session's file
 HEADER = "linmu_watch"  # its entry in the file
+ROWS = {"position_ids": 1}  # the axis of rows; 0 in all other inputs
 STATE = ("conv", "scan", "k", "v", "present")  # as `MMATEState.tensors` orders them
 OWN_ARGUMENTS = ("input_ids", "position_ids", "num_return_sequences", "return_dict_in_generate", CACHE_NAME)
 
@@ -147,6 +149,41 @@ class watch:  # noqa: N801 (called like a function)
             ValueError: for other frames, sizes that differ from frame to frame or from those before, another
                 number of frames, or control tokens in the text.
         """
+        block = self._block(frames, text)
+        self._read(block)
+        self._has_seen(block)
+
+    @classmethod
+    def see_together(cls, sessions: Sequence[watch], frames: Sequence[Any]) -> None:
+        """`see` of several streams in one forward, a row each: sooner than one after the other.
+
+        Args:
+            sessions: of one student, each once.
+            frames: of each, what `see` takes; as many tokens in all, which frames of one number and size are,
+                but for a session's first block, time stamps of other lengths, and text not read yet.
+        Raises:
+            ValueError: as `see` does, and for other sessions, or blocks of different lengths.
+        """
+        where = "watch.see_together"
+        must = "there must be frames for each session"
+        require(len(sessions) == len(frames) > 0, where, must, (len(sessions), len(frames)))
+        must = "sessions must be different ones of one student"
+        distinct = len(set(map(id, sessions))) == len(sessions)
+        require(distinct and len({id(each.student) for each in sessions}) == 1, where, must, "others")
+        blocks = [session._block(clip, "") for session, clip in zip(sessions, frames, strict=True)]
+        lengths = {block["input_ids"].shape[1] for block in blocks}
+        begun = {bool(states_of(session.cache)) for session in sessions}
+        must, hint = "blocks must have as many tokens and all or none be the first", "see them one by one"
+        require(len(lengths) == len(begun) == 1, where, must, sorted(lengths), hint)
+        for session in sessions:
+            session._check_whole(where)
+        inputs = [session._with_positions(block) for session, block in zip(sessions, blocks, strict=True)]
+        advance(sessions, inputs)
+        for session, block in zip(sessions, blocks, strict=True):
+            session._has_seen(block)
+
+    def _block(self, frames: Any, text: str) -> dict[str, Any]:
+        """Return the processor's inputs for a block of frames, and their `shape`, as `see` takes them."""
         pixels = as_frames(frames)
         count, height, width, _ = pixels.shape
         must = f"frames must come in multiples of {self.depth}, the processor's temporal_patch_size"
@@ -170,7 +207,11 @@ class watch:  # noqa: N801 (called like a function)
         moments = inputs["video_grid_thw"][:, 0].tolist()
         must = "the processor must keep all frames"
         require(moments == [count // self.depth], "watch.see", must, f"grids of {moments} moments")
-        self._read(inputs)
+        return {**inputs, "shape": pixels.shape}
+
+    def _has_seen(self, block: Mapping[str, Any]) -> None:
+        """Count a block's frames: it stands in the open user turn."""
+        count, height, width, _ = block["shape"]
         self.unread, self.has_begun, self.in_user_turn = "", True, True
         self.frames, self.size = self.frames + count, (height, width)
 
@@ -292,10 +333,7 @@ class watch:  # noqa: N801 (called like a function)
         for index, layer in enumerate(layers):
             device = next(layer.parameters()).device
             state = [tensors[f"{index}.{name}"].to(device) for name in STATE if f"{index}.{name}" in tensors]
-            conv, scan, *window = state
-            cache_slot(session.cache, index).store(
-                MMATEState(conv, scan, WindowState(*window) if window else None), 0
-            )
+            cache_slot(session.cache, index).store(state_of(state), 0)
         return session
 
     def _asking(self, where: str, question: str) -> tuple[watch, dict[str, Tensor]]:
@@ -342,19 +380,9 @@ class watch:  # noqa: N801 (called like a function)
         taken = {"input_ids": ids, "position_ids": positions + self.position}
         return taken | {name: inputs[name] for name in names if name in inputs}
 
-    @torch.no_grad()
     def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Move the state on by a block, and return its last token's logits, (1, 1, vocabulary)."""
-        self.is_whole = False
-        # a block ends in text, whose position is one number on all axes; asked while it is on the host
-        after = int(inputs["position_ids"][0, 0, -1]) + 1
-        output = self.student(
-            **self._on_device(inputs), **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1
-        )
-        for slot in self.cache.layers:
-            slot.seen_tokens = 0  # of lengths nothing is kept; positions say where a block stands
-        self.position, self.is_whole = after, True
-        return output.logits
+        return advance([self], [inputs])
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.student.device) for name, tensor in inputs.items()}
@@ -367,6 +395,55 @@ class watch:  # noqa: N801 (called like a function)
         found = self.control_tokens.search(text)
         must, hint = "a text must hold no control token of the model", "take it out"
         require(found is None, where, must, found and found[0], hint)
+
+
+@torch.no_grad()
+def advance(sessions: Sequence[watch], inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Move the sessions' states on by a block each, and return their last tokens' logits, (R, 1, vocabulary).
+
+    Args:
+        sessions: R of one student.
+        inputs: of each, what `_with_positions` returns, of one length.
+    """
+    # a block ends in text, whose position is one number on all axes; asked while it is on the host
+    after = [int(each["position_ids"][0, 0, -1]) + 1 for each in inputs]
+    batch, first, rest = inputs[0], sessions[0], sessions[1:]
+    if rest:
+        batch = {name: torch.cat([each[name] for each in inputs], ROWS.get(name, 0)) for name in batch}
+    for session in sessions:
+        session.is_whole = False
+    cache = joined([session.cache for session in sessions]) if rest else first.cache
+    output = first.student(**first._on_device(batch), **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+    if rest:
+        split([session.cache for session in sessions], cache)
+    for session, position in zip(sessions, after, strict=True):
+        for slot in session.cache.layers:
+            slot.seen_tokens = 0  # of lengths nothing is kept; positions say where a block stands
+        session.position, session.is_whole = position, True
+    return output.logits
+
+
+def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """A cache whose rows are those of R caches of one row each."""
+    cache = DynamicCache()
+    for index, states in enumerate(zip(*map(states_of, caches), strict=True)):
+        rows = map(torch.cat, zip(*(state.tensors for state in states), strict=True))
+        cache_slot(cache, index).store(state_of(list(rows)), 0)
+    return cache
+
+
+def split(caches: Sequence[DynamicCache], cache: DynamicCache) -> None:
+    """The inverse of `joined`: each cache gets a row of memory of its own."""
+    for index, slot in enumerate(cache.layers):
+        rows = zip(*(tensor.split(1) for tensor in slot.state.tensors), strict=True)
+        for own, row in zip(caches, rows, strict=True):
+            cache_slot(own, index).store(state_of([tensor.clone() for tensor in row]), 0)
+
+
+def state_of(tensors: Sequence[Tensor]) -> MMATEState:
+    """The inverse of `MMATEState.tensors`."""
+    conv, scan, *window = tensors
+    return MMATEState(conv, scan, WindowState(*window) if window else None)
 
 
 def check_student(student: Any) -> None:

@@ -280,8 +280,6 @@ def check_settings(config: Config) -> None:
     must = "--branches local must come with --mixer.text_window, or a teacher that sees"
     check(not (no_window and config.student.branches == "local"), must, "text without a window")
     samples = config.samples
-    shared = config.optimizer.context_parallel > 1
-    check(not (shared and samples.packing), "--context_parallel and --packing must not both be given", "both")
     must = "--packing must come with the tokens of a row, --packing_tokens or --max_length"
     check(not samples.packing or samples.row_tokens, must, "neither")
     check(

@@ -401,7 +401,7 @@ def test_samples_side_by_side_are_one_packed_row():
     [
         (
             ["--quick", "--only", "scan"],
-            "--only must be among kernels,windows,model,graphs,decode,training,text, got scan",
+            f"--only must be among {','.join(benchmark.PARTS)}, got scan",
         ),
         (["--quick", "--lengths", "64"], "--lengths must be at least 320, got 64"),
         (["--quick", "--sizes", "28x4"], "--sizes like 28x4x128"),
@@ -428,8 +428,11 @@ def shallow() -> models.Pair:
     return models.Pair("small", 1, SETTING, prepared=False)
 
 
-def test_blocks_of_frames_are_measured_for_several_streams(shallow):
-    stream = watching.Stream(4, 2, 2)
+@pytest.mark.parametrize("together", [False, True])
+def test_blocks_of_frames_are_measured_for_several_streams(shallow, monkeypatch, together):
+    monkeypatch.setattr(watching, "WARM", 1)
+    monkeypatch.setattr(watching, "LEAST", 2)
+    stream = watching.Stream(4, 2, 2, together)
     values = watching.measure_watching(shallow, "LinMU", stream, SETTING)
     assert values["frames_per_second"] == pytest.approx(4 / values["seconds_in_a_row"])
     assert values["tokens_per_second"] == pytest.approx(8 / values["seconds_in_a_row"])

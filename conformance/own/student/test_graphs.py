@@ -423,6 +423,28 @@ def test_hooks_that_hidden_states_leave_behind_do_not_keep_graphs_away(few):
     assert few.graphs
 
 
+def test_a_hook_is_noticed_as_long_as_it_is_there(few):
+    inputs, called = prompt(words(7, 1)), []
+    assert_same_forward(few, **inputs)
+    mlp = few.fast.get_decoder().layers[0].mlp
+    for _ in range(2):
+        hook = mlp.register_forward_hook(lambda *_: called.append(1))
+        assert_same_forward(few, **inputs)
+        assert_same_forward(few, **inputs)
+        hook.remove()
+        assert_same_forward(few, **inputs)
+    assert len(called) == 4
+
+
+def test_a_member_of_a_module_that_had_none_is_noticed(few):
+    inputs = prompt(words(7, 1))
+    assert_same_forward(few, **inputs)
+    watch = few.fast.get_decoder().forward.watch
+    few.fast.get_decoder().layers[0].mlp.register_buffer("more", torch.ones(2))
+    assert_same_forward(few, **inputs)
+    assert few.fast.get_decoder().forward.watch is not watch
+
+
 def test_gradients_are_as_without_graphs(few, monkeypatch, capsys):
     monkeypatch.setattr(engine, "_announced", {"torch"})
     for student in (few.fast, few.eager):

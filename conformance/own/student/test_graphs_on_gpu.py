@@ -53,10 +53,8 @@ def test_generate_ends_where_the_eager_one_does_without_waiting_for_each_token(m
     assert not waits
     monkeypatch.undo()
     for place in (-1, -20):  # known beforehand, and asked for
-        ends = {"eos_token_id": int(free[0, place]), "pad_token_id": 0}
-        found = [
-            each.generate(**inputs, do_sample=False, max_new_tokens=40, **ends) for each in (fast, eager)
-        ]
+        ends = {"eos_token_id": int(free[0, place]), "pad_token_id": 0, "max_new_tokens": 40}
+        found = [student.generate(**inputs, do_sample=False, **ends) for student in (fast, eager)]
         assert torch.equal(*found)
 
 
@@ -72,7 +70,8 @@ def test_a_layers_norm_and_gate_are_those_of_hugging_face(dtype, rows):
     twice = max(2 * torch.finfo(dtype).eps, 1e-6)  # the order of the sum may turn both roundings
     torch.testing.assert_close(normed, norm(x + more), rtol=twice, atol=1e-5)
     gate, up = (torch.randn(2, rows, 4864, device="cuda").to(dtype) for _ in range(2))
-    torch.testing.assert_close(gate_product(GateInputs(gate, up, "triton")), F.silu(gate) * up)
+    found, also = gate_product(GateInputs(gate, up, "triton")), max(twice, 1.3e-6)  # the last bit of exp may
+    torch.testing.assert_close(found, F.silu(gate) * up, rtol=also, atol=1e-5)
 
 
 @FLOATS

@@ -16,7 +16,7 @@ from linmu.optimized.graphs.decoder import Limits
 
 from .tiny_checkpoint import build_teacher, prompt, shake_mixers, words
 
-MOST = 12
+MOST = 8
 
 
 class NoEvent:

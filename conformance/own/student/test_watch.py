@@ -240,6 +240,48 @@ def test_time_stamps_go_on_and_begin_anew():
     assert told[3:] == [["0.2", "1.2"]] * 3
 
 
+def test_several_streams_are_seen_in_one_forward(family, monkeypatch):
+    student, processor = family
+    together, alone = ([watch(student, processor, max_position=56) for _ in range(2)] for _ in range(2))
+    for one, other in (together, alone):
+        one.see(clip(9)), other.see(clip(8, 2))  # positions, and restarts, of their own
+    rows, forward = [], type(student).forward
+
+    def noted(self, **kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(type(student), "forward", noted)
+    for index in range(2):
+        clips = [clip(2 * index + stream, 2) for stream in range(2)]
+        watch.see_together(together, clips)
+        for session, frames in zip(alone, clips, strict=True):
+            session.see(frames)
+    assert rows == [2, 1, 1] * 2
+    for session, other in zip(together, alone, strict=True):
+        assert_near(session.logits("so?"), other.logits("so?"))
+        assert (session.frames, session.position) == (other.frames, other.position)
+        assert session.state_bytes == other.state_bytes
+        assert all(
+            t.untyped_storage().nbytes() == t.nbytes for state in states(session) for t in state.tensors
+        )
+
+
+def test_streams_that_do_not_fit_are_refused_and_stay_as_they_were(plain):
+    sessions = [watch(*plain) for _ in range(2)]
+    watch.see_together(sessions, [clip(0), clip(1)])  # the first blocks of both
+    before = sessions[0].logits("so?")
+    for wrong, message in (
+        ((sessions, [clip(0)]), "frames for each session"),
+        ((sessions[:1] * 2, [clip(0)] * 2), "different ones"),
+        ((sessions, [clip(0), clip(0, 2)]), "as many tokens"),
+        (([sessions[0], watch(*plain)], [clip(0), clip(0)]), "as many tokens"),
+    ):
+        with pytest.raises(ValueError, match=rf"^watch\.see_together: .*{message}"):
+            watch.see_together(*wrong)
+    assert torch.equal(sessions[0].logits("so?"), before)
+
+
 def test_a_fork_goes_its_own_way(plain):
     session = watch(*plain)
     session.see(clip(0))

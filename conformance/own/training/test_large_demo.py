@@ -25,7 +25,7 @@ from linmu.reference.demo.large_questions import LARGE_KINDS, LargeQuestions
 from linmu.reference.demo.large_scenes import LEVELS
 from linmu.reference.demo.packed_vision import pack_vision
 from linmu.reference.demo.train_teacher import TrainingCollator
-from linmu.reference.demo.vlm_teacher import LARGEST, make, open_decoder, parse
+from linmu.reference.demo.vlm_teacher import LARGEST, learnt, make, open_decoder, parse
 from linmu.reference.training.data.conversations import Conversations
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -110,11 +110,12 @@ def test_unknown_levels_and_kinds_are_refused():
 
 def test_questions_are_written_as_distill_reads_them(tmp_path):
     counts = {"short": 5, "middle": 0, "long": 1, "held-out": 2, "held-out-level": "short", "workers": 1}
+    asked = ("row", "order")
     flags = [part for name, value in counts.items() for part in (f"--{name}", str(value))]
-    large_questions.main(["--output", str(tmp_path), *flags])
+    large_questions.main(["--output", str(tmp_path), *flags, "--kinds", *asked])
     rows = Conversations(tmp_path / "train.jsonl")
     assert len(rows) == 6 and len(Conversations(tmp_path / "held_out.jsonl")) == 2
-    wanted = LargeQuestions("short", "train", 1).__getitems__(range(5))
+    wanted = LargeQuestions("short", "train", 1, kinds=asked).__getitems__(range(5))
     for row, item in zip((rows[i] for i in range(5)), wanted, strict=True):
         (_, got), (_, block) = (sample["messages"][0]["content"] for sample in (row, item))
         assert row["kind"] == f"{item['kind']}, short"
@@ -169,6 +170,15 @@ def test_the_command_makes_a_teacher(tmp_path):
     result = make(parse(["random", "--output", str(tmp_path), *few]))
     assert result == json.loads((tmp_path / "accuracy.json").read_text())
     assert result["steps"] == dict.fromkeys(("cells", *LEVELS), 1)
+    further = make(parse(["random", "--output", str(tmp_path / "further"), "--start", str(tmp_path), *few]))
+    assert further["steps"] == dict.fromkeys(LEVELS, 1)
+
+
+def test_a_kind_that_was_not_learnt_is_asked_no_more():
+    measured = {"all": 0.7, "row": 0.95, "there": 0.9, "count": 0.2}
+    asked = ("row", "there", "count", "again")  # `again` was not among the few that were measured
+    assert learnt(measured, asked, 0.9) == ("row", "there")
+    assert learnt(measured, asked, 0.99) == ("row",)  # a teacher of no kind could not be measured
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import version
 
-TESTED = ("0.32.",)  # of vLLM, whose classes the plugin subclasses; on a CPU, with torch 2.13
-READ = ("0.24.", "0.25.", "0.26.")  # torch 2.11: what the plugin uses is there; nobody has run it
+TESTED = ("0.26.", "0.32.")  # of vLLM, whose classes the plugin subclasses; with torch 2.11 and 2.13
+READ = ("0.24.", "0.25.")  # torch 2.11: what the plugin uses is there; nobody has run it
 FOLDER = __name__
 MODELS = (  # by the names in a student's config.json
     "LinMUQwen2VLForConditionalGeneration",

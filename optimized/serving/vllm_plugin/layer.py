@@ -25,6 +25,7 @@ from ....reference.m_mate import DonatedMMATEState, MMATEState
 from ....reference.sliding_window_attention import DonatedWindowState
 from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
+from ...m_mate import PooledMMATEState
 from .positions import check_whole
 
 
@@ -124,9 +125,10 @@ class StateLayer(MambaBase, nn.Module):
             rows = metadata.state_indices_tensor_d[:, 0].long()
             angles = cos[0, :decodes, None], sin[0, :decodes, None]
             tokens = hidden_states[:decodes, None]
-            y, state = self.block(tokens, position_embeddings=angles, state=self.read(rows))
+            before = self.read(rows, pooled=True)
+            y, state = self.block(tokens, position_embeddings=angles, state=before)
             output[:decodes] = y[:, 0]
-            self.write(rows, state)
+            self.write(rows, state, pooled=True)
         for i in range(metadata.num_prefills):
             start, end = metadata.starts[i : i + 2]
             row = metadata.state_indices_tensor_p[i : i + 1].long()
@@ -140,26 +142,34 @@ class StateLayer(MambaBase, nn.Module):
             self.write(row, state)
         return tensor_model_parallel_all_reduce(output)
 
-    def read(self, rows: Tensor) -> DonatedMMATEState:
-        """Return copies of the states in these rows of the pool, which the block may overwrite."""
-        found = {name: pool[rows] for name, pool in zip(self.names, self.kv_cache, strict=True)}
-        scan = found["scan"]
+    def read(self, rows: Tensor, pooled: bool = False) -> DonatedMMATEState | PooledMMATEState:
+        """Return copies of the states in these rows, which the block may overwrite.
+
+        With `pooled` the scan's, nine tenths of a row, stay where they are, and one token of each request
+        overwrites them there.
+        """
+        pools = dict(zip(self.names, self.kv_cache, strict=True))
+        found = {name: pool[rows] for name, pool in pools.items() if name != "scan"}
+        scan = pools["scan"]
         conv = found.get("conv", scan.new_zeros(len(rows), 0, self.config.conv_channels))
         window = None
         if self.config.text_window:
             none = scan.new_zeros(len(rows), 0, self.config.groups, self.config.head_dim).to(self.dtype)
             present = found.get("present", scan.new_zeros(len(rows), 0)) > 0
             window = DonatedWindowState(found.get("keys", none), found.get("values", none), present)
-        return DonatedMMATEState(conv, scan, window)
+        if pooled:
+            return PooledMMATEState(conv, scan, rows, window)
+        return DonatedMMATEState(conv, scan[rows], window)
 
-    def write(self, rows: Tensor, state: MMATEState) -> None:
-        """Put states into these rows of the pool."""
+    def write(self, rows: Tensor, state: MMATEState, pooled: bool = False) -> None:
+        """Put states into these rows of the pool, but for the scan's that is there."""
         window = state.window
         tensors = {"conv": state.conv, "scan": state.scan}
         if window is not None:
             tensors |= {"keys": window.k, "values": window.v, "present": window.present}
         for name, pool in zip(self.names, self.kv_cache, strict=True):
-            pool[rows] = tensors[name].to(pool.dtype)
+            if not (pooled and name == "scan"):
+                pool[rows] = tensors[name].to(pool.dtype)
 
 
 def check_decodes_are_text(step: Step, decodes: int) -> None:

@@ -24,15 +24,18 @@ ROWS = (
 )
 SIZES = {
     "width": WIDTH,
-    "heads": 4,
-    "groups": 2,
     "head_dim": 16,
     "qkv_bias": True,
     "window_thw": (1, 2, 2),
     "text_window": 3,
 }
 SAMPLES = (3, 6, 13, 20)  # places where one begins, between the images
-OPTIONS = ({}, {"scan_rope": True, "output_gate": True, "head_norm": False}, {"conv_kernel": 0})
+TWO_GROUPS, ONE_GROUP = {"heads": 4, "groups": 2}, {"heads": 2, "groups": 1}  # programs are as many as heads
+OPTIONS = (
+    TWO_GROUPS,
+    ONE_GROUP | {"scan_rope": True, "output_gate": True, "head_norm": False},
+    ONE_GROUP | {"conv_kernel": 0},
+)
 
 
 class PackedCase(ModuleCase):
@@ -60,7 +63,7 @@ def main(dtype: str) -> None:
     mend_bfloat16()
     mend_scalars()
     optimized.set_engine("triton")
-    for layer_index, options in enumerate(OPTIONS if dtype == "float32" else OPTIONS[:1]):
+    for layer_index, options in enumerate(OPTIONS if dtype == "float32" else (ONE_GROUP,)):
         config = reference.LinMUConfig(**SIZES, **options)
         kind = ModuleCase if dtype == "float32" else PackedCase
         case = kind(Layout(ROWS), config, layer_index, dtype, seed=layer_index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -73,8 +74,8 @@ def main(dtype: str) -> None:
         table.update(dict.fromkeys(table, kernels.Tiles(16, 16, 4, 1)))
     kernels_step.READ, kernels_step.MOVED = dict.fromkeys((False, True), 16), 16
     optimized.set_engine("triton")
-    for case in cases(dtype):
-        check(case, gradients=True)
+    for case in islice(cases(dtype), dtype == "float16", None, 1 + (dtype == "float16")):
+        check(case, gradients=True)  # float16 has the kernels of bfloat16, so half of the cases
     with torch.no_grad():
         for case in steps(dtype):
             check(case, gradients=False)

@@ -1,0 +1,158 @@
+"""Branches on two streams of a GPU never read what the other may not have written yet.
+
+On a CPU a recorder stands for the streams: it knows which operation ran on which, and who waited for whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from linmu import optimized
+from linmu.optimized import m_mate
+from linmu.optimized.graphs import decoder, install
+from linmu.reference.student.cache import CACHE_NAME
+
+from .test_generation import PROMPTS
+from .tiny_checkpoint import batch, build_teacher, prompt, shake_mixers, words
+
+
+class Stream:
+    """A stream that knows up to which operation of each other one it has waited."""
+
+    current: Stream
+
+    def __init__(self) -> None:
+        self.done = 0  # its own operations
+        self.seen: dict[Stream, int] = {}
+
+    def wait_stream(self, other: Stream) -> None:
+        self.seen |= {each: max(self.seen.get(each, 0), done) for each, done in other.seen.items()}
+        self.seen[other] = max(self.seen.get(other, 0), other.done)
+
+    def has_waited_for(self, other: Stream, operation: int) -> bool:
+        return self is other or self.seen.get(other, 0) >= operation
+
+
+@contextmanager
+def on(stream: Stream) -> Iterator[None]:
+    before, Stream.current = Stream.current, stream
+    try:
+        yield
+    finally:
+        Stream.current = before
+
+
+class Races(TorchDispatchMode):
+    """Notes operations on memory that another stream has written, and that theirs has not waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[int, tuple[Stream, int]] = {}
+        self.kept: list[Any] = []  # no memory is handed out twice
+        self.found: list[str] = []
+        self.streams: set[Stream] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, stream = function(*args, **kwargs or {}), Stream.current
+        stream.done += 1
+        self.streams.add(stream)
+        self.kept.append((args, kwargs, result))
+        read = {place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for memory in read & self.written.keys():
+            if not stream.has_waited_for(*self.written[memory]):
+                self.found.append(str(function))
+        changed = [each for each, kind in zip(args, function._schema.arguments, strict=False) if writes(kind)]
+        for leaf in tree_leaves((changed, result)):
+            if isinstance(leaf, Tensor) and (place(leaf) not in read or changed):
+                self.written[place(leaf)] = stream, stream.done
+        return result
+
+
+def writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def place(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@pytest.fixture
+def races(monkeypatch) -> Callable[[nn.Module], Races]:
+    """Lets a student run from graphs that are none, and says what it found."""
+    Stream.current, second = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream.current)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(decoder, "second_stream", lambda device: second)
+
+    def watched(student: nn.Module) -> Races:
+        found = Races()
+
+        def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            with found:
+                result = run()
+            assert Stream.current.seen[second] == second.done, "a stream must be joined before a capture ends"
+            return lambda: None, result
+
+        install(student, decoder.Limits((32, 64), 4, 256, 8), lambda: capture)
+        return found
+
+    return watched
+
+
+STUDENTS = {
+    "sees": lambda: optimized.convert(build_teacher(num_hidden_layers=4)),
+    "scan_rope": lambda: optimized.convert(build_teacher(num_hidden_layers=4), {"scan_rope": True}),
+    "no text window": lambda: optimized.convert(build_teacher(num_hidden_layers=4), {"text_window": 0}),
+}
+
+
+@pytest.fixture(scope="module", params=STUDENTS)
+def student(request) -> nn.Module:
+    return shake_mixers(STUDENTS[request.param]())
+
+
+def run(student: nn.Module) -> None:
+    """A prompt with a picture, text, padded rows; a token after each."""
+    rows = batch([prompt(words(7, 1)), prompt(words(4, 2))])
+    for inputs in (PROMPTS["image"](), prompt(words(40, 3)), rows):
+        with torch.no_grad():
+            cache = student(**inputs, use_cache=True)[CACHE_NAME]
+            token = {"input_ids": inputs["input_ids"][:, -1:], CACHE_NAME: cache}
+            mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+            token["position_ids"] = mask.sum(1, keepdim=True).expand(3, -1, -1)
+            student(**token, attention_mask=mask)
+
+
+def test_no_branch_reads_what_the_other_is_writing(student, races):
+    found = races(student)
+    run(student)
+    assert len(found.streams) == 2
+    assert not found.found
+
+
+def plant_no_join(monkeypatch) -> None:
+    monkeypatch.setattr(m_mate.Fork, "join", lambda fork: None)
+
+
+def plant_a_fork_in_the_first_layer(monkeypatch) -> None:
+    monkeypatch.setattr(m_mate.MMATE, "may_fork", lambda block: True)
+
+
+@pytest.mark.parametrize("plant", [plant_no_join, plant_a_fork_in_the_first_layer])
+def test_planted_races_are_noticed(races, monkeypatch, plant):
+    plant(monkeypatch)
+    student = STUDENTS["sees"]()
+    found = races(student)
+    try:
+        run(student)
+    except (AssertionError, RuntimeError) as error:
+        assert "must be joined" in str(error) or found.found
+    assert found.found
