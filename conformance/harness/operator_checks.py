@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,6 +41,7 @@ SIZES = {  # of terms that cancel
     "logit_loss": sizes_in_divergence,
 }
 HALF_AND_SINGLE = ("bfloat16", "float32")
+NOT_OF_A_BACKEND = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 MAY_BE_ABSENT = {
     "mask",
     "valid",
@@ -74,6 +77,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_uninitialised_memory_is_never_read": test(cases=exact, share=0.5)(check_uninitialised_memory),
         "test_sizes_that_people_run": large_cases_of(operator),
         "test_nothing_is_remembered_between_calls": test(cases=exact, share=0.5)(check_nothing_is_remembered),
+        "test_calls_may_interrupt_each_other": test(cases=exact, share=0.15)(check_interruptions),
         "test_backward_passes_may_come_late_and_twice": test(cases=exact, share=0.3)(check_backward_passes),
     }
 
@@ -333,6 +337,38 @@ def check_backward_passes(backend: Any, case: Case) -> None:
         names = (*outputs, *(f"the gradient handed to result {i}" for i in range(len(cotangents))))
         for name, tensor, copy in zip(names, (*outputs.values(), *cotangents), copies, strict=True):
             assert_exact(tensor.detach(), copy, case, f"{name} after a backward pass")
+
+
+def check_interruptions(backend: Any, case: Case) -> None:
+    """Before any line of the backend's code another call may run to its end, as threads have it: no workspace
+    is shared."""
+    others = case.changed(**case.inputs(draw=1))
+    wanted = run(backend, case, gradients=True)
+    with interruptions(lambda: run(backend, others, gradients=True)):
+        found = run(backend, case, gradients=True)
+    assert_same(found, wanted, case)
+
+
+@contextmanager
+def interruptions(other: Callable) -> Iterator[None]:
+    """Call `other` before each line that runs for the first time, outside of torch and of the harness."""
+    seen = set()
+
+    def trace(frame: Any, event: str, _: Any) -> Callable | None:
+        if frame.f_code.co_filename.startswith(NOT_OF_A_BACKEND):
+            return None
+        line = frame.f_code.co_filename, frame.f_lineno
+        if event == "line" and line not in seen:
+            seen.add(line)
+            other()  # untraced, as Python has it
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def forward_pass(backend: Any, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:

@@ -61,6 +61,7 @@ def main() -> None:
     llm = engine(arguments)
     out = Path(arguments.out[0])
     common = {"who": arguments.who, "quantization": arguments.quantization, "size": arguments.size}
+    common |= {"sync": arguments.sync or None}
     write(out, common | {"cell": "start", "seconds": round(time.perf_counter() - begun, 1)} | versions())
     room = pool(llm, arguments)
     write(out, common | {"cell": "pool"} | room)
@@ -86,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantization", choices=("fp8",), help="of the weights, by vLLM")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU that vLLM may use")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs; a CPU has none")
+    parser.add_argument("--sync", action="store_true", help="a student's steps planned one after another")
     parser.add_argument("--budget", type=float, default=600, help="seconds after which no cell is begun")
     return parser.parse_args()
 
@@ -122,7 +124,9 @@ def engine(arguments: argparse.Namespace):
         sizes = sorted({n for n in (1, 2, 4, 8, *arguments.counts, arguments.most) if n <= arguments.most})
         graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
         options["compilation_config"] = graphs
-    if not is_student:
+    if is_student:
+        options["async_scheduling"] = not arguments.sync
+    else:
         options |= {"enable_prefix_caching": False, "kv_transfer_config": connector()}
     return vllm.LLM(
         model=folder_of(arguments.who, arguments.size, longest),

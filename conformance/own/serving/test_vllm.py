@@ -41,6 +41,7 @@ AT_ONCE = 32
 LETTERS = list(range(256))  # no placeholder is ever drawn
 LONGEST = 448  # tokens of a prompt and its answer; a step has room for as many
 GRAPHS = os.environ.get("LINMU_VLLM_GRAPHS") == "1"  # on a GPU: decoding steps replayed
+ASYNC = os.environ.get("LINMU_VLLM_ASYNC") == "1"  # a step planned while the one before runs
 REQUESTS = int(os.environ.get("LINMU_VLLM_REQUESTS", "100"))
 STUDENTS: dict[str, tuple[str, list[int] | None, int]] = {  # family, converted layers, ranks
     "qwen2_5_vl": ("qwen2_5_vl", None, 1),
@@ -109,6 +110,7 @@ class Served:
             tensor_parallel_size=ranks,
             disable_log_stats=True,
             gpu_memory_utilization=0.3,
+            async_scheduling=ASYNC,
             **few,
             **graphs,
             **(pictures if len(self.kinds) > 1 else {}),
