@@ -126,11 +126,16 @@ def rounded(case: Case, truth: Results) -> Results:
 def check_large(backend: Any, case: Case) -> None:
     """Values, and gradients of all results and of the first alone, against the second formulation; of the
     smaller ones also with gaps between the rows of the arguments in memory."""
-    for of in (None, case.results[:1]) if len(case.results) > 1 else (None,):
+    own = getattr(backend, case.operator) is getattr(reference, case.operator)  # autograd has one way back
+    for of in (None, case.results[:1]) if len(case.results) > 1 and not own else (None,):
         truth = truth_of(case, of)
         found = run(backend, case, gradients=True, of=of)
         assert_matches(found, truth, rounded(case, truth), case, partial(sizes_of_terms, case, of))
-        if of is None and max(t.numel() for t in inputs_of(case).values() if is_float(t)) <= SMALL:
+        if (
+            of is None
+            and not own
+            and max(t.numel() for t in inputs_of(case).values() if is_float(t)) <= SMALL
+        ):
             strided = case.changed(**{k: cut_from_wider_rows(v) for k, v in inputs_of(case).items()})
             found = run(backend, strided, gradients=True)
             assert_matches(found, truth, rounded(case, truth), case, partial(sizes_of_terms, case, of))
