@@ -180,6 +180,7 @@ MODEL_PROMPT = (
 LONG_IMAGE = ((Text(40), Vision(0, (1, 26, 27)), Text(29), Vision(1, (3, 10, 12), "frame"), Pad(130)),)
 LONG_TEXT = ((Vision(0, (1, 3, 5)), Text(3800), Vision(1, (1, 9, 30), "row"), Text(70)),)
 
+PADDED = ((Pad(300), Text(9), Vision(0, (1, 6, 7)), Text(3)),)
 WHOLE_CHUNKS = ((Text(64), Vision(1, (1, 16, 16)), Text(64), Vision(0, (2, 8, 8))),)
 
 LARGE: dict[str, dict[str, Case]] = {
@@ -193,6 +194,7 @@ LARGE: dict[str, dict[str, Case]] = {
             2309, 2, 2, 4, 3, batch=2, reverse=True, mask="some", decay=-1e-3
         ),
         "700 tokens, the last 300 masked": scan(700, 2, 1, 4, 4, mask="tail", decay=-1e-3),
+        "300 tokens, the first 171 masked": scan(300, 2, 1, 3, 4, mask="head", decay=-1e-3),
         "512 tokens": scan(512, 2, 1, 16, 8),
         "128 tokens": scan(128, 2, 1, 3, 4, batch=2),
         "300 tokens, bfloat16": scan(300, 2, 1, 3, 4, dtype="bfloat16", mask="some", decay=-1e-3),
@@ -208,6 +210,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "N=P=128, mixed": both((MODEL_PROMPT[1],), 4, 1, 128, 128, dtype="mixed"),
         "702 tokens in an image, slow decay": both(LONG_IMAGE, 2, 1, 4, 5, decay=-1e-3),
         "3,800 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
+        "300 tokens of padding first": both(PADDED, 2, 1, 3, 4, decay=-1e-3),
         "512 tokens": both(WHOLE_CHUNKS, 2, 1, 8, 16),
         "512 tokens, bfloat16": both(WHOLE_CHUNKS, 2, 1, 3, 4, dtype="bfloat16", decay=-1e-3),
         "300 images": both((tuple(Vision(i, (1, 1, 2)) for i in range(300)),), 2, 1, 2, 3),
@@ -255,6 +258,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "4,200 tokens": ConvCase(1, 4200, 20, 4, True, "none", True, "float32", 2),
         "2,200 tokens, masks": ConvCase(2, 2200, 3, 4, True, "some", True, "float32", 3),
         "700 tokens, the last 300 masked": ConvCase(1, 700, 5, 4, True, "tail", True, "float32", 4),
+        "300 tokens, the first 171 masked": ConvCase(1, 300, 3, 4, True, "head", True, "float32", 9),
         "512 tokens, 256 channels": ConvCase(1, 512, 256, 4, True, "none", True, "float32", 7),
         "bfloat16": ConvCase(1, 40, 2200, 4, True, "left", True, "bfloat16", 5),
         "300 rows": ConvCase(300, 3, 4, 4, True, "some", True, "float32", 6),

@@ -24,7 +24,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-WHERE = "linmu.optimized.serving.benchmark"
+from .report import COMMAND, SHORT, report
+
 SIZES = {
     "7b": {  # the decoder of Qwen/Qwen2.5-VL-7B-Instruct
         "hidden_size": 3584,
@@ -45,7 +46,6 @@ SIZES = {
 }
 LENGTHS = (32768, 2048, 131072, 8192)  # the most telling first
 COUNTS = (256, 1, 16, 64)
-SHORT = 16  # tokens of a prompt that is no part of what is measured
 STEPS = (4, 68)  # tokens that two runs generate; the difference is timed
 ANSWER = 17  # tokens after a prompt
 HELD = 64  # tokens that a request may add
@@ -76,7 +76,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(prog=f"python -m {WHERE}", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
     parser.add_argument("who", choices=("student", "teacher", "report"))
     parser.add_argument("--out", nargs="+", default=["serving.jsonl"], help="files of JSON lines")
     parser.add_argument("--folder", default="optimized/results/serving", help="where `report` writes")
@@ -246,11 +246,6 @@ def write(path: Path, line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def report(files: list[str], folder: Path) -> None:
-    """Make README.md and decoding.png of the lines."""
-    raise NotImplementedError
 
 
 if __name__ == "__main__":

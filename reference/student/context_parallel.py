@@ -332,11 +332,16 @@ class ContextParallel:
         """
         make = partial(self.to_windows, window_id)
         route, here = make() if key is None else self.once(key, make)
-        # One token of zeros more, in a window of its own: every rank runs the operator and its gradient, also
-        # where no token is in a window, so that the collectives of backward pair up.
-        arrived = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in map(route.there, (q, k, v))]
+        arrived, has_more = [route.there(each) for each in (q, k, v)], False
+        if torch.is_grad_enabled() or not len(arrived[0]):
+            # One token of zeros more, in a window of its own: every rank runs the operator and its gradient,
+            # also where no token is in a window, so that the collectives of backward pair up.
+            arrived, has_more = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in arrived], True
+        if not has_more:
+            bare = here[:, :-1]
+            here = bare if key is None else self.once((key, "bare"), lambda: bare)
         o = self.operators.window_attention(*(t[None] for t in arrived), here, scale=scale)
-        return route.back(o[0, :-1])
+        return route.back(o[0, :-1] if has_more else o[0])
 
     def to_windows(self, window_id: Tensor) -> tuple[Route, Tensor]:
         """The route to the ranks that compute the windows (B, L), and the ids there, (1, M + 1)."""

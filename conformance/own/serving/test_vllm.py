@@ -253,11 +253,18 @@ def test_a_cut_picture_is_refused_by_the_layer():
 
     coords = torch.tensor([[-1] * 4, [0, 0, 0, 0], [0, 0, 0, 1], [-1] * 4])
     sizes = torch.tensor([0, 2, 2, 0])
-    step = Step((torch.zeros(1), torch.zeros(1)), coords, sizes)
-    assert step.layout(0, 4) is not None and step.layout(3, 4) is None
+
+    def layouts(*starts: int) -> list:
+        step = Step((torch.zeros(1), torch.zeros(1)), coords, sizes)
+        prompts = step.batches(SimpleNamespace(starts=list(starts), has_state=[False] * (len(starts) - 1)))
+        return [batch.layout for batch in prompts]
+
+    assert layouts(0, 4)[0] is not None and layouts(3, 4) == [None]
+    (both,) = layouts(0, 3, 4)
+    assert both.coords[1].tolist() == [[-1] * 4] * 3 and torch.equal(both.coords[0], coords[:3])
     for start, end in ((0, 2), (2, 4)):
         with pytest.raises(ValueError, match="no image or video may be cut"):
-            step.layout(start, end)
+            layouts(start, end)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +286,32 @@ def test_settings_that_no_student_can_have_are_refused(folder, options, reason):
     with pytest.raises(ValueError, match=reason):
         config = EngineArgs(**arguments | options).create_engine_config()
         MultiModalBudget(config, vllm.multimodal.MULTIMODAL_REGISTRY)
+
+
+def test_prompts_of_a_step_are_computed_together_as_far_as_padding_is_cheap():
+    from linmu.optimized.serving.vllm_plugin.layer import PADDING, batches_of
+
+    assert batches_of([1] * 256, [False] * 256) == [list(range(256))]
+    assert batches_of([5, 9, 7], [False, True, False]) == [[2, 0], [1]]  # one pass has states, one has none
+    assert batches_of([1, PADDING + 1, 1], [False] * 3) == [[1, 0], [2]]
+    for lengths in ([2**14, 100, 90, 50], [4000, 3000, 2000, 1000, 1], list(range(1, 300))):
+        found = batches_of(lengths, [False] * len(lengths))
+        assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+        for batch in found:
+            assert sum(lengths[batch[0]] - lengths[i] for i in batch) <= PADDING
+
+
+def test_a_step_computes_prompts_of_text_and_pictures_in_one_pass(served):
+    """Ten at once, of other lengths: as many passes of a block as the step has kinds, not ten."""
+    if served.ranks > 1:
+        return  # its layers are in other processes
+    passes, block = [], next(iter(served.model().states.values())).block
+    handle = block.register_forward_pre_hook(lambda block, args: passes.append(args[0].shape))
+    try:
+        served.check_all([served.request(seed) for seed in range(6000, 6010)])
+    finally:
+        handle.remove()
+    assert max(shape[0] for shape in passes if shape[1] > 1) > 2
 
 
 def test_positions_carry_coordinates_and_come_back():
