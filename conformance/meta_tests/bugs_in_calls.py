@@ -262,6 +262,14 @@ def gives_its_state_back_where_all_is_masked(operator: str, reference: Callable,
     return y, given[name] if shortcut else state
 
 
+def keeps_its_tokens_in_a_workspace_of_all_calls(operator: str, reference: Callable, **given: Any) -> Outputs:
+    tokens = given[first_of(operator)]
+    place = BUFFERS.setdefault((operator, tokens.shape, tokens.dtype), torch.empty(tokens.shape).to(tokens))
+    place.copy_(tokens.detach())
+    given[first_of(operator)] = place + (tokens - tokens.detach())
+    return reference(**given)
+
+
 LATE = "test_backward_passes_may_come_late_and_twice"
 LEFT = "test_arguments_are_left_as_they_were"
 VIEWS = "test_results_share_no_memory_with_arguments"
@@ -278,6 +286,11 @@ KINDS: tuple[tuple[Callable, str, tuple[str, ...]], ...] = (
         writes_to_its_state_under_inference_mode,
         LEFT,
         ("selective_scan", "scan_step", "sliding_window_attention", "causal_conv"),
+    ),
+    (
+        keeps_its_tokens_in_a_workspace_of_all_calls,
+        "test_calls_may_interrupt_each_other",
+        ("selective_scan", "window_attention", "scan_step", "logit_loss"),
     ),
     (gives_its_state_back_where_all_is_masked, VIEWS, ("selective_scan", "scan_step", "causal_conv")),
     (writes_to_its_tokens, "test_arguments_are_left_as_they_were", tuple(FILES)),
