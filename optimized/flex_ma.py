@@ -7,6 +7,8 @@ token of text takes two kernels between its hidden states and W_o: `text_step`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,21 @@ from .layout import VisionLayout, begins_of, fast, permute_tokens
 from .projections import checked_angles, narrow_columns, rotated, token_products
 from .scan import ScanInputs, scan
 
-__all__ = ["FlexMA", "FlexMAState"]
+__all__ = ["FlexMA", "FlexMAState", "PooledState"]
+
+
+class PooledState(NamedTuple):
+    """A state for one token of text without a gradient, its scan's among those of others.
+
+    Args:
+        conv: (B, K-1, channels).
+        scan: (R, H, N, P) in the accumulation dtype, each row contiguous: overwritten in place.
+        rows: (B,) int64, which of them is each one's.
+    """
+
+    conv: Tensor
+    scan: Tensor
+    rows: Tensor
 
 
 class FlexMA(reference.FlexMA):
@@ -156,11 +172,13 @@ class FlexMA(reference.FlexMA):
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (1) to (5) without W_o, one token of text without a gradient: (B, 1, H·P), and the state.
 
-        A donated state is overwritten; any other is left as it was.
+        A donated or pooled state is overwritten; any other is left as it was.
         """
         x, B, C, rate, z = self.project_token(hidden_states, angles, engine)
-        scan_state = state.scan
-        if not (isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)):
+        scan_state, rows = state.scan, getattr(state, "rows", None)
+        if rows is None and not (
+            isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)
+        ):
             scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
         has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
         inputs = TextStepInputs(
@@ -179,6 +197,7 @@ class FlexMA(reference.FlexMA):
             None if valid is None else valid[:, 0],
             self.config.head_dim**-0.5,
             self.config.norm_eps,
+            rows,
             engine,
         )
         y, conv_state = text_step(inputs)

@@ -5,21 +5,38 @@ Letters: B batch, L tokens, D width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from linmu import reference
 
 from ..reference.m_mate import MMATEState
+from ..reference.sliding_window_attention import WindowState
 from .elementwise.operator import MixInputs, mix_branches
 from .engine import engine_of_block
 from .engine.beside import Fork
 from .engine.torch_state import has_no_hooks
-from .flex_ma import FlexMA, prepare_decay_rates
+from .flex_ma import FlexMA, PooledState, prepare_decay_rates
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
 from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow
 
-__all__ = ["MMATE", "MMATEState"]
+__all__ = ["MMATE", "MMATEState", "PooledMMATEState"]
+
+
+class PooledMMATEState(NamedTuple):
+    """As `PooledState`, with the text window's, which is overwritten if it is donated; None = it has none."""
+
+    conv: Tensor
+    scan: Tensor
+    rows: Tensor
+    window: WindowState | None
+
+    @property
+    def flex_ma(self) -> PooledState:
+        """Flex-MA's part."""
+        return PooledState(self.conv, self.scan, self.rows)
 
 
 class MMATE(reference.MMATE):

@@ -61,8 +61,9 @@ DEFINITIONS = {
     ),
     "generate": (
         "One greedy token of `generate()` after a prompt of that length with a video's pixels: the median of"
-        " the times between two tokens, of which generate() waits for each. Busy as above, the difference of "
-        "34 tokens and 2 over 32; the teacher's cache is Hugging Face's own."
+        " the times between two tokens. generate() waits for each before it launches the next, from graphs"
+        " for the one before. Busy as above, the difference of 34 tokens and 2 over 32; the teacher's cache"
+        " is Hugging Face's own."
     ),
     "watching": (
         "One `watch.see` of a block of frames, from arrays of pixels on: processor, vision tower, decoder. "

@@ -40,7 +40,7 @@ OTHERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 TEMPLATE = Path(__file__).parents[2] / "reference" / "demo" / "chat_template.jinja"
 CLIPS = 4  # different blocks, seen in turn
 WARM = 4  # blocks before the timed ones: compiled, tuned, captured
-TEACHER_WARM = 1
+LEAST = 5  # timed ones
 LAST = 32768  # tokens whose keys and values a sliding cache keeps
 SEEN = (32768, 262144, 1048576, 2097152)  # tokens before the teacher's block
 SEEN_QUICK = (1024,)
@@ -186,7 +186,7 @@ def time_blocks(see: Callable[[], object], setting: Setting, most: int = 100) ->
 
     synchronize(setting)
     once = waited()
-    count = min(max(int(4 * setting.seconds / once), 5), most)
+    count = min(max(int(4 * setting.seconds / once), LEAST), most)
     times = [waited() for _ in range(count)]
     start = time.perf_counter()
     for _ in range(count):
@@ -273,8 +273,7 @@ def measure_teacher(pair: Pair, stream: Stream, seen: int, slides: bool, setting
             part = slice(-seen, None) if slides else slice(seen)
             layer.keys, layer.values = layer.keys[:, :, part], layer.values[:, :, part]
 
-    for _ in range(TEACHER_WARM):
-        see()
+    see()
     timing, share = time_blocks(see, setting, most=20)
     busy = busy_seconds(see) if setting.device.type == "cuda" else None
     per_token = 2 * len(cache.layers) * text["num_key_value_heads"] * dim * setting.dtype.itemsize

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -34,17 +34,39 @@ class Packing:
     age: (
         Tensor | None
     )  # (B, L): inputs that each, once moved, has before it in its sample; None = all there are
+    given: Tensor | None  # (B, L): the order in which the inputs are to be read; None = as they are
 
     @classmethod
     def of(cls, inputs: ConvInputs) -> Packing:
-        mask, begins = inputs.mask, inputs.begins
+        mask, begins, given = inputs.mask, inputs.begins, inputs.order
         if mask is None:
-            return cls(None, None, None, None if begins is None else ages(begins))
+            return cls(None, None, None, None if begins is None else ages(begins), given)
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)
         counts = mask.sum(1, keepdim=True)
-        if begins is None:
-            return cls(mask, order, counts, None)
-        return cls(mask, order, counts, ages(begins_by_rank(begins, mask.cumsum(1) - 1).gather(1, order)))
+        age = None if begins is None else begins_by_rank(begins, mask.cumsum(1) - 1).gather(1, order)
+        return cls(mask, order, counts, None if age is None else ages(age), given)
+
+    @cached_property
+    def absent(self) -> Tensor:
+        """(B, L, 1) bool: places behind the valid tokens."""
+        return ~self.mask.gather(1, self.order)[..., None]
+
+    @cached_property
+    def back(self) -> Tensor:
+        """(B, L): the place of each token, the inverse of `order`."""
+        return self.order.argsort(dim=1)
+
+    @cached_property
+    def taken(self) -> Tensor | None:
+        """(B, L): the input that stands at each place; None = they are as they were."""
+        if self.mask is None or self.given is None:
+            return self.given if self.mask is None else self.order
+        return self.given.gather(1, self.order)
+
+    @cached_property
+    def returned(self) -> Tensor:
+        """(B, L): the place of each input, the inverse of `taken`."""
+        return self.taken.argsort(dim=1)
 
     def reached(self, tensor: Tensor, steps: int) -> Tensor:
         """(B, L, channels) of moved tokens, 0 where the input so many steps before is of another sample."""
@@ -63,17 +85,31 @@ class Packing:
             age = torch.where(self.counts > 0, self.age.gather(1, (self.counts - 1).clamp_min(0)), len(steps))
         return torch.where((age >= steps)[..., None], tensor, 0)
 
+    def pack_inputs(self, inputs: Tensor) -> Tensor:
+        """(B, L, channels), inputs -> valid tokens in the given order, zeros after them."""
+        moved = in_order(inputs, self.taken)
+        return moved if self.mask is None else moved.masked_fill_(self.absent, 0)
+
     def pack(self, tensor: Tensor) -> Tensor:
-        """(B, L, channels): valid tokens first, zeros after them."""
+        """The same of what is in the given order already."""
         if self.mask is None:
             return tensor
-        return torch.where(self.mask.gather(1, self.order)[..., None], in_order(tensor, self.order), 0)
+        return in_order(tensor, self.order).masked_fill_(self.absent, 0)
 
     def unpack(self, tensor: Tensor) -> Tensor:
         """The inverse of `pack`, 0 where the mask is False."""
         if self.mask is None:
             return tensor
-        return torch.where(self.mask[..., None], in_order(tensor, self.order.argsort(dim=1)), 0)
+        return in_order(tensor, self.back).masked_fill_(~self.mask[..., None], 0)
+
+    def unpack_inputs(self, tensor: Tensor) -> Tensor:
+        """The inverse of `pack_inputs`, 0 where the mask is False; never a view."""
+        if self.taken is None:
+            return tensor.clone()
+        moved = in_order(tensor, self.returned)
+        if self.mask is None:
+            return moved
+        return moved.masked_fill_(in_order(self.absent, self.returned), 0)
 
     def last(self, padded: Tensor, states: int) -> Tensor:
         """(B, K-1): where the last K-1 inputs stand in the state followed by the packed tokens."""
@@ -101,7 +137,7 @@ def forward(inputs: ConvInputs) -> ConvOutputs:
     """The operator on the torch engine."""
     packing, found = Packing.of(inputs), []
     for part in each_part(inputs):
-        found.append(convolve(*part, inputs.order, packing))
+        found.append(convolve(*part, packing))
     outs, states = zip(*found, strict=True)
     shaped = [out.view(part.shape) for out, part in zip(outs, inputs.parts, strict=True)]
     return ConvOutputs(shaped, torch.cat(states, dim=2))
@@ -113,12 +149,11 @@ def convolve(
     bias: Tensor | None,
     start: Tensor | None,
     scale: float,
-    order: Tensor | None,
     packing: Packing,
 ) -> tuple[Tensor, Tensor]:
     """out (B, L, channels) in the dtype of `u`, and the last K-1 valid inputs in the accumulation dtype."""
     taps, length = weight.shape[1], u.shape[1]
-    padded = with_start(packing.pack(scaled(in_order(u, order), scale)), taps, start)
+    padded = with_start(scaled(packing.pack_inputs(u), scale), taps, start)
     wide = weight.to(padded.dtype)
     out = packing.reached(padded[:, :length], taps - 1) * wide[:, 0]
     for tap in range(1, taps):
@@ -132,7 +167,7 @@ def convolve(
 def backward(inputs: ConvInputs, outputs: ConvOutputs, grads: ConvOutputs) -> ConvGrads:
     """The gradients of the operator on the torch engine, in the accumulation dtype."""
     packing = Packing.of(inputs)
-    return of_each_part(partial(part_backward, order=inputs.order, packing=packing), inputs, grads)
+    return of_each_part(partial(part_backward, packing=packing), inputs, grads)
 
 
 def part_backward(
@@ -144,12 +179,11 @@ def part_backward(
     start: Tensor | None,
     scale: float,
     *,
-    order: Tensor | None,
     packing: Packing,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, weight, bias and start, none a view of another."""
     taps, length = weight.shape[1], u.shape[1]
-    padded = with_start(packing.pack(scaled(in_order(u, order), scale)), taps, start)
+    padded = with_start(scaled(packing.pack_inputs(u), scale), taps, start)
     wide, grad = weight.to(padded.dtype), packing.pack(out_grad.to(padded.dtype))
     padded_grad = torch.zeros_like(padded)
     last = packing.last(padded, taps - 1)[..., None].expand(-1, -1, u.shape[2])
@@ -159,9 +193,8 @@ def part_backward(
         shifted, reaching = slice(tap, tap + length), packing.reached(grad, taps - 1 - tap)
         padded_grad[:, shifted].addcmul_(reaching, wide[:, tap])
         weight_grad[:, tap] = (reaching * padded[:, shifted]).sum((0, 1))
-    u_grad = scaled(packing.unpack(padded_grad[:, taps - 1 :]), scale)
     return (
-        u_grad.clone() if order is None else in_order(u_grad, order.argsort(dim=1)),
+        scaled(packing.unpack_inputs(padded_grad[:, taps - 1 :]), scale),
         weight_grad,
         None if bias is None else grad.sum((0, 1)),
         None if start is None else padded_grad[:, : taps - 1].clone(),

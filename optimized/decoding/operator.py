@@ -129,7 +129,8 @@ class TextStepInputs(NamedTuple):
     """What Flex-MA's token needs between its projections and its output projection.
 
     Args:
-        scan_state: (B, H, N, P) in the accumulation dtype, contiguous: overwritten with the new state.
+        scan_state: (B, H, N, P) in the accumulation dtype, contiguous: overwritten with the new state. With
+            `rows` (R, H, N, P), a pool, each of whose rows is contiguous.
         conv_state: (B, K-1, channels); None = no convolution.
         x, B, C: (B, G, P), (B, G, N), (B, H, N), before `scale` and convolution.
         rate: (B, H), dt before its softplus.
@@ -140,6 +141,7 @@ class TextStepInputs(NamedTuple):
         valid: (B,) bool; other rows keep their states and give 0. None = all.
         scale: of C.
         eps: of the norm.
+        rows: (B,) int64, which row of the pool is each one's; None = its own.
         engine: "triton" or "torch"; None = by the tensors.
     """
 
@@ -158,6 +160,7 @@ class TextStepInputs(NamedTuple):
     valid: Tensor | None
     scale: float
     eps: float
+    rows: Tensor | None = None
     engine: str | None = None
 
 
@@ -170,7 +173,8 @@ class TextStepOutputs(NamedTuple):
 
 def text_step_outputs(inputs: TextStepInputs) -> TextStepOutputs:
     """Shapes and dtypes of the outputs."""
-    x, conv_weight, (batch, heads, _, head_dim) = inputs.x, inputs.conv_weight, inputs.scan_state.shape
+    x, conv_weight, (_, heads, _, head_dim) = inputs.x, inputs.conv_weight, inputs.scan_state.shape
+    batch = len(x)
     channels = sum(part.shape[1] * part.shape[2] for part in (x, inputs.B, inputs.C))
     before = 0 if conv_weight is None else conv_weight.shape[1] - 1
     dtype = x.dtype if conv_weight is None else inputs.scan_state.dtype

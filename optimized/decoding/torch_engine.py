@@ -111,8 +111,9 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
     split = xBC[:, 0].split([part[0].numel() for part in parts], dim=1)
     x, B, C = (part.view(like.shape) for part, like in zip(split, parts, strict=True))
     dt, A = F.softplus(inputs.rate.to(wide)), -torch.exp(inputs.A_log.to(wide))
-    y, scan_state = scan_step(StepInputs(inputs.scan_state, x, dt, A, B, C, inputs.D, valid))
-    inputs.scan_state.copy_(scan_state)
+    rows = slice(None) if inputs.rows is None else inputs.rows
+    y, scan_state = scan_step(StepInputs(inputs.scan_state[rows], x, dt, A, B, C, inputs.D, valid))
+    inputs.scan_state[rows] = scan_state
     if inputs.norm_weight is not None:
         y = rms_norm_per_head(y[:, None], inputs.norm_weight, inputs.eps)[:, 0]
     y = y.to(inputs.x.dtype).flatten(1)

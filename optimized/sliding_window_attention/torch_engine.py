@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...reference.numerics import accumulation_dtype
+from ..layout.tokens import gather_tokens
 from .operator import SlidingGrads, SlidingInputs, SlidingOutputs, StepInputs, StepOutputs
 
 BLOCK = 64  # tokens at most
@@ -51,13 +52,16 @@ class Blocks:
     def write_tokens(self, rows: Tensor, tensor: Tensor) -> None:
         """(B, n, G, H/G·C, ·) into (B, L + 1, H, ·), whose last token stands for none."""
         by_head = rows.unflatten(3, (-1, self.token.shape[2])).permute(0, 1, 4, 2, 3, 5).flatten(3, 4)
-        tensor[row_numbers(self.token), self.token] = by_head.to(tensor.dtype)
+        place = flat_places(self.token, tensor)
+        tensor.flatten(0, 1).index_copy_(0, place, by_head.flatten(0, 2).to(tensor.dtype))
 
     def add_keys(self, rows: Tensor, tensor: Tensor) -> None:
         """Add (B, n, G, R, ·) to (B, M + 1, G, ·): C keys of every block at once, all of them different."""
-        size = self.token.shape[2]
+        size, flat = self.token.shape[2], tensor.flatten(0, 1)
         for part in (slice(first, first + size) for first in range(0, self.key.shape[2], size)):
-            tensor[row_numbers(self.key), self.key[:, :, part]] += rows[:, :, :, part].transpose(2, 3)
+            place = flat_places(self.key[:, :, part], tensor)
+            found = rows[:, :, :, part].transpose(2, 3).flatten(0, 2)
+            flat.index_copy_(0, place, found.add_(flat.index_select(0, place)))
 
 
 def row_numbers(index: Tensor) -> Tensor:
@@ -65,11 +69,16 @@ def row_numbers(index: Tensor) -> Tensor:
     return torch.arange(index.shape[0], device=index.device)[:, None, None]
 
 
+def flat_places(index: Tensor, tensor: Tensor) -> Tensor:
+    """Places of (B, n, C) in the rows of (B, length, ...), laid end to end: (B·n·C,)."""
+    return (index + row_numbers(index) * tensor.shape[1]).flatten()
+
+
 def gathered(tensor: Tensor, index: Tensor) -> Tensor:
     """(B, length, ·, ·) at (B, n, C) -> (B, n, C, ·, ·), 0 where the index is `length`."""
     outside = index == tensor.shape[1]
-    rows = tensor[row_numbers(index), index.masked_fill(outside, 0)]
-    return rows.masked_fill(outside[..., None, None], 0)
+    rows = gather_tokens(tensor, flat_places(index.masked_fill(outside, 0), tensor))
+    return rows.view(*index.shape, *tensor.shape[2:]).masked_fill_(outside[..., None, None], 0)
 
 
 def blocks(inputs: SlidingInputs) -> Iterator[Blocks]:
@@ -81,8 +90,9 @@ def blocks(inputs: SlidingInputs) -> Iterator[Blocks]:
     if valid is not None:
         order = (~valid).int().argsort(dim=1, stable=True)  # what is there comes first
         count = valid.sum(1)[:, None, None]
-    size, reach = min(BLOCK, keys), min(window, keys) - 1
+    size = min(BLOCK, keys)
     total = -(-keys // size)
+    reach = 0 if total == 1 else min(window, keys) - 1  # of one block, all keys are its own
     step = max(1, SLAB_ELEMENTS.get(device.type, 2**20) // (batch * heads * size * (size + reach)))
     for first in range(0, total, step):
         start = torch.arange(first, min(first + step, total), device=device)[:, None] * size  # (n, 1)

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from ..causal_conv import causal_conv
 from ..checks import require
 from ..flex_ma import FlexMA, FlexMAState
-from ..layout import VisionLayout
+from ..layout import VisionLayout, samples_of
 from ..m_mate import MMATE, MMATEState
 from ..numerics import (
     accumulation_dtype,
@@ -116,6 +116,35 @@ class Route:
         return tensor.flatten()[self.arrived][self.arrange]
 
 
+class Samples:
+    """The samples of packed rows, beside where rows are cut.
+
+    Args:
+        ids: (B, L) int64, the sample of each token of the prompt; those of invalid tokens say nothing.
+        valid: (B, L) bool.
+        edges: where slices begin, and L.
+
+    Attributes:
+        open: of each edge, (B,): the sample of the last valid token before it, less than all ids if none.
+        passes: of each slice, (B,) bool: nothing in it is of another sample than its edge's.
+    """
+
+    def __init__(self, ids: Tensor, valid: Tensor, edges: list[int]) -> None:
+        self.ids, self.valid = ids, valid
+        none = ids.amin() - 1
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = torch.where(valid, places, -1).cummax(1).values  # the last valid token up to each
+        found = torch.where(last < 0, none, ids.gather(1, last.clamp(min=0)))
+        self.open = [found[:, edge - 1] if edge else none.expand(len(ids)) for edge in edges]
+        slices = [slice(*pair) for pair in pairwise(edges)]
+        own = (ids[:, part] == self.open[rank][:, None] for rank, part in enumerate(slices))
+        self.passes = [(same | ~valid[:, part]).all(1) for same, part in zip(own, slices, strict=True)]
+
+    def first(self, part: slice) -> Tensor:
+        """(B, 1): the sample of a slice's first valid token."""
+        return self.ids[:, part].gather(1, self.valid[:, part].int().argmax(1, keepdim=True))
+
+
 class ContextParallel:
     """The operators of a block over one prompt, of one layout, split by tokens over the ranks of a mesh.
 
@@ -149,6 +178,13 @@ class ContextParallel:
             self.made[key] = make()
         return self.made[key]
 
+    def samples(self, sequence: Tensor | None, valid: Tensor | None) -> Samples | None:
+        """What the ids (B, L) of packed rows say of this prompt; None = a row is one sample."""
+        if sequence is None:
+            return None
+        valid = torch.ones_like(sequence, dtype=torch.bool) if valid is None else valid
+        return self.once("samples", lambda: Samples(sequence, valid, self.edges))
+
     @property
     def slice(self) -> slice:
         """This rank's tokens among those of the prompt."""
@@ -159,6 +195,10 @@ class ContextParallel:
         must = f"dimension {dim} must be the prompt's {self.edges[-1]} tokens"
         require(tensor.shape[dim] == self.edges[-1], "ContextParallel.local", must, tuple(tensor.shape))
         return tensor.narrow(dim, self.slice.start, self.lengths[self.rank])
+
+    def local_or_none(self, tensor: Tensor | None) -> Tensor | None:
+        """`local`, of nothing None."""
+        return None if tensor is None else self.local(tensor)
 
     def exchange(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
         """All-to-all along the first dimension, with a gradient."""
@@ -192,8 +232,8 @@ class ContextParallel:
         return Route(self.owner[position], position + rows * order.shape[1], self)
 
     @without_autocast
-    def causal_conv(self, u, weight, bias=None, *, mask=None, initial_state=None):
-        """`causal_conv` of this rank's u (B, n, channels) with the prompt's mask (B, L).
+    def causal_conv(self, u, weight, bias=None, *, mask=None, initial_state=None, sequence=None):
+        """`causal_conv` of this rank's u (B, n, channels) with the prompt's mask and sequence (B, L).
 
         Returns:
             This rank's output, and the state after the whole prompt.
@@ -202,16 +242,18 @@ class ContextParallel:
         mine, ends = None if mask is None else self.local(mask), initial_state
         if taps > 1:
             there = initial_state is not None
-            mine_before, after = self.pass_tails([u.to(dtype)], mask, taps - 1, [initial_state], there)
+            samples, before = self.samples(sequence, mask), [initial_state]
+            mine_before, after = self.pass_tails([u.to(dtype)], mask, taps - 1, before, there, samples)
             ((initial_state,), _), ((ends,), _) = mine_before, after
-        out, end = self.operators.causal_conv(u, weight, bias, mask=mine, initial_state=initial_state)
+        given = {"mask": mine, "initial_state": initial_state, "sequence": self.local_or_none(sequence)}
+        out, end = self.operators.causal_conv(u, weight, bias, **given)
         return out, end if taps == 1 else ends
 
     @without_autocast
     def sliding_window_attention(
-        self, q, k, v, window, *, asks=None, valid=None, initial_state=None, **given
+        self, q, k, v, window, *, asks=None, valid=None, initial_state=None, sequence=None, **given
     ):
-        """`sliding_window_attention` of this rank's q, k, v with the prompt's asks and valid (B, L).
+        """`sliding_window_attention` of this rank's q, k, v with the prompt's asks, valid, sequence (B, L).
 
         Returns:
             This rank's output, and the state after the whole prompt.
@@ -220,15 +262,25 @@ class ContextParallel:
         before = (None, None) if initial_state is None else (initial_state.k, initial_state.v)
         there = False if initial_state is None else initial_state.present
         if window > 1:
-            states = self.pass_tails([k, v], valid, window - 1, before, there)
+            samples = self.samples(sequence, valid)
+            states = self.pass_tails([k, v], valid, window - 1, before, there, samples)
             initial_state, after = (WindowState(*kept, present) for kept, present in states)
         o, end = self.operators.sliding_window_attention(
-            q, k, v, window, asks=asks, valid=mine, initial_state=initial_state, **given
+            q,
+            k,
+            v,
+            window,
+            asks=asks,
+            valid=mine,
+            initial_state=initial_state,
+            sequence=self.local_or_none(sequence),
+            **given,
         )
         return o, after if window > 1 else end
 
-    def pass_tails(self, tensors, valid, size, before, present):
-        """The last `size` valid tokens before this rank, and those after the prompt.
+    def pass_tails(self, tensors, valid, size, before, present, samples: Samples | None = None):
+        """The last `size` valid tokens before this rank, and those after the prompt; of packed rows, those of
+        the sample that goes on.
 
         Args:
             tensors: this rank's, (B, n, ...) each.
@@ -236,12 +288,14 @@ class ContextParallel:
             size: at least 1.
             before: what stood before the prompt, (B, size, ...) each, or None.
             present: which of it there is, (B, size) bool, or one bool for all.
+            samples: of packed rows; None = a row is one sample.
         Returns:
             twice: (B, size, ...) of each tensor, oldest first, and (B, size) bool, which of them there are.
         """
         batch, device = tensors[0].shape[0], tensors[0].device
         nothing = [t.new_zeros(batch, size, *t.shape[2:]) for t in tensors]
         padded = [torch.cat(pair, 1) for pair in zip(nothing, tensors, strict=True)]
+        valid = valid if samples is None else samples.valid
         if valid is None:
             tails, counts = [t[:, -size:] for t in padded], torch.tensor(self.lengths, device=device)
             counts = counts.expand(batch, -1)
@@ -259,8 +313,15 @@ class ContextParallel:
             for b, t in zip(before, tails, strict=True)
         ]
         column = torch.arange(there.shape[1], device=device)
-        mine = there & (column < (self.rank + 1) * size)
-        return last_where(mine, size, *history), last_where(there, size, *history)
+        mine, after = there & (column < (self.rank + 1) * size), there
+        if samples is not None:
+            parts = [slice(*pair) for pair in pairwise(self.edges)]
+            ids, kept = ([F.pad(each[:, part], (size, 0)) for part in parts] for each in (samples.ids, valid))
+            ids = [last_where(k, size, i)[0][0] for i, k in zip(ids, kept, strict=True)]
+            ids = torch.cat([ids[0].new_zeros(batch, size), *ids], 1)  # of `history`; none stood before
+            mine = mine & (ids == samples.first(self.slice))
+            after = after & (ids == samples.open[-1][:, None])
+        return last_where(mine, size, *history), last_where(after, size, *history)
 
     @without_autocast
     def window_attention(self, q, k, v, window_id, *, scale=None, key=None):
@@ -271,11 +332,16 @@ class ContextParallel:
         """
         make = partial(self.to_windows, window_id)
         route, here = make() if key is None else self.once(key, make)
-        # One token of zeros more, in a window of its own: every rank runs the operator and its gradient, also
-        # where no token is in a window, so that the collectives of backward pair up.
-        arrived = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in map(route.there, (q, k, v))]
+        arrived, has_more = [route.there(each) for each in (q, k, v)], False
+        if torch.is_grad_enabled() or not len(arrived[0]):
+            # One token of zeros more, in a window of its own: every rank runs the operator and its gradient,
+            # also where no token is in a window, so that the collectives of backward pair up.
+            arrived, has_more = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in arrived], True
+        if not has_more:
+            bare = here[:, :-1]
+            here = bare if key is None else self.once((key, "bare"), lambda: bare)
         o = self.operators.window_attention(*(t[None] for t in arrived), here, scale=scale)
-        return route.back(o[0, :-1])
+        return route.back(o[0, :-1] if has_more else o[0])
 
     def to_windows(self, window_id: Tensor) -> tuple[Route, Tensor]:
         """The route to the ranks that compute the windows (B, L), and the ids there, (1, M + 1)."""
@@ -291,16 +357,32 @@ class ContextParallel:
 
     @without_autocast
     def bidirectional_scan(
-        self, x, dt, A, B, C, *, gate, segment=None, valid=None, D=None, initial_state=None
+        self,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        *,
+        gate,
+        segment=None,
+        valid=None,
+        D=None,
+        initial_state=None,
+        sequence=None,
     ):
-        """`bidirectional_scan` of this rank's tokens in scan order; segment and valid (B, L) of the prompt.
+        """`bidirectional_scan` of this rank's tokens in scan order; segment, valid and sequence (B, L) of the
+        prompt.
 
         Returns:
             This rank's y (B, n, H, P), and the state after the whole prompt.
         """
         dtype = accumulation_dtype(x.dtype)
         mine, own = (None if each is None else self.local(each) for each in (valid, segment))
-        y, end = self.operators.bidirectional_scan(x, dt, A, B, C, gate=gate, segment=own, valid=mine, D=D)
+        samples = self.samples(sequence, valid)
+        given = {"gate": gate, "segment": own, "valid": mine, "D": D}
+        given["sequence"] = self.local_or_none(sequence)
+        y, end = self.operators.bidirectional_scan(x, dt, A, B, C, **given)
         steps = dt.to(dtype)  # (B, n, H)
         if mine is not None:
             steps = zero_where_masked(steps, mine[..., None])
@@ -312,11 +394,17 @@ class ContextParallel:
         wide = dtype if learns else x.dtype
         y = y.to(wide)
         start = torch.zeros_like(end) if initial_state is None else initial_state.to(dtype)
-        forward = self.fold(end, torch.exp(A * steps.sum(1)), start)  # eq. (1)
+        decay = torch.exp(A * steps.sum(1))
+        if samples is not None:
+            decay = decay * samples.passes[self.rank][:, None]
+        forward = self.fold(end, decay, start)  # eq. (1)
         if learns or self.rank > 0 or initial_state is not None:
             kept = torch.exp(A * steps.cumsum(1))  # (B, n, H), of what entered
             if own is not None:
                 kept = kept * torch.where(own[..., None] >= 0, gate, 1)
+            if samples is not None:
+                goes_on = self.local(samples.ids) == samples.open[self.rank][:, None]
+                kept = zero_where_masked(kept, goes_on[..., None])
             y = plus_reads(y, kept, C, forward[self.rank])  # eq. (2)
         cut, is_cut = (None, False) if own is None else self.once("cuts", lambda: self.cuts(segment))
         if is_cut:
@@ -373,6 +461,7 @@ class ContextParallel:
         valid: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         state: MMATEState | None = None,
+        sequence: Tensor | None = None,
     ) -> tuple[Tensor, MMATEState]:
         """`MMATE.forward` of this rank's tokens.
 
@@ -381,17 +470,21 @@ class ContextParallel:
             u: (B, n, D), this rank's.
             layout, valid: of the whole prompt, L tokens.
             position_embeddings: (cos, sin), each (B or 1, n, N), this rank's.
-            state: the state before the prompt, the same on every rank.
+            state: the state before the prompt, the same on every rank; of packed rows None.
+            sequence: (B, L) int64, the samples of packed rows, where no layout says them; None = one a row.
         Returns:
             This rank's (B, n, D), and the state after the whole prompt, the same on every rank.
         """
         config = block.config
-        if layout is not None and layout.sequence is not None:
-            raise NotImplementedError("ContextParallel.m_mate: the row must be one sample, got packed ones")
-        y, after = self.flex_ma(block.flex_ma, u, layout, valid, position_embeddings, state)
+        sequence = samples_of("ContextParallel.m_mate", layout, sequence)
+        must = "packed rows must have no state before them"
+        require(sequence is None or state is None, "ContextParallel.m_mate", must, "a state")
+        given = {"sequence": sequence}
+        y, after = self.flex_ma(block.flex_ma, u, layout, valid, position_embeddings, state, **given)
         window = None if state is None else state.window
         if layout is not None or config.text_window:
-            local, window = self.local_swin(block.local_swin, u, layout, valid, position_embeddings, window)
+            rest = (layout, valid, position_embeddings, window)
+            local, window = self.local_swin(block.local_swin, u, *rest, **given)
             mixes = valid if config.text_window else layout.is_vision
             mixes = None if mixes is None else self.local(mixes)
             (logit,) = self.operators.narrow_products(u, [block.mix_proj])
@@ -400,7 +493,9 @@ class ContextParallel:
         window = None if window is None else WindowState(*(tensor.clone() for tensor in window))
         return y, MMATEState(conv, scan, window)
 
-    def flex_ma(self, flex, u, layout, valid, position_embeddings, state) -> tuple[Tensor, FlexMAState]:
+    def flex_ma(
+        self, flex, u, layout, valid, position_embeddings, state, sequence=None
+    ) -> tuple[Tensor, FlexMAState]:
         """`FlexMA.forward` of this rank's tokens; arguments as for `m_mate`."""
         xBC, dt, gate = self.project(flex, u, position_embeddings)
         route = None
@@ -413,13 +508,24 @@ class ContextParallel:
         conv_state = xBC.new_zeros(len(u), 0, xBC.shape[2])
         if flex.config.conv_kernel:
             weights = (flex.conv_weight, flex.conv_bias)
-            xBC, conv_state = self.causal_conv(xBC, *weights, mask=valid, initial_state=conv_start)
+            given = {"mask": valid, "initial_state": conv_start, "sequence": sequence}
+            xBC, conv_state = self.causal_conv(xBC, *weights, **given)
         x, B, C = FlexMA.split(flex, xBC)
         A = -torch.exp(flex.A_log.to(dt.dtype))
         has_reverse = layout is not None and flex.config.reverse_scan
         segment = layout.segment if has_reverse else None
         y, scan_state = self.bidirectional_scan(
-            x, dt, A, B, C, gate=gate, segment=segment, valid=valid, D=flex.D, initial_state=scan_start
+            x,
+            dt,
+            A,
+            B,
+            C,
+            gate=gate,
+            segment=segment,
+            valid=valid,
+            D=flex.D,
+            initial_state=scan_start,
+            sequence=sequence,
         )
         if route is not None:
             y = route.back(y.flatten(0, 1))
@@ -437,7 +543,7 @@ class ContextParallel:
         dt = F.softplus(rates[0])
         return xBC, dt, torch.full_like(dt, 0.5) if flex.config.text_only else torch.sigmoid(rates[1])
 
-    def local_swin(self, swin, u, layout, valid, position_embeddings, state):
+    def local_swin(self, swin, u, layout, valid, position_embeddings, state, sequence=None):
         """`LocalSwin.forward` of this rank's tokens; arguments as for `m_mate`."""
         q, k, v = swin.project_heads(u)
         q, k = (self.operators.apply_rope(each, position_embeddings) for each in (q, k))
@@ -448,9 +554,8 @@ class ContextParallel:
             mixed, takes_part = self.window_attention(q, k, v, windows, key=key), layout.is_vision
         if swin.config.text_window:
             asks = None if layout is None else ~layout.is_vision
-            near, state = self.sliding_window_attention(
-                q, k, v, swin.config.text_window, asks=asks, valid=valid, initial_state=state
-            )
+            given = {"asks": asks, "valid": valid, "initial_state": state, "sequence": sequence}
+            near, state = self.sliding_window_attention(q, k, v, swin.config.text_window, **given)
             mixed, takes_part = mixed + near, valid
         output = swin.o_proj(mixed.flatten(2))
         if takes_part is not None:

@@ -61,21 +61,22 @@ class Context:
     def split(self, kwargs: dict[str, Any], sequence: Tensor | None, operators: Operators):
         """Return the `SplitForward` of a forward's arguments; None = a decoded token, which is not split.
 
+        Args:
+            kwargs: of the forward, changed in place.
+            sequence: (B, L) int64, the samples of packed rows; None = one a row.
+            operators: what each rank runs.
         Raises:
-            ValueError: for packed rows, for router logits, for fewer tokens than ranks, and for a negative
-                `logits_to_keep`.
+            ValueError: for router logits, for fewer tokens than ranks, and for a negative `logits_to_keep`.
         """
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE_NAME)
         length = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         if length == 1 and past:
             return None
-        must, hint = "a row must be one sample", "pad the batch instead"
-        require(sequence is None, WHERE, must, "packed rows", hint)
         routers = "output_router_logits"
         require(not kwargs.get(routers), WHERE, f"{routers} must be off", "the load of all experts' tokens")
         lengths = self.lengths(length, self.mesh.size())
-        return SplitForward(ContextParallel(self.mesh, lengths, operators), kwargs, past)
+        return SplitForward(ContextParallel(self.mesh, lengths, operators), kwargs, past, sequence)
 
 
 @contextmanager
@@ -140,6 +141,7 @@ class SplitForward:
         parallel: who holds which tokens.
         kwargs: the forward's arguments, changed in place: what is asked of the head becomes this rank's.
         past: S.
+        sequence: (B, L) int64, the samples of packed rows, of the whole prompt; None = one a row.
 
     Attributes:
         valid: (B, L) bool, True = not padding, of the whole prompt; None = all.
@@ -147,8 +149,11 @@ class SplitForward:
         last: how many of the last tokens every rank's head gets; 0 = it gets the rank's own.
     """
 
-    def __init__(self, parallel: ContextParallel, kwargs: dict[str, Any], past: int) -> None:
+    def __init__(
+        self, parallel: ContextParallel, kwargs: dict[str, Any], past: int, sequence: Tensor | None = None
+    ) -> None:
         self.parallel, self.past, self.length = parallel, past, parallel.edges[-1]
+        self.sequence = sequence
         mask = kwargs.get("attention_mask")
         valid = None if mask is None else mask[:, -self.length :].bool()
         self.valid = None if valid is None or bool(valid.all()) else valid
@@ -197,7 +202,8 @@ class SplitForward:
     def m_mate(
         self, block: MMATE, u: Tensor, layout: VisionLayout | None, **given: Any
     ) -> tuple[Tensor, MMATEState]:
-        """`ContextParallel.m_mate` under this forward's padding."""
+        """`ContextParallel.m_mate` under this forward's padding and samples, which a layout says itself."""
+        given["sequence"] = self.sequence if layout is None else None
         return self.parallel.m_mate(block, u, layout, valid=self.valid, **given)
 
     def everything_before(self, keys: Tensor) -> Tensor:

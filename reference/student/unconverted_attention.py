@@ -130,8 +130,8 @@ def split_attention(
 ) -> Tensor:
     """Causal softmax attention of this rank's queries, the last n of the T tokens up to its own last.
 
-    Without padding there is no mask of n · T booleans: flash attention knows which corner the diagonal ends
-    in.
+    Without padding and packed rows there is no mask of n · T booleans: flash attention knows which corner the
+    diagonal ends in.
 
     Args:
         query: (B, H, n, N).
@@ -142,11 +142,17 @@ def split_attention(
     """
     key, value = split.everything_before(key), split.everything_before(value)
     length, total, mask = query.shape[2], key.shape[2], None
-    if split.valid is not None or (split.past and split.attention_mask is not None):
+    padded = split.valid is not None or (split.past and split.attention_mask is not None)
+    if padded or split.sequence is not None:
         keys = torch.arange(total, device=query.device)
         queries = keys[total - length :, None]
-        seen = split.attention_mask[:, None, :total].bool()
-        mask = (((keys <= queries) & seen) | (keys == queries))[:, None]  # (B, 1, n, T)
+        seen = keys <= queries
+        if padded:
+            seen = seen & split.attention_mask[:, None, :total].bool()
+        if split.sequence is not None:
+            samples = split.sequence[:, None, :total]
+            seen = seen & (samples == samples[..., total - length :].mT)
+        mask = (seen | (keys == queries))[:, None]  # (B, 1, n, T)
     elif 1 < length < total:
         mask = causal_lower_right(length, total)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]

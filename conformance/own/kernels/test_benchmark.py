@@ -429,7 +429,9 @@ def shallow() -> models.Pair:
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_blocks_of_frames_are_measured_for_several_streams(shallow, together):
+def test_blocks_of_frames_are_measured_for_several_streams(shallow, monkeypatch, together):
+    monkeypatch.setattr(watching, "WARM", 1)
+    monkeypatch.setattr(watching, "LEAST", 2)
     stream = watching.Stream(4, 2, 2, together)
     values = watching.measure_watching(shallow, "LinMU", stream, SETTING)
     assert values["frames_per_second"] == pytest.approx(4 / values["seconds_in_a_row"])

@@ -54,6 +54,7 @@ PRODUCTS = {
     "errors": 0,
     "errors_gradient": 0,
     "text_step": 0,
+    "text_step_pooled": 0,
     "project_one": 0,
     "project_four": 0,
     "link": 0,

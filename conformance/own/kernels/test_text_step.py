@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linmu import optimized, reference
+from linmu.optimized.flex_ma import PooledState
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 from linmu.reference.student.cache import CACHE_NAME
@@ -81,6 +82,21 @@ def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
         found = last_token(module, case, DonatedState(*state))
     for name, tensor in found.items():
         assert_exact(tensor, wanted[name], case, name)
+
+
+@torch.no_grad()
+def test_a_state_in_a_pool_is_overwritten_there_and_no_other():
+    """As the plugin of vLLM keeps them; the kernel's turn is in trial_step.py."""
+    torch.manual_seed(0)
+    config = optimized.LinMUConfig(width=8, heads=4, groups=2, head_dim=4)
+    module, u = optimized.FlexMA(config, 0), torch.randn(3, 1, 8)
+    state = FlexMAState(torch.randn(3, config.conv_kernel - 1, config.conv_channels), torch.randn(3, 4, 4, 4))
+    y, after = module(u, state=state)
+    rows, pool = torch.tensor([5, 1, 3]), torch.full((7, 2, 4, 4, 4), float("nan"))[:, 1]
+    pool[rows] = state.scan
+    found, pooled = module(u, state=PooledState(state.conv, pool, rows))
+    assert torch.equal(found, y) and torch.equal(pooled.conv, after.conv) and pooled.scan is pool
+    assert torch.equal(pool[rows], after.scan) and pool[::2].isnan().all()
 
 
 @flex(cases=module_cases(["float32"], layout=TOKENS), share=0.3)

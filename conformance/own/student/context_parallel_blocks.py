@@ -25,10 +25,17 @@ def prompts() -> list[torch.Tensor]:
     return [torch.tensor([film, whole]), torch.tensor([whole, film])]
 
 
+def samples() -> torch.Tensor:
+    """The rows of `prompts`' second, as packed ones: samples of one token, of a whole segment, of text."""
+    whole = [0] * 24 + [1, 2]
+    film = [4] * 17 + [3] + [7] * 5 + [9] * 3
+    return torch.tensor([whole, film])
+
+
 SPLITS = {2: [[1, 25], [9, 17], [24, 2]], 3: [[10, 10, 6], [12, 1, 13]], 4: [[7, 6, 2, 11], [1, 1, 23, 1]]}
 
 
-def compare(mesh, lengths, coords, layer, masked, started, backend):
+def compare(mesh, lengths, coords, layer, masked, started, backend, packed=False):
     torch.manual_seed(layer)
     config = reference.LinMUConfig(
         width=8, heads=4, groups=2, head_dim=4, text_window=4, window_thw=(2, 2, 2), half_life=(2, 40)
@@ -44,7 +51,8 @@ def compare(mesh, lengths, coords, layer, masked, started, backend):
     if masked:
         valid[0, -3:] = False
         valid[1, -2:] = False
-    layout = (optimized if backend else reference).VisionLayout(coords)
+    sequence = samples() if packed else None
+    layout = (optimized if backend else reference).VisionLayout(coords, sequence)
     state = None
     if started:
         with torch.no_grad():
@@ -154,6 +162,8 @@ def work() -> None:
                 options = (bool(number % 2), layer >= 2, number == 1)
                 try:
                     compare(mesh, lengths, coords, layer, *options)
+                    packed = (prompts()[1], layer, bool(number % 2), False, number == 1, True)
+                    compare(mesh, lengths, *packed)
                 except Exception as error:
                     raise AssertionError(f"rank {rank} of {lengths}, layer {layer}, {options}") from error
         if rank < ranks == 2:

@@ -111,6 +111,33 @@ def learns(case: Case, mesh: DeviceMesh, lengths: Lengths) -> None:
         )
 
 
+def packs(case: Case, mesh: DeviceMesh, lengths: Lengths) -> None:
+    """Rows of several samples: logits are the rank's, losses and gradients add up."""
+    sequence, labels = torch.zeros_like(case.labels), case.labels.clone()
+    for row, valid in enumerate(case.inputs["attention_mask"].bool()):
+        places = valid.nonzero().flatten()
+        sequence[row, places[2] :], sequence[row, places[-1]] = 3, 1
+        labels[row, places[0]] = -100  # which padding, where logits may be anything, would foretell
+    if case.student.prompt_layout is not None:  # whose first picture is not cut
+        is_picture = case.student.placeholder_mask(case.inputs["input_ids"][1:])
+        sequence[1, : int(is_picture.int().argmax())] = 3
+    given = {**case.inputs, "labels": labels, "linmu_sequence": sequence, "use_cache": False}
+    wanted = case.student(**given)
+    wanted.loss.backward()
+    whole = gradients(case.student)
+    with context_parallel(case.student, mesh, lengths):
+        outputs = case.student(**given)
+        mine = case.student.context.slice(case.length)
+        outputs.loss.backward()
+    found = gradients(case.student)
+    valid = case.inputs["attention_mask"][:, mine].bool()
+    torch.testing.assert_close(outputs.logits[valid], wanted.logits[:, mine][valid], **NEAR)
+    assert not torch.allclose(wanted.logits[1, -1], case.logits[1, -1], atol=1e-3)  # samples matter
+    for name, gradient in found.items():
+        dist.all_reduce(gradient, group=mesh.get_group())
+        torch.testing.assert_close(gradient, whole[name], **ROUNDED, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def states(cache: Any) -> list[Tensor]:
     """What each layer of a cache keeps."""
     kept = []
@@ -184,7 +211,11 @@ class Taught:
     def learn(self, objective: reference.Objective) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss's terms, and the gradients."""
         lesson = self.student.linmu_backend.Lesson(self.student, objective)
-        terms = lesson(labels=self.labels, **self.inputs)
+        inputs = dict(self.inputs)
+        if objective is OBJECTIVES[1]:  # packed: text, then the rest; one token at the end of each
+            inputs["linmu_sequence"] = torch.zeros_like(self.labels)
+            inputs["linmu_sequence"][:, -1:] = 1
+        terms = lesson(labels=self.labels, **inputs)
         terms["loss"].backward()
         lesson.close()
         return {name: term.detach() for name, term in terms.items()}, gradients(self.student)
@@ -207,8 +238,6 @@ def refuses(case: Case, mesh: DeviceMesh) -> None:
     """What cannot be split is said to be so, on every rank, before anything is sent."""
     ids = case.inputs["input_ids"]
     with context_parallel(case.student, mesh):
-        with pytest.raises(ValueError, match="a row must be one sample, got packed rows"):
-            case.student(input_ids=ids, linmu_sequence=torch.zeros_like(ids))
         with pytest.raises(ValueError, match="lengths must be 3 numbers >= 1"):
             case.student(input_ids=ids[:, :2])
         with pytest.raises(ValueError, match="output_router_logits must be off"):
@@ -234,6 +263,7 @@ def work(cases: dict[str, Case], lesson: Taught) -> None:
                 learns(cases[family], mesh, lengths)
                 if ranks == 3:
                     goes_on(cases[family], mesh, lengths)
+                    packs(cases[family], mesh, lengths)
             except Exception as error:
                 raise AssertionError(f"{family}, rank {dist.get_rank()} of {ranks}") from error
     teaches(lesson, mesh, UNEVEN)

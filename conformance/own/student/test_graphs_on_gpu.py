@@ -70,7 +70,8 @@ def test_a_layers_norm_and_gate_are_those_of_hugging_face(dtype, rows):
     twice = max(2 * torch.finfo(dtype).eps, 1e-6)  # the order of the sum may turn both roundings
     torch.testing.assert_close(normed, norm(x + more), rtol=twice, atol=1e-5)
     gate, up = (torch.randn(2, rows, 4864, device="cuda").to(dtype) for _ in range(2))
-    torch.testing.assert_close(gate_product(GateInputs(gate, up, "triton")), F.silu(gate) * up)
+    found, also = gate_product(GateInputs(gate, up, "triton")), max(twice, 1.3e-6)  # the last bit of exp may
+    torch.testing.assert_close(found, F.silu(gate) * up, rtol=also, atol=1e-5)
 
 
 @FLOATS

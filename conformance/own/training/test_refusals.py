@@ -305,10 +305,6 @@ def test_data_of_broken_samples_alone_are_refused_by_both_in_the_same_words(data
         (["--seed", str(2**32)], "--seed must be from 0 to 2³² - 1, got 4294967296"),
         (["--stage_i.mixer", "0"], "must be above 0, got a stage without a loss"),
         (["--context_parallel", "0"], "--context_parallel must be at least 1, got 0"),
-        (
-            ["--context_parallel", "2", "--packing", "--packing_tokens", "9"],
-            "--context_parallel and --packing must not both be given, got both",
-        ),
     ],
 )
 def test_a_rate_or_weight_that_is_no_number_is_refused_at_the_start(data, tmp_path, capsys, given, says):

@@ -139,11 +139,11 @@ def convolved(
 
 @triton.jit
 def text_step_kernel(
-    STATE, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, Y,
-    x_batch, b_batch, c_batch, scale, eps,
+    STATE, PLACE, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, Y,
+    state_batch, x_batch, b_batch, c_batch, scale, eps,
     HEADS: tl.constexpr, RATIO: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, TAPS: tl.constexpr,
     ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
 ):  # fmt: skip
     """`torch_engine.text_step` for one head, N = P; STATE is overwritten."""
     head = tl.program_id(0) % HEADS
@@ -153,7 +153,8 @@ def text_step_kernel(
     channels: tl.constexpr = 2 * grouped + HEADS * P
     n, p = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P)
     at = batch * HEADS + head
-    tile = STATE + at * (P * P) + n[:, None] * P + p[None, :]
+    row = tl.load(PLACE + batch) if HAS_PLACE else batch
+    tile = STATE + row * state_batch + head * (P * P) + n[:, None] * P + p[None, :]
     valid = batch >= 0
     if HAS_VALID:
         valid = tl.load(VALID + batch) != 0
@@ -232,13 +233,14 @@ def project(inputs: ProjectionInputs) -> ProjectionOutputs:
 
 def text_step(inputs: TextStepInputs) -> TextStepOutputs:
     """The operator on a Triton kernel."""
-    batch, heads, size, _ = inputs.scan_state.shape
+    batch, (_, heads, size, _) = len(inputs.x), inputs.scan_state.shape
     groups, conv_weight, conv_state = inputs.x.shape[1], inputs.conv_weight, inputs.conv_state
     x, B, C = (rows_of(tensor.flatten(1)) for tensor in (inputs.x, inputs.B, inputs.C))
     taps = 0 if conv_weight is None else conv_weight.shape[1]
     outputs = y, new_conv_state = text_step_outputs(inputs)
     text_step_kernel[(batch * heads,)](
         inputs.scan_state,
+        contiguous(inputs.rows),
         None if conv_weight is None else conv_state.float().contiguous(),
         new_conv_state,
         x,
@@ -253,6 +255,7 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
         contiguous(inputs.z),
         as_bytes(inputs.valid),
         y,
+        inputs.scan_state.stride(0),
         x.stride(0),
         B.stride(0),
         C.stride(0),
@@ -268,6 +271,7 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
         HAS_NORM=inputs.norm_weight is not None,
         HAS_Z=inputs.z is not None,
         HAS_VALID=inputs.valid is not None,
+        HAS_PLACE=inputs.rows is not None,
         num_warps=WARPS[size > 64],
     )
     return outputs

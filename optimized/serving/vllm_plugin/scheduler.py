@@ -5,12 +5,13 @@ vLLM's `disable_chunked_mm_input` does not suffice: a chunk that begins exactly 
 
 from __future__ import annotations
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 
-class WholeBlocksScheduler(Scheduler):
-    """vLLM's scheduler; what would end inside a block ends before it, and waits for a step with room."""
+class WholeBlocks:
+    """Before one of vLLM's: what would end inside a block ends before it, and waits for a step with room."""
 
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args, **kwargs
@@ -21,6 +22,14 @@ class WholeBlocksScheduler(Scheduler):
             request, num_computed_tokens, tokens, *args, **kwargs
         )
         return inputs, whole_tokens(pictures, num_computed_tokens, tokens), *rest
+
+
+class WholeBlocksScheduler(WholeBlocks, Scheduler):
+    """Plans a step when the tokens of the one before are there."""
+
+
+class AsyncWholeBlocksScheduler(WholeBlocks, AsyncScheduler):
+    """Plans a step while the GPU works on the one before."""
 
 
 def whole_tokens(pictures: list[tuple[int, int]], past: int, tokens: int) -> int:

@@ -31,8 +31,9 @@ class StudentSettings(VerifyAndUpdateConfig):
         """
         check_settings(vllm_config)
         scheduling = vllm_config.scheduler_config
-        scheduling.scheduler_cls = "linmu.optimized.serving.vllm_plugin.scheduler.WholeBlocksScheduler"
-        scheduling.async_scheduling = False  # that scheduler is a synchronous one
+        scheduling.async_scheduling = bool(scheduling.async_scheduling)  # if asked for
+        kind = "AsyncWholeBlocksScheduler" if scheduling.async_scheduling else "WholeBlocksScheduler"
+        scheduling.scheduler_cls = f"{__package__}.scheduler.{kind}"
         scheduling.disable_chunked_mm_input = True  # vLLM then refuses images longer than a step
         choose_graphs(vllm_config)
         os.environ[RUNNER] = "0"  # the other runner keeps positions in int32, too narrow for `positions`

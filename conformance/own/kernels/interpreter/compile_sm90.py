@@ -73,7 +73,8 @@ CONV = {
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK, "KEYS": 256}
 TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
-TOKEN |= {"HAS_VALID": True}
+TOKEN |= {"HAS_VALID": True, "HAS_PLACE": False}
+POOLED_TOKEN = TOKEN | {"HAS_PLACE": True}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
@@ -234,6 +235,14 @@ KERNELS = {
     "errors": ("losses.kernels_hidden", "errors_kernel", ERRORS, 4, 3, ERROR_POINTERS),
     "errors_gradient": ("losses.kernels_hidden", "errors_gradient_kernel", ERRORS, 4, 3, ERROR_POINTERS),
     "text_step": ("decoding.kernels.text_step", "text_step_kernel", TOKEN, "step", 3, TOKEN_POINTERS),
+    "text_step_pooled": (
+        "decoding.kernels.text_step",
+        "text_step_kernel",
+        POOLED_TOKEN,
+        "step",
+        3,
+        TOKEN_POINTERS | {"PLACE": "*i64"},
+    ),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
 }

@@ -18,6 +18,7 @@ from linmu.optimized.decoding.kernels import text_step as text_step_kernels
 from linmu.optimized.elementwise import kernels_layer as layer_kernels
 from linmu.optimized.elementwise.operator import AddNormInputs, GateInputs, add_norm, gate_product
 from linmu.optimized.engine.operator import Operator
+from linmu.optimized.flex_ma import PooledState
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 from linmu.reference.m_mate import DonatedMMATEState, MMATEState
@@ -43,6 +44,22 @@ BATCHES = (1, 2, 3, 5)  # the last one has too many rows for a launch of all pro
 def step(module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: FlexMAState) -> Results:
     y, state = module(u, valid=valid, position_embeddings=angles, state=state)
     return {"output": y, "conv state": state.conv, "scan state": state.scan}
+
+
+def in_pool(state: FlexMAState) -> PooledState:
+    """The state in a pool of strided rows, not in their order, the others NaN."""
+    rows = 2 * torch.arange(len(state.scan)).flip(0) + 1
+    pool = torch.full((2 * len(state.scan) + 1, 2, *state.scan.shape[1:]), float("nan"))[:, 1]
+    pool[rows] = state.scan
+    return PooledState(state.conv, pool, rows)
+
+
+def check_pool(found: Results, pooled: PooledState, wanted: Results) -> None:
+    """As donated, and of the pool the rows alone are written."""
+    assert found["scan state"] is pooled.scan
+    torch.testing.assert_close(found["output"], wanted["output"], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(pooled.scan[pooled.rows], wanted["scan state"], rtol=0, atol=0)
+    assert pooled.scan[::2].isnan().all()
 
 
 def check_block(dtype: str) -> None:
@@ -139,8 +156,11 @@ def main(dtype: str) -> None:
             with watch_memory():
                 donated = DonatedState(*(tensor.clone() for tensor in state))
                 got = step(module, u, valid, angles, donated)
+                pooled = in_pool(state)
+                among = step(module, u, valid, angles, pooled)
             optimized.set_engine(None)
             assert got["scan state"] is donated.scan
+            check_pool(among, pooled, got)
             if valid is not None:
                 for results in (got, truth, wanted):
                     results["output"] = results["output"].where(valid[..., None], 0)
