@@ -123,14 +123,15 @@ def samples_at_borders(length: int) -> list[list[slice]]:
 def check_samples_at_borders(backend: Any, case: Case) -> None:
     """Two rows whose samples begin where chunks may, and fill several: none reads the one before.
 
-    Without padding, and with some inside the samples and at the end of one.
+    Without a mask, and with padding inside the samples and at the end of one.
     """
     samples = samples_at_borders(case.shape[1])
     holes = Numbers(case.seed + 8).some(*case.shape, share=0.9)
     holes[0, [sample.start for sample in samples[0]]] = True
     holes[1, samples[1][-2].stop - 20 : samples[1][-2].stop] = False
     mask = next(name for name in ("mask", "valid") if name in case.inputs())
-    for each in (case, case.changed(**{mask: holes})):
+    bare = dict.fromkeys({mask, "segment"} & case.inputs().keys())
+    for each in (case.changed(**bare), case.changed(**{mask: holes})):
         compare_with_samples_alone(backend, PackedCase(each, samples=samples))
 
 

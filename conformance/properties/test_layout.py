@@ -17,7 +17,8 @@ from ..harness import second_formulation
 from ..harness.compare import assert_exact, check_form, report
 from ..harness.layouts import Layout, Text, Vision, layouts
 from ..harness.operator_cases import property_of
-from ..harness.operator_checks import memory_of, oddly_strided
+from ..harness.operator_checks import memory_of
+from ..harness.strides import oddly_strided
 
 AXES = {0: (1, 2, 3), 1: (1, 3, 2), 2: (2, 3, 1), 3: (3, 2, 1)}  # columns of coords, most significant first
 

@@ -404,3 +404,44 @@ def test_graphs_are_captured_of_decoding_steps_only_and_only_if_asked_for():
         chosen(CUDAGraphMode.FULL_AND_PIECEWISE)
     support = StateMetadataBuilder.get_cudagraph_support(None, None)
     assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def rounded_to_fp8(weight: torch.Tensor, scale: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `vllm._custom_ops.scaled_fp8_quant` on a GPU."""
+    wide = (weight.float() / scale).clamp(-448, 448)
+    return wide.to(torch.float8_e4m3fn), scale
+
+
+def test_fp8_rounds_the_mlps_and_leaves_the_blocks(tmp_path, monkeypatch):
+    """vLLM's kernel of a CPU multiplies them but does not round; its sizes are multiples of 32."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("vllm._custom_ops.scaled_fp8_quant", rounded_to_fp8)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    teacher = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **heads, **special))
+    shake_mixers(convert(teacher.bfloat16(), {"text_window": 6})).save_pretrained(tmp_path)
+    student = load(str(tmp_path)).eval()
+    prompts = [[(7 * i * i + 3 * j * j + j) % 256 for j in range(5 + 3 * i)] for i in range(12)]
+    options = {"model": str(tmp_path), "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 256}
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0, logprobs=20, detokenize=False)
+    errors = {}
+    for quantization in (None, "fp8"):
+        engine = vllm.LLM(**options, quantization=quantization, max_num_seqs=16, gpu_memory_utilization=0.3)
+        model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        kinds = {name: weight.dtype for name, weight in model.named_parameters()}
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = []
+        for prompt, output in zip(prompts, engine.generate(given, sampling, use_tqdm=False), strict=True):
+            with torch.no_grad():
+                wanted = student(input_ids=torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1)
+            pairs = output.outputs[0].logprobs[0].items()
+            found += [abs(each.logprob - wanted[token].item()) for token, each in pairs]
+        errors[quantization] = sum(found) / len(found)
+        engine.llm_engine.engine_core.shutdown()
+        del engine, model
+        cleanup_dist_env_and_memory()
+    rounded = {name for name, kind in kinds.items() if kind == torch.float8_e4m3fn}
+    assert rounded == {name for name in kinds if ".mlp." in name and name.endswith("proj.weight")}
+    assert errors[None] < 0.03 < errors["fp8"] < 0.1, errors
