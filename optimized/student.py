@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from ..reference.config import LinMUConfig
@@ -13,16 +14,18 @@ from ..reference.student import convert as reference
 from ..reference.student.backend import Backend, register_backend
 from ..reference.student.context_parallel import Operators
 from ..reference.student.model import LinMUModel
+from ..reference.window_attention import check_window_attention
 from .causal_conv import causal_conv
 from .elementwise.operator import MixInputs, mix_branches
 from .layout import VisionLayout, rows_where
+from .layout.operator import WindowPlanInputs, window_plan
 from .m_mate import MMATE
 from .projections import apply_rope, narrow_products
 from .scan import bidirectional_scan
 from .sliding_window_attention import sliding_window_attention
 from .training import Lesson
 from .vision_tower import hasten_tower
-from .window_attention import window_attention
+from .window_attention import planned_attention
 
 __all__ = ["convert", "load"]
 
@@ -32,11 +35,22 @@ def mix(y: Tensor, local: Tensor, logit: Tensor, mixes: Tensor | None) -> Tensor
     return mix_branches(MixInputs(y, local, logit, rows_where(mixes, y)))
 
 
+PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each tensor of window ids, while it lives
+
+
+def planned_once(q: Tensor, k: Tensor, v: Tensor, window_id: Tensor, *, scale: float | None = None) -> Tensor:
+    """`window_attention` as context parallel calls it: layers share their tensors of ids."""
+    check_window_attention("window_attention", q, k, v, window_id)
+    if window_id not in PLANS:
+        PLANS[window_id] = window_plan(WindowPlanInputs(window_id))
+    return planned_attention(q, k, v, window_id, PLANS[window_id], scale=scale)
+
+
 OPERATORS = Operators(
     causal_conv,
     bidirectional_scan,
     sliding_window_attention,
-    window_attention,
+    planned_once,
     apply_rope,
     narrow_products,
     mix,

@@ -88,9 +88,10 @@ class Numbers:
 
 
 def row_mask(kind: str, batch: int, length: int, numbers: Numbers) -> Tensor | None:
-    """A mask: "none" (no mask), "all", "some" (holes anywhere), "left" or "right" (ragged padding), "tail".
+    """A mask: "none" (no mask), "all", "some" (holes), "left" or "right" (ragged padding), "tail", "head".
 
-    The last three in seven tokens of every row, and a few others, are missing in a tail.
+    The last three in seven tokens of every row, and a few others, are missing in a tail; in a head the first
+    four.
     """
     if kind == "none":
         return None
@@ -98,8 +99,9 @@ def row_mask(kind: str, batch: int, length: int, numbers: Numbers) -> Tensor | N
         return torch.ones(batch, length, dtype=torch.bool)
     if kind == "some":
         return numbers.some(batch, length)
-    if kind == "tail":
-        return numbers.some(batch, length, share=0.9) & (torch.arange(length) < length * 4 // 7)
+    if kind in ("tail", "head"):
+        in_tail = torch.arange(length) >= length * 4 // 7
+        return numbers.some(batch, length, share=0.9) & (in_tail if kind == "head" else ~in_tail)
     counts = torch.randint(0, length + 1, (batch, 1), generator=numbers.generator)
     position = torch.arange(length).expand(batch, length)
     return position >= length - counts if kind == "left" else position < counts

@@ -61,19 +61,22 @@ def samples_of(shape: tuple[int, int], seed: int, layout: Layout | None) -> list
 def ids_of(samples: list[list[slice]], valid: Tensor, seed: int, draw: int) -> Tensor:
     """(B, L) int64, an id for each sample: they rise from 0, the same ones in every row.
 
-    With another `draw` they come in any order, are equal modulo 2^32 and as float32, or small and negative,
-    or the largest and the lowest there are, and those of tokens that are not valid are noise.
+    With another `draw` they come in any order, are in each row equal modulo 2^32 and as float32, or small and
+    negative, or the largest and the lowest there are, and those of tokens that are not valid are noise.
     """
     numbers, ids = Numbers(seed + 6 + draw), torch.zeros(valid.shape, dtype=torch.int64)
-    factor, first = (1, 0) if not draw else (2**32, 2**59) if seed % 2 else (1, -3)
     for row, own in enumerate(samples):
         order = torch.randperm(len(own), generator=numbers.generator) if draw else torch.arange(len(own))
         for place, sample in zip(order.tolist(), own, strict=True):
-            ids[row, sample] = place * factor + first
-            if draw and seed % 3 == 0:
-                ids[row, sample] = 2**63 - 1 - place if place % 2 else place - 2**63
+            ids[row, sample] = id_of(place, (seed + row) % 3) if draw else place
     noise = torch.randint(-3, 3, valid.shape, generator=numbers.generator)
     return torch.where(valid, ids, noise) if draw else ids
+
+
+def id_of(place: int, kind: int) -> int:
+    """What a sample in this place is called: of each kind as `ids_of` says."""
+    ends = 2**63 - 1 - place if place % 2 else place - 2**63
+    return (place * 2**32 + 2**59, place - 3, ends)[kind]
 
 
 def valid_tokens(case: Case) -> Tensor:
@@ -108,21 +111,27 @@ def sample_by_sample(operator: Callable, case: PackedCase, **given: Any) -> tupl
     return torch.cat(rows), torch.cat(states).to(end.dtype)
 
 
-BORDERS = ((0, 32, 128, 129, 256, 512), (0, 31, 64, 127, 255, 384, 513))  # of chunks, and beside them
+BORDERS = ((0, 32, 128, 129, 256, 512, 1024), (0, 31, 64, 127, 255, 384, 513))  # of chunks, and beside them
+
+
+def samples_at_borders(length: int) -> list[list[slice]]:
+    """Two rows of samples that begin at `BORDERS`."""
+    rows = ((*(start for start in starts if start < length), length) for starts in BORDERS)
+    return [[slice(*edge) for edge in pairwise(row)] for row in rows]
 
 
 def check_samples_at_borders(backend: Any, case: Case) -> None:
     """Two rows whose samples begin where chunks may, and fill several: none reads the one before.
 
-    Without padding, and with some inside the samples and at the end of one.
+    Without a mask, and with padding inside the samples and at the end of one.
     """
-    edges = [(*starts, case.shape[1]) for starts in BORDERS]
-    samples = [[slice(*edge) for edge in pairwise(row)] for row in edges]
+    samples = samples_at_borders(case.shape[1])
     holes = Numbers(case.seed + 8).some(*case.shape, share=0.9)
-    holes[0, list(edges[0][:-1])] = True
-    holes[1, edges[1][-3] - 20 : edges[1][-2]] = False
+    holes[0, [sample.start for sample in samples[0]]] = True
+    holes[1, samples[1][-2].stop - 20 : samples[1][-2].stop] = False
     mask = next(name for name in ("mask", "valid") if name in case.inputs())
-    for each in (case, case.changed(**{mask: holes})):
+    bare = dict.fromkeys({mask, "segment"} & case.inputs().keys())
+    for each in (case.changed(**bare), case.changed(**{mask: holes})):
         compare_with_samples_alone(backend, PackedCase(each, samples=samples))
 
 

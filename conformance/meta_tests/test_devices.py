@@ -8,7 +8,7 @@ from linmu import optimized, reference
 
 from ..harness.backends import Backend
 from ..harness.devices import moved
-from ..harness.operator_checks import oddly_strided
+from ..harness.strides import oddly_strided
 
 CONFIG = reference.LinMUConfig(width=6, heads=2, groups=1, head_dim=2, text_window=0)
 ELSEWHERE = Backend("linmu.optimized@meta", optimized, "meta")

@@ -22,7 +22,8 @@ RUNS = {
         # doubling holds a state for every token: at the sizes of people it takes most of the time
         (
             "-k",
-            "(reference or sizes or finite or in_every_dtype) and not (doubling and sizes or long_packed)",
+            "(reference or sizes or finite) and not (long_packed or values or 272 or rows)"
+            " and not (doubling and (sizes or long_prompts or almost))",
         ),
     ),
     "jax": (("jax_backend",), (*SCANS, "window_attention", "causal_conv"), ("--few-shapes",)),

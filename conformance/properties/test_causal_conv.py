@@ -138,6 +138,7 @@ def test_absent_arguments_mean_their_neutral_values(backend, case: ConvCase):
         bias=torch.zeros_like(case.inputs()["weight"][:, 0]),
     )
     assert_same(run(backend, neutral), wanted, case)
+    operator_checks.check_matches_the_reference(backend, neutral)  # zeros have gradients
 
 
 @conv(cases=conv_cases(length=3, taps=5, initial_state=True), share=0.5)

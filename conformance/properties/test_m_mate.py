@@ -116,6 +116,12 @@ def test_m_mate_starts_half_and_half(backend, case: ModuleCase):
     assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
 
 
+@mate(cases=module_cases(), share=0.1)
+def test_gradients_at_the_start_match_the_reference(backend, case: ModuleCase):
+    """Parameters that start at 0 are no absent ones: they learn."""
+    check_module(initial(backend, NAME, case), reference, NAME, case)
+
+
 @mate(cases=module_cases())
 def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase):
     """m = 1 is Flex-MA, m = 0 is Local-Swin, wherever that has an output."""

@@ -127,7 +127,7 @@ def test_strong_decay_and_tiny_steps_match_the_reference(backend, case: StepCase
     given = case.inputs()
     strong = case.changed(A=torch.full_like(given["A"], -30000.0))
     tiny = case.changed(dt=1e-5 * given["dt"], state=torch.zeros_like(given["state"]))
-    none = case.changed(dt=torch.zeros_like(given["dt"]))
+    none = case.changed(dt=torch.zeros_like(given["dt"]), D=torch.zeros_like(given["A"]))
     for changed in (strong, tiny, none, case.changed(dt=1e4 * given["dt"])):
         operator_checks.check_matches_the_reference(backend, changed)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -306,10 +305,8 @@ def test_long_packed_rows_with_padding_match_attention_under_a_mask(backend, cas
 def test_samples_may_begin_where_blocks_do(backend):
     """Windows of a block or more, samples that begin at its borders and beside them."""
     case = large_cases.sliding(640, 2, 1, 3, 150, batch=2)
-    edges = [(*starts, 640) for starts in packed_rows.BORDERS]
-    samples = [[slice(*edge) for edge in pairwise(row)] for row in edges]
     everyone = torch.ones(case.shape, dtype=torch.bool)
-    sequence = packed_rows.ids_of(samples, everyone, seed=1, draw=1)
+    sequence = packed_rows.ids_of(packed_rows.samples_at_borders(640), everyone, seed=1, draw=1)
     check_matches_attention_under_a_mask(backend, case.changed(sequence=sequence))
 
 

@@ -60,10 +60,10 @@ DEFINITIONS = {
         "forward from one graph of exactly that prompt. Nothing is compiled by torch, in neither model."
     ),
     "generate": (
-        "One greedy token of `generate()` after a prompt of that length with a video's pixels: the median of "
-        "the times between two tokens. generate() waits for each before it launches the next, but from "
-        "graphs for the one before. Busy as above, the difference of 34 tokens and 2 over 32; the teacher's "
-        "cache is Hugging Face's own."
+        "One greedy token of `generate()` after a prompt of that length with a video's pixels: the median of"
+        " the times between two tokens. generate() waits for each before it launches the next, from graphs"
+        " for the one before. Busy as above, the difference of 34 tokens and 2 over 32; the teacher's cache"
+        " is Hugging Face's own."
     ),
     "watching": (
         "One `watch.see` of a block of frames, from arrays of pixels on: processor, vision tower, decoder. "

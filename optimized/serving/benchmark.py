@@ -10,13 +10,15 @@ own settings but for these: a student's decoding steps run from CUDA graphs, and
 - *prompt*: time to first token and time between tokens of requests whose prompts are computed.
 - *pool*: how many tokens (teacher) or requests (student) fit in the memory that vLLM has left for them.
 
-It appends a JSON line for each to `--out` as soon as it is measured; `report` makes a table of such files.
+It appends a JSON line for each to `--out` as soon as it is measured, and ends within `--budget`; `report`
+makes tables and a plot of such files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-WHERE = "linmu.optimized.serving.benchmark"
+from .report import COMMAND, SHORT, report
+
 SIZES = {
     "7b": {  # the decoder of Qwen/Qwen2.5-VL-7B-Instruct
         "hidden_size": 3584,
@@ -45,7 +48,6 @@ SIZES = {
 }
 LENGTHS = (32768, 2048, 131072, 8192)  # the most telling first
 COUNTS = (256, 1, 16, 64)
-SHORT = 16  # tokens of a prompt that is no part of what is measured
 STEPS = (4, 68)  # tokens that two runs generate; the difference is timed
 ANSWER = 17  # tokens after a prompt
 HELD = 64  # tokens that a request may add
@@ -57,26 +59,38 @@ def main() -> None:
     if arguments.who == "report":
         report(arguments.out, Path(arguments.folder))
         return
-    begun = time.perf_counter()
-    llm = engine(arguments)
-    out = Path(arguments.out[0])
+    begun, out = time.perf_counter(), Path(arguments.out[0])
     common = {"who": arguments.who, "quantization": arguments.quantization, "size": arguments.size}
     common |= {"sync": arguments.sync or None}
-    write(out, common | {"cell": "start", "seconds": round(time.perf_counter() - begun, 1)} | versions())
-    room = pool(llm, arguments)
-    write(out, common | {"cell": "pool"} | room)
-    for cell in cells(arguments, room):
-        spent = time.perf_counter() - begun
-        if spent > arguments.budget:
-            write(out, common | cell | {"skipped": f"{spent:.0f} s were spent"})
-            continue
-        measure = decoding if cell["cell"] == "decoding" else prompt
-        write(out, common | cell | measure(llm, arguments, cell["length"], cell["requests"]))
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.signal(signal.SIGTERM, out_of_time)
+    signal.alarm(arguments.budget)
+    llm = None
+    try:
+        llm = engine(arguments)
+        write(out, common | {"cell": "start", "seconds": round(time.perf_counter() - begun, 1)} | versions())
+        room = pool(llm, arguments)
+        write(out, common | {"cell": "pool"} | room)
+        for cell in cells(arguments, room):
+            measure = decoding if cell["cell"] == "decoding" else prompt
+            left = arguments.budget - (time.perf_counter() - begun)
+            write(out, common | cell | measure(llm, arguments, cell["length"], cell["requests"], left))
+    except TimeoutError as error:
+        write(out, common | {"cell": "end", "skipped": str(error)})
+    finally:
+        signal.alarm(0)
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()  # it holds the GPU in a process of its own
+
+
+def out_of_time(number: int, frame) -> None:
+    """End what runs: a signal's handler."""
+    raise TimeoutError("the budget was spent" if number == signal.SIGALRM else "ended from outside")
 
 
 def parse() -> argparse.Namespace:
     """Return the command's options."""
-    parser = argparse.ArgumentParser(prog=f"python -m {WHERE}", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n\n")[0])
     parser.add_argument("who", choices=("student", "teacher", "report"))
     parser.add_argument("--out", nargs="+", default=["serving.jsonl"], help="files of JSON lines")
     parser.add_argument("--folder", default="optimized/results/serving", help="where `report` writes")
@@ -88,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU that vLLM may use")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs; a CPU has none")
     parser.add_argument("--sync", action="store_true", help="a student's steps planned one after another")
-    parser.add_argument("--budget", type=float, default=600, help="seconds after which no cell is begun")
+    parser.add_argument("--budget", type=int, default=600, help="seconds after which it ends, start included")
     return parser.parse_args()
 
 
@@ -180,8 +194,8 @@ def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[
         return {"cell": kind, "length": length, "requests": requests}
 
     if arguments.who == "student":
-        yield cell("decoding", None, min(arguments.most, room["blocks"]))
-        yield from (cell("decoding", None, count) for count in arguments.counts)
+        for count in sorted({*arguments.counts, arguments.most}):
+            yield cell("decoding", None, min(count, room["blocks"]))
     else:
         for length in arguments.lengths:
             most = room["held"][str(length)]
@@ -212,19 +226,30 @@ def run(llm, size: str, length: int, requests: int, tokens: int, filled: bool) -
     return time.perf_counter() - begun, outputs
 
 
-def decoding(llm, arguments: argparse.Namespace, length: int | None, requests: int) -> dict[str, Any]:
-    """Time a step in which all requests decode, after prompts of `length` tokens; None = a few."""
+def decoding(
+    llm, arguments: argparse.Namespace, length: int | None, requests: int, left: float
+) -> dict[str, Any]:
+    """Time a step in which all requests decode, after prompts of `length` tokens; None = a few.
+
+    Nothing is timed if, by the first run, it would not end in the seconds that are left.
+    """
     asked = (arguments.size, length or SHORT, requests)
     filled = arguments.who == "teacher"
-    run(llm, *asked, STEPS[0], filled)
-    short = min(run(llm, *asked, STEPS[0], filled)[0] for _ in range(2))
+    first, _ = run(llm, *asked, STEPS[0], filled)
+    admission, _ = run(llm, *asked, STEPS[0], filled)
+    if first + 4 * admission > left:
+        return {"skipped": f"{admission:.1f} s a run, {left - first - admission:.0f} s were left"}
+    short = min(admission, run(llm, *asked, STEPS[0], filled)[0])
     long, _ = run(llm, *asked, STEPS[1], filled)
     step = (long - short) / (STEPS[1] - STEPS[0])
-    return {"ms_a_step": round(1e3 * step, 3), "tokens_per_second": round(requests / step, 1)}
+    found = {"ms_a_step": round(1e3 * step, 3), "tokens_per_second": round(requests / step, 1)}
+    return found | {"seconds_of_short_run": round(short, 3)}
 
 
-def prompt(llm, arguments: argparse.Namespace, length: int, requests: int) -> dict[str, Any]:
+def prompt(llm, arguments: argparse.Namespace, length: int, requests: int, left: float) -> dict[str, Any]:
     """Time prompts that are computed, and the tokens after them; the second of two runs."""
+    if left <= 0:
+        return {"skipped": "no time was left"}
     asked = (arguments.size, length, requests)
     if length * requests <= 2**15:
         run(llm, *asked, 2, False)
@@ -246,11 +271,6 @@ def write(path: Path, line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def report(files: list[str], folder: Path) -> None:
-    """Make README.md and decoding.png of the lines."""
-    raise NotImplementedError
 
 
 if __name__ == "__main__":

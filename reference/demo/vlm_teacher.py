@@ -228,15 +228,21 @@ def open_decoder(name: str) -> tuple[PreTrainedModel, Any, dict[str, int]]:
     return decoder, tokenizer, TOWER
 
 
-def make(options: argparse.Namespace) -> dict[str, Any]:
-    """Build, train, measure and save the teacher; return what was measured."""
-    set_seed(options.seed)
-    began = time.perf_counter()
+def build(options: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    """The model as training begins, and its tokenizer."""
     decoder, tokenizer, tower = open_decoder(options.decoder)
     tokenizer = with_vision_tokens(tokenizer)
     model = build_vlm(decoder, tokenizer, tower)
     if options.start:
         model.load_state_dict(type(model).from_pretrained(options.start).state_dict())
+    return model, tokenizer
+
+
+def make(options: argparse.Namespace) -> dict[str, Any]:
+    """Build, train, measure and save the teacher; return what was measured."""
+    set_seed(options.seed)
+    began = time.perf_counter()
+    model, tokenizer = build(options)
     write_preprocessing(options.output, tokenizer, LARGEST)
     model.save_pretrained(options.output)  # the folder is whole from the start: its processor is read back
     pack_vision(model)

@@ -332,11 +332,16 @@ class ContextParallel:
         """
         make = partial(self.to_windows, window_id)
         route, here = make() if key is None else self.once(key, make)
-        # One token of zeros more, in a window of its own: every rank runs the operator and its gradient, also
-        # where no token is in a window, so that the collectives of backward pair up.
-        arrived = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in map(route.there, (q, k, v))]
+        arrived, has_more = [route.there(each) for each in (q, k, v)], False
+        if torch.is_grad_enabled() or not len(arrived[0]):
+            # One token of zeros more, in a window of its own: every rank runs the operator and its gradient,
+            # also where no token is in a window, so that the collectives of backward pair up.
+            arrived, has_more = [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in arrived], True
+        if not has_more:
+            bare = here[:, :-1]
+            here = bare if key is None else self.once((key, "bare"), lambda: bare)
         o = self.operators.window_attention(*(t[None] for t in arrived), here, scale=scale)
-        return route.back(o[0, :-1])
+        return route.back(o[0, :-1] if has_more else o[0])
 
     def to_windows(self, window_id: Tensor) -> tuple[Route, Tensor]:
         """The route to the ranks that compute the windows (B, L), and the ids there, (1, M + 1)."""
@@ -394,7 +399,7 @@ class ContextParallel:
             decay = decay * samples.passes[self.rank][:, None]
         forward = self.fold(end, decay, start)  # eq. (1)
         if learns or self.rank > 0 or initial_state is not None:
-            kept = torch.exp(A * steps.cumsum(1))  # (B, n, H), of what entered
+            kept = torch.exp(A * sums(steps))  # (B, n, H), of what entered
             if own is not None:
                 kept = kept * torch.where(own[..., None] >= 0, gate, 1)
             if samples is not None:
@@ -409,13 +414,13 @@ class ContextParallel:
             left = zero_where_masked(steps, into_left[..., None])
             state = torch.zeros_like(end)
             if learns or self.rank > 0:
-                write = torch.exp(A * (left.cumsum(1) - left)) * left
+                write = torch.exp(A * (sums(left) - left)) * left
                 state = recomputed(written, x, B, write.to(wide)).to(dtype)
             through = [(a == b) & (a >= 0) for a, b in pairwise(cut)]  # the rank lies inside one segment
             incoming = self.fold(state, torch.exp(A * left.sum(1)), torch.zeros_like(state), through)
             if learns or self.rank + 1 < self.ranks:
                 right = zero_where_masked(steps, from_right[..., None])
-                kept = torch.exp(A * right.flip(1).cumsum(1).flip(1)) * (1 - gate)
+                kept = torch.exp(A * sums(right.flip(1)).flip(1)) * (1 - gate)
                 kept = zero_where_masked(kept, from_right[..., None])
                 y = plus_reads(y, kept, C, incoming[self.rank + 1])
         return y.to(x.dtype), forward[-1]
@@ -556,6 +561,11 @@ class ContextParallel:
         if takes_part is not None:
             output = output * self.local(takes_part)[..., None]
         return output, state
+
+
+def sums(steps: Tensor) -> Tensor:
+    """The sums of steps (B, n, H) up to each token. Along memory: a GPU runs over H columns one by one."""
+    return steps.mT.contiguous().cumsum(-1).mT
 
 
 def plus_reads(y: Tensor, kept: Tensor, C: Tensor, state: Tensor) -> Tensor:

@@ -37,9 +37,12 @@ def test_a_tested_version_is_taken(registered):
     assert registered("0.32.1") == list(vllm_plugin.MODELS)
 
 
-def test_a_version_that_was_only_read_is_taken_with_a_warning(registered):
-    with pytest.warns(RuntimeWarning, match="it was not tried"):
-        assert registered("0.26.0") == list(vllm_plugin.MODELS)
+@pytest.mark.parametrize(
+    ("version", "reason"), [("0.25.0", "it was not tried"), ("0.26.0", "frames per second")]
+)
+def test_a_version_that_was_tried_in_part_is_taken_with_a_warning(registered, version, reason):
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert registered(version) == list(vllm_plugin.MODELS)
 
 
 @pytest.mark.parametrize("version", ["0.27.1", "0.33.0"])

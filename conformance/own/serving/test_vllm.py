@@ -253,11 +253,18 @@ def test_a_cut_picture_is_refused_by_the_layer():
 
     coords = torch.tensor([[-1] * 4, [0, 0, 0, 0], [0, 0, 0, 1], [-1] * 4])
     sizes = torch.tensor([0, 2, 2, 0])
-    step = Step((torch.zeros(1), torch.zeros(1)), coords, sizes)
-    assert step.layout(0, 4) is not None and step.layout(3, 4) is None
+
+    def layouts(*starts: int) -> list:
+        step = Step((torch.zeros(1), torch.zeros(1)), coords, sizes)
+        prompts = step.batches(SimpleNamespace(starts=list(starts), has_state=[False] * (len(starts) - 1)))
+        return [batch.layout for batch in prompts]
+
+    assert layouts(0, 4)[0] is not None and layouts(3, 4) == [None]
+    (both,) = layouts(0, 3, 4)
+    assert both.coords[1].tolist() == [[-1] * 4] * 3 and torch.equal(both.coords[0], coords[:3])
     for start, end in ((0, 2), (2, 4)):
         with pytest.raises(ValueError, match="no image or video may be cut"):
-            step.layout(start, end)
+            layouts(start, end)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +286,32 @@ def test_settings_that_no_student_can_have_are_refused(folder, options, reason):
     with pytest.raises(ValueError, match=reason):
         config = EngineArgs(**arguments | options).create_engine_config()
         MultiModalBudget(config, vllm.multimodal.MULTIMODAL_REGISTRY)
+
+
+def test_prompts_of_a_step_are_computed_together_as_far_as_padding_is_cheap():
+    from linmu.optimized.serving.vllm_plugin.layer import PADDING, batches_of
+
+    assert batches_of([1] * 256, [False] * 256) == [list(range(256))]
+    assert batches_of([5, 9, 7], [False, True, False]) == [[2, 0], [1]]  # one pass has states, one has none
+    assert batches_of([1, PADDING + 1, 1], [False] * 3) == [[1, 0], [2]]
+    for lengths in ([2**14, 100, 90, 50], [4000, 3000, 2000, 1000, 1], list(range(1, 300))):
+        found = batches_of(lengths, [False] * len(lengths))
+        assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+        for batch in found:
+            assert sum(lengths[batch[0]] - lengths[i] for i in batch) <= PADDING
+
+
+def test_a_step_computes_prompts_of_text_and_pictures_in_one_pass(served):
+    """Ten at once, of other lengths: as many passes of a block as the step has kinds, not ten."""
+    if served.ranks > 1:
+        return  # its layers are in other processes
+    passes, block = [], next(iter(served.model().states.values())).block
+    handle = block.register_forward_pre_hook(lambda block, args: passes.append(args[0].shape))
+    try:
+        served.check_all([served.request(seed) for seed in range(6000, 6010)])
+    finally:
+        handle.remove()
+    assert max(shape[0] for shape in passes if shape[1] > 1) > 2
 
 
 def test_positions_carry_coordinates_and_come_back():
@@ -371,3 +404,44 @@ def test_graphs_are_captured_of_decoding_steps_only_and_only_if_asked_for():
         chosen(CUDAGraphMode.FULL_AND_PIECEWISE)
     support = StateMetadataBuilder.get_cudagraph_support(None, None)
     assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def rounded_to_fp8(weight: torch.Tensor, scale: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `vllm._custom_ops.scaled_fp8_quant` on a GPU."""
+    wide = (weight.float() / scale).clamp(-448, 448)
+    return wide.to(torch.float8_e4m3fn), scale
+
+
+def test_fp8_rounds_the_mlps_and_leaves_the_blocks(tmp_path, monkeypatch):
+    """vLLM's kernel of a CPU multiplies them but does not round; its sizes are multiples of 32."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("vllm._custom_ops.scaled_fp8_quant", rounded_to_fp8)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08}
+    special = {"bos_token_id": None, "eos_token_id": None}
+    teacher = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **heads, **special))
+    shake_mixers(convert(teacher.bfloat16(), {"text_window": 6})).save_pretrained(tmp_path)
+    student = load(str(tmp_path)).eval()
+    prompts = [[(7 * i * i + 3 * j * j + j) % 256 for j in range(5 + 3 * i)] for i in range(12)]
+    options = {"model": str(tmp_path), "skip_tokenizer_init": True, "dtype": "bfloat16", "max_model_len": 256}
+    sampling = vllm.SamplingParams(max_tokens=1, temperature=0, logprobs=20, detokenize=False)
+    errors = {}
+    for quantization in (None, "fp8"):
+        engine = vllm.LLM(**options, quantization=quantization, max_num_seqs=16, gpu_memory_utilization=0.3)
+        model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        kinds = {name: weight.dtype for name, weight in model.named_parameters()}
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = []
+        for prompt, output in zip(prompts, engine.generate(given, sampling, use_tqdm=False), strict=True):
+            with torch.no_grad():
+                wanted = student(input_ids=torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1)
+            pairs = output.outputs[0].logprobs[0].items()
+            found += [abs(each.logprob - wanted[token].item()) for token, each in pairs]
+        errors[quantization] = sum(found) / len(found)
+        engine.llm_engine.engine_core.shutdown()
+        del engine, model
+        cleanup_dist_env_and_memory()
+    rounded = {name for name, kind in kinds.items() if kind == torch.float8_e4m3fn}
+    assert rounded == {name for name in kinds if ".mlp." in name and name.endswith("proj.weight")}
+    assert errors[None] < 0.03 < errors["fp8"] < 0.1, errors

@@ -25,7 +25,7 @@ from linmu.reference.demo.large_questions import LARGE_KINDS, LargeQuestions
 from linmu.reference.demo.large_scenes import LEVELS
 from linmu.reference.demo.packed_vision import pack_vision
 from linmu.reference.demo.train_teacher import TrainingCollator
-from linmu.reference.demo.vlm_teacher import LARGEST, learnt, make, open_decoder, parse
+from linmu.reference.demo.vlm_teacher import LARGEST, build, learnt, make, open_decoder, parse
 from linmu.reference.training.data.conversations import Conversations
 
 pytestmark = pytest.mark.trial_of_the_reference
@@ -170,8 +170,13 @@ def test_the_command_makes_a_teacher(tmp_path):
     result = make(parse(["random", "--output", str(tmp_path), *few]))
     assert result == json.loads((tmp_path / "accuracy.json").read_text())
     assert result["steps"] == dict.fromkeys(("cells", *LEVELS), 1)
-    further = make(parse(["random", "--output", str(tmp_path / "further"), "--start", str(tmp_path), *few]))
-    assert further["steps"] == dict.fromkeys(LEVELS, 1)
+
+
+def test_a_teacher_is_trained_further_from_its_own_weights(built, tmp_path):
+    _, model, folder = built
+    further, _ = build(parse(["random", "--output", str(tmp_path), "--start", str(folder)]))
+    saved = model.state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in further.state_dict().items())
 
 
 def test_a_kind_that_was_not_learnt_is_asked_no_more():

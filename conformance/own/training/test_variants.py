@@ -15,10 +15,17 @@ from linmu.reference import MMATE, Lesson, Objective, logit_loss
 from linmu.reference.demo import TEACHER
 from linmu.reference.student.backend import BACKENDS, Backend
 from linmu.reference.student.convert import convert
-from linmu.reference.training.commands.ablation import VARIANTS, table_of, variant_of, with_stages
+from linmu.reference.training.commands.ablation import (
+    OF_TEXT,
+    VARIANTS,
+    ablate,
+    table_of,
+    variant_of,
+    with_stages,
+)
 from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.main import main
-from linmu.reference.training.config import StudentSettings, check_settings
+from linmu.reference.training.config import StudentSettings, check_settings, settings_of
 from linmu.reference.training.parameter_groups import MIXER, ParameterGroup
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
@@ -248,8 +255,30 @@ def test_variants_of_the_scan_switch_one_option_off(name, option):
 
 
 def test_the_table_shows_mean_and_spread():
-    rows = [{"accuracy": 0.5, "kl": 1.0, "agreement": 0.7}, {"accuracy": 0.7, "kl": 1.0, "agreement": 0.9}]
-    assert "| full | 0.600 ± 0.141 | 1.000 ± 0.000 | 0.800 ± 0.141 |" in table_of({"full": rows})
+    rows = [
+        {"accuracy": 0.5, "perplexity": 2.0, "kl": 1.0, "agreement": 0.7},
+        {"accuracy": 0.7, "perplexity": 2.0, "kl": 1.0, "agreement": 0.9},
+    ]
+    told = "| full | 0.600 ± 0.141 | 2.000 ± 0.000 | 1.000 ± 0.000 | 0.800 ± 0.141 |"
+    assert told in table_of({"full": rows})
+
+
+def test_decoders_of_text_have_an_ablation_of_their_own(tmp_path):
+    """Each variant is another run that may be; perplexity counts, relative to the teacher's."""
+    ran: list[dict] = []
+
+    def run(config):
+        check_settings(config)
+        changed = settings_of(replace(config, output="", seed=0))
+        assert changed not in ran
+        ran.append(changed)
+        row = {"accuracy": 0.0, "perplexity": 11.0, "kl": 0.1, "agreement": 0.9}
+        return {"rows": {"teacher": {"perplexity": 10.0}, f"stage {config.stages[-1]}": row}}
+
+    flags = ["--preset", "text", "--teacher", "a", "--data", "a.jsonl", "--output", str(tmp_path)]
+    with drawn():
+        table = ablate(["--seeds", "1", *flags], run)
+    assert len(ran) == len(OF_TEXT) and "| half the text window | 0.000 ± 0.000 | 1.100 ± 0.000 |" in table
 
 
 def test_unknown_variants_are_refused():

@@ -15,8 +15,13 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import version
 
-TESTED = ("0.26.", "0.32.")  # of vLLM, whose classes the plugin subclasses; with torch 2.11 and 2.13
-READ = ("0.24.", "0.25.")  # torch 2.11: what the plugin uses is there; nobody has run it
+TESTED = ("0.32.",)  # of vLLM, whose classes the plugin subclasses; on a CPU, with torch 2.13
+PARTLY = {  # torch 2.11
+    "0.24.": "it was not tried",
+    "0.25.": "it was not tried",
+    "0.26.": "text and images were tried; videos of Qwen2.5-VL lose their "
+    "frames per second there, and with them their positions in time",
+}
 FOLDER = __name__
 MODELS = (  # by the names in a student's config.json
     "LinMUQwen2VLForConditionalGeneration",
@@ -30,16 +35,16 @@ MODELS = (  # by the names in a student's config.json
 def register() -> None:
     """Make `vllm serve FOLDER` open students; vLLM calls this in each of its processes.
 
-    It warns under a version that was only read. Under any other it warns and registers nothing, so that other
-    models run.
+    It warns under a version that was tried in part, and says which. Under any other that was not tested it
+    warns and registers nothing, so that other models run.
     """
     found = version("vllm")
     if not found.startswith(TESTED):
-        was_read = found.startswith(READ)
-        end = "it was not tried" if was_read else "none are served; pip install 'linmu[vllm]'"
+        partly = [end for start, end in PARTLY.items() if found.startswith(start)]
+        end = partly[0] if partly else "none are served; pip install 'linmu[vllm]'"
         message = f"linmu: students are served by vLLM {', '.join(TESTED)}*, got {found}: {end}"
         warnings.warn(message, RuntimeWarning, stacklevel=1)
-        if not was_read:
+        if not partly:
             return
     import transformers  # noqa: F401  # AutoConfig learns linmu_*, see linmu/reference/__init__.py
     from vllm import ModelRegistry

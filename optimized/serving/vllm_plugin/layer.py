@@ -11,6 +11,9 @@ each in its dtype. What is empty, K = 0 or W <= 1, is left out.
 
 from __future__ import annotations
 
+import itertools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -26,7 +29,10 @@ from ....reference.sliding_window_attention import DonatedWindowState
 from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
 from ...m_mate import PooledMMATEState
+from .metadata import StateMetadata
 from .positions import check_whole
+
+PADDING = 4096  # tokens in a batch of prompts; a GPU takes about as long for them as the host for a pass
 
 
 def state_shapes(config: LinMUConfig) -> dict[str, tuple[int, ...]]:
@@ -58,21 +64,81 @@ class Step:
 
     def __init__(self, angles: tuple[Tensor, Tensor], coords: Tensor | None, sizes: Tensor | None) -> None:
         self.angles, self.coords, self.sizes = angles, coords, sizes
-        self.layouts: dict[tuple[int, int], VisionLayout | None] = {}
+        self.prompts: list[Prompts] | None = None
 
-    def layout(self, start: int, end: int) -> VisionLayout | None:
-        """Return the layout of the tokens from `start` to `end`, all of one request; None = text.
+    def batches(self, metadata: StateMetadata) -> list[Prompts]:
+        """Return the step's prompts, those together that one pass computes.
 
         Raises:
-            ValueError: if they are a part of an image or a video.
+            ValueError: if one has a part of an image or a video.
         """
+        if self.prompts is None:
+            starts, has_state = metadata.starts, metadata.has_state
+            lengths = [end - start for start, end in itertools.pairwise(starts)]
+            groups = batches_of(lengths, has_state)
+            self.prompts = [self.prompts_of(group, starts, lengths, has_state[group[0]]) for group in groups]
+        return self.prompts
+
+    def prompts_of(self, which: list[int], starts: list[int], lengths: list[int], has_state: bool) -> Prompts:
+        """Return these prompts of the step's as one batch."""
+        device, longest = self.angles[0].device, max(lengths[i] for i in which)
+        end = torch.tensor([[starts[i + 1] for i in which]]).T
+        token = end + torch.arange(-longest, 0)  # (B, L): padded in front, as by generate()
+        first = torch.tensor([[starts[i] for i in which]]).T
+        padded = any(lengths[i] < longest for i in which)
+        valid = (token >= first).to(device) if padded else None
+        token = token.maximum(first).to(device)
+        layout = self.layout([(starts[i], starts[i + 1]) for i in which], token, valid)
+        return Prompts(torch.tensor(which, device=device), token, valid, layout, has_state)
+
+    def layout(
+        self, spans: list[tuple[int, int]], token: Tensor, valid: Tensor | None
+    ) -> VisionLayout | None:
+        """Return the layout of a batch of tokens, (B, L); None = text."""
         if self.coords is None:
             return None
-        if (start, end) not in self.layouts:
-            coords = self.coords[start:end]
-            check_whole(coords, self.sizes[start:end])
-            self.layouts[start, end] = VisionLayout(coords[None]) if bool((coords >= 0).any()) else None
-        return self.layouts[start, end]
+        for start, end in spans:
+            check_whole(self.coords[start:end], self.sizes[start:end])
+        coords = self.coords[token]
+        if valid is not None:
+            coords = torch.where(valid[..., None], coords, -1)
+        return VisionLayout(coords) if bool((coords >= 0).any()) else None
+
+
+class Prompts(NamedTuple):
+    """Prompts of one step, or chunks of them, that one pass computes, padded in front.
+
+    Args:
+        which: (B,) int64, of the step's prompts.
+        token: (B, L) int64, where each token is among the step's; where there is none, of any.
+        valid: (B, L) bool, where there is one; None = everywhere.
+        layout: of their pictures; None = text.
+        has_state: whether they go on from states.
+    """
+
+    which: Tensor
+    token: Tensor
+    valid: Tensor | None
+    layout: VisionLayout | None
+    has_state: bool
+
+
+def batches_of(lengths: list[int], has_state: list[bool]) -> list[list[int]]:
+    """Deal out prompts to batches: those of like lengths together, so that padding stays below PADDING.
+
+    A pass of one short prompt costs the host as much as one of many: on an H200 some 200 ms for 28 layers.
+    """
+    batches: list[list[int]] = []
+    padding = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (has_state[i], -lengths[i])):
+        longest = batches[-1][0] if batches else i
+        padding += lengths[longest] - lengths[i]
+        if batches and has_state[i] == has_state[longest] and padding <= PADDING:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+            padding = 0
+    return batches
 
 
 class StateLayer(MambaBase, nn.Module):
@@ -129,17 +195,20 @@ class StateLayer(MambaBase, nn.Module):
             y, state = self.block(tokens, position_embeddings=angles, state=before)
             output[:decodes] = y[:, 0]
             self.write(rows, state, pooled=True)
-        for i in range(metadata.num_prefills):
-            start, end = metadata.starts[i : i + 2]
-            row = metadata.state_indices_tensor_p[i : i + 1].long()
+        for prompts in self.step.batches(metadata) if metadata.num_prefills else ():
+            rows = metadata.state_indices_tensor_p[prompts.which].long()
             y, state = self.block(
-                hidden_states[None, start:end],
-                self.step.layout(start, end),
-                position_embeddings=(cos[:, start:end], sin[:, start:end]),
-                state=self.read(row) if metadata.has_state[i] else None,
+                hidden_states[prompts.token],
+                prompts.layout,
+                valid=prompts.valid,
+                position_embeddings=(cos[0, prompts.token], sin[0, prompts.token]),
+                state=self.read(rows) if prompts.has_state else None,
             )
-            output[start:end] = y[0]
-            self.write(row, state)
+            if prompts.valid is None:
+                output[prompts.token] = y
+            else:
+                output[prompts.token[prompts.valid]] = y[prompts.valid]
+            self.write(rows, state)
         return tensor_model_parallel_all_reduce(output)
 
     def read(self, rows: Tensor, pooled: bool = False) -> DonatedMMATEState | PooledMMATEState:

@@ -1,4 +1,4 @@
-"""`distill.py ablate`: the same run with one thing left out at a time, and what that costs.
+"""`distill.py ablate`: the same run with one thing left out, or changed, at a time, and what that costs.
 
 Every variant takes the same number of optimizer steps; those of a stage that is left out go to the others in
 proportion. The spread is the standard deviation over seeds.
@@ -30,24 +30,52 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "without the reverse scan": lambda base: with_mixer(base, reverse_scan=False),
     "random instead of attention init": lambda base: with_start(base, init="random"),
     "raster instead of Rotary-Major": lambda base: with_mixer(base, rotary_major=False),
+    "without the text window": lambda base: with_mixer(base, text_window=0),
+    "half the text window": lambda base: with_mixer(base, text_window=base.mixer.text_window // 2),
+    "twice the text window": lambda base: with_mixer(base, text_window=base.mixer.text_window * 2),
+    "without the convolution": lambda base: with_mixer(base, conv_kernel=0),
+    "without the scan's RoPE": lambda base: with_mixer(base, scan_rope=False),
+    "without the heads' norm": lambda base: with_mixer(base, head_norm=False),
+    "with a z gate": lambda base: with_mixer(base, output_gate=True),
+    "half-lives an eighth": lambda base: with_half_lives(base, 1 / 8),
+    "half-lives eight times": lambda base: with_half_lives(base, 8),
+    "whole MLPs instead of LoRA": lambda base: replace(
+        base, mlps=replace(base.mlps, tune="full", mlp_learning_rate=base.mlps.mlp_learning_rate / 10)
+    ),
+    "KL alone in stage iii": lambda base: replace(base, stage_iii=replace(base.stage_iii, layer=0.0)),
 }
-MEASURES = {"accuracy": "accuracy", "KL, nats": "kl", "same first choice": "agreement"}
+OF_PAPER = tuple(VARIANTS)[:9]
+# Of a decoder of text, whose only Local-Swin is its window, and which has no reverse scan and no grids.
+OF_TEXT = (
+    "full", "without stage i", "without stage ii", "without Flex-MA", "random instead of attention init",
+    *tuple(VARIANTS)[9:],
+)  # fmt: skip
+PERPLEXITY = "perplexity / teacher's"
+MEASURES = {
+    "accuracy": "accuracy",
+    PERPLEXITY: "perplexity",
+    "KL, nats": "kl",
+    "same first choice": "agreement",
+}
 
 
 def ablate(arguments: list[str], run: Callable[[Config], Any]) -> str:
-    """Run all variants with all seeds; those that are done are taken over. Returns the table.
+    """Run variants with all seeds; those that are done are taken over. Returns the table.
+
+    Unless `--variants` names others: the paper's, or with `--mixer.text_only` those of `OF_TEXT`.
 
     Args:
         arguments: --seeds and --variants, and flags of a run for all of them.
         run: distils with settings and returns what `results.json` holds.
     """
-    own, others = take_flags({"seeds": "3", "variants": ",".join(VARIANTS)}, arguments)
+    own, others = take_flags({"seeds": "3", "variants": ""}, arguments)
     seeds = whole_number("--seeds", own.seeds)
-    names = own.variants.split(",")
-    unknown = [name for name in names if name not in VARIANTS]
-    check(not unknown, f"--variants must be among {sorted(VARIANTS)}", unknown)
     named = any(flag.split("=")[0] == "--output" for flag in others)
     base = parse(others if named else [*others, "--output", "runs/ablation"])
+    of_text = base.mixer.text_only
+    names = own.variants.split(",") if own.variants else OF_TEXT if of_text else OF_PAPER
+    unknown = [name for name in names if name not in VARIANTS]
+    check(not unknown, f"--variants must be among {sorted(VARIANTS)}", unknown)
     measured = {
         name: [last_row(variant_of(base, name, base.seed + offset), run) for offset in range(seeds)]
         for name in names
@@ -56,14 +84,14 @@ def ablate(arguments: list[str], run: Callable[[Config], Any]) -> str:
     table = table_of(measured)
     write_text(folder / "ablation.json", json.dumps(measured, indent=1))
     write_text(folder / "ablation.md", table)
-    plot(measured, folder / "ablation.png")
+    plot(measured, folder / "ablation.png", PERPLEXITY if of_text else "accuracy")
     print(f"\n{table}\ntable {folder / 'ablation.md'}, plot {folder / 'ablation.png'}")
     return table
 
 
 def variant_of(base: Config, name: str, seed: int) -> Config:
     """The settings of one run of a variant."""
-    folder = Path(base.output) / name.replace(" ", "_") / f"seed_{seed}"
+    folder = Path(base.output) / name.replace(" ", "_").replace("'", "") / f"seed_{seed}"
     return replace(VARIANTS[name](base), seed=seed, output=str(folder), resume=True)
 
 
@@ -75,6 +103,12 @@ def with_start(base: Config, **changes: Any) -> Config:
 def with_mixer(base: Config, **options: Any) -> Config:
     """The same with other options of M-MATE."""
     return replace(base, mixer=replace(base.mixer, **options))
+
+
+def with_half_lives(base: Config, times: float) -> Config:
+    """The same with memories so many times as long."""
+    shortest, longest = base.mixer.half_life
+    return with_mixer(base, half_life=(shortest * times, longest * times))
 
 
 def with_stages(base: Config, kept: Sequence[str]) -> Config:
@@ -93,7 +127,8 @@ def last_row(config: Config, run: Callable[[Config], Any]) -> dict[str, float]:
     done = (folder / "student" / "config.json").is_file()
     results = json.loads((folder / "results.json").read_text()) if done else run(config)
     row = results["rows"][f"stage {config.stages[-1]}"]
-    return {measure: row[measure] for measure in MEASURES.values()}
+    relative = row["perplexity"] / results["rows"]["teacher"]["perplexity"]
+    return {measure: row[measure] for measure in MEASURES.values()} | {"perplexity": relative}
 
 
 def table_of(measured: dict[str, list[dict[str, float]]]) -> str:
@@ -113,14 +148,15 @@ def spread(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def plot(measured: dict[str, list[dict[str, float]]], image: Path) -> None:
-    """Draw the accuracy of every variant: mean, spread, and each seed as a point."""
+def plot(measured: dict[str, list[dict[str, float]]], image: Path, title: str) -> None:
+    """Draw one of `MEASURES` of every variant: mean, spread, and each seed as a point."""
     names = list(measured)[::-1]
-    accuracy = {name: [row["accuracy"] for row in measured[name]] for name in names}
+    values = {name: [row[MEASURES[title]] for row in measured[name]] for name in names}
     figure = Figure(figsize=(7, 0.4 * len(names) + 1), layout="tight")
     axis = figure.add_subplot()
-    axis.barh(names, [mean(accuracy[n]) for n in names], xerr=[spread(accuracy[n]) for n in names], alpha=0.6)
+    axis.barh(names, [mean(values[n]) for n in names], xerr=[spread(values[n]) for n in names], alpha=0.6)
     for place, name in enumerate(names):
-        axis.plot(accuracy[name], [place] * len(accuracy[name]), "k.")
-    axis.set(xlabel="held-out accuracy", xlim=(0, 1))
+        axis.plot(values[name], [place] * len(values[name]), "k.")
+    axis.set(xlabel=f"held-out {title}")
+    axis.set(**({"xlim": (0, 1)} if title == "accuracy" else {"xscale": "log"}))
     figure.savefig(image, dpi=120)

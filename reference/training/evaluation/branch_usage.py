@@ -42,10 +42,10 @@ class LayerWatch:
     @contextmanager
     def usage(self, vision: Tensor) -> Iterator[None]:
         """Within, take eq. (1) from the student's pass; `vision` (B, L) bool says which tokens count."""
-        self.sums["vision",] += float(vision.sum())
+        shares: dict[int, Tensor] = {}
         layers = enumerate(self.lesson.layers)
         hooks = [
-            layer.self_attn.mixer.register_forward_pre_hook(self._listen(index, vision), with_kwargs=True)
+            layer.self_attn.mixer.register_forward_pre_hook(listen(index, vision, shares), with_kwargs=True)
             for index, layer in layers
         ]
         try:
@@ -53,28 +53,27 @@ class LayerWatch:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _listen(self, index: int, vision: Tensor):
-        def hook(mixer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if mixer.config.text_only:
-                return  # it has neither mix nor gate
-            u = (args[0] if args else kwargs["hidden_states"])[vision]  # (tokens, D)
-            mix = torch.sigmoid(full_precision_linear(u, mixer.mix_proj))  # (tokens, 1)
-            gate = torch.sigmoid(full_precision_linear(u, mixer.flex_ma.scan_gate_proj))  # (tokens, H)
-            shares = mix * gate, mix * (1 - gate), 1 - mix  # eq. (1)
-            for way, share in zip(WAYS, shares, strict=True):
-                self.sums[way, index] += float(share.mean(-1).sum())
-
-        return hook
+        self.sums["vision",] += float(vision.sum())
+        for index, of_layer in zip(
+            shares, torch.stack([*shares.values()]).tolist() if shares else (), strict=True
+        ):
+            for way, share in zip(WAYS, of_layer, strict=True):
+                self.sums[way, index] += share
 
     def add_errors(self, name: str, outputs: list[dict[str, Tensor]], masks: dict[str, Tensor]) -> None:
         """Add the sums of eq. (2), of every layer, from what the last passes left."""
-        for index, output in enumerate(outputs):
-            sizes = energies([output["teacher"]], [*masks.values()]).tolist()
-            for (group, mask), size in zip(masks.items(), sizes, strict=True):
-                error = self.lesson.hidden_loss(output["student"], output["teacher"], mask)
+        measured = []
+        for output in outputs:
+            student, teacher = output["student"], output["teacher"]
+            errors = [self.lesson.hidden_loss(student, teacher, mask) for mask in masks.values()]
+            measured.append(
+                torch.stack([energies([teacher], [*masks.values()]), torch.stack(errors)]).double()
+            )
+        # one question to the device: each waits for all that it has to do, and for other processes' work
+        for index, of_layer in enumerate(torch.stack(measured).tolist()):
+            for group, size, error in zip(masks, *of_layer, strict=True):
                 self.sums["size", name, index, group] += size
-                self.sums["error", name, index, group] += float(error) * size
+                self.sums["error", name, index, group] += error * size
 
     def layers(self) -> list[dict[str, float]]:
         """Each layer's index, its errors, and its shares if there were vision tokens, over all processes."""
@@ -92,3 +91,19 @@ class LayerWatch:
         if tokens := sums["vision",]:
             row |= {way: sums[way, index] / tokens for way in WAYS}
         return row
+
+
+def listen(index: int, vision: Tensor, shares: dict[int, Tensor]):
+    """A hook before layer `index`'s M-MATE that puts the sums of eq. (1) over the tokens of `vision` (B, L)
+    into `shares`: (3,), in the order of `WAYS`."""
+
+    def hook(mixer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if mixer.config.text_only:
+            return  # it has no gate, and there is no vision
+        u = (args[0] if args else kwargs["hidden_states"])[vision]  # (tokens, D)
+        mix = torch.sigmoid(full_precision_linear(u, mixer.mix_proj))  # (tokens, 1)
+        gate = torch.sigmoid(full_precision_linear(u, mixer.flex_ma.scan_gate_proj))  # (tokens, H)
+        ways = mix * gate, mix * (1 - gate), 1 - mix  # eq. (1)
+        shares[index] = torch.stack([share.mean(-1).sum() for share in ways])
+
+    return hook

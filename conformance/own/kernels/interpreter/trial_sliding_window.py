@@ -28,12 +28,12 @@ SMALL = {"scale": None, "seed": 3}
 def cases(dtype: str) -> Iterator[SlidingWindowCase]:
     """Every kind of mask, windows smaller and larger than a tile, rows of several tiles, groups of heads."""
     case = partial(SlidingWindowCase, dtype=dtype, **SMALL)
-    yield case(2, 37, 4, 2, 5, 3, 20, "none", "none", False, False)
+    yield case(1, 37, 4, 2, 5, 3, 20, "none", "none", False, False)
     yield case(2, 50, 3, 1, 8, 20, 7, "some", "some", True, True)
     yield case(1, 21, 2, 2, 3, 5, 40, "left", "right", False, True)
     yield case(2, 35, 2, 1, 17, 1, 1, "right", "left", True, False)
     yield case(1, 3, 1, 1, 2, 2, 18, "none", "none", False, True)
-    yield case(2, 40, 2, 1, 3, 3, 16, "some", "none", False, False)
+    yield case(1, 40, 2, 1, 3, 3, 16, "some", "none", False, False)
 
 
 def steps(dtype: str) -> Iterator[SlidingWindowCase]:
