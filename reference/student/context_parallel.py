@@ -399,7 +399,7 @@ class ContextParallel:
             decay = decay * samples.passes[self.rank][:, None]
         forward = self.fold(end, decay, start)  # eq. (1)
         if learns or self.rank > 0 or initial_state is not None:
-            kept = torch.exp(A * steps.cumsum(1))  # (B, n, H), of what entered
+            kept = torch.exp(A * sums(steps))  # (B, n, H), of what entered
             if own is not None:
                 kept = kept * torch.where(own[..., None] >= 0, gate, 1)
             if samples is not None:
@@ -414,13 +414,13 @@ class ContextParallel:
             left = zero_where_masked(steps, into_left[..., None])
             state = torch.zeros_like(end)
             if learns or self.rank > 0:
-                write = torch.exp(A * (left.cumsum(1) - left)) * left
+                write = torch.exp(A * (sums(left) - left)) * left
                 state = recomputed(written, x, B, write.to(wide)).to(dtype)
             through = [(a == b) & (a >= 0) for a, b in pairwise(cut)]  # the rank lies inside one segment
             incoming = self.fold(state, torch.exp(A * left.sum(1)), torch.zeros_like(state), through)
             if learns or self.rank + 1 < self.ranks:
                 right = zero_where_masked(steps, from_right[..., None])
-                kept = torch.exp(A * right.flip(1).cumsum(1).flip(1)) * (1 - gate)
+                kept = torch.exp(A * sums(right.flip(1)).flip(1)) * (1 - gate)
                 kept = zero_where_masked(kept, from_right[..., None])
                 y = plus_reads(y, kept, C, incoming[self.rank + 1])
         return y.to(x.dtype), forward[-1]
@@ -561,6 +561,11 @@ class ContextParallel:
         if takes_part is not None:
             output = output * self.local(takes_part)[..., None]
         return output, state
+
+
+def sums(steps: Tensor) -> Tensor:
+    """The sums of steps (B, n, H) up to each token. Along memory: a GPU runs over H columns one by one."""
+    return steps.mT.contiguous().cumsum(-1).mT
 
 
 def plus_reads(y: Tensor, kept: Tensor, C: Tensor, state: Tensor) -> Tensor:
