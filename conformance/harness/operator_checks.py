@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -43,7 +44,8 @@ SIZES = {  # of terms that cancel
     "logit_loss": sizes_in_divergence,
 }
 HALF_AND_SINGLE = ("bfloat16", "float32")
-NOT_OF_A_BACKEND = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+HARNESS, PYTHON = str(Path(__file__).parent), sysconfig.get_path("stdlib")
+INSTALLED = ("site-packages", "dist-packages", "<")  # what has these in its path, or has none
 MAY_BE_ABSENT = {
     "mask",
     "valid",
@@ -325,18 +327,27 @@ def check_interruptions(backend: Any, case: Case) -> None:
     is shared."""
     others = case.changed(**case.inputs(draw=1))
     wanted = run(backend, case, gradients=True)
-    with interruptions(lambda: run(backend, others, gradients=True)):
+    with interruptions(backend, lambda: run(backend, others, gradients=True)):
         found = run(backend, case, gradients=True)
     assert_same(found, wanted, case)
 
 
 @contextmanager
-def interruptions(other: Callable) -> Iterator[None]:
-    """Call `other` before each line that runs for the first time, outside of torch and of the harness."""
+def interruptions(backend: Any, other: Callable) -> Iterator[None]:
+    """Call `other` before each line that runs for the first time: of the backend and of files beside it, not
+    of Python's and installed packages, such as torch, nor of this suite's harness."""
+    file = getattr(getattr(backend, "module", None), "__file__", None)
+    own = str(Path(file).parent) if file is not None else ""
+    own = "" if own.endswith(INSTALLED[:2]) else own
     seen = set()
 
+    def is_left_out(file: str) -> bool:
+        if own and file.startswith(own):
+            return False
+        return file.startswith((HARNESS, PYTHON)) or any(part in file for part in INSTALLED)
+
     def trace(frame: Any, event: str, _: Any) -> Callable | None:
-        if frame.f_code.co_filename.startswith(NOT_OF_A_BACKEND):
+        if is_left_out(frame.f_code.co_filename):
             return None
         line = frame.f_code.co_filename, frame.f_lineno
         if event == "line" and line not in seen:

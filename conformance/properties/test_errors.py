@@ -66,6 +66,7 @@ def interleaved() -> torch.Tensor:
 
 
 EMPTY_SCAN = {name: VALID["selective_scan"][name][:, :0] for name in ("x", "dt", "B", "C", "mask")}
+EMPTY_WINDOW = {name: SLIDING[name][:, :0] for name in ("q", "k", "v", "asks", "valid", "sequence")}
 EMPTY_CONV = {name: VALID["causal_conv"][name][:, :0] for name in ("u", "mask")}
 
 # operator, what is changed, and words that the message must hold: the argument (or size) and what came
@@ -122,6 +123,11 @@ WRONG: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ),
     ("scan_step", {"state": torch.ones(2, 4, 3, 3)}, ("state", "B, H, N, P", "(2, 4, 3, 3)")),
     ("scan_step", {"x": torch.ones(2, 1, 2, 6)}, ("x", "B, G, P", "(2, 1, 2, 6)")),
+    (
+        "scan_step",
+        {"x": torch.randn(2, 3, 6), "B": torch.randn(2, 3, 3)},
+        ("multiple of groups", "H=4", "G=3"),
+    ),
     ("scan_step", {"dt": torch.ones(2, 2)}, ("dt", "(2, 2)")),
     ("scan_step", {"C": torch.ones(2, 4)}, ("C", "B, H, N", "(2, 4)")),
     ("scan_step", {"valid": torch.ones(2, 1, dtype=torch.bool)}, ("valid", "(2, 1)")),
@@ -141,6 +147,12 @@ WRONG: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("sliding_window_attention", {"k": torch.randn(2, 5, 2, 4)}, ("k", "B, L, G, N", "(2, 5, 2, 4)")),
     ("sliding_window_attention", {"v": torch.randn(2, 5, 4, 6)}, ("v", "B, L, G, P", "(2, 5, 4, 6)")),
     ("sliding_window_attention", {"v": torch.ones(2, 5, 2, 6).int()}, ("v", "float", "int32")),
+    (
+        "sliding_window_attention",
+        {"k": torch.randn(2, 5, 3, 3), "v": torch.randn(2, 5, 3, 6), "initial_state": None},
+        ("multiple of groups", "H=4", "G=3"),
+    ),
+    ("sliding_window_attention", EMPTY_WINDOW, ("L", "at least 1", "0")),
     ("sliding_window_attention", {"window": 0}, ("window", "at least 1", "0")),
     ("sliding_window_attention", {"window": 2.5}, ("window", "int", "2.5")),
     ("sliding_window_attention", {"asks": torch.ones(2, 4).bool()}, ("asks", "B, L", "(2, 4)")),
@@ -258,10 +270,31 @@ def test_every_argument_is_checked(backend, operator):
             assert_says(lambda changed=changed: call(**changed), operator, words)
 
 
+OF_ANY_SIZE = {("window_attention", "v", 3)}
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [pytest.param(name, marks=pytest.mark.needs(name)) for name in VALID if name not in ONE_TENSOR],
+)
+def test_every_size_is_checked(backend, operator):
+    """An argument that is one longer along any axis fits the others no more."""
+    given, call = VALID[operator], getattr(backend, operator)
+    for name, tensor in tensors_of(given).items():
+        for axis in range(tensor.ndim):
+            if (operator, name, axis) not in OF_ANY_SIZE:
+                longer = torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)
+                changed = with_other(given, name, longer)
+                assert_says(lambda changed=changed: call(**changed), operator, ())
+
+
 WRONG_INPUTS = (
     ({"hidden_states": torch.ones(2, 5, 7)}, ("hidden_states", "B, L, D", "(2, 5, 7)")),
     ({"hidden_states": torch.ones(5, 6)}, ("hidden_states", "B, L, D", "(5, 6)")),
     ({"layout": VisionLayout(LAYOUT.only(0).coords)}, ("layout", "(B, L)", "(1, 5)")),
+    ({"valid": torch.ones(2, 5)}, ("valid", "bool", "float32")),
+    ({"valid": torch.ones(2, 4, dtype=torch.bool)}, ("valid", "B, L", "(2, 4)")),
+    ({"layout": None, "sequence": torch.ones(2, 5)}, ("sequence", "int64", "float32")),
 )
 
 
