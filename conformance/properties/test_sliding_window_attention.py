@@ -277,7 +277,7 @@ def check_matches_attention_under_a_mask(backend: Any, case: SlidingWindowCase) 
 
 @st.composite
 def model_sizes(draw: st.DrawFn) -> SlidingWindowCase:
-    sizes = {"batch": 1, "length": 1500, "heads": 2, "groups": 1, "state": 128, "head_dim": 128}
+    sizes = {"batch": 1, "length": 600, "heads": 2, "groups": 1, "state": 128, "head_dim": 128}
     masks = {"asks": "none", "valid": "none", "packed": False, "initial_state": True}
     return draw(sliding_window_cases(["float32"], window=256, scale=None, **sizes, **masks))
 

@@ -79,6 +79,9 @@ class Operators:
 class Route:
     """Which of this rank's tokens go to which rank, and where those that arrive stand.
 
+    Choice: what stays on its rank is no part of the collective, whose copies of it would cost more than what
+    travels.
+
     Args:
         destination: (B, L) int64, the rank that gets each token of the prompt.
         place: (B, L) int64, where it stands among all tokens of its destination: any sortable number.
@@ -88,32 +91,52 @@ class Route:
     def __init__(self, destination: Tensor, place: Tensor, parallel: ContextParallel) -> None:
         self.parallel = parallel
         rank, ranks = parallel.rank, parallel.ranks
-        source = parallel.owner.expand_as(destination)
-        mine = destination[:, parallel.slice].flatten()
-        self.send = mine.argsort(stable=True)  # by destination, then by row and token
-        self.send_sizes = torch.bincount(mine, minlength=ranks).tolist()
-        arriving = (destination == rank).flatten().nonzero().squeeze(1)  # by row and token of the prompt
-        sources = source.flatten()[arriving]
-        by_source = sources.argsort(stable=True)  # as they arrive
-        self.receive_sizes = torch.bincount(sources, minlength=ranks).tolist()
-        self.arrived = arriving[by_source]  # index into the (B·L) tokens of the prompt
-        self.arrange = place.flatten()[self.arrived].argsort(stable=True)
-        self.unsend, self.unarrange = self.send.argsort(), self.arrange.argsort()
+        mine = destination[:, parallel.slice].flatten()  # where this rank's N = B·n tokens go
+        leaves = mine != rank
+        order = torch.where(leaves, mine, ranks).argsort(stable=True)  # by destination, then by row and token
+        self.send_sizes = torch.bincount(mine[leaves], minlength=ranks).tolist()
+        self.send = order[: sum(self.send_sizes)]  # index into the N
+        here = (destination == rank).flatten().nonzero().squeeze(1)  # M, by row and token
+        self.arrived = here[place.flatten()[here].argsort(stable=True)]  # index into the (B·L)
+        source = parallel.owner.expand_as(destination).flatten()[self.arrived]  # the rank that has each now
+        comes = source != rank
+        order = torch.where(comes, source, ranks) * destination.numel() + self.arrived
+        self.receive_sizes = torch.bincount(source[comes], minlength=ranks).tolist()
+        self.receive = order.argsort()[: sum(self.receive_sizes)]  # index into the M, as they arrive
+        length, row = destination.shape[1], self.arrived // destination.shape[1]
+        home = row * len(mine) // len(destination) + self.arrived % length - parallel.slice.start
+        self.from_home = torch.where(comes, 0, home)  # (M,), of those that stay
+        stays = (~leaves).nonzero().squeeze(1)
+        self.to_home = torch.zeros_like(mine)  # (N,), of those that stay: their index into the M
+        self.to_home[stays] = (~comes).nonzero().squeeze(1)[home[~comes].argsort()]
 
-    def there(self, tensor: Tensor) -> Tensor:
-        """(B, n, ...) of this rank -> (M, ...), the tokens computed here, in their places."""
-        sent = tensor.flatten(0, 1)[self.send]
-        return self.parallel.exchange(sent, self.receive_sizes, self.send_sizes)[self.arrange]
+    def there(self, *tensors: Tensor) -> list[Tensor]:
+        """(B, n, ...) of this rank each, of one dtype -> (M, ...) each: those computed here, in place."""
+        flat = [tensor.flatten(0, 1) for tensor in tensors]
+        sizes = self.receive_sizes, self.send_sizes
+        return self.carried(flat, self.from_home, self.send, self.receive, *sizes)
 
     def back(self, tensor: Tensor) -> Tensor:
         """(M, ...) in their places -> (B, n, ...) of this rank."""
-        sent = tensor[self.unarrange]
-        home = self.parallel.exchange(sent, self.send_sizes, self.receive_sizes)
-        return home[self.unsend].unflatten(0, (-1, self.parallel.lengths[self.parallel.rank]))
+        if not len(tensor):  # nothing of it can be read
+            tensor = torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])])
+        sizes = self.send_sizes, self.receive_sizes
+        (home,) = self.carried([tensor], self.to_home, self.receive, self.send, *sizes)
+        return home.unflatten(0, (-1, self.parallel.lengths[self.parallel.rank]))
+
+    def carried(self, tensors, stay: Tensor, leave: Tensor, enter: Tensor, receive_sizes, send_sizes):
+        """Rows `stay` of each tensor; at `enter` those that come for the rows `leave`, in one exchange."""
+        sent = torch.cat([tensor[leave].flatten(1) for tensor in tensors], 1)
+        widths = [math.prod(tensor.shape[1:]) for tensor in tensors]
+        arrived = self.parallel.exchange(sent, receive_sizes, send_sizes).split(widths, 1)
+        return [
+            tensor[stay].index_copy_(0, enter, new.reshape(-1, *tensor.shape[1:]))
+            for tensor, new in zip(tensors, arrived, strict=True)
+        ]
 
     def of_prompt(self, tensor: Tensor) -> Tensor:
         """(B, L) known to all ranks -> (M,) of the tokens computed here, in their places."""
-        return tensor.flatten()[self.arrived][self.arrange]
+        return tensor.flatten()[self.arrived]
 
 
 class Samples:
@@ -167,9 +190,8 @@ class ContextParallel:
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         self.edges = [0, *ends]
         device = mesh.device_type
-        self.owner = torch.arange(self.ranks, device=device).repeat_interleave(
-            torch.tensor(self.lengths, device=device)
-        )
+        self.counts = torch.tensor(self.lengths, device=device)
+        self.owner = torch.arange(self.ranks, device=device).repeat_interleave(self.counts)
         self.made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -297,8 +319,7 @@ class ContextParallel:
         padded = [torch.cat(pair, 1) for pair in zip(nothing, tensors, strict=True)]
         valid = valid if samples is None else samples.valid
         if valid is None:
-            tails, counts = [t[:, -size:] for t in padded], torch.tensor(self.lengths, device=device)
-            counts = counts.expand(batch, -1)
+            tails, counts = [t[:, -size:] for t in padded], self.counts.expand(batch, -1)
         else:
             tails, _ = last_where(F.pad(valid[:, self.slice], (size, 0)), size, *padded)
             counts = torch.stack([part.sum(1) for part in valid.split(self.lengths, 1)], 1)  # (B, R)
@@ -308,9 +329,10 @@ class ContextParallel:
         there = torch.cat([present, there.flatten(1)], 1)  # (B, (R + 1)·size)
         before = [n if b is None else b.to(n.dtype) for n, b in zip(nothing, before, strict=True)]
         # All of it goes into both states: so on every rank the collectives of backward pair up.
+        every = self.gather(torch.cat([tail.flatten(2) for tail in tails], 2)).movedim(0, 1).flatten(1, 2)
+        every = every.split([math.prod(tail.shape[2:]) for tail in tails], 2)
         history = [
-            torch.cat([b, self.gather(t).movedim(0, 1).flatten(1, 2)], 1)
-            for b, t in zip(before, tails, strict=True)
+            torch.cat([b, own.unflatten(2, b.shape[2:])], 1) for b, own in zip(before, every, strict=True)
         ]
         column = torch.arange(there.shape[1], device=device)
         mine, after = there & (column < (self.rank + 1) * size), there
@@ -332,7 +354,7 @@ class ContextParallel:
         """
         make = partial(self.to_windows, window_id)
         route, here = make() if key is None else self.once(key, make)
-        arrived, has_more = [route.there(each) for each in (q, k, v)], False
+        arrived, has_more = route.there(q, k, v), False
         if torch.is_grad_enabled() or not len(arrived[0]):
             # One token of zeros more, in a window of its own: every rank runs the operator and its gradient,
             # also where no token is in a window, so that the collectives of backward pair up.
@@ -436,7 +458,10 @@ class ContextParallel:
             start: (B, H, N, P), the state at the first edge, or at the last.
             through: of each rank, (B,) bool: may a state pass from its right edge to its left?
         """
-        states, decays = self.gather(state), self.gather(decay)
+        both = self.gather(torch.cat([state.flatten(1), decay], 1)).split(
+            [state[0].numel(), decay.shape[1]], 2
+        )
+        states, decays = both[0].unflatten(2, state.shape[1:]), both[1]
         edges, ranks = [start], range(self.ranks)
         for rank in ranks if through is None else reversed(ranks):
             factor = decays[rank][..., None, None]
@@ -503,7 +528,9 @@ class ContextParallel:
             layer = flex.order_layer
             route = self.once(("order", layer % 4), lambda: self.in_order(layout.order(layer)))
         if route is not None:
-            xBC, dt, gate = (route.there(each).unflatten(0, (len(u), -1)) for each in (xBC, dt, gate))
+            (xBC,), (rates,) = route.there(xBC), route.there(torch.cat([dt, gate], -1))
+            xBC, rates = (each.unflatten(0, (len(u), -1)) for each in (xBC, rates))
+            dt, gate = rates.chunk(2, -1)
         conv_start, scan_start = (None, None) if state is None else (state.conv, state.scan)
         conv_state = xBC.new_zeros(len(u), 0, xBC.shape[2])
         if flex.config.conv_kernel:

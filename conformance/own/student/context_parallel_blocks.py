@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from linmu import optimized, reference
 from linmu.optimized.student import OPERATORS
-from linmu.reference.student.context_parallel import ContextParallel, Operators
+from linmu.reference.student.context_parallel import ContextParallel, Operators, Route
 
 TEXT = [[-1] * 4]
 
@@ -83,6 +83,9 @@ def compare(mesh, lengths, coords, layer, masked, started, backend, packed=False
     with torch.no_grad():
         parallel.m_mate(block, mine, layout, position_embeddings=tuple(map(parallel.local, angles)))
     assert set(parallel.made) == made, "a layer of the same order must find the way there"
+    routes = [route for found in parallel.made.values() for route in (found, *tuples(found))]
+    sent = [each.send_sizes[parallel.rank] for each in routes if isinstance(each, Route)]
+    assert sent and not any(sent), "what stays on its rank must not be sent"
     close = {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(got, parallel.local(y), **close)
     torch.testing.assert_close(mine.grad, parallel.local(whole.grad), **close)
@@ -93,6 +96,10 @@ def compare(mesh, lengths, coords, layer, masked, started, backend, packed=False
     for parameter, grad in zip(block.parameters(), wanted, strict=True):
         dist.all_reduce(parameter.grad, group=mesh.get_group())
         torch.testing.assert_close(parameter.grad, grad, **close)
+
+
+def tuples(found) -> tuple:
+    return found if isinstance(found, tuple) else ()
 
 
 def scan_under_autocast(mesh):
