@@ -185,6 +185,17 @@ def sliding(
     return SlidingWindowCase(batch, length, heads, groups, size, size, window, **{**rest, **fixed})
 
 
+def rising(case: Case, step: float) -> Case:
+    """The same with scores that rise by `step` from key to key, exactly so: whoever subtracts a maximum of
+    the first ones alone overflows.
+    """
+    given = case.inputs()
+    q, k = torch.zeros_like(given["q"]), torch.zeros_like(given["k"])
+    q[..., 0] = 1
+    k[..., 0] = step * torch.arange(k.shape[1])[:, None]
+    return case.changed(q=q, k=k, scale=1.0)
+
+
 MODEL_PROMPT = (
     (Text(9), Vision(1, (1, 4, 6), "row"), Text(2), Vision(0, (2, 3, 4), "frame"), Text(11)),
     (Pad(20), Vision(0, (1, 5, 5)), Vision(1, (1, 3, 4)), Text(17)),
@@ -249,6 +260,10 @@ LARGE: dict[str, dict[str, Case]] = {
         "256 tokens in one window": windows(256, 2, 1, 64, 1, everywhere=True),
         "128 tokens in one window": windows(128, 2, 1, 3, 1, everywhere=True),
         "64 tokens in one window": windows(64, 2, 1, 3, 1, batch=2, everywhere=True, dtype="float64"),
+        "1,100 scores that rise": rising(windows(1100, 1, 1, 2, 1, everywhere=True), 0.25),
+        "1,100 scores that rise, float64": rising(
+            windows(1100, 1, 1, 2, 1, everywhere=True, dtype="float64"), 3
+        ),
         "28 heads, 7 to a group": windows(20, 28, 4, 3, 2),
         "272 heads, 8 to a group": windows(20, 272, 34, 3, 2),
         "520 rows of 128 tokens": windows(128, 1, 1, 3, 2, batch=520),
@@ -261,6 +276,8 @@ LARGE: dict[str, dict[str, Case]] = {
         "2,200 tokens in a window of 1,500": sliding(2200, 1, 1, 3, 1500),
         "window of 256, packed, padding": sliding(700, 2, 2, 3, 256, valid="some", packed=True),
         "2,200 tokens, padding": sliding(2200, 2, 1, 4, 70, valid="some", packed=True),
+        "520 scores that rise": rising(sliding(600, 1, 1, 2, 520), 0.375),
+        "520 scores that rise, float64": rising(sliding(600, 1, 1, 2, 520, dtype="float64"), 3),
         "28 heads, 7 to a group": sliding(20, 28, 4, 3, 5),
         "272 heads, 8 to a group": sliding(20, 272, 34, 3, 5),
         "520 rows of 128 tokens": sliding(128, 1, 1, 3, 3, batch=520, valid="left"),
@@ -281,6 +298,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "9,001 tokens": HiddenLossCase(1, 9001, 33, "some", 1.0, "float32", 2),
         "64 tokens, 1,024 channels": HiddenLossCase(1, 64, 1024, "none", 1.0, "float32", 5),
         "300 rows, bfloat16": HiddenLossCase(300, 3, 20, "some", 1.0, "bfloat16", 3),
+        "66,000 tokens, float16": HiddenLossCase(3, 22_000, 2, "none", 1.0, "float16", 6),
         "2,300 tokens, the last third masked": HiddenLossCase(1, 2300, 7, "tail", 1.0, "float32", 4),
     },
     "logit_loss": {
@@ -289,6 +307,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "9,001 tokens": LogitLossCase(1, 9001, 33, "some", 1.0, "float32", 3),
         "64 tokens, a vocabulary of 1,024": LogitLossCase(1, 64, 1024, "none", 1.0, "float32", 6),
         "300 rows": LogitLossCase(300, 3, 20, "some", 1.0, "float32", 4),
+        "66,000 tokens, float16": LogitLossCase(3, 22_000, 2, "none", 1.0, "float16", 7),
         "2,300 tokens, the last third masked": LogitLossCase(1, 2300, 7, "tail", 1.0, "float32", 5),
     },
 }

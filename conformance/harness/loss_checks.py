@@ -11,7 +11,7 @@ import torch
 
 from linmu import reference
 
-from .compare import assert_same, assert_zero
+from .compare import assert_same, assert_zero, report
 from .operator_cases import LossCase, property_of, run
 from .operator_checks import widened
 
@@ -101,4 +101,5 @@ def check_inside_is_float32(backend: Any, case: LossCase) -> None:
     for each in (case, case.changed(teacher=fine)):
         truth = run(reference, widened(each))["loss"].item()
         found = run(backend, each)["loss"].item()
-        assert found == pytest.approx(truth, rel=1e-4, abs=1e-5), f"loss: {case!r}"
+        line = f"loss: must be that of the rounded arguments in float64, got {found!r}, expected {truth!r}"
+        assert found == pytest.approx(truth, rel=1e-4, abs=1e-5), report(line, each)

@@ -46,6 +46,9 @@ SIZES = {  # of terms that cancel
 HALF_AND_SINGLE = ("bfloat16", "float32")
 HARNESS, PYTHON = str(Path(__file__).parent), sysconfig.get_path("stdlib")
 INSTALLED = ("site-packages", "dist-packages", "<")  # what has these in its path, or has none
+MAY_MIX = ("selective_scan", "bidirectional_scan", "scan_step", "causal_conv")
+MAY_HAVE_NO_TOKENS = ("window_attention",)
+MIXED = "test_each_argument_may_have_a_dtype_of_its_own"
 MAY_BE_ABSENT = {
     "mask",
     "valid",
@@ -83,7 +86,8 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_nothing_is_remembered_between_calls": test(cases=exact, share=0.5)(check_nothing_is_remembered),
         "test_calls_may_interrupt_each_other": test(cases=exact, share=0.15)(check_interruptions),
         "test_backward_passes_may_come_late_and_twice": test(cases=exact, share=0.3)(check_backward_passes),
-    }
+        "test_there_may_be_no_rows": test(cases=exact, share=0.15)(check_no_rows),
+    } | ({MIXED: test(cases=exact, share=0.3)(check_mixed_dtypes)} if operator in MAY_MIX else {})
 
 
 def large_cases_of(operator: str) -> Callable:
@@ -289,15 +293,38 @@ def check_nothing_is_remembered(backend: Any, case: Case) -> None:
     assert_same(run(backend, fixed, gradients=True), wanted, case)
     for name, value in first.items():
         if is_float(value):
-            value.copy_(others.inputs()[name])
+            value.data.copy_(others.inputs()[name])  # as numpy's arrays change: torch does not count it
     assert_same(run(backend, fixed, gradients=True), wanted_of_others, case)
     for name, value in first.items():
         if isinstance(value, Tensor) and not is_float(value):  # masks and ids, (B, L), of a step (B,)
             # samples that are mirrored without their tokens might cut a segment in two: these become one
             mirrored = torch.zeros_like(value) if name == "sequence" else value.flip(-1)
             wanted = run(backend, fixed.changed(**{name: mirrored}))
-            value.copy_(mirrored)
+            value.data.copy_(mirrored)
             assert_same(run(backend, fixed), wanted, case)
+
+
+def check_no_rows(backend: Any, case: Case) -> None:
+    """A batch of 0 gives results without rows, and zeros for what all rows share; so do rows without tokens
+    where they are no error.
+    """
+    given = case.inputs()
+    names = [name for name in (*case.tokens, *case.masks, *case.rows) if given[name] is not None]
+    empty = [case.changed(**{name: given[name][:0] for name in names})]
+    if case.operator in MAY_HAVE_NO_TOKENS:
+        empty.append(case.part(slice(0, 0)))
+    for none in empty:
+        assert_same(run(backend, none, gradients=True), run(reference, none, gradients=True), case)
+
+
+def check_mixed_dtypes(backend: Any, case: Case) -> None:
+    """One argument at a time in a wider and in a narrower dtype: y is in that of the tokens all the same, and
+    a state in the one that they are accumulated in.
+    """
+    floats = {name: value for name, value in case.inputs().items() if is_float(value)}
+    for place, (name, value) in enumerate(floats.items()):
+        dtype = (torch.float64, torch.bfloat16)[(case.seed + place) % 2]
+        check_matches_the_reference(backend, case.changed(**{name: value.to(dtype)}), gradients=False)
 
 
 def check_backward_passes(backend: Any, case: Case) -> None:

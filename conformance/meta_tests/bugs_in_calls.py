@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linmu.reference import WindowState
 
+from ..harness import operator_checks
 from ..harness.compare import is_float
 from ..properties import (
     test_bidirectional_scan,
@@ -723,3 +724,52 @@ def the_step_overwrites_its_state(reference, *, state, **given):
     y, new = reference(state=state, **given)
     state.data.copy_(new.detach())
     return y, new
+
+
+def the_dtype_of(name: str, reference: Callable, **given: Any) -> Outputs:
+    """The first result has the dtype of another argument."""
+    y, state = reference(**given)
+    return y.to(given[name].dtype), state
+
+
+for operator in ("selective_scan", "bidirectional_scan", "scan_step"):
+    test = getattr(FILES[operator], operator_checks.MIXED)
+    for name in ("B", "C"):
+        title = f"y_of_{operator}_has_the_dtype_of_{name}"
+        BUGS.append(Bug(title, operator, partial(the_dtype_of, name), (test,)))
+
+
+@planted("causal_conv", test_causal_conv.test_each_argument_may_have_a_dtype_of_its_own)
+def a_wide_state_makes_the_next_one_wide(reference, *, initial_state=None, **given):
+    out, state = reference(initial_state=initial_state, **given)
+    return out, state if initial_state is None else state.to(
+        torch.promote_types(state.dtype, initial_state.dtype)
+    )
+
+
+def remembered_by_version(operator: str, reference: Callable, **given: Any) -> Outputs:
+    """What ids were is kept with the tensor, until torch counts a change to it."""
+    ids = given[MASKS[operator]]
+    if ids is None or ids.is_inference():
+        return reference(**given)
+    kept = KEPT.get(id(ids))
+    if kept is None or kept[0] is not ids or kept[1] != ids._version:
+        kept = KEPT[id(ids)] = (ids, ids._version, ids.clone())
+    return reference(**{**given, MASKS[operator]: kept[2]})
+
+
+KEPT: dict[int, tuple[Tensor, int, Tensor]] = {}
+for operator, file in FILES.items():
+    change = partial(remembered_by_version, operator)
+    title = f"{operator}_remembers_its_mask_by_version"
+    BUGS.append(Bug(title, operator, change, (file.test_nothing_is_remembered_between_calls,)))
+
+
+def needs_rows(operator: str, reference: Callable, **given: Any) -> Outputs:
+    given[first_of(operator)].abs().amax()  # of nothing
+    return reference(**given)
+
+
+for operator, file in FILES.items():
+    title = f"{operator}_needs_rows"
+    BUGS.append(Bug(title, operator, partial(needs_rows, operator), (file.test_there_may_be_no_rows,)))

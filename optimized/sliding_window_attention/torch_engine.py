@@ -93,7 +93,7 @@ def blocks(inputs: SlidingInputs) -> Iterator[Blocks]:
     size = min(BLOCK, keys)
     total = -(-keys // size)
     reach = 0 if total == 1 else min(window, keys) - 1  # of one block, all keys are its own
-    step = max(1, SLAB_ELEMENTS.get(device.type, 2**20) // (batch * heads * size * (size + reach)))
+    step = max(1, SLAB_ELEMENTS.get(device.type, 2**20) // max(1, batch * heads * size * (size + reach)))
     for first in range(0, total, step):
         start = torch.arange(first, min(first + step, total), device=device)[:, None] * size  # (n, 1)
         own = (start + torch.arange(size, device=device))[None]  # (1, n, C): as counted among those there

@@ -74,7 +74,7 @@ class Chunks:
         """Runs of chunks whose score matrices fit the slab; text alone has no reverse direction."""
         count, batch, heads, chunk = self.C.shape[:4]
         elements = SLAB_ELEMENTS.get(self.C.device.type, 2**20)
-        step = max(1, elements // (batch * heads * chunk * chunk))
+        step = max(1, elements // max(1, batch * heads * chunk * chunk))
         runs = (slice(start, min(start + step, count)) for start in range(0, count, step))
         return [(where, sliced(self, where).without_idle_direction()) for where in runs]
 
