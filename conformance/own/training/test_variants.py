@@ -170,7 +170,8 @@ def test_settings_of_a_stage_change_its_losses_alone():
 
 
 def test_a_rate_for_new_tensors_is_that_of_the_others_unless_it_is_given():
-    stage = stage_of("iii", parse(["--stage_iii.learning_rate", "3e-5"]))
+    none = ["--stage_iii.learning_rate_new", "None"]
+    stage = stage_of("iii", parse(["--stage_iii.learning_rate", "3e-5", *none]))
     assert (stage.learning_rate, stage.learning_rate_new) == (3e-5, 3e-5)
     stage = stage_of("i", parse(["--stage_i.learning_rate", "3e-5"]))
     assert (stage.learning_rate, stage.learning_rate_new) == (3e-5, 1.2e-2)
