@@ -8,6 +8,7 @@ decoder         the decoder's forward from graphs: buckets, buffers, caches
 layers          the decoder's layers, in fewer kernels
 token_loop      generate() without waiting for each token
 tower           a vision tower's forward from graphs, by the grids of its pictures
+graphed_forward what both share: when graphs are of no more use, copies without them
 training_step   a Lesson's losses and gradients from one graph
 static_layout   where vision tokens are, in buffers
 capture         torch's CUDA graphs

@@ -11,10 +11,7 @@ another cache decodes with the same graph, the first one's slots get copies of t
 
 from __future__ import annotations
 
-import inspect
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,8 +35,9 @@ from ..engine.operator import on_device_of
 from ..layout import VisionLayout, fast
 from ..m_mate import prepare_layers
 from .capture import Capture, copies, copy_all
+from .graphed_forward import GraphedForward
 from .layers import through_layers
-from .obstacles import Watch, arguments, state_of_torch
+from .obstacles import arguments, state_of_torch
 from .static_layout import StaticLayout, is_within_bounds
 
 # The decoders whose forward is what `run_layers` does, and whether their positions are M-RoPE's.
@@ -144,7 +142,7 @@ class Graph:
         self.slots = []
 
 
-class GraphedDecoder:
+class GraphedDecoder(GraphedForward):
     """The forward of a student's decoder, from graphs where nothing watches it; put over the module's own.
 
     Args:
@@ -153,33 +151,15 @@ class GraphedDecoder:
         new_capture: makes what captures, on the decoder's device.
     """
 
+    settings = (*GraphedForward.settings, "limits")
+
     def __init__(self, decoder: nn.Module, limits: Limits, new_capture: Callable[[], Capture]) -> None:
-        self.decoder, self.limits, self.new_capture = decoder, limits, new_capture
-        self._start()
+        self.limits = limits
+        super().__init__(decoder, new_capture)
 
     def _start(self) -> None:
-        self.graphs: OrderedDict[tuple, Graph] = OrderedDict()
-        self.watch: Watch | None = None
-        self.capture: Capture | None = None
+        super()._start()
         self.stream: torch.cuda.Stream | None = None  # of the second branch
-        self.lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles begin without graphs."""
-        return {name: self.__dict__[name] for name in ("decoder", "limits", "new_capture")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._start()
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.eager)
-
-    @property
-    def eager(self) -> Callable:
-        """The forward that there would be without graphs."""
-        return type(self.decoder).forward.__get__(self.decoder)
 
     @property
     def nbytes(self) -> int:
@@ -200,22 +180,20 @@ class GraphedDecoder:
         with self.lock:
             obstacle = self.obstacle(given)
             if obstacle is None:
-                return on_device_of(self.decoder.embed_tokens.weight, self.run, given)
+                return on_device_of(self.module.embed_tokens.weight, self.run, given)
         say_once(f"graphs: {obstacle}", f"a forward runs without CUDA graphs: {obstacle}")
         return self.eager(**given)
 
     def obstacle(self, given: dict[str, Any]) -> str | None:
         """Why these arguments cannot run from a graph now; None = they can."""
-        if self.watch is None or self.watch.has_changed():
-            self.graphs.clear()
-            self.watch = Watch(self.decoder)
+        watch = self.drop_what_has_changed()
         name_cache(given)
         tokens = given.get("inputs_embeds")
         tokens = given.get("input_ids") if tokens is None else tokens
         if tokens is None or not tokens.numel() or tokens.device != self.device:
             return "no tokens on its device"
-        found = state_of_torch(self.device) or self.watch.obstacle()
-        found = found or arguments(given, ARGUMENTS, self.decoder.config)
+        found = state_of_torch(self.device) or watch.obstacle()
+        found = found or arguments(given, ARGUMENTS, self.module.config)
         found = found or self.size_obstacle(tokens) or self.mask_obstacle(given, tokens)
         layout = fast(given.get("linmu_layout")) if found is None else None
         if layout is not None and not is_within_bounds(layout):
@@ -259,27 +237,27 @@ class GraphedDecoder:
     @property
     def device(self) -> torch.device:
         """Where the decoder is."""
-        return self.decoder.embed_tokens.weight.device
+        return self.module.embed_tokens.weight.device
 
     @property
     def has_mrope(self) -> bool:
         """Whether positions have three axes."""
-        return DECODERS[type(self.decoder)]
+        return DECODERS[type(self.module)]
 
     def uses_cache(self, given: dict[str, Any]) -> bool:
         """Whether the caller wants a cache."""
         asked = given.get("use_cache")
-        return bool(self.decoder.config.use_cache if asked is None else asked)
+        return bool(self.module.config.use_cache if asked is None else asked)
 
     def run(self, given: dict[str, Any]) -> BaseModelOutputWithPast:
         """The forward from graphs."""
         embeds, cache, uses_cache = given.get("inputs_embeds"), given.get(CACHE_NAME), self.uses_cache(given)
         if cache is None and uses_cache:
             cache = DynamicCache()  # its layers are all ours, whatever the configuration says
-            cache.layers = [LinMUCacheLayer() for _ in self.decoder.layers]
-        slots = [] if cache is None else slots_of(cache, len(self.decoder.layers))
+            cache.layers = [LinMUCacheLayer() for _ in self.module.layers]
+        slots = [] if cache is None else slots_of(cache, len(self.module.layers))
         with torch.inference_mode(False), torch.no_grad():
-            embeds = self.decoder.embed_tokens(given["input_ids"]) if embeds is None else embeds
+            embeds = self.module.embed_tokens(given["input_ids"]) if embeds is None else embeds
             request = self.request(embeds, given, slots)
             is_token = embeds.shape[1] == 1 and request.layout is None and request.states
             try:
@@ -381,7 +359,7 @@ class GraphedDecoder:
             coords = tokens.pop("coords", None)
             layout = None if coords is None else StaticLayout(coords)
             with branches_beside(self.stream):
-                hidden, after = run_layers(self.decoder, **tokens, layout=layout, states=graph.states)
+                hidden, after = run_layers(self.module, **tokens, layout=layout, states=graph.states)
             if keeps_states:
                 copy_all(tensors_of(graph.states), tensors_of(after))
             return hidden, after

@@ -10,8 +10,6 @@ captured, and never run again.
 
 from __future__ import annotations
 
-import inspect
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +28,8 @@ from transformers.vision_utils import (
 
 from ..engine import say_once
 from ..engine.operator import on_device_of
-from .capture import Capture
-from .obstacles import Watch, arguments, state_of_torch
+from .graphed_forward import GraphedForward
+from .obstacles import arguments, state_of_torch
 
 TOWERS = (Qwen2VisionTransformerPretrainedModel, Qwen2_5_VisionTransformerPretrainedModel)
 MOST_PATCHES = 2**14  # of a graph: with more the GPU is slower than the host anyway
@@ -57,41 +55,17 @@ class TowerGraph:
     output: tuple[Tensor, Tensor]
 
 
-class GraphedTower:
+class GraphedTower(GraphedForward):
     """The forward of a vision tower, from graphs where nothing watches it; put over the module's own.
 
     Args:
-        tower: one of `TOWERS`.
+        module: one of `TOWERS`.
         new_capture: makes what captures, on the tower's device.
     """
 
-    def __init__(self, tower: nn.Module, new_capture: Callable[[], Capture]) -> None:
-        self.tower, self.new_capture = tower, new_capture
-        self._start()
-
     def _start(self) -> None:
-        self.graphs: OrderedDict[tuple, TowerGraph] = OrderedDict()
+        super()._start()
         self.seen: OrderedDict[tuple, None] = OrderedDict()
-        self.watch: Watch | None = None
-        self.capture: Capture | None = None
-        self.lock = threading.RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles begin without graphs."""
-        return {name: self.__dict__[name] for name in ("tower", "new_capture")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._start()
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.eager)
-
-    @property
-    def eager(self) -> Callable:
-        """The forward that there would be without graphs."""
-        return type(self.tower).forward.__get__(self.tower)
 
     def __call__(self, hidden_states: Tensor, grid_thw: Tensor, **given: Any) -> Any:
         """The tower's forward: arguments, result and errors are the same.
@@ -114,15 +88,13 @@ class GraphedTower:
 
     def obstacle(self, pixels: Tensor, given: dict[str, Any]) -> str | None:
         """Why these arguments cannot run from a graph now; None = they can."""
-        if self.watch is None or self.watch.has_changed():
-            self.graphs.clear()
-            self.watch = Watch(self.tower)
-        config = self.tower.config
-        if pixels.device != next(self.tower.parameters()).device:
+        watch = self.drop_what_has_changed()
+        config = self.module.config
+        if pixels.device != next(self.module.parameters()).device:
             return "pixels on another device"
         if config._attn_implementation != "sdpa":
             return f"the tower's attention is {config._attn_implementation}"
-        found = state_of_torch(pixels.device) or self.watch.obstacle()
+        found = state_of_torch(pixels.device) or watch.obstacle()
         return found or arguments(given, set(), config)
 
     def was_seen(self, key: tuple) -> bool:
@@ -159,7 +131,7 @@ class GraphedTower:
     def record(self, grids: Grids, pixels: Tensor) -> TowerGraph:
         """Capture the tower over pixels of these grids."""
         grid = torch.tensor(grids, device=pixels.device)
-        buffer, constants = pixels.clone(), constants_of(self.tower, grid)
+        buffer, constants = pixels.clone(), constants_of(self.module, grid)
 
         def run() -> tuple[Tensor, Tensor]:
             output = self.eager(buffer, grid, **constants)

@@ -129,7 +129,7 @@ def test_copies_begin_without_graphs_and_unaccelerate_takes_them_away(student):
     for _ in range(2):
         assert_same(tower, GRIDS[0], 0)
     other = copy.deepcopy(student)
-    assert other.model.visual.forward.tower is other.model.visual and captured(other.model.visual) == []
+    assert other.model.visual.forward.module is other.model.visual and captured(other.model.visual) == []
     graphs.unaccelerate(other)
     assert "forward" not in vars(other.model.visual) and "forward" in vars(tower)
 

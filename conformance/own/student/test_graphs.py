@@ -589,7 +589,7 @@ def test_copies_and_pickles_begin_without_graphs(few):
     inputs = prompt(words(7, 1))
     assert_same_forward(few, **inputs)
     other = copy.deepcopy(few.fast)
-    assert other.get_decoder().forward.decoder is other.get_decoder()
+    assert other.get_decoder().forward.module is other.get_decoder()
     assert not other.get_decoder().forward.graphs
     with torch.no_grad():
         other.get_decoder().norm.weight *= 2
@@ -603,7 +603,7 @@ def test_copies_and_pickles_begin_without_graphs(few):
     buffer.seek(0)
     opened = torch.load(buffer, weights_only=False)
     assert opened.get_decoder().forward.limits == LIMITS
-    assert opened.model.visual.forward.tower is opened.model.visual
+    assert opened.model.visual.forward.module is opened.model.visual
 
 
 REFUSED = {
