@@ -30,7 +30,7 @@ def test_the_logit_loss_ignores_a_shift_of_the_logits(backend, case: LogitLossCa
 
 @logit(cases=logit_loss_cases(), share=0.5)
 def test_a_small_logit_loss_of_large_logits_matches_the_reference(backend, case: LogitLossCase):
-    """Logits that are hundreds away from 0, another number for every token, and a student that is almost right;
+    """Logits hundreds away from 0, by another number for every token, and a student that is almost right;
     one that is right has no gradient."""
     teacher = (16 * case.inputs()["teacher"]).round() / 16
     student = teacher + quarters(teacher, case.seed) / 16
