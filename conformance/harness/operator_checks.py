@@ -68,7 +68,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
     A file of properties adds them to its own: `globals().update(call_properties(...))`.
     """
     test = partial(property_of, operator)
-    in_every_dtype, exact = cases(DTYPES), cases(EXACT)
+    in_every_dtype, exact, single = cases(DTYPES), cases(EXACT), cases(("float32",))
     return {
         "test_values_match_the_reference": test(cases=in_every_dtype)(check_values_match),
         "test_gradients_match_the_reference": test(cases=in_every_dtype)(check_gradients_match),
@@ -90,9 +90,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_rows_may_be_padding_at_the_head_the_tail_or_throughout": test(cases=exact, share=0.3)(
             check_padded_rows
         ),
-        "test_the_default_dtype_does_not_matter": test(cases=cases(("float32",)), share=0.15)(
-            check_default_dtype
-        ),
+        "test_the_default_dtype_does_not_matter": test(cases=single, share=0.15)(check_default_dtype),
     } | ({MIXED: test(cases=exact, share=0.3)(check_mixed_dtypes)} if operator in MAY_MIX else {})
 
 
