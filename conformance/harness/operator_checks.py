@@ -78,6 +78,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_one_gradient_alone_equals_its_share_of_all": test(cases=exact)(check_one_gradient_alone),
         "test_results_do_not_depend_on_grad_mode": test(cases=exact, share=0.5)(check_grad_mode),
         "test_strides_do_not_matter": test(cases=in_every_dtype)(check_strides),
+        "test_arguments_may_be_expanded": test(cases=exact, share=0.2)(check_expanded),
         "test_arguments_are_left_as_they_were": test(cases=exact)(check_arguments_are_left),
         "test_results_share_no_memory_with_arguments": test(cases=exact, share=0.5)(check_results_are_new),
         "test_autocast_changes_nothing": test(cases=cases(HALF_AND_SINGLE))(check_autocast),
@@ -188,6 +189,18 @@ def check_strides(backend: Any, case: Case) -> None:
     assert_same(plain[1], gradients_of_the_sum(backend, case, expanded=False), case)
     transposed, contiguous = (gradients_of_products(backend, case, swapped) for swapped in (True, False))
     assert_same(transposed, contiguous, case)
+
+
+def check_expanded(backend: Any, case: Case) -> None:
+    """One row that stands for two, one mask for both, one number for a whole parameter: strides of 0."""
+    given = case.inputs()
+    names = [name for name in (*case.tokens, *case.masks, *case.rows) if given[name] is not None]
+    expanded = {name: given[name][:1].expand(2, *given[name].shape[1:]) for name in names}
+    shared = [name for name, value in given.items() if is_float(value) and name not in names]
+    expanded |= {name: given[name].flatten()[:1].expand(given[name].shape) for name in shared}
+    copied = case.changed(**{name: value.contiguous() for name, value in expanded.items()})
+    found = run(backend, case.changed(**expanded), gradients=True)
+    assert_same(found, run(backend, copied, gradients=True), case)
 
 
 def gradients_of_products(backend: Any, case: Case, swapped: bool) -> Results:

@@ -833,3 +833,17 @@ def a_loss_of_zeros_is_divided_by_zero(reference, *, student, teacher, valid=Non
     if teacher.detach().any():
         return reference(student=student, teacher=teacher, valid=valid)
     return (student - teacher).square().sum() / teacher.square().sum()
+
+
+def takes_expanded_rows_for_one(operator: str, reference: Callable, **given: Any) -> Outputs:
+    """The gradient of a row that stands for several is that of the first."""
+    name = first_of(operator)
+    tokens = given[name]
+    if tokens.stride(0) == 0 and len(tokens) > 1:
+        given[name] = torch.cat([tokens[:1], tokens[1:].detach()])
+    return reference(**given)
+
+
+for operator, file in FILES.items():
+    change, caught_by = partial(takes_expanded_rows_for_one, operator), (file.test_arguments_may_be_expanded,)
+    BUGS.append(Bug(f"{operator}_takes_expanded_rows_for_one", operator, change, caught_by))
