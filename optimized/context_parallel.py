@@ -57,9 +57,9 @@ def m_mate(
         return flex.project_out(y, u), MMATEState(*after, before[2])
     near, window = local.project_out()
     y = flex.project_out(y, u)
-    rows = valid if block.config.text_window else layout.is_vision
-    rows = parallel.once("mixed rows", lambda: rows_where(parallel.local_or_none(rows), u))
-    return mix_branches(MixInputs(y, near, flex.mix, rows, engine)), MMATEState(*after, window)
+    mixes = valid if block.config.text_window else layout.is_vision
+    row = parallel.once("mixed rows", lambda: rows_where(parallel.local_or_none(mixes), u))
+    return mix_branches(MixInputs(y, near, flex.mix, row, engine)), MMATEState(*after, window)
 
 
 class Swap:
@@ -286,7 +286,9 @@ class CutWindows:
     def __init__(self, parallel: ContextParallel, window_id: Tensor) -> None:
         ids, destination, cut = parallel.holders(window_id)
         self.parallel, self.moves = parallel, bool(cut.any())
-        self.route = route = Route(destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), parallel)
+        self.route = route = Route(
+            destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), parallel
+        )
         mine, is_cut = parallel.local(ids), parallel.local(cut)
         self.whole = torch.where(is_cut, -1, mine)
         self.whole_plan = window_plan(WindowPlanInputs(self.whole))

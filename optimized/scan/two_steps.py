@@ -54,8 +54,6 @@ def finish(begun: Begun, entering: list[Tensor | None]) -> Tensor:
 
 
 BEGIN, FINISH = (
-    Engines(
-        lazy(f"{__package__}.torch_engine.forward", name), lazy(f"{__package__}.kernels", name)
-    )
+    Engines(lazy(f"{__package__}.torch_engine.forward", name), lazy(f"{__package__}.kernels", name))
     for name in ("begin", "finish")
 )
