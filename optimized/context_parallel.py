@@ -1,4 +1,4 @@
-"""M-MATE of a prompt that is split over processes, without gradients: little is copied, and little is waited for.
+"""M-MATE of a prompt that is split over processes, without gradients, in as few passes as in one process.
 
 Letters: B batch, n tokens of this rank, D width, H heads. Numbers are those of `ContextParallel.m_mate`; what
 differs is how often tokens are read. Those that the scan order takes to another rank are exchanged in place,
