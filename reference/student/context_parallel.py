@@ -490,7 +490,7 @@ class ContextParallel:
             start: (B, H, N, P), the forward state before the prompt; None = zeros.
             arriving: what `send_states` gave.
         Returns:
-            (R + 1, B, H, N, P), the forward state at each edge, and the reverse one, if there is that direction.
+            the states at the edges, (R + 1, B, H, N, P): forward ones, and reverse ones if there are such.
         """
         every = waited(arriving).split([added.numel(), decay.numel()], 1)
         states, decays = every[0].view(-1, *added.shape), every[1].view(-1, *decay.shape)

@@ -46,6 +46,7 @@ def in_parts(inputs: ScanInputs, cuts: list[int]) -> tuple[Tensor, Tensor]:
     parts = [part(inputs, slice(*edges)) for edges in pairwise([0, *cuts, inputs.x.shape[1]])]
     begun = [begin(each) for each in parts]
     entering: list[list[Tensor | None]] = [[] for _ in begun]
+    final = inputs.initial_state
     for direction in range(len(begun[0].added)):
         state = None if direction else inputs.initial_state
         for place in reversed(range(len(begun))) if direction else range(len(begun)):
