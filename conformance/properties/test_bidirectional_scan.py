@@ -176,7 +176,7 @@ def test_padding_with_a_segment_is_still_padding(backend, case: BidirectionalCas
         given, generator = padded.inputs(), Numbers(case.seed + 12).generator
         others = torch.randint(-1, 4, case.shape, generator=generator)
         wanted = run(backend, padded, gradients=True)
-        for ids in (torch.zeros_like(others), others):
+        for ids in (torch.zeros_like(others), others, torch.full_like(others, 2**63 - 1)):
             numbered = padded.changed(segment=torch.where(given["valid"], given["segment"], ids))
             assert_same(run(backend, numbered, gradients=True), wanted, numbered)
 
