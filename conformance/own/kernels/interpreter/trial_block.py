@@ -1,5 +1,6 @@
 """Run a whole M-MATE block on linmu.optimized's Triton kernels in the interpreter, watched, against the
-reference: outputs, states, and the gradient of every parameter; and a scan in parts. Started by test_kernels.py.
+reference: outputs, states, and the gradient of every parameter; then a scan in parts. Started by
+test_kernels.py.
 
     TRITON_INTERPRET=1 python trial_block.py DTYPE
 """
