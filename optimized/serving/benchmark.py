@@ -77,7 +77,7 @@ def main() -> None:
         return
     begun, out = time.perf_counter(), Path(arguments.out[0])
     common = {"who": arguments.who, "quantization": arguments.quantization, "size": arguments.size}
-    common |= {"sync": arguments.sync or None}
+    common |= {name: getattr(arguments, name) or None for name in ("sync", "eager", "computed")}
     signal.signal(signal.SIGALRM, out_of_time)
     signal.signal(signal.SIGTERM, out_of_time)
     signal.alarm(arguments.budget)
@@ -125,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantization", choices=("fp8",), help="of the weights, by vLLM")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU that vLLM may use")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs; a CPU has none")
+    parser.add_argument("--computed", action="store_true", help="the teacher's keys and values, not written")
     parser.add_argument("--sync", action="store_true", help="a student's steps planned one after another")
     parser.add_argument("--budget", type=int, default=600, help="seconds after which it ends, start included")
     arguments = parser.parse_args()
@@ -168,7 +169,9 @@ def engine(arguments: argparse.Namespace):
     if is_student:
         options["async_scheduling"] = not arguments.sync
     else:
-        options |= {"enable_prefix_caching": False, "kv_transfer_config": connector()}
+        options["enable_prefix_caching"] = False
+        if not arguments.computed:
+            options["kv_transfer_config"] = connector()
     return vllm.LLM(
         model=folder_of(arguments.who, arguments.size, longest),
         skip_tokenizer_init=True,
@@ -265,13 +268,14 @@ def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[
     yield from (each for each in order if each["cell"] in arguments.kinds)
 
 
-def foreseen(who: str, cell: dict[str, Any]) -> float:
+def foreseen(who: str, cell: dict[str, Any], is_computed: bool = False) -> float:
     """Return about how many seconds a cell takes on an H200."""
     kind, length, requests = cell["cell"], cell["length"] or SHORT, cell["requests"]
     rate = next(rate for most, rate in RATES[who].items() if length <= most)
     computed = length * requests / rate
     if kind == "decoding":
-        return (FILLED * requests if who == "teacher" else 1.0) + STEPS * STEP * (1 + requests / 512)
+        written = FILLED * requests if who == "teacher" else 1.0
+        return (computed if is_computed else written) + STEPS * STEP * (1 + requests / 512)
     if kind == "prompt":
         return (2 if is_warmed(cell) else 1) * computed + ANSWER * STEP
     if kind == "served":
@@ -324,7 +328,7 @@ def drive(
     length, requests, engine = cell["length"] or SHORT, cell["requests"], llm.llm_engine
     draw = np.random.default_rng(length + requests)
     prompts = draw.integers(0, SIZES[arguments.size]["vocab_size"], (requests, length)).tolist()
-    filled = cell["cell"] == "decoding" and arguments.who == "teacher"
+    filled = cell["cell"] == "decoding" and arguments.who == "teacher" and not arguments.computed
     extra = {"kv_transfer_params": {"filled": True}} if filled else None
     options = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra
@@ -350,7 +354,7 @@ def drive(
 
 def measure(llm, arguments: argparse.Namespace, cell: dict[str, Any], left: float) -> dict[str, Any]:
     """Measure a cell, if it should end in the seconds that are left."""
-    guess = foreseen(arguments.who, cell)
+    guess = foreseen(arguments.who, cell, arguments.computed)
     if guess > left:
         return {"skipped": f"some {guess:.0f} s, {left:.0f} s were left"}
     kinds = {"decoding": decoding, "held": decoding, "prompt": prompt, "served": served, "profile": profile}

@@ -51,7 +51,8 @@ def step(module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: Flex
 def in_pool(state: FlexMAState) -> PooledState:
     """The state in a pool of strided rows, not in their order, the others NaN."""
     rows = 2 * torch.arange(len(state.scan)).flip(0) + 1
-    pool = torch.full((2 * len(state.scan) + 1, 2, *state.scan.shape[1:]), float("nan"))[:, 1]
+    shape = 2 * len(state.scan) + 1, 2, *state.scan.shape[1:]
+    pool = torch.full(shape, float("nan"), dtype=state.scan.dtype)[:, 1]
     pool[rows] = state.scan
     return PooledState(state.conv, pool, rows)
 
@@ -60,7 +61,6 @@ def block_in_pool(state: MMATEState) -> PooledMMATEState:
     """As `in_pool`, the window's keys and values too."""
     conv, scan, rows = in_pool(state.flex_ma)
     pools = [in_pool(FlexMAState(conv, tensor)).scan for tensor in state.window[:2]]
-    pools = [pool.to(tensor.dtype) for pool, tensor in zip(pools, state.window, strict=False)]
     return PooledMMATEState(conv, scan, rows, PooledWindowState(*pools, state.window.present, rows))
 
 
