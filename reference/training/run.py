@@ -46,8 +46,9 @@ from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
 from .safety.guards import refuse_infinite_weights
 from .safety.memory import leave_inputs_alone, recompute_layers
-from .stage_trainer import OneDevice, StageTrainer, load_taught, taught_tensors
+from .stage_trainer import OneDevice, StageTrainer
 from .stages import Stage, stage_of, steps_before
+from .taught_tensors import load_taught, taught_tensors
 from .teacher import NOT_OPENED, open_processor, open_teacher
 from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
 from .variants import peft_settings, start
