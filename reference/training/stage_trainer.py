@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..student.split_forward import context_parallel
@@ -38,15 +38,6 @@ from .safety.guards import (
 from .safety.late_questions import LateQuestions, heeds_marks, is_on_gpu, plain
 from .stages import Stage
 from .taught_tensors import load_taught, taught_tensors
-
-
-class OneDevice(TrainingArguments):
-    """Arguments of a process that trains on one device: the Trainer would spread a lone process over all GPUs
-    by `nn.DataParallel`."""
-
-    @property
-    def n_gpu(self) -> int:
-        return min(super().n_gpu, 1)
 
 
 class StageTrainer(Trainer):
