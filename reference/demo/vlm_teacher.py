@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, ProcessorMixin, set_
 
 from ..prompts.processors import load_processor
 from ..training.teacher import NOT_OPENED, open_processor, open_teacher
-from ..training.teacher_student import supervised
+from ..training.token_groups import supervised
 from ..training.trainer_arguments import OneDevice
 from .build_teacher import MERGE, write_preprocessing
 from .build_vlm import TINY_TOWER, TOWER, build_vlm, random_decoder, with_vision_tokens

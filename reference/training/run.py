@@ -35,6 +35,7 @@ from .evaluation.held_out import HeldOut
 from .evaluation.plots import plot_layers, plot_losses
 from .evaluation.scores import table
 from .example import first_example, how_to_ask
+from .lesson import Lesson, Objective
 from .parameter_groups import MIXER, MLPS, belongs
 from .progress import Progress
 from .refusal import check
@@ -47,7 +48,7 @@ from .stage_trainer import StageTrainer
 from .stages import Stage, stage_of, steps_before
 from .taught_tensors import load_taught, taught_tensors
 from .teacher import open_processor, open_teacher, refused_as_teacher
-from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
+from .teacher_student import attach_teacher, detach_teacher
 from .trainer_arguments import arguments_of
 from .variants import peft_settings, start
 

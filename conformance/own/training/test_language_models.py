@@ -29,7 +29,7 @@ from linmu.reference.training.data.turns import document_of
 from linmu.reference.training.evaluation.scores import Scores
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.teacher import open_processor, open_teacher
-from linmu.reference.training.teacher_student import supervised
+from linmu.reference.training.token_groups import supervised
 
 from ..student import tiny_families
 from ..student.tiny_families import BUILDERS, byte_tokenizer
