@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -36,21 +35,22 @@ from .evaluation.plots import plot_layers, plot_losses
 from .evaluation.scores import table
 from .example import first_example, how_to_ask
 from .lesson import Lesson, Objective
-from .parameter_groups import MIXER, MLPS, belongs
+from .mlps import add_adapters, peft_settings
+from .parameter_groups import MIXER, belongs
 from .progress import Progress
 from .refusal import check
 from .run_folder import check_folder, claim_folder, taught_path
 from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
 from .safety.guards import refuse_infinite_weights
-from .safety.memory import leave_inputs_alone, recompute_layers
+from .safety.memory import recompute_layers
 from .stage_trainer import StageTrainer
 from .stages import Stage, stage_of, steps_before
+from .student_start import start
 from .taught_tensors import load_taught, taught_tensors
 from .teacher import open_processor, open_teacher, refused_as_teacher
 from .teacher_student import attach_teacher, detach_teacher
 from .trainer_arguments import arguments_of
-from .variants import peft_settings, start
 
 ON_TEACHERS_STATES = Objective(mixer=1.0, inputs="teacher")
 
@@ -234,24 +234,20 @@ class Run:
         load_taught(self.student, done)
 
     def start_from_previous(self, stage: Stage) -> None:
-        """Load the stage before; where it is missing, that has been allowed."""
-        position = STAGES.index(stage.name)
-        before = taught_path(self.config, STAGES[position - 1])
-        if position > 0 and before.is_file():
-            load_taught(self.student, before)
+        """Load what the stage before has taught; where that is missing, it has been allowed."""
+        if stage.name == STAGES[0]:
+            return
+        path = taught_path(self.config, STAGES[STAGES.index(stage.name) - 1])
+        if path.is_file():
+            load_taught(self.student, path)
 
     def last_checkpoint(self, folder: Path) -> str | None:
         """Where a killed stage goes on."""
         return get_last_checkpoint(str(folder)) if self.config.resume and folder.is_dir() else None
 
     def add_adapters(self) -> None:
-        """Adapters, or tuned copies, of the decoder's MLPs."""
-        set_seed(self.config.seed)
-        self.adapters = get_peft_model(self.student, peft_settings(self.student, self.config.mlps))
-        leave_inputs_alone(self.student)
-        for name, parameter in self.student.named_parameters():
-            if belongs(name, MLPS):
-                parameter.data = parameter.data.float()
+        """Put adapters, or tuned copies, of the decoder's MLPs into the student."""
+        self.adapters = add_adapters(self.student, self.config.mlps, self.config.seed)
 
     def set_free(self, stage: Stage) -> None:
         """Freeze all but what the stage trains, and say so."""
