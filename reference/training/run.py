@@ -58,8 +58,7 @@ ON_TEACHERS_STATES = Objective(mixer=1.0, inputs="teacher")
 class Run:
     """One distillation, its folder, and its models.
 
-    The folder holds config.json, metrics.jsonl, results.json, loss.png, a folder per stage with its
-    checkpoints and, when it is done, `taught.safetensors`, and at the end the student.
+    What it writes there: `run_folder.WRITTEN`. README.md says what each is, under "The folder".
     """
 
     def __init__(self, config: Config) -> None:

@@ -61,7 +61,7 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # Lesson's **kwargs are the model's, and its loss is a mean
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.part = Path(self.args.output_dir) / f"checkpoint{PART}"
-        self.saving, self.watched = False, True
+        self.saving, self.may_be_idle = False, True
         self.asks_late, self.facts = is_on_gpu(self.model), None
         if self.model.graphs is not None:
             self.data_collator = WithFacts(self.data_collator, placeholders_of(self.model))
@@ -83,9 +83,9 @@ class StageTrainer(Trainer):
             if parameter.requires_grad and parameter.grad is None:
                 # 0, as `with_gradient_anchor` has it: AdamW's momentum moves what this batch did not reach
                 parameter.grad = torch.zeros_like(parameter)
-        if self.watched:
+        if self.may_be_idle:
             refuse_idle_training(self.model, self.optimizer, where)
-            self.watched = False
+            self.may_be_idle = False
         if late is None:
             refuse_infinite_gradients(self.model.named_parameters(), where, names, self.last_good())
         else:

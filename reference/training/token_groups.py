@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import require
-
-IGNORED_LABEL = -100  # Hugging Face's mark of positions that are not supervised
+from ..prompts.chat_collator import IGNORED
 
 
 def token_masks(attention_mask: Tensor, vision: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
@@ -30,7 +29,7 @@ def token_masks(attention_mask: Tensor, vision: Tensor, labels: Tensor | None) -
 
 def is_answered(labels: Tensor) -> Tensor:
     """Whether the next token is supervised: (B, L) int64 -> (B, L-1) bool."""
-    return labels[:, 1:] != IGNORED_LABEL
+    return labels[:, 1:] != IGNORED
 
 
 def supervised(labels: Tensor | None) -> tuple[Tensor, Tensor]:

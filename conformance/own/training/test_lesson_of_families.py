@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linmu.reference import Lesson, attach_teacher, convert, logit_loss
-from linmu.reference.training.config import PRESETS
+from linmu.reference.training.presets import PRESETS
 from linmu.reference.training.stages import stage_of
 from linmu.reference.training.token_groups import supervised
 

@@ -15,10 +15,9 @@ from typing import Any
 import tyro
 import yaml
 
-from ..config import PRESETS, Config, check_settings
+from ..config import Config, check_settings
+from ..presets import PRESETS
 from ..refusal import RefusedError, check
-
-__all__ = ["RefusedError", "check", "parse"]
 
 
 def parse(arguments: list[str], about: str = "") -> Config:
