@@ -20,6 +20,7 @@ from .flex_ma import may_be_overwritten
 from .layout import VisionLayout, fast, rows_where
 from .projections import checked_angles, rotated, token_products
 from .sliding_window_attention import (
+    PooledWindowState,
     attend_spans,
     is_step,
     sliding_window_attention,
@@ -124,15 +125,16 @@ class LocalSwin(reference.LocalSwin):
         sequence: Tensor | None,
         engine: str | None,
     ) -> tuple[Tensor, WindowState]:
-        """Eq. (3) before W_o, (B, L, H, P), 0 on vision; and the state, overwritten if it was donated and one
-        token without a gradient comes.
+        """Eq. (3) before W_o, (B, L, H, P), 0 on vision; and the state, overwritten if it was donated or is
+        in a pool, and one token without a gradient comes.
         """
         window = self.config.text_window
         if layout is None and is_step(q, k, v, window, state):
             pairs = zip(state[:2], (k, v), strict=True)
-            if isinstance(state, DonatedWindowState) and all(
+            donated = isinstance(state, DonatedWindowState) and all(
                 may_be_overwritten(s, t.dtype) for s, t in pairs
-            ):
+            )
+            if donated or isinstance(state, PooledWindowState):
                 return step_in_place(q, k, v, state, valid=valid, engine=engine)
             return sliding_window_attention(q, k, v, window, valid=valid, initial_state=state)
         is_vision = None if layout is None else layout.is_vision

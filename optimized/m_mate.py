@@ -21,17 +21,18 @@ from .flex_ma import FlexMA, PooledState, prepare_decay_rates
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
 from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow
+from .sliding_window_attention import PooledWindowState
 
 __all__ = ["MMATE", "MMATEState", "PooledMMATEState"]
 
 
 class PooledMMATEState(NamedTuple):
-    """As `PooledState`, with the text window's, which is overwritten if it is donated; None = it has none."""
+    """As `PooledState`, with the text window's, which may be in a pool as well; None = it has none."""
 
     conv: Tensor
     scan: Tensor
     rows: Tensor
-    window: WindowState | None
+    window: WindowState | PooledWindowState | None
 
     @property
     def flex_ma(self) -> PooledState:

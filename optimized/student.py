@@ -16,6 +16,7 @@ from ..reference.student.context_parallel import Operators
 from ..reference.student.model import LinMUModel
 from ..reference.window_attention import check_window_attention
 from .causal_conv import causal_conv
+from .context_parallel import m_mate
 from .elementwise.operator import MixInputs, mix_branches
 from .layout import VisionLayout, rows_where
 from .layout.operator import WindowPlanInputs, window_plan
@@ -54,6 +55,7 @@ OPERATORS = Operators(
     apply_rope,
     narrow_products,
     mix,
+    m_mate,
 )
 BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson, hasten_tower, OPERATORS))
 

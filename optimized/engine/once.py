@@ -13,11 +13,13 @@ _of_forward: ContextVar[dict[Hashable, Any] | None] = ContextVar("found in a for
 
 
 @contextmanager
-def one_forward() -> Iterator[None]:
+def one_forward(found: dict[Hashable, Any] | None = None) -> Iterator[None]:
     """Within, what asks `once_a_forward` are the layers of one forward, over the same tokens, masks and
     `present` of states.
+
+    `found` is added to: a forward that is entered again with it goes on. None = it begins.
     """
-    before = _of_forward.set({})
+    before = _of_forward.set({} if found is None else found)
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ class CudaCapture:
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Run the function once, so that all is compiled and tuned, and capture it."""
+        torch.cuda.empty_cache()  # another stream takes memory of its own, as much as is kept for this one
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

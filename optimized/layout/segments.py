@@ -15,7 +15,7 @@ def vision_mask(segment: Tensor | None, valid: Tensor | None) -> Tensor | None:
     return segment >= 0 if valid is None else (segment >= 0) & valid
 
 
-def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
+def next_segment(segment: Tensor, vision: Tensor, chunk: int, after: Tensor | None = None) -> Tensor:
     """The segment of the first vision token at or after the start of each chunk, and after the end.
 
     A chunk's tokens of segment `next_segment[k + 1]` read the reverse state that enters from its right;
@@ -26,25 +26,29 @@ def next_segment(segment: Tensor, vision: Tensor, chunk: int) -> Tensor:
         segment: (B, L) int64; no two segments interleave.
         vision: (B, L) bool.
         chunk: tokens per chunk.
+        after: (B,) int64, the segment of the first vision token behind these L; None = none follows.
     Returns:
         (B, K + 1) int64, -1 where no vision token follows.
     """
-    return following(torch.where(vision, segment, -1), chunk)
+    return following(torch.where(vision, segment, -1), chunk, after=after)
 
 
-def following(segment: Tensor, chunk: int, beyond: int = 1) -> Tensor:
+def following(segment: Tensor, chunk: int, beyond: int = 1, after: Tensor | None = None) -> Tensor:
     """`next_segment` of segments that are -1 on all but vision tokens, for so many chunks beyond the end."""
     length = segment.shape[1]
     filled = torch.nn.functional.pad(segment, (0, -length % chunk + beyond * chunk), value=-1)
     last = filled.shape[1] - 1
+    if after is not None:
+        filled[:, last] = after
     position = torch.where(filled >= 0, torch.arange(last + 1, device=segment.device), last)
     first = position.unflatten(1, (-1, chunk)).amin(2)  # by chunk, as a GPU scans a long row slowly
-    return filled.gather(1, first.flip(1).cummin(1).values.flip(1))  # the next vision token, or the last: -1
+    return filled.gather(1, first.flip(1).cummin(1).values.flip(1))  # the next vision token, or the last
 
 
-def openings(segment: Tensor) -> Tensor:
+def openings(segment: Tensor, after: Tensor | None = None) -> Tensor:
     """`next_segment` for chunks of any length, which `openings_of` picks: (B, many + 1) int64; -1 on text."""
-    return following(segment, SHORTEST, 1 + LONGEST // SHORTEST)  # a longer chunk ends among those beyond
+    beyond = 1 + LONGEST // SHORTEST  # a longer chunk ends among those beyond
+    return following(segment, SHORTEST, beyond, after)
 
 
 def openings_of(openings: Tensor, length: int, chunk: int) -> Tensor:

@@ -24,7 +24,8 @@ class ScanInputs(NamedTuple):
 
     Args:
         order: (B, L) int64, the token at each place of the scan: outputs go back to it. None = they stay.
-        openings: `layout.segments.openings` of segment and valid, which serve every layer; None = not known.
+        openings: `layout.segments.openings` of segment and valid, which serve every layer; None = not known,
+            and nothing follows these tokens.
         begins: (B, L) int32, `layout.samples.sample_begins`, of packed rows, where each segment lies in one
             sample; None = one sample a row.
         norm_weight: (H·P,), of the norm of each head; None = no norm.

@@ -1,17 +1,22 @@
 """`python -m linmu.optimized.serving.benchmark student|teacher`: vLLM's speed and room for one of the two.
 
 Both are a Qwen2 decoder of the sizes of Qwen2.5-VL-7B with random weights, in one process each, under vLLM's
-own settings but for these: a student's decoding steps run from CUDA graphs, and there is no prefix caching.
+own settings but for these: a student's decoding steps run from CUDA graphs, both capture graphs of few sizes,
+and there is no prefix caching.
 
-- *decoding*: milliseconds a step while so many requests decode, from two runs of different numbers of tokens,
-  whose difference leaves admission out. A student's step does not depend on what was read, so its prompts are
-  short. The teacher's keys and values are constants that vLLM's DecodeBenchConnector writes; computing them
-  for a full pool would take minutes and change no shape.
+- *decoding*: milliseconds between the outputs of steps in which so many requests decode at once, the median.
+  A student's step does not depend on what was read, so its prompts are of one token. The teacher's keys and
+  values are constants that vLLM's DecodeBenchConnector writes; computing them for a full pool would take
+  minutes and change no shape.
 - *prompt*: time to first token and time between tokens of requests whose prompts are computed.
+- *served*: so many requests at once from their prompts to their last token, all of it timed.
 - *pool*: how many tokens (teacher) or requests (student) fit in the memory that vLLM has left for them.
+- *held*: how many requests of a student decoded at once when its pool was full.
+- *profile*: what the GPU was busy with in some steps, or in the prompts of one token of answer.
 
 It appends a JSON line for each to `--out` as soon as it is measured, and ends within `--budget`; `report`
-makes tables and a plot of such files.
+makes tables and a plot of such files. A cell that would not end in the time that is left is not begun; one
+that takes longer than thought is cut short, and its full steps count.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ import json
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -47,10 +53,20 @@ SIZES = {
     },
 }
 LENGTHS = (32768, 2048, 131072, 8192)  # the most telling first
-COUNTS = (256, 1, 16, 64)
-STEPS = (4, 68)  # tokens that two runs generate; the difference is timed
+COUNTS = (256, 1, 64, 16)
+MOST = {"student": 2048, "teacher": 1024}  # 1024 is vLLM's choice for this GPU
+LARGE = (512, 960, 1024, 1536, 1792)  # requests in a graph beyond COUNTS, as many as memory may hold
+KINDS = ("decoding", "prompt", "served", "held", "profile")
+STEPS = 64  # tokens that a request adds where decoding is timed
 ANSWER = 17  # tokens after a prompt
-HELD = 64  # tokens that a request may add
+SERVED = 128  # tokens after a prompt where all of it is timed
+HELD = 128  # tokens that a request may add
+RATES = {  # tokens of a prompt a second on an H200, to foresee a cell: by the longest prompt
+    "student": {2**20: 20_000},
+    "teacher": {2048: 20_000, 8192: 20_000, 32768: 15_000, 2**20: 7_000},
+}
+FILLED = 8e-3  # seconds that a request's keys and values take to be written
+STEP = 0.05  # seconds, of one
 
 
 def main() -> None:
@@ -61,7 +77,7 @@ def main() -> None:
         return
     begun, out = time.perf_counter(), Path(arguments.out[0])
     common = {"who": arguments.who, "quantization": arguments.quantization, "size": arguments.size}
-    common |= {"sync": arguments.sync or None}
+    common |= {name: getattr(arguments, name) or None for name in ("sync", "eager", "computed")}
     signal.signal(signal.SIGALRM, out_of_time)
     signal.signal(signal.SIGTERM, out_of_time)
     signal.alarm(arguments.budget)
@@ -72,9 +88,16 @@ def main() -> None:
         room = pool(llm, arguments)
         write(out, common | {"cell": "pool"} | room)
         for cell in cells(arguments, room):
-            measure = decoding if cell["cell"] == "decoding" else prompt
             left = arguments.budget - (time.perf_counter() - begun)
-            write(out, common | cell | measure(llm, arguments, cell["length"], cell["requests"], left))
+            try:
+                found = measure(llm, arguments, cell, left)
+            except TimeoutError:
+                raise
+            except Exception as error:  # costs this cell alone, unless the engine is dead
+                found = {"skipped": f"{type(error).__name__}: {error}"}
+            write(out, common | cell | found)
+            if "EngineDead" in found.get("skipped", ""):
+                raise SystemExit(1)
     except TimeoutError as error:
         write(out, common | {"cell": "end", "skipped": str(error)})
     finally:
@@ -97,13 +120,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), default="7b")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the prompts")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="requests at once")
-    parser.add_argument("--most", type=int, default=1024, help="requests in a step; vLLM's max_num_seqs")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of cells")
+    parser.add_argument("--most", type=int, help="requests in a step; vLLM's max_num_seqs")
     parser.add_argument("--quantization", choices=("fp8",), help="of the weights, by vLLM")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU that vLLM may use")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs; a CPU has none")
+    parser.add_argument("--computed", action="store_true", help="the teacher's keys and values, not written")
     parser.add_argument("--sync", action="store_true", help="a student's steps planned one after another")
     parser.add_argument("--budget", type=int, default=600, help="seconds after which it ends, start included")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.most = arguments.most or MOST.get(arguments.who, 0)
+    return arguments
 
 
 def folder_of(who: str, size: str, longest: int) -> str:
@@ -134,14 +161,17 @@ def engine(arguments: argparse.Namespace):
 
     is_student, longest = arguments.who == "student", max(arguments.lengths) + HELD
     options: dict[str, Any] = {"enforce_eager": True} if arguments.eager else {}
-    if is_student and not arguments.eager:
-        sizes = sorted({n for n in (1, 2, 4, 8, *arguments.counts, arguments.most) if n <= arguments.most})
-        graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    if not arguments.eager:
+        graphs: dict[str, Any] = {"cudagraph_capture_sizes": graph_sizes(arguments)}
+        if is_student:
+            graphs["cudagraph_mode"] = "FULL_DECODE_ONLY"
         options["compilation_config"] = graphs
     if is_student:
         options["async_scheduling"] = not arguments.sync
     else:
-        options |= {"enable_prefix_caching": False, "kv_transfer_config": connector()}
+        options["enable_prefix_caching"] = False
+        if not arguments.computed:
+            options["kv_transfer_config"] = connector()
     return vllm.LLM(
         model=folder_of(arguments.who, arguments.size, longest),
         skip_tokenizer_init=True,
@@ -149,11 +179,17 @@ def engine(arguments: argparse.Namespace):
         dtype="bfloat16",
         quantization=arguments.quantization,
         max_model_len=longest,
-        max_num_seqs=arguments.most if is_student else min(arguments.most, 256),
+        max_num_seqs=arguments.most,
         gpu_memory_utilization=arguments.memory,
-        disable_log_stats=False,  # its times of first tokens
+        worker_extension_cls=f"{__package__}.watched_worker.WatchedWorker",
         **options,
     )
+
+
+def graph_sizes(arguments: argparse.Namespace) -> list[int]:
+    """Return of how many requests steps are captured."""
+    few = () if arguments.who == "student" else (32, 128)
+    return sorted({n for n in (1, 2, 4, 8, *few, *arguments.counts, *LARGE) if n <= arguments.most})
 
 
 def connector():
@@ -189,80 +225,211 @@ def pool(llm, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what to measure, the most telling first."""
+    counts, few = arguments.counts, sorted(arguments.lengths)
+    fits = {length: room["held"][str(length)] for length in arguments.lengths}
 
     def cell(kind: str, length: int | None, requests: int) -> dict[str, Any]:
         return {"cell": kind, "length": length, "requests": requests}
 
-    if arguments.who == "student":
-        for count in sorted({*arguments.counts, arguments.most}):
-            yield cell("decoding", None, min(count, room["blocks"]))
-    else:
-        for length in arguments.lengths:
-            most = room["held"][str(length)]
-            full = [most] if most < max(arguments.counts) else []
-            fit = [count for count in arguments.counts if count <= most]
-            yield from (cell("decoding", length, count) for count in (*full, *fit) if count)
-    few = sorted(arguments.lengths)
-    yield from (cell("prompt", length, 1) for length in few)
-    yield from (cell("prompt", length, 16) for length in few[:2])
-    if arguments.who == "student":
-        yield cell("prompt", few[min(2, len(few) - 1)], 4)
+    def decoding_cells() -> tuple[list, list]:
+        if arguments.who == "student":
+            full = max((n for n in graph_sizes(arguments) if n <= room["blocks"]), default=room["blocks"])
+            ours = dict.fromkeys((counts[0], min(full, arguments.most), *counts[1:], 1024))
+            return [cell("decoding", None, n) for n in ours if n <= min(room["blocks"], arguments.most)], []
+        fulls = {length: min(most, arguments.most) for length, most in fits.items()}
+        first = [cell("decoding", length, most) for length, most in fulls.items() if most]
+        rest = [
+            cell("decoding", length, count)
+            for count in counts
+            for length, most in fulls.items()
+            if count < most
+        ]
+        return first, rest
+
+    first, rest = decoding_cells()
+    long = few[min(2, len(few) - 1)]
+    order = [
+        *first,
+        *(cell("prompt", length, 1) for length in few),
+        cell("served", few[0], 64),
+        cell("served", long, 8),
+        cell("prompt", few[0], 16),
+        *rest,
+        *([cell("held", None, room["blocks"])] if arguments.who == "student" else []),
+        *(
+            cell("profile", None, n)
+            for n in (256, 1, 64)
+            if arguments.who == "student" and n <= room["blocks"]
+        ),
+        *([cell("profile", few[0], 16)] if arguments.who == "student" else []),
+        cell("prompt", few[min(1, len(few) - 1)], 16),
+        cell("served", few[0], 256),
+    ]
+    yield from (each for each in order if each["cell"] in arguments.kinds)
 
 
-def run(llm, size: str, length: int, requests: int, tokens: int, filled: bool) -> tuple[float, list]:
-    """Answer so many prompts of random tokens; return the seconds, and vLLM's outputs."""
+def foreseen(who: str, cell: dict[str, Any], is_computed: bool = False) -> float:
+    """Return about how many seconds a cell takes on an H200."""
+    kind, length, requests = cell["cell"], cell["length"] or SHORT, cell["requests"]
+    rate = next(rate for most, rate in RATES[who].items() if length <= most)
+    computed = length * requests / rate
+    if kind == "decoding":
+        written = FILLED * requests if who == "teacher" else 1.0
+        return (computed if is_computed else written) + STEPS * STEP * (1 + requests / 512)
+    if kind == "prompt":
+        return (2 if is_warmed(cell) else 1) * computed + ANSWER * STEP
+    if kind == "served":
+        return computed + SERVED * STEP
+    return computed + 10.0
+
+
+def is_warmed(cell: dict[str, Any]) -> bool:
+    """Whether a prompt is computed before it is timed."""
+    return cell["length"] * cell["requests"] <= 2**15
+
+
+@dataclass
+class Trace:
+    """When vLLM's outputs came.
+
+    Args:
+        begun: before the first request was added, seconds.
+        steps: of each step the time, and how many requests had a token in it.
+        firsts: of each request the time of its first token.
+        lasts: and of its last.
+        cut: whether it was ended before all had their tokens.
+    """
+
+    begun: float
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    firsts: dict[str, float] = field(default_factory=dict)
+    lasts: dict[str, float] = field(default_factory=dict)
+    cut: bool = False
+
+    def full_steps(self, requests: int) -> list[float]:
+        """Return the seconds between two steps in which all had a token."""
+        pairs = zip(self.steps, self.steps[1:], strict=False)
+        return [after - before for (before, m), (after, n) in pairs if m == n == requests]
+
+
+def drive(
+    llm,
+    arguments: argparse.Namespace,
+    cell: dict[str, Any],
+    tokens: int,
+    until: float,
+    at_step: Callable[[Trace], bool] = lambda trace: False,
+) -> Trace:
+    """Answer a cell's prompts of random tokens with so many tokens each, or until a time, or `at_step`."""
     import numpy as np
-    import vllm
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
+    length, requests, engine = cell["length"] or SHORT, cell["requests"], llm.llm_engine
     draw = np.random.default_rng(length + requests)
-    drawn = draw.integers(0, SIZES[size]["vocab_size"], (requests, length))
-    prompts = [{"prompt_token_ids": ids.tolist()} for ids in drawn]
+    prompts = draw.integers(0, SIZES[arguments.size]["vocab_size"], (requests, length)).tolist()
+    filled = cell["cell"] == "decoding" and arguments.who == "teacher" and not arguments.computed
     extra = {"kv_transfer_params": {"filled": True}} if filled else None
-    options = vllm.SamplingParams(
+    options = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra
     )
+    options.output_kind = RequestOutputKind.DELTA
+    trace = Trace(time.perf_counter())
+    names = [f"{trace.begun}-{i}" for i in range(requests)]
+    for name, ids in zip(names, prompts, strict=True):
+        engine.add_request(name, {"prompt_token_ids": ids}, options.clone())
+    while engine.has_unfinished_requests():
+        outputs, now = engine.step(), time.perf_counter()
+        found = [output.request_id for output in outputs if output.outputs[0].token_ids]
+        if found:
+            trace.steps.append((now, len(found)))
+        for name in found:
+            trace.firsts.setdefault(name, now)
+            trace.lasts[name] = now
+        if at_step(trace) or now > until:
+            trace.cut = now > until
+            engine.abort_request(names)
+    return trace
+
+
+def measure(llm, arguments: argparse.Namespace, cell: dict[str, Any], left: float) -> dict[str, Any]:
+    """Measure a cell, if it should end in the seconds that are left."""
+    guess = foreseen(arguments.who, cell, arguments.computed)
+    if guess > left:
+        return {"skipped": f"some {guess:.0f} s, {left:.0f} s were left"}
+    kinds = {"decoding": decoding, "held": decoding, "prompt": prompt, "served": served, "profile": profile}
     begun = time.perf_counter()
-    outputs = llm.generate(prompts, options, use_tqdm=False)
-    return time.perf_counter() - begun, outputs
+    found = kinds[cell["cell"]](llm, arguments, cell, begun + min(left, 3 * guess + 5))
+    return found | {"seconds_of_cell": round(time.perf_counter() - begun, 1)}
 
 
-def decoding(
-    llm, arguments: argparse.Namespace, length: int | None, requests: int, left: float
-) -> dict[str, Any]:
-    """Time a step in which all requests decode, after prompts of `length` tokens; None = a few.
-
-    Nothing is timed if, by the first run, it would not end in the seconds that are left.
-    """
-    asked = (arguments.size, length or SHORT, requests)
-    filled = arguments.who == "teacher"
-    first, _ = run(llm, *asked, STEPS[0], filled)
-    admission, _ = run(llm, *asked, STEPS[0], filled)
-    if first + 4 * admission > left:
-        return {"skipped": f"{admission:.1f} s a run, {left - first - admission:.0f} s were left"}
-    short = min(admission, run(llm, *asked, STEPS[0], filled)[0])
-    long, _ = run(llm, *asked, STEPS[1], filled)
-    step = (long - short) / (STEPS[1] - STEPS[0])
+def decoding(llm, arguments: argparse.Namespace, cell: dict[str, Any], until: float) -> dict[str, Any]:
+    """Time the steps in which all requests decode; a full pool need only do so a few times."""
+    requests = cell["requests"]
+    trace = drive(llm, arguments, cell, 8 if cell["cell"] == "held" else STEPS, until)
+    steps = trace.full_steps(requests)
+    if not steps:
+        most = max((count for _, count in trace.steps), default=0)
+        return {"skipped": f"{most} of {requests} decoded at once"}
+    step = median(steps)
     found = {"ms_a_step": round(1e3 * step, 3), "tokens_per_second": round(requests / step, 1)}
-    return found | {"seconds_of_short_run": round(short, 3)}
+    return found | {"steps": len(steps), "slowest_ms": round(1e3 * max(steps), 3), "cut": trace.cut or None}
 
 
-def prompt(llm, arguments: argparse.Namespace, length: int, requests: int, left: float) -> dict[str, Any]:
-    """Time prompts that are computed, and the tokens after them; the second of two runs."""
-    if left <= 0:
-        return {"skipped": "no time was left"}
-    asked = (arguments.size, length, requests)
-    if length * requests <= 2**15:
-        run(llm, *asked, 2, False)
-    seconds, outputs = run(llm, *asked, ANSWER, False)
-    found = [output.metrics for output in outputs]
-    firsts = [each.first_token_latency for each in found]
-    between = [(each.last_token_ts - each.first_token_ts) / (ANSWER - 1) for each in found]
+def prompt(llm, arguments: argparse.Namespace, cell: dict[str, Any], until: float) -> dict[str, Any]:
+    """Time prompts that are computed, and the tokens after them; of short ones the second of two runs."""
+    if is_warmed(cell):
+        drive(llm, arguments, cell, 2, until)
+    return times_of(drive(llm, arguments, cell, ANSWER, until), ANSWER)
+
+
+def served(llm, arguments: argparse.Namespace, cell: dict[str, Any], until: float) -> dict[str, Any]:
+    """Time requests from the first prompt to the last token."""
+    trace = drive(llm, arguments, cell, SERVED, until)
+    found = times_of(trace, SERVED)
+    if "skipped" not in found:
+        found["tokens_per_second"] = round(cell["requests"] * SERVED / found["seconds"], 1)
+    return found
+
+
+def times_of(trace: Trace, tokens: int) -> dict[str, Any]:
+    """Return what requests waited for, in milliseconds, and all of it in seconds."""
+    if trace.cut:
+        return {"skipped": "it took longer than was left"}
+    waited = [first - trace.begun for first in trace.firsts.values()]
+    between = [(trace.lasts[name] - first) / (tokens - 1) for name, first in trace.firsts.items()]
     return {
-        "seconds": round(seconds, 3),
-        "ms_to_first_token": round(1e3 * mean(firsts), 1),
-        "ms_to_last_first_token": round(1e3 * max(firsts), 1),
+        "seconds": round(trace.steps[-1][0] - trace.begun, 3),
+        "ms_to_first_token": round(1e3 * mean(waited), 1),
+        "ms_to_last_first_token": round(1e3 * max(waited), 1),
         "ms_between_tokens": round(1e3 * median(between), 3),
     }
+
+
+def profile(llm, arguments: argparse.Namespace, cell: dict[str, Any], until: float) -> dict[str, Any]:
+    """Watch the GPU for some steps of decoding, or while prompts are computed."""
+    found: dict[str, Any] = {}
+
+    def watch(trace: Trace) -> bool:
+        steps = len(trace.full_steps(cell["requests"]))
+        if steps >= 8 and "from" not in found:
+            llm.collective_rpc("begin_watching")
+            found["from"] = steps
+        if "from" in found and steps >= found["from"] + 16:
+            (found["watched"],) = llm.collective_rpc("end_watching")
+            return True
+        return False
+
+    if cell["length"]:
+        llm.collective_rpc("begin_watching")
+        drive(llm, arguments, cell, 1, until)
+        (watched,) = llm.collective_rpc("end_watching")
+    else:
+        drive(llm, arguments, cell, min(1000, max(arguments.lengths)), until, watch)
+        watched = found.get("watched", {"skipped": "no step was watched"})
+    if "steps" in watched:
+        watched["steps"] //= SIZES[arguments.size]["num_hidden_layers"]
+    return watched
 
 
 def write(path: Path, line: dict[str, Any]) -> None:

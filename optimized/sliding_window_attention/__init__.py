@@ -12,6 +12,8 @@ kernels_step      Triton: one token of decoding, the state shifted in its place
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,7 @@ from .operator import SlidingInputs, StepInputs, attend, attend_step
 from .spans import Spans, find_spans, spans_of_layer
 
 __all__ = [
+    "PooledWindowState",
     "Spans",
     "WindowState",
     "attend_spans",
@@ -31,6 +34,21 @@ __all__ = [
     "spans_of_layer",
     "step_in_place",
 ]
+
+
+class PooledWindowState(NamedTuple):
+    """A window's state for one token of text without a gradient, its keys and values among those of others.
+
+    Args:
+        k, v: (R, W-1, G, N) and (R, W-1, G, P), each row contiguous: overwritten in place.
+        present: (B, W-1) bool.
+        rows: (B,) int64, which of them is each one's.
+    """
+
+    k: Tensor
+    v: Tensor
+    present: Tensor
+    rows: Tensor
 
 
 def sliding_window_attention(
@@ -105,7 +123,7 @@ def step_in_place(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: WindowState,
+    state: WindowState | PooledWindowState,
     *,
     asks: Tensor | None = None,
     valid: Tensor | None = None,
@@ -114,11 +132,13 @@ def step_in_place(
 ) -> tuple[Tensor, WindowState]:
     """`sliding_window_attention` of one token, without a gradient, that overwrites the state's k and v.
 
-    They must be contiguous and in the dtypes of k and v; the caller goes on with the state that is returned.
+    They must be contiguous, in a pool each row, and in the dtypes of k and v; the caller goes on with the
+    state that is returned.
     """
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     asks, valid = (None if mask is None else mask[:, 0] for mask in (asks, valid))
-    inputs = StepInputs(q[:, 0], k[:, 0], v[:, 0], *state, asks, valid, scale, engine)
+    rows = getattr(state, "rows", None)
+    inputs = StepInputs(q[:, 0], k[:, 0], v[:, 0], *state[:3], asks, valid, scale, rows, engine)
     o, present = attend_step(inputs)
     return o[:, None], WindowState(state.k, state.v, present)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..engine.launch import as_bytes, rows_of, tile_size
+from ..engine.launch import as_bytes, contiguous, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import StepInputs, StepOutputs, step_outputs
 
@@ -24,10 +24,11 @@ MOVED = 32  # places that a program moves at once
 
 @triton.jit
 def attention_kernel(
-    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, OUT, q_row, q_head, k_row, k_head, v_row, v_head, scale,
+    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, PLACE, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
+    state_k_row, state_v_row, scale,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Eq. (1) for one token a row."""
     row = tl.cast(tl.program_id(0) // (GROUPS * RATIO), tl.int64)
@@ -43,8 +44,9 @@ def attention_kernel(
     out = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0).to(tl.float32)
     largest = tl.sum(q * k, 0) * scale  # it sees itself
     total = tl.sum(tl.where(columns_n == 0, 1.0, 0.0), 0)
-    k_state = STATE_K + (row * PLACES * GROUPS + group) * N
-    v_state = STATE_V + (row * PLACES * GROUPS + group) * P
+    own = tl.load(PLACE + row) if HAS_PLACE else row
+    k_state = STATE_K + own * state_k_row + group * N
+    v_state = STATE_V + own * state_v_row + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -68,9 +70,10 @@ def attention_kernel(
 
 @triton.jit
 def move_kernel(
-    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, k_row, k_head, v_row, v_head,
+    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, PLACE, k_row, k_head, v_row, v_head, state_k_row,
+    state_v_row,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
 ):  # fmt: skip
     """The state after one token a row: each key and value a place further on, the new ones last."""
     row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
@@ -81,8 +84,9 @@ def move_kernel(
     new_n, new_p = columns_n < tl.where(valid, N, 0), columns_p < tl.where(valid, P, 0)  # none of no token
     k_new = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0)
     v_new = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0)
-    k_state = STATE_K + (row * PLACES * GROUPS + group) * N
-    v_state = STATE_V + (row * PLACES * GROUPS + group) * P
+    own = tl.load(PLACE + row) if HAS_PLACE else row
+    k_state = STATE_K + own * state_k_row + group * N
+    v_state = STATE_V + own * state_v_row + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -112,7 +116,8 @@ def step(inputs: StepInputs) -> StepOutputs:
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     o, after = step_outputs(inputs)
     present, valid = as_bytes(inputs.present), as_bytes(inputs.valid)
-    states, strides = (inputs.state_k, inputs.state_v), (*k.stride()[:2], *v.stride()[:2])
+    states, rows = (inputs.state_k, inputs.state_v), contiguous(inputs.rows)
+    strides = (*k.stride()[:2], *v.stride()[:2], *(state.stride(0) for state in states))
     sizes = {
         "PLACES": after.shape[1],
         "GROUPS": groups,
@@ -121,6 +126,7 @@ def step(inputs: StepInputs) -> StepOutputs:
         "BLOCK_N": tile_size(size),
         "BLOCK_P": tile_size(value_size),
         "HAS_VALID": valid is not None,
+        "HAS_PLACE": rows is not None,
     }
     attention_kernel[(batch * heads,)](
         q,
@@ -130,6 +136,7 @@ def step(inputs: StepInputs) -> StepOutputs:
         present,
         as_bytes(inputs.asks),
         valid,
+        rows,
         o,
         *q.stride()[:2],
         *strides,
@@ -147,6 +154,7 @@ def step(inputs: StepInputs) -> StepOutputs:
         present,
         as_bytes(after),
         valid,
+        rows,
         *strides,
         COLUMNS=MOVED,
         num_warps=4,

@@ -89,10 +89,12 @@ class StepInputs(NamedTuple):
     Args:
         q, k, v: (B, H, N), (B, G, N), (B, G, P).
         state_k, state_v: (B, W-1, G, N) and (B, W-1, G, P), contiguous, in the dtypes of k and v; they are
-            overwritten with the state after the token.
+            overwritten with the state after the token. With `rows` pools, (R, W-1, G, N) and (R, W-1, G, P),
+            each of whose rows is contiguous.
         present: (B, W-1) bool, what there is of the state; W > 1.
         asks, valid: (B,) bool; None = all.
         scale: factor on q·k.
+        rows: (B,) int64, which row of the pools is each one's; None = its own.
         engine: "triton" or "torch"; None = by the tensors.
     """
 
@@ -105,6 +107,7 @@ class StepInputs(NamedTuple):
     asks: Tensor | None
     valid: Tensor | None
     scale: float
+    rows: Tensor | None = None
     engine: str | None = None
 
 

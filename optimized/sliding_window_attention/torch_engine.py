@@ -163,20 +163,21 @@ def masked_scores(queries: Tensor, keys: Tensor, block: Blocks, scale: float) ->
 
 def step(inputs: StepInputs) -> StepOutputs:
     """One token a row against the state and itself."""
-    q, k, v, state_k, state_v, present, asks, valid, scale, _ = inputs
+    q, k, v, state_k, state_v, present, asks, valid, scale, rows, _ = inputs
+    rows = slice(None) if rows is None else rows
     wide, groups = accumulation_dtype(q.dtype), k.shape[1]
     taken = torch.ones_like(present[:, :1]) if valid is None else valid[:, None]
     asking = taken[:, 0] if asks is None else asks & taken[:, 0]
     there = torch.cat([present, taken], dim=1)  # (B, W)
     keys, values = (
         torch.cat([state, new[:, None]], dim=1).masked_fill(~there[..., None, None], 0)
-        for state, new in ((state_k, k), (state_v, v))
+        for state, new in ((state_k[rows], k), (state_v[rows], v))
     )  # (B, W, G, ·)
     queries = q.masked_fill(~asking[:, None, None], 0).to(wide).unflatten(1, (groups, -1))  # (B, G, H/G, N)
     scores = (queries @ keys.to(wide).permute(0, 2, 3, 1)).mul_(scale)  # (B, G, H/G, W)
     scores.masked_fill_(~there[:, None, None], torch.finfo(wide).min)
     o = (scores.softmax(-1) @ values.to(wide).transpose(1, 2)).flatten(1, 2)  # (B, H, P)
-    state_k.copy_(torch.where(taken[..., None, None], keys[:, 1:], keys[:, :-1]))
-    state_v.copy_(torch.where(taken[..., None, None], values[:, 1:], values[:, :-1]))
+    state_k[rows] = torch.where(taken[..., None, None], keys[:, 1:], keys[:, :-1])
+    state_v[rows] = torch.where(taken[..., None, None], values[:, 1:], values[:, :-1])
     new_present = torch.where(taken, there[:, 1:], there[:, :-1])
     return StepOutputs(o.masked_fill(~asking[:, None, None], 0).to(q.dtype), new_present)

@@ -276,10 +276,11 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         save()
         keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
 
-    collate, kinds = AnswerCollator(options.output, MERGE), LARGE_KINDS
+    collate, kinds = AnswerCollator(options.output, MERGE), tuple(options.kinds)
     for level, seconds in zip(LEVELS, answering, strict=True):
         started = time.perf_counter()
-        questions = partial(LargeQuestions, level, "train", options.seed, kinds=kinds)
+        each = options.questions_each
+        questions = partial(LargeQuestions, level, "train", options.seed, kinds=kinds, each=each)
         steps = train(AnswerTrainer, model, questions, collate, options, seconds, **ANSWERING[level])
         save()
         measured = measure(model, collate, level, kinds, options)
@@ -305,6 +306,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--start", help="such a teacher to train further, which can see already")
     parser.add_argument(
         "--seconds", type=duration, nargs=4, default=(12, 74, 28, 50), help="to see, at short, middle, long"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=LARGE_KINDS, default=LARGE_KINDS, help="of questions")
+    parser.add_argument(
+        "--questions-each", type=at_least(1), default=1, help="questions of a conversation to learn, at most"
     )
     parser.add_argument("--steps", type=at_least(1), default=MOST_STEPS, help="most of any of the four")
     parser.add_argument(

@@ -65,7 +65,11 @@ def mix_branches(y: Tensor, local: Tensor, logit: Tensor, mixes: Tensor | None) 
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators each rank runs on its own tokens: the reference's, or those of another backend."""
+    """The operators each rank runs on its own tokens: the reference's, or those of another backend.
+
+    `m_mate` is another backend's `ContextParallel.m_mate` for calls without gradients and packed rows, whose
+    first argument is the object; None = there is none.
+    """
 
     causal_conv: Callable = causal_conv
     bidirectional_scan: Callable = bidirectional_scan
@@ -74,6 +78,7 @@ class Operators:
     apply_rope: Callable = apply_rope
     narrow_products: Callable = narrow_products
     mix_branches: Callable = mix_branches
+    m_mate: Callable | None = None
 
 
 class Route:
@@ -224,12 +229,15 @@ class ContextParallel:
 
     def exchange(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
         """All-to-all along the first dimension, with a gradient."""
-        group = (self.mesh, 0)
-        flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).contiguous()
-        arrived = all_to_all_single_autograd(flat, receive_sizes, send_sizes, group)
-        if isinstance(arrived, AsyncCollectiveTensor) and not arrived.requires_grad:
-            arrived = arrived.trigger_wait()  # a plain tensor, that a cache may hold and copy
+        arrived = self.sent(tensor, receive_sizes, send_sizes)
+        if not arrived.requires_grad:
+            arrived = waited(arrived)
         return arrived.reshape(sum(receive_sizes), *tensor.shape[1:])
+
+    def sent(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
+        """`exchange` under way, (M, ...) flattened to two dimensions: `waited` gives what comes of it."""
+        flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).contiguous()
+        return all_to_all_single_autograd(flat, receive_sizes, send_sizes, (self.mesh, 0))
 
     def gather(self, tensor: Tensor) -> Tensor:
         """One tensor a rank -> (R, ...) on every rank, with a gradient."""
@@ -314,14 +322,29 @@ class ContextParallel:
         Returns:
             twice: (B, size, ...) of each tensor, oldest first, and (B, size) bool, which of them there are.
         """
-        batch, device = tensors[0].shape[0], tensors[0].device
-        nothing = [t.new_zeros(batch, size, *t.shape[2:]) for t in tensors]
-        padded = [torch.cat(pair, 1) for pair in zip(nothing, tensors, strict=True)]
         valid = valid if samples is None else samples.valid
+        place, found = self.once(("tail", size), lambda: self.tail(valid, size, len(tensors[0])))
+        rows = torch.arange(len(place), device=place.device)[:, None]
+        tails = [
+            zero_where_masked(t[rows, place], found.view(*found.shape, *(1,) * (t.ndim - 2))) for t in tensors
+        ]
+        return self.pass_on(tails, valid, before, present, samples)
+
+    def tail(self, valid: Tensor | None, size: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Where this rank's last `size` valid tokens stand in its slice, (B, size), and which there are."""
+        length, device = self.lengths[self.rank], self.counts.device
+        place = torch.arange(-size, length, device=device).expand(batch, -1)
+        mine = place >= 0 if valid is None else F.pad(self.local(valid), (size, 0))
+        (place,), found = last_where(mine, size, place)
+        return place, found
+
+    def pass_on(self, tails, valid, before, present, samples: Samples | None = None):
+        """`pass_tails` of tails found before, (B, size, ...) each."""
+        batch, size, device = *tails[0].shape[:2], tails[0].device
+        nothing = [torch.zeros_like(tail) for tail in tails]
         if valid is None:
-            tails, counts = [t[:, -size:] for t in padded], self.counts.expand(batch, -1)
+            counts = self.counts.expand(batch, -1)
         else:
-            tails, _ = last_where(F.pad(valid[:, self.slice], (size, 0)), size, *padded)
             counts = torch.stack([part.sum(1) for part in valid.split(self.lengths, 1)], 1)  # (B, R)
         there = torch.arange(size, device=device) >= size - counts[..., None]  # (B, R, size)
         if not isinstance(present, Tensor):
@@ -367,15 +390,24 @@ class ContextParallel:
 
     def to_windows(self, window_id: Tensor) -> tuple[Route, Tensor]:
         """The route to the ranks that compute the windows (B, L), and the ids there, (1, M + 1)."""
+        ids, destination, _ = self.holders(window_id)
+        route = Route(destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), self)
+        return route, torch.cat([route.of_prompt(ids), ids.amax().clamp(min=-1).view(1) + 1])[None]
+
+    def holders(self, window_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of windows (B, L): ids that no two rows share, which rank computes each token's, and whether a cut
+        goes through it, (B, L) each.
+        """
         rows = torch.arange(len(window_id), device=window_id.device)[:, None]
         ids = torch.where(window_id < 0, -1, window_id * len(window_id) + rows)  # rows side by side
         found, inverse = ids.flatten().unique(return_inverse=True)
         owner = self.owner.expand_as(ids)
-        first = owner.new_full(found.shape, self.ranks)
-        first = first.scatter_reduce(0, inverse, owner.flatten(), "amin")
+        first, last = (
+            owner.new_full(found.shape, fill).scatter_reduce(0, inverse, owner.flatten(), which)
+            for fill, which in ((self.ranks, "amin"), (-1, "amax"))
+        )
         destination = torch.where(ids < 0, owner, first[inverse].view_as(ids))
-        route = Route(destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), self)
-        return route, torch.cat([route.of_prompt(ids), ids.amax().clamp(min=-1).view(1) + 1])[None]
+        return ids, destination, (ids >= 0) & (first != last)[inverse].view_as(ids)
 
     @without_autocast
     def bidirectional_scan(
@@ -447,6 +479,36 @@ class ContextParallel:
                 y = plus_reads(y, kept, C, incoming[self.rank + 1])
         return y.to(x.dtype), forward[-1]
 
+    def hand_on(
+        self, added: Tensor, decay: Tensor, start: Tensor | None, arriving: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Eq. (1) of both directions in one exchange, without gradients.
+
+        Args:
+            added: (directions, B, H, N, P), what this rank adds from zero to the states.
+            decay: (directions, B, H), by what it multiplies those that enter.
+            start: (B, H, N, P), the forward state before the prompt; None = zeros.
+            arriving: what `send_states` gave.
+        Returns:
+            the states at the edges, (R + 1, B, H, N, P): forward ones, and reverse ones if there are such.
+        """
+        every = waited(arriving).split([added.numel(), decay.numel()], 1)
+        states, decays = every[0].view(-1, *added.shape), every[1].view(-1, *decay.shape)
+        edges = []
+        for direction, order in enumerate((range(self.ranks), reversed(range(self.ranks)))[: len(added)]):
+            state = torch.zeros_like(added[0])
+            found = [state if start is None or direction else start.to(added.dtype)]
+            for rank in order:
+                factor = decays[rank, direction][..., None, None]
+                found.append(torch.addcmul(states[rank, direction], factor, found[-1]))
+            edges.append(torch.stack(found[::-1] if direction else found))
+        return edges[0], edges[1] if len(edges) > 1 else None
+
+    def send_states(self, added: Tensor, decay: Tensor) -> Tensor:
+        """The exchange for `hand_on`, under way."""
+        mine, ones = torch.cat([added.flatten(), decay.flatten()]), [1] * self.ranks
+        return self.sent(mine.expand(self.ranks, -1), ones, ones)
+
     def fold(
         self, state: Tensor, decay: Tensor, start: Tensor, through: list[Tensor] | None = None
     ) -> Tensor:
@@ -504,6 +566,8 @@ class ContextParallel:
         sequence = samples_of("ContextParallel.m_mate", layout, sequence)
         must = "packed rows must have no state before them"
         require(sequence is None or state is None, "ContextParallel.m_mate", must, "a state")
+        if self.operators.m_mate is not None and sequence is None and not torch.is_grad_enabled():
+            return self.operators.m_mate(self, block, u, layout, valid, position_embeddings, state)
         given = {"sequence": sequence}
         y, after = self.flex_ma(block.flex_ma, u, layout, valid, position_embeddings, state, **given)
         window = None if state is None else state.window
@@ -588,6 +652,11 @@ class ContextParallel:
         if takes_part is not None:
             output = output * self.local(takes_part)[..., None]
         return output, state
+
+
+def waited(tensor: Tensor) -> Tensor:
+    """What a collective gives, once it is there: a plain tensor, that a cache may hold and copy."""
+    return tensor.trigger_wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def sums(steps: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ def test_the_state_of_a_layer_holds_the_text_window(served):
     for layer in states.values():
         shapes = dict(zip(layer.names, layer.get_state_shape(), strict=True))
         groups, dim = layer.config.groups, layer.config.head_dim
-        assert shapes["keys"] == shapes["values"] == (5, groups, dim) and shapes["present"] == (5,)
+        assert shapes["keys"] == shapes["values"] == (5, groups, dim) and shapes["present"] == (16,)
         assert [tensor.shape[1:] for tensor in layer.kv_cache] == list(shapes.values())
 
 

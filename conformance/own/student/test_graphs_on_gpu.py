@@ -89,7 +89,9 @@ def test_a_tokens_window_is_the_torch_engines(dtype, window, rows):
         masks = None, torch.rand(rows, device="cuda") > 0.2
         found = {}
         for engine, state in states.items():
-            found[engine], state[2] = attend_step(StepInputs(q, k, v, *state, *masks, size**-0.5, engine))
+            found[engine], state[2] = attend_step(
+                StepInputs(q, k, v, *state, *masks, size**-0.5, engine=engine)
+            )
         torch.testing.assert_close(found["triton"], found["torch"])
         for got, want in zip(*states.values(), strict=True):
             assert torch.equal(got, want)

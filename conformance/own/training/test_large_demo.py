@@ -22,14 +22,21 @@ from linmu.reference.demo.build_vlm import (
 )
 from linmu.reference.demo.digits import BLANK
 from linmu.reference.demo.large_questions import LARGE_KINDS, LargeQuestions
-from linmu.reference.demo.large_scenes import LEVELS
+from linmu.reference.demo.large_scenes import LEVELS, further_questions
 from linmu.reference.demo.packed_vision import pack_vision
 from linmu.reference.demo.train_teacher import TrainingCollator
 from linmu.reference.demo.vlm_teacher import LARGEST, build, learnt, make, open_decoder, parse
+from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
+from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.data.conversations import Conversations
 
 pytestmark = pytest.mark.trial_of_the_reference
 
+KIND_BY_WORDS = {
+    "left of": "row", "right of": "row", "above": "column", "below": "column", "Is there": "there",
+    "How many": "count", "largest": "extreme", "smallest": "extreme", "comes": "order", "changes": "changed",
+    "first moment": "again",
+}  # fmt: skip
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -70,6 +77,11 @@ def read_slowly(kind: str, question: str, grid: np.ndarray) -> str:
     return str(grid[t, y + dy, x + dx])
 
 
+def kind_of(question: str) -> str:
+    """What it asks for, by its words."""
+    return next(kind for words, kind in KIND_BY_WORDS.items() if words in question)
+
+
 @pytest.mark.parametrize(("level", "count"), [("short", 300), ("middle", 60), ("long", 12)])
 def test_answers_are_what_the_grid_shows(level, count):
     questions = LargeQuestions(level, "train", 3)
@@ -81,6 +93,57 @@ def test_answers_are_what_the_grid_shows(level, count):
         seen.add(item["kind"])
     assert seen <= set(LARGE_KINDS) and (level == "long" or seen == set(LARGE_KINDS))
     assert np.prod(grids[0].shape) == {"short": 64, "middle": 512, "long": 4032}[level]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_turn_of_several_asks_something_else_and_is_right(level):
+    """The first is of the item's kind, before the picture; later ones are words alone."""
+    count, each = (60, 8) if level != "long" else (4, 8)
+    questions = LargeQuestions(level, "train", 3, each=each)
+    items, grids, seen = questions.__getitems__(range(count)), questions.grids(range(count)), set()
+    for item, grid in zip(items, grids, strict=True):
+        users, assistants = item["messages"][::2], item["messages"][1::2]
+        asked = [turn["content"][0]["text"] for turn in users]
+        assert [turn["role"] for turn in item["messages"]] == ["user", "assistant"] * each
+        assert len({*asked}) == each and {len(turn["content"]) for turn in users[1:]} == {1}
+        kinds = [item["kind"], *map(kind_of, asked[1:])]
+        answers = [turn["content"][0]["text"] for turn in assistants]
+        assert answers == [read_slowly(k, q, grid) for k, q in zip(kinds, asked, strict=True)]
+        seen.update(kinds[1:])
+    assert questions[1]["messages"][0]["content"][0] == items[1]["messages"][0]["content"][0]
+    assert level == "long" or seen >= {"there", "count", "extreme", "row", "order"}
+
+
+def test_later_answers_cannot_be_guessed():
+    items = LargeQuestions("middle", "train", 1, kinds=("there", "count"), each=8).__getitems__(range(60))
+    later = [turn["content"][0]["text"] for item in items for turn in item["messages"][3::2]]
+    for answers, share in ((("yes", "no"), 0.6), (("0", "1", "2", "3"), 0.5)):
+        counts = [later.count(answer) for answer in answers]
+        assert max(counts) < share * sum(counts), dict(zip(answers, counts, strict=True))
+
+
+def test_a_question_of_one_answer_only_is_asked():
+    """Nothing is beside, first or last where two are; fewer questions than wanted if no more can be asked."""
+    grid = np.full((1, 4, 4), BLANK)
+    grid[0, 1, 1:3] = 7, 3
+    asked = further_questions(grid, "Which digit is left of the 3?", ("row", "column"), np.zeros((5, 3)))
+    assert asked == [("Which digit is right of the 7?", "3")]
+    grid[0, 3, 3] = 3  # a second
+    assert further_questions(grid, "", ("row",), np.zeros((5, 3))) == [
+        ("Which digit is right of the 7?", "3")
+    ]
+    film = np.stack([grid[0], grid[0]])
+    assert further_questions(film, "", ("order", "changed", "again"), np.zeros((5, 3))) == []
+
+
+def test_every_turn_is_supervised(built):
+    """Eight answers, each with its end of turn; the dry run counts these labels."""
+    processor = load_processor(built[2])
+    items = LargeQuestions("short", each=8).__getitems__(range(3))
+    for item, labels in zip(items, ChatCollator(processor)(items)["labels"], strict=True):
+        answers = [turn["content"][0]["text"] for turn in item["messages"][1::2]]
+        taught = processor.tokenizer.decode(labels[labels != IGNORED])
+        assert len(answers) == 8 and taught == "".join(f"{answer}<|im_end|>" for answer in answers)
 
 
 def test_every_answer_is_as_likely_as_the_others():
@@ -106,16 +169,22 @@ def test_unknown_levels_and_kinds_are_refused():
         LargeQuestions("endless")
     with pytest.raises(ValueError, match="LargeQuestions: kinds must be among"):
         LargeQuestions("long", kinds=("cell",))
+    with pytest.raises(ValueError, match="each must be at least 1, got 0"):
+        LargeQuestions("long", each=0)
 
 
 def test_questions_are_written_as_distill_reads_them(tmp_path):
     counts = {"short": 5, "middle": 0, "long": 1, "held-out": 2, "held-out-level": "short", "workers": 1}
-    asked = ("row", "order")
+    counts["questions-each"], asked = 2, ("row", "order")
     flags = [part for name, value in counts.items() for part in (f"--{name}", str(value))]
     large_questions.main(["--output", str(tmp_path), *flags, "--kinds", *asked])
     rows = Conversations(tmp_path / "train.jsonl")
     assert len(rows) == 6 and len(Conversations(tmp_path / "held_out.jsonl")) == 2
-    wanted = LargeQuestions("short", "train", 1, kinds=asked).__getitems__(range(5))
+    held_out = Conversations(tmp_path / "held_out.jsonl")
+    assert [len(held_out[i]["messages"]) for i in range(len(held_out))] == [2, 2]
+    wanted = LargeQuestions("short", "train", 1, kinds=asked, each=2).__getitems__(range(5))
+    assert [len(rows[i]["messages"]) for i in range(5)] == [len(item["messages"]) for item in wanted]
+    assert max(len(item["messages"]) for item in wanted) == 4
     for row, item in zip((rows[i] for i in range(5)), wanted, strict=True):
         (_, got), (_, block) = (sample["messages"][0]["content"] for sample in (row, item))
         assert row["kind"] == f"{item['kind']}, short"
@@ -167,9 +236,11 @@ def test_packed_tower_and_positions_equal_the_stock_model(built):
 
 def test_the_command_makes_a_teacher(tmp_path):
     few = ["--steps", "1", "--most-in-batch", "1", "--eval-samples", "1", "--log-every", "1"]
+    few += ["--questions-each", "3", "--kinds", "row", "there", "order"]
     result = make(parse(["random", "--output", str(tmp_path), *few]))
     assert result == json.loads((tmp_path / "accuracy.json").read_text())
     assert result["steps"] == dict.fromkeys(("cells", *LEVELS), 1)
+    assert {*result["kinds"]} <= {"row", "there", "order"}
 
 
 def test_a_teacher_is_trained_further_from_its_own_weights(built, tmp_path):

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,6 +37,7 @@ BLOCKS = {torch.bfloat16: 128, torch.float32: 32}  # of P, for all heads that a 
 NARROWEST = 16  # of P, for each of them: what a load takes at once from memory
 STAGED_MEMORY = 200 * 1024  # bytes of shared memory that three steps of tokens take at most
 LINKED = 512  # elements of a state that one program carries over the runs
+ENTERED = 4096  # elements of a state that one program adds to
 
 
 @triton.jit
@@ -139,6 +141,22 @@ def link_kernel(
         tl.store(where, state, mask=inside)
         state = state * tl.load(CHUNK_DECAY + at_run) + added
     tl.store(FINAL + line * SIZE + place, state, mask=inside)
+
+
+@triton.jit
+def enter_kernel(
+    STATES, ENTERING, PASSED, chunks, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add to the state of one chunk and head what the chunks before it leave of one that enters them all."""
+    at = tl.cast(tl.program_id(0), tl.int64)  # of a row, a chunk and a head
+    passed = tl.load(PASSED + at)
+    if passed != 0.0:
+        place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row = at // (chunks * HEADS) * HEADS + at % HEADS  # of a row and a head
+        entering = tl.load(ENTERING + row * SIZE + place, mask=place < SIZE, other=0.0)
+        where = STATES + at * SIZE + place
+        state = tl.load(where, mask=place < SIZE, other=0.0).to(tl.float32) + passed * entering
+        tl.store(where, state.to(STATES.dtype.element_ty), mask=place < SIZE)
 
 
 def sweep_states(
@@ -302,4 +320,30 @@ def link_runs(states: Tensor, run_decay: Tensor, start: Tensor | None, final: Te
         BLOCK=block,
         REVERSED=reversed,
         HAS_START=start is not None,
+    )
+
+
+def enter_states(states: Tensor, chunk_decay: Tensor, entering: Tensor, *, reverse: bool) -> None:
+    """`enter_kernel` over the states (B, K, H, N, P) that chunks receive, overwritten.
+
+    Args:
+        states: as a sweep from zero leaves them.
+        chunk_decay: (B, K, H) float32.
+        entering: (B, H, N, P), the state before the first chunk; `reverse`: behind the last.
+    """
+    batch, chunks, heads = chunk_decay.shape
+    size = states.shape[-2] * states.shape[-1]
+    decay = chunk_decay.mT.flip(-1) if reverse else chunk_decay.mT  # (B, H, K), as a chunk comes
+    passed = F.pad(decay[..., :-1], (1, 0), value=1.0).cumprod(-1)
+    passed = passed.flip(-1) if reverse else passed
+    block = min(power_of_2(size), ENTERED)
+    enter_kernel[(batch * chunks * heads, ceil_div(size, block))](
+        states,
+        entering.to(torch.float32).contiguous(),
+        passed.mT.contiguous(),
+        chunks,
+        HEADS=heads,
+        SIZE=size,
+        BLOCK=block,
+        num_warps=8 if block == ENTERED else 4,
     )

@@ -103,6 +103,7 @@ def scan_decays(inputs: ScanInputs, chunk: int, dtype: torch.dtype) -> Decays:
     if vision is None:
         return Decays(dt, step, torch.ones_like(dt[:, :, :1]), begins=begins)
     is_vision = split_tokens(vision, chunk, False)[:, :, None]  # (B, K, 1, C)
+    after = None if inputs.openings is None else inputs.openings[:, -1]
     forward_gate = scalars(inputs.gate, vision, fill=1)
     return Decays(
         dt=dt,
@@ -111,7 +112,7 @@ def scan_decays(inputs: ScanInputs, chunk: int, dtype: torch.dtype) -> Decays:
         reverse_step=step * is_vision,
         reverse_gate=(1 - forward_gate) * is_vision,
         segment=split_tokens(torch.where(vision, segment, -1), chunk, -1)[:, :, None],
-        opens=next_segment(segment, vision, chunk),
+        opens=next_segment(segment, vision, chunk, after),
         begins=begins,
     )
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..operator import ScanInputs, ScanOutputs
+from ..two_steps import Begun
 from .chunks import Chunks, Pairs, cut, matrices, pair_decays
 from .norm import normed
-from .states import edge_states, reads
+from .states import edge_states, last_state, reads
 
 
 def forward(inputs: ScanInputs) -> ScanOutputs:
@@ -20,14 +21,34 @@ def forward(inputs: ScanInputs) -> ScanOutputs:
     return normed(inputs, y, final_state)
 
 
+def begin(inputs: ScanInputs) -> Begun:
+    """`two_steps.begin` on the torch engine."""
+    chunks = cut(inputs)
+    added = torch.stack([last_state(chunks, side) for side in chunks.directions])
+    decay = torch.stack([side.chunk_decay.prod(0) for side in chunks.directions])
+    return Begun(inputs, added, decay, chunks)
+
+
+def finish(inputs: ScanInputs, begun: Begun, entering: list[Tensor | None]) -> Tensor:
+    """`two_steps.finish` on the torch engine."""
+    return normed(inputs, *outputs(inputs, begun.kept, *entering)).y
+
+
 def scanned(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Eq. (3): y (B, L, H, P) in the dtype of `x` and scan order, and the final state (B, H, N, P)."""
-    x, chunks = inputs.x, cut(inputs)
+    return outputs(inputs, cut(inputs), inputs.initial_state)
+
+
+def outputs(
+    inputs: ScanInputs, chunks: Chunks, start: Tensor | None, end: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`scanned`, from the state before the first token and, of the reverse direction, behind the last."""
+    x = inputs.x
     count, batch, heads, size, _, _, head_dim = chunks.sizes
     y = x.new_empty(batch, count, size, heads, head_dim)
-    states = [edge_states(chunks, chunks.forward, inputs.initial_state)]
+    states = [edge_states(chunks, chunks.forward, start)]
     if chunks.reverse is not None:
-        states.append(reversed([*edge_states(chunks, chunks.reverse)]))
+        states.append(reversed([*edge_states(chunks, chunks.reverse, end)]))
     for (where, slab), *edges in zip(chunks.slabs, *states, strict=True):
         y[:, where] = slab_output(slab, edges, inputs.D).permute(1, 0, 3, 2, 4)
     return y.flatten(1, 2)[:, : x.shape[1]].contiguous(), edges[0][-1].clone()

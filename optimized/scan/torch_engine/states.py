@@ -25,7 +25,7 @@ def edge_states(chunks: Chunks, direction: Direction, start: Tensor | None = Non
     Args:
         chunks: all of them.
         direction: one of theirs.
-        start: (B, H, N, P), the state at the first edge of the forward direction; zeros if None.
+        start: (B, H, N, P), the state at the direction's first edge; zeros if None.
     Yields:
         (K + 1, B, H, N, P) for a slab of K chunks, None where the slab leaves the direction out.
     """
@@ -35,6 +35,19 @@ def edge_states(chunks: Chunks, direction: Direction, start: Tensor | None = Non
         torch.bmm(slab.by_group(writes(slab, side)), matrices(slab.x), out=leaving)
 
     return sweep(chunks, direction, fill, start, reverse=direction.reverse)
+
+
+def last_state(chunks: Chunks, direction: Direction) -> Tensor:
+    """What all tokens add to the state that leaves at the direction's last edge: (B, H, N, P)."""
+    _, batch, heads, _, _, state, head_dim = chunks.sizes
+    last = chunks.x.new_zeros(batch, heads, state, head_dim)
+    slabs = reversed(chunks.slabs) if direction.reverse else chunks.slabs
+    for (where, _), edges in zip(slabs, edge_states(chunks, direction), strict=True):
+        if edges is None:
+            last = last * direction.chunk_decay[where].prod(0)[..., None, None]
+        else:
+            last = edges[0 if direction.reverse else -1]
+    return last
 
 
 def edge_gradients(

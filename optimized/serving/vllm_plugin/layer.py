@@ -6,13 +6,15 @@ Letters: K taps, H heads, G groups, N = P head dim, W text window. A row of the 
     keys (W-1, G, N), values (W-1, G, P)                    the model's dtype
 
 `present` says which keys there are, 1 or 0; float32, because vLLM lays a row's tensors end to end and views
-each in its dtype. What is empty, K = 0 or W <= 1, is left out.
+each in its dtype. It is filled up to 64 bytes, so that all that is as long begins where a GPU loads 16 bytes
+at once. What is empty, K = 0 or W <= 1, is left out.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +30,14 @@ from ....reference.m_mate import DonatedMMATEState, MMATEState
 from ....reference.sliding_window_attention import DonatedWindowState
 from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
-from ...m_mate import PooledMMATEState
+from ...engine.once import one_forward
+from ...m_mate import PooledMMATEState, prepare_layers
+from ...sliding_window_attention import PooledWindowState
 from .metadata import StateMetadata
 from .positions import check_whole
 
+ALIGNED = 16  # floats
+IN_PLACE = ("scan", "keys", "values")
 PADDING = 4096  # tokens in a batch of prompts; a GPU takes about as long for them as the host for a pass
 
 
@@ -41,7 +47,7 @@ def state_shapes(config: LinMUConfig) -> dict[str, tuple[int, ...]]:
     shapes = {
         "conv": (config.conv_kernel - 1, config.conv_channels),
         "scan": (config.heads, config.head_dim, config.head_dim),
-        "present": keys[:1],
+        "present": (keys[0] + -keys[0] % ALIGNED,),
         "keys": keys,
         "values": keys,
     }
@@ -60,11 +66,31 @@ class Step:
         angles: cosines and sines of RoPE, (1, n, N) each.
         coords: (n, 4) int64, as in `VisionLayout`; None = all text.
         sizes: (n,) int64, of how many tokens each one's segment is.
+        blocks: of all layers.
     """
 
-    def __init__(self, angles: tuple[Tensor, Tensor], coords: Tensor | None, sizes: Tensor | None) -> None:
-        self.angles, self.coords, self.sizes = angles, coords, sizes
+    def __init__(
+        self,
+        angles: tuple[Tensor, Tensor],
+        coords: Tensor | None,
+        sizes: Tensor | None,
+        blocks: Sequence[MMATE] = (),
+    ) -> None:
+        self.angles, self.coords, self.sizes, self.blocks = angles, coords, sizes, blocks
         self.prompts: list[Prompts] | None = None
+        self.rows: dict[Hashable, Tensor] = {}
+        self.prepared: dict[bool, dict[Hashable, Any]] = {}
+
+    def rows_of(self, metadata: StateMetadata, prompts: Prompts | None = None) -> Tensor:
+        """Return where the states of the tokens that decode are, or of these prompts, (B,) int64."""
+        key = id(metadata), id(prompts)  # both live as long as the step; groups of layers have their own
+        if key not in self.rows:
+            if prompts is None:
+                found = metadata.state_indices_tensor_d[:, 0]
+            else:
+                found = metadata.state_indices_tensor_p[prompts.which]
+            self.rows[key] = found.long()
+        return self.rows[key]
 
     def batches(self, metadata: StateMetadata) -> list[Prompts]:
         """Return the step's prompts, those together that one pass computes.
@@ -86,10 +112,25 @@ class Step:
         token = end + torch.arange(-longest, 0)  # (B, L): padded in front, as by generate()
         first = torch.tensor([[starts[i] for i in which]]).T
         padded = any(lengths[i] < longest for i in which)
-        valid = (token >= first).to(device) if padded else None
+        there = token >= first
+        at = token[there].to(device)
+        where = there.flatten().nonzero()[:, 0].to(device) if padded else None  # here, not by the GPU's mask
+        valid = there.to(device) if padded else None
         token = token.maximum(first).to(device)
         layout = self.layout([(starts[i], starts[i + 1]) for i in which], token, valid)
-        return Prompts(torch.tensor(which, device=device), token, valid, layout, has_state)
+        shared = dict(self.prepare(layout))
+        return Prompts(torch.tensor(which, device=device), token, at, where, valid, layout, has_state, shared)
+
+    def prepare(self, layout: VisionLayout | None) -> dict[Hashable, Any]:
+        """Return what follows from all layers' weights, for `one_forward`."""
+        is_text = layout is None
+        if is_text not in self.prepared:
+            self.prepared[is_text] = {}
+            if self.blocks:
+                like = self.blocks[0].flex_ma.v_proj.weight[None]  # (1, L, D)
+                with one_forward(self.prepared[is_text]):
+                    prepare_layers(list(self.blocks), like, layout)
+        return self.prepared[is_text]
 
     def layout(
         self, spans: list[tuple[int, int]], token: Tensor, valid: Tensor | None
@@ -111,16 +152,22 @@ class Prompts(NamedTuple):
     Args:
         which: (B,) int64, of the step's prompts.
         token: (B, L) int64, where each token is among the step's; where there is none, of any.
+        at: int64, where those are that there are, in order.
+        where: int64, where these are in the flattened batch; None = they are all of it.
         valid: (B, L) bool, where there is one; None = everywhere.
         layout: of their pictures; None = text.
         has_state: whether they go on from states.
+        shared: what the layers have in common, for `one_forward`.
     """
 
     which: Tensor
     token: Tensor
+    at: Tensor
+    where: Tensor | None
     valid: Tensor | None
     layout: VisionLayout | None
     has_state: bool
+    shared: dict[Hashable, Any]
 
 
 def batches_of(lengths: list[int], has_state: list[bool]) -> list[list[int]]:
@@ -185,60 +232,69 @@ class StateLayer(MambaBase, nn.Module):
             y, _ = self.block(hidden_states[None], position_embeddings=(cos, sin))
             return tensor_model_parallel_all_reduce(y[0])
         metadata = metadata[self.name]
-        output = torch.zeros_like(hidden_states)
-        decodes = metadata.num_decode_tokens
+        decodes, count = metadata.num_decode_tokens, len(hidden_states)
+        output = torch.zeros_like(hidden_states) if decodes < count else None
         if decodes:
-            rows = metadata.state_indices_tensor_d[:, 0].long()
+            rows = self.step.rows_of(metadata)
             angles = cos[0, :decodes, None], sin[0, :decodes, None]
             tokens = hidden_states[:decodes, None]
             before = self.read(rows, pooled=True)
             y, state = self.block(tokens, position_embeddings=angles, state=before)
-            output[:decodes] = y[:, 0]
             self.write(rows, state, pooled=True)
+            if output is None:
+                return tensor_model_parallel_all_reduce(y[:, 0])
+            output[:decodes] = y[:, 0]
         for prompts in self.step.batches(metadata) if metadata.num_prefills else ():
-            rows = metadata.state_indices_tensor_p[prompts.which].long()
-            y, state = self.block(
-                hidden_states[prompts.token],
-                prompts.layout,
-                valid=prompts.valid,
-                position_embeddings=(cos[0, prompts.token], sin[0, prompts.token]),
-                state=self.read(rows) if prompts.has_state else None,
-            )
-            if prompts.valid is None:
-                output[prompts.token] = y
-            else:
-                output[prompts.token[prompts.valid]] = y[prompts.valid]
+            rows = self.step.rows_of(metadata, prompts)
+            with one_forward(prompts.shared):
+                y, state = self.block(
+                    hidden_states[prompts.token],
+                    prompts.layout,
+                    valid=prompts.valid,
+                    position_embeddings=(cos[0, prompts.token], sin[0, prompts.token]),
+                    state=self.read(rows) if prompts.has_state else None,
+                )
+            y = y.flatten(0, 1)
+            output[prompts.at] = y if prompts.where is None else y[prompts.where]
             self.write(rows, state)
         return tensor_model_parallel_all_reduce(output)
 
     def read(self, rows: Tensor, pooled: bool = False) -> DonatedMMATEState | PooledMMATEState:
         """Return copies of the states in these rows, which the block may overwrite.
 
-        With `pooled` the scan's, nine tenths of a row, stay where they are, and one token of each request
-        overwrites them there.
+        With `pooled` the scan's and the window's, of a row all but a few hundredths, stay where they are, and
+        one token of each request overwrites them there.
         """
         pools = dict(zip(self.names, self.kv_cache, strict=True))
-        found = {name: pool[rows] for name, pool in pools.items() if name != "scan"}
-        scan = pools["scan"]
+        stay = IN_PLACE if pooled else ()
+        found = {name: pool if name in stay else pool[rows] for name, pool in pools.items()}
+        scan = found["scan"]
         conv = found.get("conv", scan.new_zeros(len(rows), 0, self.config.conv_channels))
-        window = None
-        if self.config.text_window:
+        window, places = None, max(self.config.text_window - 1, 0)
+        if places:
+            keys, values, present = found["keys"], found["values"], found["present"][:, :places] > 0
+            if pooled:
+                window = PooledWindowState(keys, values, present, rows)
+            else:
+                window = DonatedWindowState(keys, values, present)
+        elif self.config.text_window:
             none = scan.new_zeros(len(rows), 0, self.config.groups, self.config.head_dim).to(self.dtype)
-            present = found.get("present", scan.new_zeros(len(rows), 0)) > 0
-            window = DonatedWindowState(found.get("keys", none), found.get("values", none), present)
-        if pooled:
-            return PooledMMATEState(conv, scan, rows, window)
-        return DonatedMMATEState(conv, scan[rows], window)
+            window = DonatedWindowState(none, none, scan.new_zeros(len(rows), 0) > 0)
+        return PooledMMATEState(conv, scan, rows, window) if pooled else DonatedMMATEState(conv, scan, window)
 
     def write(self, rows: Tensor, state: MMATEState, pooled: bool = False) -> None:
-        """Put states into these rows of the pool, but for the scan's that is there."""
+        """Put states into these rows of the pool, but for what is there."""
         window = state.window
         tensors = {"conv": state.conv, "scan": state.scan}
         if window is not None:
             tensors |= {"keys": window.k, "values": window.v, "present": window.present}
         for name, pool in zip(self.names, self.kv_cache, strict=True):
-            if not (pooled and name == "scan"):
-                pool[rows] = tensors[name].to(pool.dtype)
+            if pooled and name in IN_PLACE:
+                continue
+            tensor = tensors[name].to(pool.dtype)
+            if name == "present":
+                pool = pool[:, : tensor.shape[1]]
+            pool[rows] = tensor
 
 
 def check_decodes_are_text(step: Step, decodes: int) -> None:

@@ -103,7 +103,8 @@ class StateModel:
             decodes = self.has_graphs and metadata is not None and metadata.num_prefills == 0
             coords = coords if not decodes and bool((coords >= 0).any()) else None
         like = next(iter(self.states.values())).block.flex_ma.v_proj.weight
-        step = Step(self.rotary(like, positions[..., None, :]), coords, sizes)
+        blocks = [layer.block for layer in self.states.values()]
+        step = Step(self.rotary(like, positions[..., None, :]), coords, sizes, blocks)
         for layer in self.states.values():
             layer.step = step
         if metadata is not None:

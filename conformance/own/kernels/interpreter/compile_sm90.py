@@ -80,6 +80,7 @@ MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
 SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
+SLIDING_STEP |= {"HAS_PLACE": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
@@ -203,7 +204,7 @@ KERNELS = {
         SLIDING_STEP,
         8,
         3,
-        {"PRESENT": "*u8"},
+        {"PRESENT": "*u8", "PLACE": "*i64"},
     ),
     "sliding_move": (
         "sliding_window_attention.kernels_step",
@@ -211,7 +212,7 @@ KERNELS = {
         SLIDING_STEP,
         4,
         2,
-        dict.fromkeys(("PRESENT", "NEXT"), "*u8"),
+        dict.fromkeys(("PRESENT", "NEXT"), "*u8") | {"PLACE": "*i64"},
     ),
     "conv_forward": ("causal_conv.kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("causal_conv.kernels_backward", "backward_kernel", CONV, 4, 3, {}),

@@ -19,6 +19,8 @@ from linmu.optimized.elementwise import kernels_layer as layer_kernels
 from linmu.optimized.elementwise.operator import AddNormInputs, GateInputs, add_norm, gate_product
 from linmu.optimized.engine.operator import Operator
 from linmu.optimized.flex_ma import PooledState
+from linmu.optimized.m_mate import PooledMMATEState
+from linmu.optimized.sliding_window_attention import PooledWindowState
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 from linmu.reference.m_mate import DonatedMMATEState, MMATEState
@@ -49,9 +51,17 @@ def step(module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: Flex
 def in_pool(state: FlexMAState) -> PooledState:
     """The state in a pool of strided rows, not in their order, the others NaN."""
     rows = 2 * torch.arange(len(state.scan)).flip(0) + 1
-    pool = torch.full((2 * len(state.scan) + 1, 2, *state.scan.shape[1:]), float("nan"))[:, 1]
+    shape = 2 * len(state.scan) + 1, 2, *state.scan.shape[1:]
+    pool = torch.full(shape, float("nan"), dtype=state.scan.dtype)[:, 1]
     pool[rows] = state.scan
     return PooledState(state.conv, pool, rows)
+
+
+def block_in_pool(state: MMATEState) -> PooledMMATEState:
+    """As `in_pool`, the window's keys and values too."""
+    conv, scan, rows = in_pool(state.flex_ma)
+    pools = [in_pool(FlexMAState(conv, tensor)).scan for tensor in state.window[:2]]
+    return PooledMMATEState(conv, scan, rows, PooledWindowState(*pools, state.window.present, rows))
 
 
 def check_pool(found: Results, pooled: PooledState, wanted: Results) -> None:
@@ -86,9 +96,17 @@ def check_block(dtype: str) -> None:
             *map(torch.clone, state[:2]), DonatedWindowState(*map(torch.clone, window))
         )
         optimized.set_engine("triton")
+        spoilt = u.where(valid[..., None], float("nan"))
+        pooled = block_in_pool(state)
         with watch_memory():
-            got = block_step(module, u.where(valid[..., None], float("nan")), valid, angles[0], donated)
+            got = block_step(module, spoilt, valid, angles[0], donated)
+            found = block_step(module, spoilt, valid, angles[0], pooled)
         optimized.set_engine(None)
+        for name, pool in {"scan": pooled.scan, "k": pooled.window.k, "v": pooled.window.v}.items():
+            assert found[name] is pool and pool[::2].isnan().all()
+            found[name] = pool[pooled.rows]
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, got[name], rtol=0, atol=0, equal_nan=True)
         for results in (got, truth, wanted):
             results["output"] = results["output"].where(valid[..., None], 0)
         assert_matches(got, truth, wanted, case)
