@@ -7,8 +7,8 @@
     python distill.py benchmark STUDENT --tasks mmmu_val       the same on tasks of lmms-eval
     python distill.py ablate                                   the first with one thing left out at a time
 
-In reference/training/, config.py has the settings, presets.py their defaults, stages.py the stages. Where LinMU is
-installed, `python -m linmu.reference.training` does the same.
+reference/training/ has the settings in config.py, their defaults in presets.py, the stages in stages.py.
+Where LinMU is installed, `python -m linmu.reference.training` does the same.
 """
 
 from linmu.reference.training.commands.main import run_command
