@@ -25,7 +25,7 @@ MOVED = 32  # places that a program moves at once
 @triton.jit
 def attention_kernel(
     Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, PLACE, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
-    state_k_row, state_v_row, scale,
+    state_k_batch, state_v_batch, scale,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
@@ -45,8 +45,8 @@ def attention_kernel(
     largest = tl.sum(q * k, 0) * scale  # it sees itself
     total = tl.sum(tl.where(columns_n == 0, 1.0, 0.0), 0)
     own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_row + group * N
-    v_state = STATE_V + own * state_v_row + group * P
+    k_state = STATE_K + own * state_k_batch + group * N
+    v_state = STATE_V + own * state_v_batch + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -70,8 +70,8 @@ def attention_kernel(
 
 @triton.jit
 def move_kernel(
-    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, PLACE, k_row, k_head, v_row, v_head, state_k_row,
-    state_v_row,
+    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, PLACE, k_row, k_head, v_row, v_head, state_k_batch,
+    state_v_batch,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
 ):  # fmt: skip
@@ -85,8 +85,8 @@ def move_kernel(
     k_new = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0)
     v_new = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0)
     own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_row + group * N
-    v_state = STATE_V + own * state_v_row + group * P
+    k_state = STATE_K + own * state_k_batch + group * N
+    v_state = STATE_V + own * state_v_batch + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
