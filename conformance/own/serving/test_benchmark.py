@@ -15,6 +15,10 @@ from linmu.optimized.serving.report import report
 ROOM = {"blocks": 900, "tokens": 14400, "held": {"2048": 300, "131072": 0, "32768": 20}}
 
 
+SERVED = {"seconds": 8.0, "tokens_per_second": 1024.0, "ms_to_first_token": 300.0, "ms_between_tokens": 9.0}
+WATCHED = {"wall_ms": 20.0, "busy_ms": 16.0, "launches": 12, "steps": 4, "kernels": [["gemm", 8, 12.0]]}
+
+
 def cells_of(who: str) -> list[tuple]:
     lengths, counts = (32768, 2048, 131072), (256, 1)
     arguments = SimpleNamespace(who=who, lengths=lengths, counts=counts, most=1024, kinds=benchmark.KINDS)
@@ -138,7 +142,7 @@ def test_the_budget_ends_the_run_with_its_engine(monkeypatch, tmp_path):
 
 def test_the_report_compares_what_was_measured_and_says_what_was_not(tmp_path):
     start = {"cell": "start", "device": "GPU", "vllm": "1", "torch": "2", "transformers": "3"}
-    both = {"cell": "decoding", "requests": 16}
+    both, speeds = {"cell": "decoding", "requests": 16}, ("teacher", "student")
     lines = [
         start | {"who": "teacher"},
         {"who": "teacher", "cell": "pool", "blocks": 9, "held": {"2048": 50, "32768": 3}},
@@ -147,6 +151,9 @@ def test_the_report_compares_what_was_measured_and_says_what_was_not(tmp_path):
         both | {"who": "student", "ms_a_step": 5.0, "tokens_per_second": 3200.0},
         {"who": "student", "cell": "decoding", "requests": 64, "skipped": "no time"},
         both | {"who": "student", "quantization": "fp8", "ms_a_step": 2.0, "tokens_per_second": 8000.0},
+        *({"who": who, "cell": "served", "length": 2048, "requests": 64} | SERVED for who in speeds),
+        {"who": "student", "cell": "held", "requests": 150, "ms_a_step": 9.0, "tokens_per_second": 1.0},
+        {"who": "student", "cell": "profile", "requests": 64} | WATCHED,
     ]
     file = tmp_path / "lines.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
@@ -155,6 +162,10 @@ def test_the_report_compares_what_was_measured_and_says_what_was_not(tmp_path):
     assert "| 2,048 | 50 | 150 | 3.00× | 4,000 (16 at once) | 3,200 (16 at once) | 0.80× |" in text
     assert "| 32,768 | 3 | 150 | 50× | not measured |  |  |" in text
     assert "| 2,048 | 16 | 4.0 | 4,000 | 5.0 | 3,200 | 0.80× |" in text and "| 16 | 2.0 | 8,000 |" in text
+    assert "150 requests of the student were held, and decoded, at once." in text
+    assert "| 2,048 | 64 | 8.0 | 8.0 | 1,024.0 | 1,024.0 | 1.00× | 300.0 | 300.0 | 9.0 | 9.0 |" in text
+    assert "**64 requests, 4 steps**: 5.00 ms by the clock, 4.00 in kernels, 3 of them." in text
+    assert "| `gemm` | 2.0 | 3.0 |" in text
     assert (tmp_path / "out" / "decoding.png").stat().st_size and json.loads(
         (tmp_path / "out" / "results.json").read_text()
     ) == lines
