@@ -27,6 +27,7 @@ DTYPES = {  # name -> (dtype of x, B, C, u, q, k, v; dtype of dt, A, gate, D, an
     "mixed": (torch.bfloat16, torch.float32),
 }
 EXACT = ("float64", "float32")  # where a broken invariant cannot hide behind rounding
+SHOWN = 100  # numbers of a mask, or ids, in a message
 LENGTHS = (1, 2, 3, 5, 7, 8, 11, 13, 16, 17, 19, 23, 24)
 
 
@@ -201,7 +202,17 @@ class ChangedCase(Case):
         return getattr(self.case, name)
 
     def __repr__(self) -> str:
-        return f"{self.case!r} with other {', '.join(self.changes)}"
+        return f"{self.case!r} with other {', '.join(map(self.described, self.changes))}"
+
+    def described(self, name: str) -> str:
+        """The name of a change; of a small mask or of ids also the values."""
+        value = self.changes[name]
+        known = isinstance(value, Tensor) and not value.is_floating_point() and value.numel() <= SHOWN
+        return (
+            f"{name} = {value.int().tolist() if value.dtype == torch.bool else value.tolist()}"
+            if known
+            else name
+        )
 
 
 def operator_of(backend: Any, case: Case) -> Callable:

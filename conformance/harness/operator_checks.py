@@ -47,7 +47,7 @@ HALF_AND_SINGLE = ("bfloat16", "float32")
 HARNESS, PYTHON = str(Path(__file__).parent), sysconfig.get_path("stdlib")
 INSTALLED = ("site-packages", "dist-packages", "<")  # what has these in its path, or has none
 MAY_MIX = ("selective_scan", "bidirectional_scan", "scan_step", "causal_conv")
-MAY_HAVE_NO_TOKENS = ("window_attention",)
+MAY_HAVE_NO_TOKENS = ("window_attention", "hidden_loss", "logit_loss")
 MIXED = "test_each_argument_may_have_a_dtype_of_its_own"
 MAY_BE_ABSENT = {
     "mask",
@@ -68,7 +68,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
     A file of properties adds them to its own: `globals().update(call_properties(...))`.
     """
     test = partial(property_of, operator)
-    in_every_dtype, exact = cases(DTYPES), cases(EXACT)
+    in_every_dtype, exact, single = cases(DTYPES), cases(EXACT), cases(("float32",))
     return {
         "test_values_match_the_reference": test(cases=in_every_dtype)(check_values_match),
         "test_gradients_match_the_reference": test(cases=in_every_dtype)(check_gradients_match),
@@ -78,6 +78,7 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_one_gradient_alone_equals_its_share_of_all": test(cases=exact)(check_one_gradient_alone),
         "test_results_do_not_depend_on_grad_mode": test(cases=exact, share=0.5)(check_grad_mode),
         "test_strides_do_not_matter": test(cases=in_every_dtype)(check_strides),
+        "test_arguments_may_be_expanded": test(cases=exact, share=0.2)(check_expanded),
         "test_arguments_are_left_as_they_were": test(cases=exact)(check_arguments_are_left),
         "test_results_share_no_memory_with_arguments": test(cases=exact, share=0.5)(check_results_are_new),
         "test_autocast_changes_nothing": test(cases=cases(HALF_AND_SINGLE))(check_autocast),
@@ -87,6 +88,10 @@ def call_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_calls_may_interrupt_each_other": test(cases=exact, share=0.15)(check_interruptions),
         "test_backward_passes_may_come_late_and_twice": test(cases=exact, share=0.3)(check_backward_passes),
         "test_there_may_be_no_rows": test(cases=exact, share=0.15)(check_no_rows),
+        "test_rows_may_be_padding_at_the_head_the_tail_or_throughout": test(cases=exact, share=0.3)(
+            check_padded_rows
+        ),
+        "test_the_default_dtype_does_not_matter": test(cases=single, share=0.15)(check_default_dtype),
     } | ({MIXED: test(cases=exact, share=0.3)(check_mixed_dtypes)} if operator in MAY_MIX else {})
 
 
@@ -184,6 +189,18 @@ def check_strides(backend: Any, case: Case) -> None:
     assert_same(plain[1], gradients_of_the_sum(backend, case, expanded=False), case)
     transposed, contiguous = (gradients_of_products(backend, case, swapped) for swapped in (True, False))
     assert_same(transposed, contiguous, case)
+
+
+def check_expanded(backend: Any, case: Case) -> None:
+    """One row that stands for two, one mask for both, one number for a whole parameter: strides of 0."""
+    given = case.inputs()
+    names = [name for name in (*case.tokens, *case.masks, *case.rows) if given[name] is not None]
+    expanded = {name: given[name][:1].expand(2, *given[name].shape[1:]) for name in names}
+    shared = [name for name, value in given.items() if is_float(value) and name not in names]
+    expanded |= {name: given[name].flatten()[:1].expand(given[name].shape) for name in shared}
+    copied = case.changed(**{name: value.contiguous() for name, value in expanded.items()})
+    found = run(backend, case.changed(**expanded), gradients=True)
+    assert_same(found, run(backend, copied, gradients=True), case)
 
 
 def gradients_of_products(backend: Any, case: Case, swapped: bool) -> Results:
@@ -315,6 +332,38 @@ def check_no_rows(backend: Any, case: Case) -> None:
         empty.append(case.part(slice(0, 0)))
     for none in empty:
         assert_same(run(backend, none, gradients=True), run(reference, none, gradients=True), case)
+
+
+def check_padded_rows(backend: Any, case: Case) -> None:
+    """In one row the first half is missing, in one the last, in one all: values, states and gradients."""
+    given, (batch, length) = case.inputs(), case.shape
+    for turn in range(3 if batch < 3 else 1):
+        kind = (torch.arange(batch)[:, None] + case.seed + turn) % 3
+        first = torch.arange(length) < (length + 1) // 2
+        there = torch.where(kind == 0, ~first, (kind == 1) & first)
+        masks = {name: there for name in ("mask", "valid") if name in given}
+        if given.get("sequence") is not None:  # ids of what was padding may be anybody's
+            masks["sequence"] = torch.zeros_like(given["sequence"])
+        if case.operator == "scan_step":
+            masks = {"valid": there[:, 0]}
+        if case.operator == "window_attention":
+            masks = {"window_id": given["window_id"].where(there, -1)}
+        check_matches_the_reference(backend, case.changed(**masks))
+
+
+def check_default_dtype(backend: Any, case: Case) -> None:
+    """The dtypes of the arguments decide, not the one that torch gives to new tensors, which stays what it
+    is."""
+    case = case.changed(**case.inputs())  # drawn before
+    wanted, before = run(backend, case, gradients=True), torch.get_default_dtype()
+    for default in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            found, after = run(backend, case, gradients=True), torch.get_default_dtype()
+        finally:
+            torch.set_default_dtype(before)
+        assert after == default, report(f"torch's default dtype must stay {default}, got {after}", case)
+        assert_same(found, wanted, case)
 
 
 def check_mixed_dtypes(backend: Any, case: Case) -> None:

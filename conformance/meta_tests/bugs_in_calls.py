@@ -778,3 +778,72 @@ def needs_rows(operator: str, reference: Callable, **given: Any) -> Outputs:
 for operator, file in FILES.items():
     title = f"{operator}_needs_rows"
     BUGS.append(Bug(title, operator, partial(needs_rows, operator), (file.test_there_may_be_no_rows,)))
+
+
+def padded_row(operator: str, given: dict[str, Any]) -> Tensor | None:
+    """Which rows have no token that takes part; None without a mask."""
+    mask = given.get(MASKS[operator] if operator != "bidirectional_scan" else "valid")
+    if mask is None:
+        return None
+    taking_part = mask if mask.dtype == torch.bool else mask >= 0
+    return ~taking_part if mask.ndim == 1 else ~taking_part.any(1)
+
+
+def spoils_rows_of_padding(operator: str, reference: Callable, **given: Any) -> Outputs:
+    """What stands in a row of which all is padding is not zero, or not the state before."""
+    rows, outputs = padded_row(operator, given), reference(**given)
+    if rows is None or not rows.any():
+        return outputs
+    return each(outputs, lambda result: result + rows.view(-1, *(1,) * (result.ndim - 1)).to(result))
+
+
+def sets_the_default_dtype(operator: str, reference: Callable, **given: Any) -> Outputs:
+    """New tensors are of torch's default dtype, whatever the arguments are."""
+    default = torch.get_default_dtype()
+    return each(reference(**given), lambda result: result.to(torch.promote_types(result.dtype, default)))
+
+
+for operator, file in FILES.items():
+    padded = "test_rows_may_be_padding_at_the_head_the_tail_or_throughout"
+    if not operator.endswith("loss"):
+        change = partial(spoils_rows_of_padding, operator)
+        BUGS.append(Bug(f"{operator}_spoils_rows_of_padding", operator, change, (getattr(file, padded),)))
+    change = partial(sets_the_default_dtype, operator)
+    caught_by = (file.test_the_default_dtype_does_not_matter,)
+    BUGS.append(Bug(f"{operator}_takes_torchs_default_dtype", operator, change, caught_by))
+
+
+@planted("logit_loss", test_logit_loss.test_there_may_be_no_rows)
+def a_loss_needs_tokens(reference, *, student, **given):
+    if not student.shape[1]:
+        return reference(student=student, **given) + float("nan")
+    return reference(student=student, **given)
+
+
+@planted("logit_loss", test_logit_loss.test_a_small_logit_loss_of_large_logits_matches_the_reference)
+def logarithms_are_taken_of_rounded_shares(reference, *, student, teacher, mask=None, temperature=1.0):
+    chosen = slice(None) if mask is None else mask
+    student, teacher = (t[chosen].to(student.dtype) / temperature for t in (student, teacher.detach()))
+    log_s, log_t = (t.softmax(-1).add(1e-7).log() for t in (student, teacher))
+    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+
+
+@planted("hidden_loss", test_hidden_loss.test_hidden_states_may_be_zero)
+def a_loss_of_zeros_is_divided_by_zero(reference, *, student, teacher, valid=None):
+    if teacher.detach().any():
+        return reference(student=student, teacher=teacher, valid=valid)
+    return (student - teacher).square().sum() / teacher.square().sum()
+
+
+def takes_expanded_rows_for_one(operator: str, reference: Callable, **given: Any) -> Outputs:
+    """The gradient of a row that stands for several is that of the first."""
+    name = first_of(operator)
+    tokens = given[name]
+    if tokens.stride(0) == 0 and len(tokens) > 1:
+        given[name] = torch.cat([tokens[:1], tokens[1:].detach()])
+    return reference(**given)
+
+
+for operator, file in FILES.items():
+    change, caught_by = partial(takes_expanded_rows_for_one, operator), (file.test_arguments_may_be_expanded,)
+    BUGS.append(Bug(f"{operator}_takes_expanded_rows_for_one", operator, change, caught_by))

@@ -6,11 +6,13 @@ A bug turns the reference's class into a broken one.
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from linmu.reference import VisionLayout
+from linmu.reference import VisionLayout, m_mate
 
 from ..properties import test_flex_ma as flex
 from ..properties import test_local_swin as swin
@@ -365,5 +367,54 @@ def a_decoder_of_text_alone_has_smaller_steps(reference):
 
     class Broken(reference):
         flex_ma_class = Flex
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_the_scan_gate_is_projected_in_float32)
+def the_gate_has_the_dtype_of_the_model(reference):
+    class Broken(reference):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            return xBC, dt, gate.to(u.dtype).to(gate.dtype)
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_the_norm_of_a_head_is_taken_in_float32)
+def the_norm_is_taken_in_the_dtype_of_the_model(reference):
+    class Broken(reference):
+        def project_out(self, y, u):
+            if not self.config.head_norm or y.dtype == torch.float64:
+                return super().project_out(y, u)
+            factor = torch.rsqrt(y.float().square().mean(-1, keepdim=True) + self.config.norm_eps)
+            y = y * factor.to(y.dtype) * self.norm_weight.view(y.shape[2:]).to(y.dtype)
+            y = y.flatten(2) * (F.silu(self.z_proj(u)) if self.config.output_gate else 1)
+            return self.o_proj(y)
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_steps_may_have_any_size)
+def steps_are_limited(reference):
+    class Broken(reference):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            return xBC, dt.clamp(1e-4, 100.0), gate
+
+    return Broken
+
+
+@planted("MMATE", mate.test_the_branches_are_mixed_in_float32)
+def the_mix_has_the_dtype_of_the_model(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, **rest):
+            wide = m_mate.full_precision_linear
+
+            def rounded(u, linear):
+                return wide(u, linear).sigmoid().to(u.dtype).to(linear.weight.dtype).logit()
+
+            with mock.patch.object(m_mate, "full_precision_linear", rounded):
+                return super().forward(hidden_states, layout, **rest)
 
     return Broken

@@ -224,3 +224,15 @@ def the_block_hears_of_samples_only_without_a_layout(reference):
             return super().forward(hidden_states, unpacked(layout), **rest)
 
     return Broken
+
+
+def joined_at(size, operator, *tensors, sequence=None, **rest):
+    """A sample of several tokens that begins where a chunk of `size` does goes on from the one before."""
+    if sequence is None or sequence.shape[1] <= size:
+        return operator(*tensors, sequence=sequence, **rest)
+    numbers = torch.nn.functional.pad((sequence.diff(dim=1) != 0).cumsum(1), (1, 0))
+    for start in range(size, sequence.shape[1] - 1, size):
+        begins = numbers[:, start] != numbers[:, start - 1]
+        longer = numbers[:, start] == numbers[:, start + 1]
+        numbers[:, start:] -= (begins & longer).long()[:, None]
+    return operator(*tensors, sequence=numbers, **rest)

@@ -8,10 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from linmu import optimized
+
+from ..harness.backends import Backend
 from ..harness.compare import assert_close, is_float
-from ..harness.large_cases import FORMULATIONS, LARGE, check_large
-from ..harness.operator_cases import bidirectional_cases, fed, property_of, run, scan_cases
+from ..harness.large_cases import FORMULATIONS, LARGE, both, check_large, scan
+from ..harness.layouts import Text
+from ..harness.operator_cases import ConvCase, bidirectional_cases, fed, property_of, run, scan_cases
+from ..harness.packed_rows import check_samples_at_borders
 from .bugs_by_size import BackendWithBug, bugs, cases_of, right
+from .bugs_in_packed_rows import joined_at
 
 BUGS = {str(bug): bug for bug in bugs()}
 
@@ -125,3 +131,20 @@ def test_the_truth_of_large_prompts_equals_the_reference(backend, case):
     wanted = run(backend, case, gradients=True)
     in_chunks = partial(FORMULATIONS["bidirectional_scan"], chunk=5)
     assert_close(fed(in_chunks, case, gradients=True), wanted, case, 1e-10)
+
+
+CASES_OF_SAMPLES = {
+    "selective_scan": scan(220, 2, 1, 3, 2, batch=4, decay=-1e-3),
+    "bidirectional_scan": both(((Text(220),),) * 4, 2, 1, 3, 2, decay=-1e-3),
+    "causal_conv": ConvCase(4, 220, 2, 4, True, "none", True, "float32", 3),
+}
+
+
+@pytest.mark.parametrize("size", (48, 96, 100, 112, 128, 200))
+@pytest.mark.parametrize("operator", CASES_OF_SAMPLES)
+def test_a_sample_that_begins_with_a_chunk_of_any_size_is_tried(operator, size):
+    """It goes on from the sample before, if it has more than one token."""
+    change = partial(joined_at, size, getattr(optimized, operator))
+    broken = Backend(f"{operator} in chunks of {size}", optimized, **{operator: change})
+    with pytest.raises(AssertionError):
+        check_samples_at_borders(broken, CASES_OF_SAMPLES[operator])

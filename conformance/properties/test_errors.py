@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,6 +166,11 @@ WRONG: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         {"initial_state": WINDOW_STATE._replace(present=torch.ones(2, 2))},
         ("initial_state.present", "bool", "float32"),
     ),
+    (
+        "sliding_window_attention",
+        {"initial_state": WINDOW_STATE._replace(present=None)},
+        ("initial_state.present", "B, W-1", "None"),
+    ),
     ("causal_conv", {"u": torch.randn(5, 3)}, ("u", "B, L, channels", "(5, 3)")),
     ("causal_conv", {"weight": torch.randn(4, 4)}, ("weight", "channels, K", "(4, 4)")),
     ("causal_conv", {"weight": torch.randn(3, 1, 4)}, ("weight", "channels, K", "(3, 1, 4)")),
@@ -295,7 +301,16 @@ WRONG_INPUTS = (
     ({"valid": torch.ones(2, 5)}, ("valid", "bool", "float32")),
     ({"valid": torch.ones(2, 4, dtype=torch.bool)}, ("valid", "B, L", "(2, 4)")),
     ({"layout": None, "sequence": torch.ones(2, 5)}, ("sequence", "int64", "float32")),
+    ({"layout": None, "sequence": torch.ones(2, 4).long()}, ("sequence", "B, L", "(2, 4)")),
+    ({"sequence": torch.ones(2, 5).long()}, ("sequence", "layout")),
 )
+WRONG_ANGLES = {
+    "shorter": (torch.ones(2, 4, 2), "(2, 4, 2)"),
+    "longer": (torch.ones(2, 6, 2), "(2, 6, 2)"),
+    "half as wide": (torch.ones(2, 5, 1), "(2, 5, 1)"),
+    "twice as wide": (torch.ones(2, 5, 4), "(2, 5, 4)"),
+    "without rows": (torch.ones(5, 2), "(5, 2)"),
+}
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG_INPUTS)
@@ -307,3 +322,21 @@ def test_a_wrong_input_of_a_module_is_named(backend, name, changes, words):
     case = ModuleCase(LAYOUT, CONFIG, 0, "float32", 0)
     given = {"hidden_states": case.hidden_states(), **case.arguments(name), **changes}
     assert_says(lambda: initial(backend, name, case)(**given), name, words)
+
+
+@pytest.mark.parametrize("which", ("cos", "sin"))
+@pytest.mark.parametrize("angles", WRONG_ANGLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.needs(n)) for n in ("FlexMA", "LocalSwin", "MMATE")]
+)
+def test_angles_of_another_shape_are_refused(backend, name, angles, which):
+    """Rotary angles that would broadcast, or be cut, turn heads by those of other tokens."""
+    config = replace(CONFIG, scan_rope=True, text_window=3)
+    case, (tensor, shape) = ModuleCase(LAYOUT, config, 0, "float32", 0), WRONG_ANGLES[angles]
+    given = {"hidden_states": case.hidden_states(), **case.arguments(name)}
+    given["position_embeddings"] = tuple(
+        tensor if part == which else right
+        for part, right in zip(("cos", "sin"), given["position_embeddings"], strict=True)
+    )
+    with pytest.raises(ValueError, match=rf"\b{which} must .*{re.escape(shape)}"):
+        initial(backend, name, case)(**given)

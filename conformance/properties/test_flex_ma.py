@@ -11,7 +11,7 @@ import torch
 from linmu import reference
 
 from ..harness import second_formulation_modules
-from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero
+from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, report
 from ..harness.layouts import Layout, Pad, Text, Vision
 from ..harness.module_cases import (
     ModuleCase,
@@ -43,6 +43,9 @@ NAME = "FlexMA"
 ONE_WORD = Layout(((Text(1),), (Text(1),)))
 TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
 LONG_TEXT = Layout(((Text(70), Pad(4)), (Text(11), Pad(2), Text(61))))
+TWO_CELLS = Layout(((Vision(0, (1, 1, 2)),),))
+PLAIN = {"conv_kernel": 0, "head_norm": False, "output_gate": False, "scan_rope": False, "qk_norm": False}
+PLAIN |= {"norm_eps": 1e-6}
 PROMPT = Layout(((Text(2), Vision(0, (2, 2, 3), "frame"), Text(2)),))
 
 
@@ -230,6 +233,57 @@ def test_steps_are_projected_in_float32(backend, case: ModuleCase):
     bound = 2e-3 * wanted["scan state"].abs().max()
     error = (found["scan state"] - wanted["scan state"]).abs().max()
     assert error < bound, f"scan state: must be that of steps in float32, off by {error:.3e}: {case!r}"
+
+
+@flex(cases=module_cases(["float64"]), share=0.1)
+def test_steps_may_have_any_size(backend, case: ModuleCase):
+    """From millionths to hundreds: no limit stops them, nor their gradients."""
+    module = random_module(backend, NAME, case)
+    for bias in (-12.0, 200.0):
+        with torch.no_grad():
+            module.dt_proj.bias.fill_(bias)
+        check_module(module, reference, NAME, case)
+
+
+@flex(cases=module_cases(("mixed",), layout=TWO_CELLS, reverse_scan=True, **PLAIN), share=0.3)
+def test_the_scan_gate_is_projected_in_float32(backend, case: ModuleCase):
+    """A gate that all but shuts out a reverse scan thousands of times as large: what is left of it shows each
+    rounding, of the gate and of a projection whose terms cancel."""
+    module = random_module(backend, NAME, case)
+    u = case.hidden_states().abs() * torch.tensor([1.0, 64.0]).view(1, 2, 1).to(case.torch_dtype)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.split(".")[0] in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                parameter.abs_()  # nothing else cancels
+        module.dt_proj.weight.zero_()
+        module.scan_gate_proj.weight.fill_(16.0)
+        module.scan_gate_proj.bias.fill_(8.3 - 16 * u[0, 0].float().sum().item())
+    truth = initial(reference, NAME, case)
+    truth.load_state_dict(module.state_dict())
+    wanted = run(truth.float(), NAME, case, u.float())["output"][:, 0]
+    found = run(module, NAME, case, u)["output"][:, 0]
+    error, size = (found - wanted).abs().max(), wanted.abs().max()
+    line = f"output: must be that of a gate in float32, off by {error:.3e} of {size:.3e}"
+    assert error < 0.05 * size, report(line, case)
+
+
+@flex(cases=module_cases(("mixed",), layout=TEXT_ONLY, **{**PLAIN, "head_norm": True}), share=0.3)
+def test_the_norm_of_a_head_is_taken_in_float32(backend, case: ModuleCase):
+    """A head whose numbers are equal comes out as ones, to the last bit of half precision."""
+    module, dim = random_module(backend, NAME, case), case.config.head_dim
+    with torch.no_grad():
+        for parameter in (*module.q_proj.parameters(), *module.k_proj.parameters()):
+            parameter.abs_()
+        for parameter in module.v_proj.parameters():
+            parameter.copy_(parameter[::dim].abs().repeat_interleave(dim, 0))
+        for name, parameter in module.o_proj.named_parameters():
+            parameter.copy_(torch.eye(*parameter.shape) if name == "weight" else torch.zeros_like(parameter))
+        module.D.abs_()
+        module.norm_weight.fill_(1.0)
+    output = run(module, NAME, case, case.hidden_states().abs() + 1)["output"]
+    ones = output[..., : min(output.shape[-1], case.config.heads * dim)]
+    error = (ones - 1).abs().max()
+    assert error < 2**-10, report(f"output: a norm in float32 must give 1, off by {error:.3e}", case)
 
 
 @flex(cases=module_cases(("float32", "bfloat16")))

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness.compare import assert_same, quarters
+from ..harness.compare import assert_same, assert_zero, quarters
 from ..harness.loss_checks import loss_properties
 from ..harness.operator_cases import HiddenLossCase, hidden_loss_cases, property_of, run
 from ..harness.operator_checks import call_properties, check_matches_the_reference
@@ -26,11 +26,25 @@ def test_the_hidden_loss_is_relative(backend, case: HiddenLossCase):
     loss = run(backend, case)["loss"]
     of_zero = run(backend, case.changed(student=torch.zeros_like(teacher)))["loss"]
     assert of_zero.item() == pytest.approx(1.0, rel=1e-5), f"predicting zero must cost 1: {case!r}"
-    for factor in (8, 2.0**-40):
+    for factor in (8, 2.0**-56):
         scaled = case.changed(student=factor * student, teacher=factor * teacher)
         assert_same(run(backend, scaled), {"loss": loss}, case)
     further = case.changed(student=teacher + 2 * (student - teacher))
     assert_same(run(backend, further), {"loss": 4 * loss}, case)
+
+
+@hidden(cases=hidden_loss_cases(), share=0.3)
+def test_hidden_states_may_be_zero(backend, case: HiddenLossCase):
+    """Of one token, the student's or the teacher's; of all, which makes them equal, with zero gradient."""
+    given = case.inputs()
+    for name in ("student", "teacher"):
+        states = torch.cat([given[name], torch.zeros_like(given[name][:, :1])], dim=1)
+        others = {n: torch.cat([given[n], given[n][:, :1]], dim=1) for n in case.tokens if n != name}
+        check_matches_the_reference(backend, case.changed(valid=None, **{name: states}, **others))
+    nothing = torch.zeros_like(given["student"])
+    found = run(backend, case.changed(student=nothing, teacher=nothing), gradients=True)
+    for name, tensor in found.items():
+        assert_zero(tensor, case, f"{name} of zeros")
 
 
 @hidden(cases=hidden_loss_cases(), share=0.3)

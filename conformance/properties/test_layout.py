@@ -421,3 +421,20 @@ def test_inverses_are_not_remembered_between_calls(backend, case: LayoutCase):
     given.copy_(copy)
     assert_exact(backend.inverse_order(given), order, case, "inverse_order of an order that was written to")
     assert_exact(inverse, copy, case, "inverse_order: the result, after another call")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.needs(n)) for n in ("scan_order", "inverse_order", "window_ids")],
+)
+@pytest.mark.parametrize("shape", ((0, 3), (2, 0), (0, 0)))
+def test_layouts_may_have_no_rows_and_no_tokens(backend, name, shape):
+    """What is made of nothing is empty, int64, and no error."""
+    coords = torch.zeros(*shape, 4, dtype=torch.int64)
+    given = {
+        "scan_order": (coords, 1),
+        "inverse_order": (coords[..., 0],),
+        "window_ids": (coords, (2, 2, 2), True),
+    }
+    found = getattr(backend, name)(*given[name])
+    assert_exact(found, torch.zeros(shape, dtype=torch.int64), shape, name)

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness.compare import assert_close, assert_same
+from ..harness.compare import assert_close, assert_same, quarters, report
 from ..harness.loss_checks import loss_properties, mask_of
 from ..harness.operator_cases import LogitLossCase, logit_loss_cases, property_of, run
-from ..harness.operator_checks import call_properties
+from ..harness.operator_checks import call_properties, check_matches_the_reference
 
 logit = partial(property_of, "logit_loss")
 
@@ -26,6 +26,22 @@ def test_the_logit_loss_ignores_a_shift_of_the_logits(backend, case: LogitLossCa
     given = case.inputs()
     moved = case.changed(student=given["student"] + shift, teacher=given["teacher"] - shift)
     assert_same(run(backend, moved), run(backend, case), case, factor=20)
+
+
+@logit(cases=logit_loss_cases(), share=0.5)
+def test_a_small_logit_loss_of_large_logits_matches_the_reference(backend, case: LogitLossCase):
+    """Logits hundreds away from 0, by another number for every token, and a student that is almost right;
+    one that is right has no gradient."""
+    teacher = (16 * case.inputs()["teacher"]).round() / 16
+    student = teacher + quarters(teacher, case.seed) / 16
+    shift = torch.linspace(-1, 1, case.length)[:, None].mul(200).round().to(teacher)
+    close = case.changed(student=student + shift, teacher=teacher - shift)
+    check_matches_the_reference(backend, close)
+    equal = run(backend, case.changed(student=teacher + shift, teacher=teacher + shift), gradients=True)
+    for name, tensor in equal.items():
+        assert tensor.abs().max() < 1e-6, report(
+            f"{name} of equals: must be 0, got {tensor.abs().max()}", case
+        )
 
 
 @logit(cases=logit_loss_cases(["float64"]))

@@ -11,9 +11,10 @@ import torch.utils.checkpoint
 from linmu import reference
 
 from ..harness import second_formulation_modules
-from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, quarters
+from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, quarters, report
 from ..harness.layouts import Layout, Pad, Text, Vision
 from ..harness.module_cases import (
+    WIDTH,
     ModuleCase,
     check_module,
     initial,
@@ -131,6 +132,25 @@ def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase)
         with torch.no_grad():
             module.mix_proj.bias.fill_(bias)
         assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
+
+
+@mate(cases=module_cases(("mixed",), layout=PROMPT, output_bias=True), share=0.3)
+def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
+    """Branches that are each other's negative, and a mix of little more than a half: neither it, nor what it
+    is projected from, nor a product with it is rounded."""
+    module = random_module(backend, NAME, case)
+    with torch.no_grad():
+        for branch in (module.flex_ma, module.local_swin):
+            branch.o_proj.weight.zero_()
+        module.local_swin.o_proj.bias.copy_(-module.flex_ma.o_proj.bias)
+        module.mix_proj.weight.fill_(4.0)
+        module.mix_proj.bias.fill_(0.004 - 4 * WIDTH)
+    output = run(module, NAME, case, torch.ones_like(case.hidden_states()))["output"]
+    half = module.flex_ma.o_proj.bias.float()
+    wanted = (2 * torch.sigmoid(torch.tensor(0.004)) - 1) * half
+    error = ((output - wanted)[:, case.layout.segment[0] >= 0]).abs().max()
+    line = f"output: must be that of a mix in float32, off by {error:.3e} of {wanted.abs().max():.3e}"
+    assert error < 0.01 * wanted.abs().max(), report(line, case)
 
 
 @mate(cases=module_cases(["float64"]), share=0.2)

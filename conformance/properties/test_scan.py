@@ -262,5 +262,5 @@ def test_hundreds_of_small_writes_all_count(backend, dtype):
 @pytest.mark.parametrize("reverse", (False, True))
 def test_samples_may_begin_where_chunks_do(backend, reverse):
     """And be longer than these: no state is carried over their first token."""
-    case = large_cases.scan(1100, 2, 1, 3, 2, batch=2, reverse=reverse, decay=-1e-3)
+    case = large_cases.scan(1100, 2, 1, 3, 2, batch=4, reverse=reverse, decay=-1e-3)
     packed_rows.check_samples_at_borders(backend, case)

@@ -304,9 +304,9 @@ def test_long_packed_rows_with_padding_match_attention_under_a_mask(backend, cas
 @pytest.mark.needs("sliding_window_attention")
 def test_samples_may_begin_where_blocks_do(backend):
     """Windows of a block or more, samples that begin at its borders and beside them."""
-    case = large_cases.sliding(640, 2, 1, 3, 150, batch=2)
+    case = large_cases.sliding(1100, 2, 1, 3, 150, batch=4)
     everyone = torch.ones(case.shape, dtype=torch.bool)
-    sequence = packed_rows.ids_of(packed_rows.samples_at_borders(640), everyone, seed=1, draw=1)
+    sequence = packed_rows.ids_of(packed_rows.samples_at_borders(1100), everyone, seed=1, draw=1)
     check_matches_attention_under_a_mask(backend, case.changed(sequence=sequence))
 
 

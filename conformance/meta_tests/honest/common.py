@@ -82,7 +82,7 @@ def of_packed_rows(mask_name: str) -> Callable:
             mask = given.get(mask_name)
             mask = torch.ones(shape, dtype=torch.bool, device=sequence.device) if mask is None else mask
             number, total, state = sample_numbers(sequence, mask, given.get("reverse", False)), 0, None
-            for sample in range(int(number.max()) + 1):
+            for sample in range(int(number.max()) + 1 if len(number) else 1):
                 own, start = mask & (number == sample), initial_state if sample == 0 else None
                 y, end = operator(*tensors, initial_state=start, **given | {mask_name: own})
                 there = own.any(1).view(-1, *(1,) * (end.ndim - 1))

@@ -1,5 +1,6 @@
 """Run a whole M-MATE block on linmu.optimized's Triton kernels in the interpreter, watched, against the
-reference: outputs, states, and the gradient of every parameter. Started by test_kernels.py.
+reference: outputs, states, and the gradient of every parameter; then a scan in parts. Started by
+test_kernels.py.
 
     TRITON_INTERPRET=1 python trial_block.py DTYPE
 """
@@ -15,6 +16,8 @@ from linmu import optimized, reference
 
 from ....harness.layouts import Layout, Pad, Text, Vision
 from ....harness.module_cases import WIDTH, ModuleCase, check_module, random_module
+from ..gpu_cases import prompt
+from ..scan_parts import check
 from . import mend_bfloat16, mend_scalars, watch_memory
 from .trial import shrink_blocks
 
@@ -71,6 +74,9 @@ def main(dtype: str) -> None:
         module = random_module(optimized, "MMATE", case)
         with watch_memory():
             check_module(module, reference, "MMATE", case)
+    with watch_memory():
+        kind, tolerance = (torch.float32, 1e-4) if dtype == "float32" else (torch.bfloat16, 3e-2)
+        check(prompt(100).coords, kind, [40], tolerance, masked=dtype == "float32")
 
 
 if __name__ == "__main__":
