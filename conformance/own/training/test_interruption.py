@@ -18,10 +18,10 @@ import torch
 from linmu.reference.training import stage_trainer
 from linmu.reference.training.commands import main as commands
 from linmu.reference.training.commands.main import main
+from linmu.reference.training.lesson import Lesson
 from linmu.reference.training.safety.atomic_writes import whole_file, whole_folder
 from linmu.reference.training.safety.guards import TrainingStoppedError
 from linmu.reference.training.stage_trainer import StageTrainer
-from linmu.reference.training.teacher_student import Lesson
 
 from .flags import steps
 

@@ -20,8 +20,9 @@ from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.evaluate import open_models, open_processor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.evaluation.scores import Scores
+from linmu.reference.training.example import example_of
 from linmu.reference.training.refusal import RefusedError
-from linmu.reference.training.run import Run, example_of
+from linmu.reference.training.run import Run
 
 from ..forks import COMMANDS, run_forked
 from .figures import drawn

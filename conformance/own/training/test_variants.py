@@ -32,8 +32,8 @@ from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
 from linmu.reference.training.run_folder import claim_folder
 from linmu.reference.training.stages import stage_of
+from linmu.reference.training.student_start import start
 from linmu.reference.training.teacher_student import attach_teacher
-from linmu.reference.training.variants import start
 
 from ..student.tiny_families import BUILDERS
 from .figures import drawn

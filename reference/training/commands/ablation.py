@@ -21,7 +21,9 @@ from ..run_folder import check_settings_of
 from ..safety.atomic_writes import write_text
 from .command_line import parse, take_flags, tell_usage, whole_number
 
-VARIANTS: dict[str, Callable[[Config], Config]] = {
+Variant = Callable[[Config], Config]
+
+OF_PAPER: dict[str, Variant] = {
     "full": lambda base: base,
     "without stage i": lambda base: with_stages(base, ("ii", "iii")),
     "without stage ii": lambda base: with_stages(base, ("i", "iii")),
@@ -31,6 +33,8 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "without the reverse scan": lambda base: with_mixer(base, reverse_scan=False),
     "random instead of attention init": lambda base: with_start(base, init="random"),
     "raster instead of Rotary-Major": lambda base: with_mixer(base, rotary_major=False),
+}
+OF_TEXT_ALONE: dict[str, Variant] = {
     "without the text window": lambda base: with_mixer(base, text_window=0),
     "half the text window": lambda base: with_mixer(base, text_window=base.mixer.text_window // 2),
     "twice the text window": lambda base: with_mixer(base, text_window=base.mixer.text_window * 2),
@@ -43,13 +47,17 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "whole MLPs instead of LoRA": lambda base: replace(
         base, mlps=replace(base.mlps, tune="full", mlp_learning_rate=base.mlps.mlp_learning_rate / 10)
     ),
-    "KL alone in stage iii": lambda base: replace(base, stage_iii=replace(base.stage_iii, layer=0.0)),
+    "a quarter of LoRA's rank": lambda base: replace(
+        base, mlps=replace(base.mlps, lora_rank=max(1, base.mlps.lora_rank // 4))
+    ),
+    "KL alone in stage iii": lambda base: with_layer_loss(base, 0),
+    "the layers' error ten times": lambda base: with_layer_loss(base, 10),
 }
-OF_PAPER = tuple(VARIANTS)[:9]
-# Of a decoder of text, whose only Local-Swin is its window, and which has no reverse scan and no grids.
+VARIANTS = OF_PAPER | OF_TEXT_ALONE
+# A decoder of text has no Local-Swin but its window, no reverse scan and no grids.
 OF_TEXT = (
     "full", "without stage i", "without stage ii", "without Flex-MA", "random instead of attention init",
-    *tuple(VARIANTS)[9:],
+    *OF_TEXT_ALONE,
 )  # fmt: skip
 USAGE = """usage: distill.py ablate [--seeds N] [--variants "A,B"] [flags of a run]
 
@@ -71,7 +79,7 @@ MEASURES = {
 def ablate(arguments: list[str], run: Callable[[Config], Any]) -> str:
     """Run variants with all seeds; those that are done are taken over. Returns the table.
 
-    Unless `--variants` names others: the paper's, or with `--mixer.text_only` those of `OF_TEXT`.
+    Unless `--variants` names others: `OF_PAPER`, or with `--mixer.text_only` those of `OF_TEXT`.
 
     Args:
         arguments: --seeds and --variants, and flags of a run for all of them.
@@ -119,6 +127,11 @@ def with_half_lives(base: Config, times: float) -> Config:
     """The same with memories so many times as long."""
     shortest, longest = base.mixer.half_life
     return with_mixer(base, half_life=(shortest * times, longest * times))
+
+
+def with_layer_loss(base: Config, times: float) -> Config:
+    """The same with the layers' error in stage iii weighing so many times as much."""
+    return replace(base, stage_iii=replace(base.stage_iii, layer=base.stage_iii.layer * times))
 
 
 def with_stages(base: Config, kept: Sequence[str]) -> Config:

@@ -15,12 +15,11 @@ from typing import Any
 import tyro
 import yaml
 
-from ..config import PRESETS, Config, check_settings
+from ..config import Config, check_settings
+from ..presets import PRESETS
 from ..refusal import RefusedError, check
 from ..run_folder import SETTINGS, is_run
 from ..run_folder import read_settings as settings_in
-
-__all__ = ["RefusedError", "check", "parse"]
 
 
 def parse(arguments: list[str], about: str = "") -> Config:

@@ -27,7 +27,7 @@ from ..refusal import RefusedError, check
 from ..safety.distributed_means import weights_on_every_process
 from ..safety.guards import refuse_infinite_weights
 from ..teacher import NOT_OPENED, open_teacher
-from ..teacher_student import supervised
+from ..token_groups import supervised
 from .command_line import parse, tell_usage
 
 NO_TEACHER = "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import Any
 
 from ..config import Config, check_settings
@@ -39,14 +40,8 @@ def main(arguments: list[str] | None = None) -> Any:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["ablate"]:
-        return ablate(arguments[1:], distil)
-    if arguments[:1] == ["evaluate"]:
-        return evaluate_student(arguments[1:])
-    if arguments[:1] == ["quantise"]:
-        return quantise_student(arguments[1:])
-    if arguments[:1] == ["benchmark"]:
-        return benchmark(arguments[1:])
+    if arguments and (command := COMMANDS.get(arguments[0])):
+        return command(arguments[1:])
     return distil(parse(arguments, ABOUT))
 
 
@@ -62,6 +57,14 @@ def distil(config: Config) -> dict[str, Any]:
     for stage in run.stages:
         run.teach(stage)
     return run.finish()
+
+
+COMMANDS = {
+    "ablate": partial(ablate, run=distil),
+    "evaluate": evaluate_student,
+    "quantise": quantise_student,
+    "benchmark": benchmark,
+}  # what the first word may be; without one, the flags are those of a run
 
 
 def run_command() -> None:
