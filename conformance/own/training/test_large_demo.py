@@ -236,7 +236,7 @@ def test_packed_tower_and_positions_equal_the_stock_model(built):
 
 def test_the_command_makes_a_teacher(tmp_path):
     few = ["--steps", "1", "--most-in-batch", "1", "--eval-samples", "1", "--log-every", "1"]
-    few += ["--questions-each", "3", "--kinds", "row", "there", "order"]
+    few += ["--questions-each", "1", "3", "2", "--kinds", "row", "there", "order"]
     result = make(parse(["random", "--output", str(tmp_path), *few]))
     assert result == json.loads((tmp_path / "accuracy.json").read_text())
     assert result["steps"] == dict.fromkeys(("cells", *LEVELS), 1)
