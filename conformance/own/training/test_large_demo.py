@@ -116,7 +116,7 @@ def test_every_turn_of_several_asks_something_else_and_is_right(level):
 
 def test_later_answers_cannot_be_guessed():
     """Most digits are absent or appear once: of questions drawn alike, 2 would answer 0.08."""
-    items = LargeQuestions("short", "train", 1, kinds=("there", "count"), each=3).__getitems__(range(150))
+    items = LargeQuestions("middle", "train", 1, kinds=("there", "count"), each=3).__getitems__(range(150))
     later = [turn["content"][0]["text"] for item in items for turn in item["messages"][3::2]]
     for answers, least, most in ((("yes", "no"), 0.35, 0.65), (("0", "1", "2"), 0.15, 0.45)):
         counts = [later.count(answer) for answer in answers]
