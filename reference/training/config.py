@@ -243,7 +243,7 @@ def check_settings(config: Config) -> None:
     check(not (config.resume and config.overwrite), "--resume and --overwrite must not both be given", "both")
     demo, given = config.data == ("demo",), " ".join(config.data)
     check((config.teacher == "demo") == demo, "--teacher and --data must both be demo, or neither",
-          f"{config.teacher}, {given}")  # fmt: skip
+          f"{config.teacher}, {given}", "the bundled one's folder is reference/demo/teacher")  # fmt: skip
     check(config.data, "--data must name conversations", "nothing")
     check(not demo or not config.eval_data, "--eval_data must come with --data FILE", config.eval_data)
     grouped = config.samples.group_by_length

@@ -110,9 +110,16 @@ class StageTrainer(Trainer):
             self.tokens.clear()
 
     def train(self, *args, **kwargs):
+        self.tidy_checkpoints()
         result = super().train(*args, **kwargs)
         self.ask_now()
         return result
+
+    def tidy_checkpoints(self) -> None:
+        """Remove what a process that was killed while it saved would have removed."""
+        if self.args.should_save and Path(self.args.output_dir).is_dir():
+            shutil.rmtree(self.part, ignore_errors=True)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         objectives = self.stage.objectives
@@ -200,9 +207,7 @@ class StageTrainer(Trainer):
             ) from error
         finally:
             self.saving = False
-        if self.args.should_save:
-            shutil.rmtree(self.part, ignore_errors=True)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+        self.tidy_checkpoints()
 
     def save_model(self, output_dir=None, _internal_call=False):
         taught = taught_tensors(self.model.student)  # gathered, so by all processes

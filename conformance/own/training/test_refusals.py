@@ -68,6 +68,12 @@ def refused(*arguments: str) -> str:
 # --- folders
 
 
+def test_a_models_folder_is_no_run_to_resume(begun):
+    for folder in (TEACHER, begun / "run" / "stage_i"):
+        with pytest.raises(RefusedError, match=f"--resume must be followed by a run's folder.*got {folder}"):
+            main(["--resume", str(folder)])
+
+
 @pytest.mark.parametrize("what", ["a model", "an adapter", "somebody's student", "config of a list"])
 def test_overwrite_leaves_what_no_run_wrote(data, tmp_path, what):
     folder = tmp_path / "mine"

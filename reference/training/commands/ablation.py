@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from ..config import STAGES, Config
 from ..refusal import check
+from ..run_folder import check_settings_of
 from ..safety.atomic_writes import write_text
-from .command_line import parse, take_flags, whole_number
+from .command_line import parse, take_flags, tell_usage, whole_number
 
 Variant = Callable[[Config], Config]
 
@@ -58,6 +59,14 @@ OF_TEXT = (
     "full", "without stage i", "without stage ii", "without Flex-MA", "random instead of attention init",
     *OF_TEXT_ALONE,
 )  # fmt: skip
+USAGE = """usage: distill.py ablate [--seeds N] [--variants "A,B"] [flags of a run]
+
+The same run with one thing left out, or changed, at a time; what is done is taken over.
+
+  --seeds N           runs of each variant (3)
+  --variants "A,B"    which; by default the paper's, or with --mixer.text_only those of a decoder of text:
+  {variants}
+All other flags are those of a run: `distill.py --help`. --output is runs/ablation if it is left out."""
 PERPLEXITY = "perplexity / teacher's"
 MEASURES = {
     "accuracy": "accuracy",
@@ -76,6 +85,7 @@ def ablate(arguments: list[str], run: Callable[[Config], Any]) -> str:
         arguments: --seeds and --variants, and flags of a run for all of them.
         run: distils with settings and returns what `results.json` holds.
     """
+    tell_usage(arguments, USAGE.format(variants="\n  ".join(VARIANTS)))
     own, others = take_flags({"seeds": "3", "variants": ""}, arguments)
     seeds = whole_number("--seeds", own.seeds)
     named = any(flag.split("=")[0] == "--output" for flag in others)
@@ -135,9 +145,15 @@ def with_stages(base: Config, kept: Sequence[str]) -> Config:
 
 
 def last_row(config: Config, run: Callable[[Config], Any]) -> dict[str, float]:
-    """What the student of a run reached."""
+    """What the student of a run reached.
+
+    Raises:
+        RefusedError: if the folder holds one of other settings, done or not.
+    """
     folder = Path(config.output)
     done = (folder / "student" / "config.json").is_file()
+    if done:
+        check_settings_of(folder, config)
     results = json.loads((folder / "results.json").read_text()) if done else run(config)
     row = results["rows"][f"stage {config.stages[-1]}"]
     relative = row["perplexity"] / results["rows"]["teacher"]["perplexity"]

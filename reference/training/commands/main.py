@@ -17,7 +17,19 @@ from .dry_run import dry_run
 from .evaluate import evaluate_student
 from .quantise import quantise_student
 
-ABOUT = "Distil a vision-language model into LinMU, in three stages (LinMU, arXiv 2601.01322)."
+ABOUT = (
+    "Distil a vision-language model into LinMU, in three stages (LinMU, arXiv 2601.01322). Other commands:"
+    " evaluate, quantise, benchmark, ablate; `distill.py COMMAND --help` says what they take."
+)
+
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as shells have it
+GOES_ON = {
+    "": "; the same command with --resume goes on from the last checkpoint",
+    "ablate": "; the same command goes on",
+    "evaluate": "; nothing was written",
+    "quantise": "; nothing was written",
+    "benchmark": "; no table was written",
+}
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -56,8 +68,12 @@ COMMANDS = {
 
 
 def run_command() -> None:
-    """`main`, with refusals told without a traceback."""
+    """`main`, with refusals and interruptions told without a traceback."""
     try:
         main()
     except RefusedError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        print(f"distill: interrupted{GOES_ON.get(command, GOES_ON[''])}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
