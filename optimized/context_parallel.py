@@ -1,6 +1,6 @@
 """M-MATE of a prompt that is split over processes, without gradients, in as few passes as in one process.
 
-Letters: B batch, n tokens of this rank, D width, H heads. Numbers are those of `ContextParallel.m_mate`; what
+Letters: B batch, n tokens of this rank, D width, H heads. Numbers are those of the reference's `m_mate`; what
 differs is how often tokens are read. Those that the scan order takes to another rank are exchanged in place,
 and the convolution and the scan read and write by the order of what is there. States enter between the scan's
 two steps, so its norm stays part of it. Windows that no cut goes through are computed where they are. An
@@ -19,7 +19,12 @@ from ..reference.flex_ma import FlexMAState
 from ..reference.m_mate import MMATEState
 from ..reference.numerics import accumulation_dtype, zero_where_masked
 from ..reference.sliding_window_attention import WindowState
-from ..reference.student.context_parallel import ContextParallel, Route, waited
+from ..reference.student.context_parallel import ContextParallel
+from ..reference.student.context_parallel.halos import find_tail, pass_on, pass_tails
+from ..reference.student.context_parallel.ranks import waited
+from ..reference.student.context_parallel.routes import Route, in_order
+from ..reference.student.context_parallel.scan import cuts, hand_on, send_states
+from ..reference.student.context_parallel.windows import holders
 from .elementwise.operator import MixInputs, mix_branches
 from .engine import engine_of_block
 from .layout import VisionLayout, fast, permute_tokens, rows_where
@@ -43,7 +48,7 @@ def m_mate(
     angles: Angles,
     state: MMATEState | None,
 ) -> tuple[Tensor, MMATEState]:
-    """`ContextParallel.m_mate`, of rows that are one sample each."""
+    """`context_parallel.m_mate`, of rows that are one sample each."""
     layout, engine = fast(layout), engine_of_block("MMATE", u, block.config.head_dim)
     flex = FlexMAPart(parallel, block, u, layout, valid, angles, engine)
     has_local = layout is not None or block.config.text_window > 0
@@ -134,7 +139,7 @@ class FlexMAPart:
     def way_to(self, layer: int) -> tuple[Tensor | None, Swap | None]:
         """The order in which this rank's tokens are read, and what is exchanged before; None = neither."""
         parallel, order = self.parallel, self.layout.order(layer)
-        route = parallel.in_order(order)
+        route = in_order(parallel, order)
         if route is None:
             return None, None
         swap = Swap(route, len(order))
@@ -175,7 +180,7 @@ class FlexMAPart:
         )
         self.begun: Begun = begin(inputs)
         self.xBC = self.rates = None
-        self.states = parallel.send_states(self.begun.added, self.begun.decay)
+        self.states = send_states(parallel, self.begun.added, self.begun.decay)
 
     def convolution_states(self, before: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """The convolution's states before this rank's tokens, and after the prompt: (B, K-1, channels)."""
@@ -184,13 +189,13 @@ class FlexMAPart:
             shape = (len(x), 0, self.flex.config.conv_channels)
             return (before, before) if before is not None else (None, x.new_zeros(shape))
         place, found = self.parallel.once(
-            ("tail", taps - 1), lambda: self.parallel.tail(self.valid, taps - 1, len(x))
+            ("tail", taps - 1), lambda: find_tail(self.parallel, self.valid, taps - 1, len(x))
         )
         token = place if self.order is None else self.order.gather(1, place.clamp(min=0))
         rows, scales = torch.arange(len(x), device=x.device)[:, None], (1, 1, self.flex.config.head_dim**-0.5)
         tails = (each[rows, token].flatten(2) * scale for each, scale in zip(self.xBC, scales, strict=True))
         tail = zero_where_masked(torch.cat([*tails], 2).to(accumulation_dtype(x.dtype)), found[..., None])
-        states = self.parallel.pass_on([tail], self.valid, [before], before is not None)
+        states = pass_on(self.parallel, [tail], self.valid, [before], before is not None)
         return states[0][0][0], states[1][0][0]
 
     def openings(self) -> Tensor:
@@ -204,12 +209,12 @@ class FlexMAPart:
     def finish(self, scan_start: Tensor | None) -> tuple[Tensor, FlexMAState]:
         """The heads (B, n, H·P), on their way back, and the state after the prompt."""
         parallel, begun = self.parallel, self.begun
-        forward, reverse = parallel.hand_on(begun.added, begun.decay, scan_start, self.states)
+        forward, reverse = hand_on(parallel, begun.added, begun.decay, scan_start, self.states)
         first, last = parallel.rank == 0, parallel.rank + 1 == parallel.ranks
         entering = [None if first and scan_start is None else forward[parallel.rank]]
         if reverse is not None:
             segment = self.layout.segment
-            is_cut = parallel.once("cuts", lambda: parallel.cuts(segment))[1]
+            is_cut = parallel.once("cuts", lambda: cuts(parallel, segment))[1]
             entering.append(reverse[parallel.rank + 1] if is_cut and not last else None)
         y, self.begun = finish(begun, entering), None
         if self.swap is not None:
@@ -252,7 +257,7 @@ class LocalPart:
             if window > 1:
                 states = (None, None) if state is None else (state.k, state.v)
                 present = False if state is None else state.present
-                passed = parallel.pass_tails([k, v], self.valid, window - 1, states, present)
+                passed = pass_tails(parallel, [k, v], self.valid, window - 1, states, present)
                 before, self.window = (WindowState(*kept, there) for kept, there in passed)
             spans = parallel.once(
                 ("spans", window),
@@ -284,7 +289,7 @@ class CutWindows:
     """Window attention where a rank computes the whole windows it holds, and cut ones where they begin."""
 
     def __init__(self, parallel: ContextParallel, window_id: Tensor) -> None:
-        ids, destination, cut = parallel.holders(window_id)
+        ids, destination, cut = holders(parallel, window_id)
         self.parallel, self.moves = parallel, bool(cut.any())
         self.route = route = Route(
             destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), parallel

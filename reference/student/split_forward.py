@@ -29,7 +29,7 @@ from ..checks import require
 from ..layout import VisionLayout
 from ..m_mate import MMATE, MMATEState
 from .cache import CACHE_NAME, LinMUCacheLayer
-from .context_parallel import ContextParallel, Operators
+from .context_parallel import ContextParallel, Operators, m_mate
 
 WHERE = "context_parallel"
 
@@ -202,9 +202,9 @@ class SplitForward:
     def m_mate(
         self, block: MMATE, u: Tensor, layout: VisionLayout | None, **given: Any
     ) -> tuple[Tensor, MMATEState]:
-        """`ContextParallel.m_mate` under this forward's padding and samples, which a layout says itself."""
+        """`context_parallel.m_mate` under this forward's padding and samples, which a layout says itself."""
         given["sequence"] = self.sequence if layout is None else None
-        return self.parallel.m_mate(block, u, layout, valid=self.valid, **given)
+        return m_mate(self.parallel, block, u, layout, valid=self.valid, **given)
 
     def everything_before(self, keys: Tensor) -> Tensor:
         """Keys or values (B, G, S + n, N) of the past and of this rank -> (B, G, S + t, N), all that its last
