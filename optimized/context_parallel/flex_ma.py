@@ -9,9 +9,9 @@ from torch import Tensor
 from ...reference.flex_ma import FlexMAState
 from ...reference.numerics import accumulation_dtype, zero_where_masked
 from ...reference.student.context_parallel import ContextParallel
-from ...reference.student.context_parallel.halos import find_tail, pass_on
-from ...reference.student.context_parallel.routes import in_order
-from ...reference.student.context_parallel.scan import cuts, hand_on, send_states
+from ...reference.student.context_parallel.halos import find_tail, pass_found_tails
+from ...reference.student.context_parallel.routes import route_to_scan
+from ...reference.student.context_parallel.scan import find_cuts, receive_states, send_states
 from ..layout import permute_tokens
 from ..layout.segments import openings, vision_mask
 from ..projections import narrow_columns
@@ -46,7 +46,7 @@ class FlexMAPart:
     def way_to(self, layer: int) -> tuple[Tensor | None, Swap | None]:
         """The order in which this rank's tokens are read, and what is exchanged before; None = neither."""
         parallel, order = self.parallel, self.layout.order(layer)
-        route = in_order(parallel, order)
+        route = route_to_scan(parallel, order)
         if route is None:
             return None, None
         swap = Swap(route, len(order))
@@ -102,7 +102,7 @@ class FlexMAPart:
         rows, scales = torch.arange(len(x), device=x.device)[:, None], (1, 1, self.flex.config.head_dim**-0.5)
         tails = (each[rows, token].flatten(2) * scale for each, scale in zip(self.xBC, scales, strict=True))
         tail = zero_where_masked(torch.cat([*tails], 2).to(accumulation_dtype(x.dtype)), found[..., None])
-        states = pass_on(self.parallel, [tail], self.valid, [before], before is not None)
+        states = pass_found_tails(self.parallel, [tail], self.valid, [before], before is not None)
         return states[0][0][0], states[1][0][0]
 
     def openings(self) -> Tensor:
@@ -116,12 +116,12 @@ class FlexMAPart:
     def finish(self, scan_start: Tensor | None) -> tuple[Tensor, FlexMAState]:
         """The heads (B, n, H·P), on their way back, and the state after the prompt."""
         parallel, begun = self.parallel, self.begun
-        forward, reverse = hand_on(parallel, begun.added, begun.decay, scan_start, self.states)
+        forward, reverse = receive_states(parallel, begun.added, begun.decay, scan_start, self.states)
         first, last = parallel.rank == 0, parallel.rank + 1 == parallel.ranks
         entering = [None if first and scan_start is None else forward[parallel.rank]]
         if reverse is not None:
             segment = self.layout.segment
-            is_cut = parallel.once("cuts", lambda: cuts(parallel, segment))[1]
+            is_cut = parallel.once("cuts", lambda: find_cuts(parallel, segment))[1]
             entering.append(reverse[parallel.rank + 1] if is_cut and not last else None)
         y, self.begun = finish(begun, entering), None
         if self.swap is not None:

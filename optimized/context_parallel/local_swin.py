@@ -8,9 +8,9 @@ from torch import Tensor
 from ...reference.sliding_window_attention import WindowState
 from ...reference.student.context_parallel import ContextParallel
 from ...reference.student.context_parallel.halos import pass_tails
-from ...reference.student.context_parallel.ranks import waited
+from ...reference.student.context_parallel.ranks import wait
 from ...reference.student.context_parallel.routes import Route
-from ...reference.student.context_parallel.windows import holders
+from ...reference.student.context_parallel.windows import find_holders
 from ..layout.operator import WindowPlanInputs, window_plan
 from ..projections import checked_angles, rotated
 from ..sliding_window_attention import attend_spans, find_spans
@@ -76,7 +76,7 @@ class CutWindows:
     """Window attention where a rank computes the whole windows it holds, and cut ones where they begin."""
 
     def __init__(self, parallel: ContextParallel, window_id: Tensor) -> None:
-        ids, destination, cut = holders(parallel, window_id)
+        ids, destination, cut = find_holders(parallel, window_id)
         self.parallel, self.moves = parallel, bool(cut.any())
         self.route = route = Route(
             destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), parallel
@@ -95,14 +95,14 @@ class CutWindows:
         if not self.moves:
             return None
         leaving = torch.cat([rows_of(each)[self.route.send] for each in qkv], 1)
-        return self.parallel.sent(leaving, self.route.receive_sizes, self.route.send_sizes)
+        return self.parallel.start_all_to_all(leaving, self.route.receive_sizes, self.route.send_sizes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, arriving: Tensor | None, engine: str | None) -> Tensor:
         """The heads (B, n, H, P) of all that this rank computes of its own; the rest is on its way back."""
         output = planned_attention(q, k, v, self.whole, self.whole_plan, engine=engine)
         if not self.moves:
             return output
-        came = waited(arriving).split([rows_of(each).shape[1] for each in (q, k, v)], 1)
+        came = wait(arriving).split([rows_of(each).shape[1] for each in (q, k, v)], 1)
         joined = [
             torch.cat([rows_of(each)[self.held], new]).view(1, -1, *each.shape[2:])
             for each, new in zip((q, k, v), came, strict=True)
@@ -112,11 +112,11 @@ class CutWindows:
             computed = planned_attention(*joined, self.joined, self.joined_plan, engine=engine)
         kept, back = rows_of(computed).tensor_split([len(self.held)])
         rows_of(output).index_copy_(0, self.held, kept)
-        self.back = self.parallel.sent(back, self.route.send_sizes, self.route.receive_sizes)
+        self.back = self.parallel.start_all_to_all(back, self.route.send_sizes, self.route.receive_sizes)
         return output
 
     def arrive_back(self, output: Tensor) -> None:
         """Write what others computed of this rank's tokens."""
         if self.moves:
-            rows_of(output).index_copy_(0, self.route.send, waited(self.back))
+            rows_of(output).index_copy_(0, self.route.send, wait(self.back))
             self.back = None

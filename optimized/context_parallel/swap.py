@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...reference.student.context_parallel.ranks import waited
+from ...reference.student.context_parallel.ranks import wait
 from ...reference.student.context_parallel.routes import Route
 
 
@@ -34,22 +34,22 @@ class Swap:
         """The exchange of (B, n, ...) each, of one dtype, under way."""
         route = self.route
         leaving = torch.cat([rows_of(tensor)[route.send] for tensor in tensors], 1)
-        return self.parallel.sent(leaving, route.receive_sizes, route.send_sizes)
+        return self.parallel.start_all_to_all(leaving, route.receive_sizes, route.send_sizes)
 
     def arrive(self, tensors: list[Tensor], arriving: Tensor) -> None:
         """Write into the tensors what `sent` of them brings."""
         widths = [rows_of(tensor).shape[1] for tensor in tensors]
-        for tensor, new in zip(tensors, waited(arriving).split(widths, 1), strict=True):
+        for tensor, new in zip(tensors, wait(arriving).split(widths, 1), strict=True):
             rows_of(tensor).index_copy_(0, self.room, new)
 
     def sent_back(self, tensor: Tensor) -> Tensor:
         """The exchange the other way."""
         leaving = rows_of(tensor)[self.room]
-        return self.parallel.sent(leaving, self.route.send_sizes, self.route.receive_sizes)
+        return self.parallel.start_all_to_all(leaving, self.route.send_sizes, self.route.receive_sizes)
 
     def arrive_back(self, tensor: Tensor, arriving: Tensor) -> None:
         """Write into the tensor what `sent_back` of it brings."""
-        rows_of(tensor).index_copy_(0, self.route.send, waited(arriving))
+        rows_of(tensor).index_copy_(0, self.route.send, wait(arriving))
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class SplitForward:
 
     def whole(self, keys: Tensor) -> Tensor:
         """Keys or values (B, G, S + n, N) of the past and of this rank -> (B, G, S + L, N), on every rank."""
-        new = self.parallel.everywhere(keys[:, :, self.past :], dim=2)
+        new = self.parallel.all_gather_tokens(keys[:, :, self.past :], dim=2)
         return torch.cat([keys[:, :, : self.past], new], 2) if self.past else new
 
     def last_tokens(self, hidden: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class SplitForward:
         held = hidden[:, max(first - start, 0) :]
         place = (max(start, first) - first, self.length - stop) if stop > first else (0, self.last)
         mine = nn.functional.pad(held if stop > first else hidden[:, :0], (0, 0, *place))
-        return self.parallel.gather(mine).sum(0)
+        return self.parallel.all_gather(mine).sum(0)
 
     def finish(self, student: nn.Module, outputs: Any, cache: Any) -> Any:
         """Return a forward's outputs with the loss, the cache being made whole.

@@ -13,7 +13,7 @@ from ...m_mate import MMATE, MMATEState
 from ...sliding_window_attention import WindowState
 from .halos import causal_conv, sliding_window_attention
 from .ranks import ContextParallel
-from .routes import in_order
+from .routes import route_to_scan
 from .scan import bidirectional_scan
 from .windows import window_attention
 
@@ -32,7 +32,7 @@ def m_mate(
     """`MMATE.forward` of this rank's tokens.
 
     Args:
-        block: the reference's or the optimized one; its parameters are used, with these operators.
+        block: the reference's or the optimized one; its parameters are used, by the operators of `parallel`.
         u: (B, n, D), this rank's.
         layout, valid: of the whole prompt, L tokens.
         position_embeddings: (cos, sin), each (B or 1, n, N), this rank's.
@@ -70,7 +70,7 @@ def flex_ma(
     route = None
     if layout is not None:
         layer = flex.order_layer
-        route = parallel.once(("order", layer % 4), lambda: in_order(parallel, layout.order(layer)))
+        route = parallel.once(("order", layer % 4), lambda: route_to_scan(parallel, layout.order(layer)))
     if route is not None:
         (xBC,), (rates,) = route.there(xBC), route.there(torch.cat([dt, gate], -1))
         xBC, rates = (each.unflatten(0, (len(u), -1)) for each in (xBC, rates))
@@ -105,7 +105,7 @@ def flex_ma(
 
 
 def project(parallel: ContextParallel, flex, u: Tensor, position_embeddings) -> tuple[Tensor, Tensor, Tensor]:
-    """`FlexMA.project` by this object's operators."""
+    """`FlexMA.project` by the operators of `parallel`."""
     C, B, x = flex.project_heads(u)
     if flex.config.scan_rope:
         C, B = (parallel.operators.apply_rope(each, position_embeddings) for each in (C, B))

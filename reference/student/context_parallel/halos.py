@@ -1,4 +1,9 @@
-"""Convolution and text window of a split prompt: each rank gets the last tokens before its own."""
+"""Convolution and text window of a split prompt: each rank gets the last tokens before its slice, its halo.
+
+A halo may reach over several ranks, and padding does not count. So every rank sends all others its last K-1
+or W-1 valid tokens, its *tail*. The last tokens of the tails before a slice are its halo; the last of all
+tails are the state after the prompt.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +108,7 @@ def pass_tails(
     tails = [
         zero_where_masked(t[rows, place], found.view(*found.shape, *(1,) * (t.ndim - 2))) for t in tensors
     ]
-    return pass_on(parallel, tails, valid, before, present, samples)
+    return pass_found_tails(parallel, tails, valid, before, present, samples)
 
 
 def find_tail(
@@ -117,8 +122,10 @@ def find_tail(
     return place, found
 
 
-def pass_on(parallel: ContextParallel, tails, valid, before, present, samples: Samples | None = None):
-    """`pass_tails` of tails found before, (B, size, ...) each."""
+def pass_found_tails(
+    parallel: ContextParallel, tails, valid, before, present, samples: Samples | None = None
+):
+    """`pass_tails`, given this rank's tails, (B, size, ...) each, from where `find_tail` says."""
     batch, size, device = *tails[0].shape[:2], tails[0].device
     nothing = [torch.zeros_like(tail) for tail in tails]
     if valid is None:
@@ -131,7 +138,7 @@ def pass_on(parallel: ContextParallel, tails, valid, before, present, samples: S
     there = torch.cat([present, there.flatten(1)], 1)  # (B, (R + 1)·size)
     before = [n if b is None else b.to(n.dtype) for n, b in zip(nothing, before, strict=True)]
     # All of it goes into both states: so on every rank the collectives of backward pair up.
-    every = parallel.gather(torch.cat([tail.flatten(2) for tail in tails], 2)).movedim(0, 1).flatten(1, 2)
+    every = parallel.all_gather(torch.cat([tail.flatten(2) for tail in tails], 2)).movedim(0, 1).flatten(1, 2)
     every = every.split([math.prod(tail.shape[2:]) for tail in tails], 2)
     history = [torch.cat([b, own.unflatten(2, b.shape[2:])], 1) for b, own in zip(before, every, strict=True)]
     column = torch.arange(there.shape[1], device=device)

@@ -1,4 +1,4 @@
-"""Packed rows of a split prompt: where samples are cut, nothing passes from one to the next."""
+"""Packed rows of a split prompt: which samples an edge cuts. Nothing passes from one to the next."""
 
 from __future__ import annotations
 

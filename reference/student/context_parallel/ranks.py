@@ -23,6 +23,13 @@ class ContextParallel:
         mesh: of one dimension; its ranks hold the prompt's slices in order.
         lengths: how many tokens each rank holds, each at least 1; the same for every row.
         operators: what a rank runs on its own tokens; None = the reference's.
+
+    Attributes:
+        rank, ranks: this process's number, and how many there are, R.
+        edges: where slices begin among the prompt's tokens, and L.
+        counts: (R,) int64, `lengths` on the ranks' device.
+        owner: (L,) int64, the rank of each token.
+
     Raises:
         ValueError: for a mesh of several dimensions, or lengths that do not fit it.
     """
@@ -67,33 +74,33 @@ class ContextParallel:
         return tensor.narrow(dim, self.slice.start, self.lengths[self.rank])
 
     def local_or_none(self, tensor: Tensor | None) -> Tensor | None:
-        """`local`, of nothing None."""
+        """`local`, or None of None."""
         return None if tensor is None else self.local(tensor)
 
-    def exchange(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
+    def all_to_all(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
         """All-to-all along the first dimension, with a gradient."""
-        arrived = self.sent(tensor, receive_sizes, send_sizes)
+        arrived = self.start_all_to_all(tensor, receive_sizes, send_sizes)
         if not arrived.requires_grad:
-            arrived = waited(arrived)
+            arrived = wait(arrived)
         return arrived.reshape(sum(receive_sizes), *tensor.shape[1:])
 
-    def sent(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
-        """`exchange` under way, (M, ...) flattened to two dimensions: `waited` gives what comes of it."""
+    def start_all_to_all(self, tensor: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
+        """Start `all_to_all`; `wait` gives what arrives, flattened to two dimensions."""
         flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).contiguous()
         return all_to_all_single_autograd(flat, receive_sizes, send_sizes, (self.mesh, 0))
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """One tensor a rank -> (R, ...) on every rank, with a gradient."""
         ones = [1] * self.ranks
-        return self.exchange(tensor.expand(self.ranks, *tensor.shape), ones, ones)
+        return self.all_to_all(tensor.expand(self.ranks, *tensor.shape), ones, ones)
 
-    def everywhere(self, tensor: Tensor, dim: int = 1) -> Tensor:
+    def all_gather_tokens(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """(B, n, ...) of this rank, or n at `dim` -> the whole prompt's on every rank, with a gradient."""
         mine = tensor.movedim(dim, 0)
         sent = mine.expand(self.ranks, *mine.shape).flatten(0, 1)
-        return self.exchange(sent, self.lengths, [len(mine)] * self.ranks).movedim(0, dim)
+        return self.all_to_all(sent, self.lengths, [len(mine)] * self.ranks).movedim(0, dim)
 
 
-def waited(tensor: Tensor) -> Tensor:
-    """What a collective gives, once it is there: a plain tensor, that a cache may hold and copy."""
+def wait(tensor: Tensor) -> Tensor:
+    """Wait for a collective: a plain tensor, which a cache may hold and copy."""
     return tensor.trigger_wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor

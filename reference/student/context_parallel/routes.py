@@ -1,4 +1,8 @@
-"""How tokens travel to the ranks that compute them, and what is computed of them back."""
+"""Routes: tokens travel to the rank that computes them, and outputs return, by all-to-all.
+
+Scan orders and windows are permutations of the prompt's tokens, which all ranks know from the layout. So
+every rank finds by itself what it sends and receives, once for all layers of the same order.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +66,7 @@ class Route:
         """Rows `stay` of each tensor; at `enter` those that come for the rows `leave`, in one exchange."""
         sent = torch.cat([tensor[leave].flatten(1) for tensor in tensors], 1)
         widths = [math.prod(tensor.shape[1:]) for tensor in tensors]
-        arrived = self.parallel.exchange(sent, receive_sizes, send_sizes).split(widths, 1)
+        arrived = self.parallel.all_to_all(sent, receive_sizes, send_sizes).split(widths, 1)
         return [
             tensor[stay].index_copy_(0, enter, new.reshape(-1, *tensor.shape[1:]))
             for tensor, new in zip(tensors, arrived, strict=True)
@@ -73,7 +77,7 @@ class Route:
         return tensor.flatten()[self.arrived]
 
 
-def in_order(parallel: ContextParallel, order: Tensor) -> Route | None:
+def route_to_scan(parallel: ContextParallel, order: Tensor) -> Route | None:
     """Route to the prompt's scan order, (B, L) int64: afterwards rank r holds its slice of the scan.
 
     None = it does so already.

@@ -1,4 +1,7 @@
-"""Window attention of a split prompt: a window is computed by the rank that holds its first token."""
+"""Window attention of a split prompt: a window is computed by the rank that holds its first token.
+
+So only tokens of windows that an edge cuts travel.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +40,12 @@ def window_attention(parallel: ContextParallel, q, k, v, window_id, *, scale=Non
 
 def to_windows(parallel: ContextParallel, window_id: Tensor) -> tuple[Route, Tensor]:
     """The route to the ranks that compute the windows (B, L), and the ids there, (1, M + 1)."""
-    ids, destination, _ = holders(parallel, window_id)
+    ids, destination, _ = find_holders(parallel, window_id)
     route = Route(destination, torch.arange(ids.numel(), device=ids.device).view_as(ids), parallel)
     return route, torch.cat([route.of_prompt(ids), ids.amax().clamp(min=-1).view(1) + 1])[None]
 
 
-def holders(parallel: ContextParallel, window_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def find_holders(parallel: ContextParallel, window_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of windows (B, L): ids that no two rows share, which rank computes each token's, and whether a cut
     goes through it, (B, L) each.
     """
