@@ -7,8 +7,8 @@
     python distill.py benchmark STUDENT --tasks mmmu_val       the same on tasks of lmms-eval
     python distill.py ablate                                   the first with one thing left out at a time
 
-Settings and presets are in reference/training/config.py, the stages in reference/training/stages.py. Where
-LinMU is installed, `python -m linmu.reference.training` does the same.
+reference/training/ has the settings in config.py, their defaults in presets.py, the stages in stages.py.
+Where LinMU is installed, `python -m linmu.reference.training` does the same.
 """
 
 from linmu.reference.training.commands.main import run_command

@@ -16,13 +16,13 @@ from torch import Tensor
 from linmu import reference
 
 from ..reference.flex_ma import DonatedState, FlexMAState
-from ..reference.numerics import accumulation_dtype, full_precision_linear
+from ..reference.numerics import accumulation_dtype
 from .causal_conv.operator import ConvInputs, causal_conv
 from .decoding.operator import TextStepInputs, text_step
 from .engine import engine_of_block
 from .engine.once import once_a_forward
 from .layout import VisionLayout, begins_of, fast, permute_tokens
-from .projections import checked_angles, narrow_columns, rotated, token_products
+from .projections import checked_angles, narrow_columns, narrow_products, rotated, token_products
 from .scan import ScanInputs, scan
 
 __all__ = ["FlexMA", "FlexMAState", "PooledState"]
@@ -220,7 +220,7 @@ class FlexMA(reference.FlexMA):
                 C, B = self.q_norm(C), self.k_norm(B)
         else:
             C, B, x = self.project_heads(u)
-            rate = full_precision_linear(u, self.dt_proj)[:, 0]
+            rate = narrow_products(u, [self.dt_proj])[0][:, 0]
             z = None if gate is None else gate(u)[:, 0]
         C, B = self.rotate(C, B, angles, engine)
         return x[:, 0], B[:, 0], C[:, 0], rate, None if gate is None else z

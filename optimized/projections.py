@@ -56,8 +56,11 @@ def rotated(
 
 
 def narrow_products(u: Tensor, linears: list[nn.Linear]) -> list[Tensor]:
-    """`full_precision_linear` of each: one product that reads `u` once, if they are plain and it is long."""
-    if u.shape[1] == 1 or not are_plain(linears):
+    """`full_precision_linear` of each: one product that reads `u` once, if they are plain and it is long, or
+    what it needs of their weights was prepared.
+    """
+    is_short = u.shape[1] == 1 and once_a_forward(key_of(linears), lambda: None) is None
+    if is_short or not are_plain(linears):
         return [full_precision_linear(u, linear) for linear in linears]
     sizes = [linear.out_features for linear in linears]
     return list(plain_columns(u, linears, sizes).split_with_sizes(sizes, dim=-1))

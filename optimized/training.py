@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..reference.checks import require
-from ..reference.training import teacher_student as reference
+from ..reference.training import lesson as reference
+from ..reference.training.lesson import Objective
 from ..reference.training.safety.distributed_means import share
-from ..reference.training.teacher_student import Objective, attach_teacher, detach_teacher
+from ..reference.training.teacher_student import attach_teacher, detach_teacher
 from .engine import get_engine
 from .engine.once import one_forward
 from .graphs.capture import CudaCapture

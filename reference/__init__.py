@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .student.convert import convert, load
     from .student.watching import watch
     from .training.calibration import calibrate_norms
-    from .training.teacher_student import Lesson, Objective, attach_teacher, detach_teacher
+    from .training.lesson import Lesson, Objective
+    from .training.teacher_student import attach_teacher, detach_teacher
 
 __all__ = [
     "MMATE",
@@ -58,8 +59,8 @@ __all__ = [
 
 # Imported when first asked for, since they import transformers, which takes seconds.
 WITH_TRANSFORMERS = {
-    "Lesson": ".training.teacher_student",
-    "Objective": ".training.teacher_student",
+    "Lesson": ".training.lesson",
+    "Objective": ".training.lesson",
     "attach_teacher": ".training.teacher_student",
     "calibrate_norms": ".training.calibration",
     "convert": ".student.convert",

@@ -20,8 +20,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ...reference.training.config import PRESETS, Config
+from ...reference.training.config import Config
 from ...reference.training.parameter_groups import MIXER, belongs
+from ...reference.training.presets import PRESETS
 from ...reference.training.safety.memory import leave_inputs_alone, recompute_layers
 from ...reference.training.stages import Stage, stage_of
 from ..student import convert

@@ -28,8 +28,9 @@ from torch.autograd.function import once_differentiable
 from ...reference.student.packed_rows import started_anew
 from ...reference.student.unconverted_attention import padding_is_known
 from ...reference.training.batch_facts import Facts, ask
+from ...reference.training.lesson import Lesson
 from ...reference.training.safety.distributed_means import processes
-from ...reference.training.teacher_student import Lesson, is_answered
+from ...reference.training.token_groups import is_answered
 from ..engine import say_once
 from ..engine.once import one_forward
 from ..engine.torch_state import is_observed

@@ -16,7 +16,15 @@ def report(files: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(lines, indent=1) + "\n")
     plain = [line for line in lines if "quantization" not in line]
-    parts = [header(lines), held_table(plain), decoding_table(plain), prompt_table(plain), fp8_table(lines)]
+    parts = [
+        header(lines),
+        held_table(plain),
+        decoding_table(plain),
+        prompt_table(plain),
+        served_table(plain),
+        fp8_table(lines),
+        profile_table(plain),
+    ]
     (folder / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     plot(plain, folder / "decoding.png")
 
@@ -37,11 +45,11 @@ Each is alone in a process:
 ```
 
 The student has a text window of 128 and decodes from CUDA graphs of whole steps; the teacher runs under
-vLLM's defaults (FlashAttention 3, torch.compile, CUDA graphs) without prefix caching. *Held* is how many
-requests the memory holds that vLLM has left for them. A step is the difference of two runs by their tokens,
-wall time. The teacher's keys and values are constants where it decodes; they are computed where a prompt is
-timed. A student's step does not depend on the length: it was measured from the first token on, and after
-longer prompts below."""
+vLLM's defaults (FlashAttention 3, torch.compile, CUDA graphs), with graphs of few sizes and without prefix
+caching. A step is the median time between the outputs of two steps in which all those requests had a token.
+The teacher's keys and values are constants where it decodes, each request's in memory of its own; they are
+computed where prompts are timed. A student's step does not depend on the length: it was measured after
+prompts of one token, and after longer ones below."""
 
 
 def of(lines: list[dict[str, Any]], who: str, cell: str) -> list[dict[str, Any]]:
@@ -63,23 +71,32 @@ def times(part: float, whole: float) -> str:
 def held_table(lines: list[dict[str, Any]]) -> str:
     """Requests in memory by length, and tokens a second with as many."""
     rooms = of(lines, "teacher", "pool"), of(lines, "student", "pool")
-    if not all(rooms):
+    ours = fastest(of(lines, "student", "decoding"))
+    if not all(rooms) or ours is None:
         return ""
-    theirs, ours = (room[0]["held"] for room in rooms)
-    best = max((line["tokens_per_second"], line["requests"]) for line in of(lines, "student", "decoding"))
+    theirs, blocks = rooms[0][0]["held"], rooms[1][0]["blocks"]
     rows = []
     for length in sorted(map(int, theirs)):
-        pair = theirs[str(length)], ours.get(str(length), rooms[1][0]["blocks"])
-        row = [f"{length:,}", f"{pair[0]:,}", f"{pair[1]:,}", times(pair[1], pair[0])]
-        full = [line for line in of(lines, "teacher", "decoding") if line["length"] == length]
-        fastest = max(((line["tokens_per_second"], line["requests"]) for line in full), default=None)
-        if fastest is None:
+        row = [f"{length:,}", f"{theirs[str(length)]:,}", f"{blocks:,}", times(blocks, theirs[str(length)])]
+        best = fastest([line for line in of(lines, "teacher", "decoding") if line["length"] == length])
+        if best is None:
             rows.append([*row, "not measured", "", ""])
             continue
-        said = (f"{speed:,.0f} ({requests:,} at once)" for speed, requests in (fastest, best))
-        rows.append([*row, *said, times(best[0], fastest[0])])
+        said = (f"{line['tokens_per_second']:,.0f} ({line['requests']:,} at once)" for line in (best, ours))
+        rows.append([*row, *said, times(ours["tokens_per_second"], best["tokens_per_second"])])
     names = ["tokens", "teacher holds", "student holds", "ratio"]
-    return "## When full\n\n" + table([*names, "teacher, tokens/s", "student, tokens/s", "ratio"], rows)
+    text = """*Holds*: requests of so many tokens and some more in the memory that vLLM has left for them.
+Tokens a second: decoding alone, each with as many requests at once as it was fastest with."""
+    found = of(lines, "student", "held")
+    if found:
+        text += f" {found[0]['requests']:,} requests of the student were held, and decoded, at once."
+    head = table([*names, "teacher, tokens/s", "student, tokens/s", "ratio"], rows)
+    return f"## When full\n\n{text}\n\n{head}"
+
+
+def fastest(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the line of most tokens a second; None = there is none."""
+    return max(lines, key=lambda line: line["tokens_per_second"], default=None)
 
 
 def decoding_table(lines: list[dict[str, Any]]) -> str:
@@ -125,6 +142,56 @@ def prompt_table(lines: list[dict[str, Any]]) -> str:
     ]
     text = "Mean over the requests, which come all at once and wait for one another; then the median."
     return f"## Prompts\n\n{text}\n\n" + table(["tokens", "at once", *both], rows)
+
+
+def served_table(lines: list[dict[str, Any]]) -> str:
+    """Requests from their prompts to their last tokens."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for who in ("teacher", "student"):
+        for line in of(lines, who, "served"):
+            found.setdefault((line["length"], line["requests"]), {})[who] = line
+    rows = []
+    for (length, requests), pair in sorted(found.items()):
+        row: list[Any] = [f"{length:,}", requests]
+        for name in ("seconds", "tokens_per_second", "ms_to_first_token", "ms_between_tokens"):
+            row += [
+                f"{pair[who][name]:,.1f}" if who in pair else "not measured" for who in ("teacher", "student")
+            ]
+        both = [pair[who]["tokens_per_second"] for who in ("student", "teacher")] if len(pair) == 2 else None
+        rows.append([*row[:6], times(*both) if both else "", *row[6:]])
+    if not rows:
+        return ""
+    whats = ["seconds", "tokens/s", "ratio", "first token, ms", "between tokens, ms"]
+    names = [
+        name
+        for what in whats
+        for name in ([what] if what == "ratio" else [f"{what}: {who}" for who in ("teacher", "student")])
+    ]
+    text = """Prompts that are computed and 128 tokens after each, all requests at once, timed from the first
+prompt to the last token: tokens/s are those of the answers over all of that time."""
+    return f"## Served\n\n{text}\n\n" + table(["tokens", "at once", *names], rows)
+
+
+def profile_table(lines: list[dict[str, Any]]) -> str:
+    """How long the GPU was busy, and with what."""
+    parts = []
+    for line in of(lines, "student", "profile"):
+        steps = line["steps"]
+        what = (
+            f"{line['requests']} prompts of {line['length']:,} tokens, computed"
+            if line.get("length")
+            else (f"{line['requests']} requests, {steps} steps")
+        )
+        each = max(steps, 1)
+        clock, busy = line["wall_ms"] / each, line["busy_ms"] / each
+        rows = [[f"`{name}`", round(n / each, 1), round(ms / each, 3)] for name, n, ms in line["kernels"]]
+        count = line["launches"] / each
+        text = f"**{what}**: {clock:.2f} ms by the clock, {busy:.2f} in kernels, {count:.0f} of them"
+        parts.append(f"{text}.\n\n" + table(["kernel", "launches", "ms"], rows))
+    if not parts:
+        return ""
+    text = "torch's profiler in the worker; times are a step's, and of prompts of all of it."
+    return "\n\n".join(["## Where the student's time goes", text, *parts])
 
 
 def fp8_table(lines: list[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 from ..prompts.chat_collator import ChatCollator
 from ..prompts.processors import load_processor
 from ..training.data.media import Media
+from .flags import without_traceback
 from .questions import FRAMES_PER_SECOND
 
 
@@ -68,4 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback():
+        main()

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..prompts.chat_collator import ChatCollator
-from ..training.teacher_student import supervised
+from ..training.token_groups import supervised
 from .questions import KINDS, DigitsQuestions
 
 

@@ -1,11 +1,17 @@
-"""Values of the demo's flags, checked while the command line is read."""
+"""Values of the demo's flags, checked while the command line is read; mistakes told without a traceback."""
 
 from __future__ import annotations
 
 import math
+import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..training.teacher import NOT_OPENED
+
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as shells have it
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -51,3 +57,14 @@ def folder_to_write(text: str) -> Path:
     except OSError as error:
         raise ArgumentTypeError(f"must be a folder that can be written, got {text}: {error}") from None
     return folder
+
+
+@contextmanager
+def without_traceback() -> Iterator[None]:
+    """Within, end with what is wrong with a model, a file or a flag, silently where the user interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except NOT_OPENED as error:
+        sys.exit(str(error))

@@ -31,7 +31,7 @@ from transformers import (
 
 from ..prompts.chat_collator import ChatCollator
 from ..prompts.processors import load_processor
-from ..training.stage_trainer import OneDevice
+from ..training.trainer_arguments import OneDevice
 from .build_teacher import MERGE, build_model, build_tokenizer, write_preprocessing
 from .evaluation import best_guess, heldout_accuracy
 from .flags import at_least, folder_to_write

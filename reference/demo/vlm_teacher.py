@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import LlamaForCausalLM, PreTrainedModel, ProcessorMixin, set_seed
 
 from ..prompts.processors import load_processor
-from ..training.stage_trainer import OneDevice
 from ..training.teacher import NOT_OPENED, open_processor, open_teacher
-from ..training.teacher_student import supervised
+from ..training.token_groups import supervised
+from ..training.trainer_arguments import OneDevice
 from .build_teacher import MERGE, write_preprocessing
 from .build_vlm import TINY_TOWER, TOWER, build_vlm, random_decoder, with_vision_tokens
 from .evaluation import answered_of_batch

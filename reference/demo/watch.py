@@ -5,16 +5,20 @@
     python -m linmu.reference.demo.watch STUDENT /dev/video0 --format v4l2      a camera
     python -m linmu.reference.demo.watch STUDENT digits              the film of digits, which asks of itself
 
-In a terminal a line typed is a question. Answers go to stdout, progress to stderr.
+In a terminal a line typed is a question. Answers go to stdout, progress to stderr. Ctrl-C ends it after the
+block that is being seen, and --session has what was seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +34,7 @@ from ..prompts.processors import load_processor
 from ..student.watching import watch
 from ..training.data.films import reader_of, upright
 from .film import FILM_KINDS, digits_film
+from .flags import without_traceback
 from .questions import FRAMES_PER_SECOND
 
 DIGITS = "digits"
@@ -52,12 +57,24 @@ def frames_of(source: str, fps: float, *, container: str | None = None, patience
         ValueError: for a source that is not there.
     """
     if container is not None:
-        return sampled(frames_of_device(source, container), fps)
+        return decoded(source, sampled(frames_of_device(source, container), fps))
     path = Path(source)
     require(path.exists(), "watch", "the source must be a film, a folder or 'digits'", repr(source))
     if path.is_dir():
         return frames_of_folder(path, patience)
-    return sampled(reader_of(path)(), fps)
+    return decoded(source, sampled(reader_of(path)(), fps))
+
+
+def decoded(source: str, frames: Iterator[Image.Image]) -> Iterator[Image.Image]:
+    """Yield the frames, and name the source where it cannot be decoded.
+
+    Raises:
+        ValueError: there.
+    """
+    try:
+        yield from frames
+    except (OSError, ValueError) as error:
+        raise ValueError(f"watch: {source} must be a film that can be decoded, got {error}") from error
 
 
 def sampled(frames: Iterable[tuple], fps: float) -> Iterator[Image.Image]:
@@ -113,11 +130,16 @@ def frames_of_folder(folder: Path, patience: float) -> Iterator[Image.Image]:
 
 
 def blocks(frames: Iterable, count: int, depth: int) -> Iterator[list]:
-    """Yield lists of `count` frames; the last one is cut to a multiple of `depth`."""
+    """Return an iterator over lists of `count` frames; the last one is cut to a multiple of `depth`.
+
+    Raises:
+        ValueError: unless `count` is such a multiple: frames of every block would be lost.
+    """
+    must = f"a block (--block) must hold a multiple of {depth} frames, which one moment of the model takes"
+    require(count >= 1 and count % depth == 0, "watch", must, count)
     frames = iter(frames)
-    while block := list(islice(frames, count)):
-        if block := block[: len(block) // depth * depth]:
-            yield block
+    whole = iter(lambda: list(islice(frames, count)), [])
+    return filter(None, (block[: len(block) // depth * depth] for block in whole))
 
 
 class Progress:
@@ -149,6 +171,28 @@ def typed_questions() -> SimpleQueue:
     return lines
 
 
+@contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Hold a first Ctrl-C back to the end: a session interrupted within a block is of no use."""
+    came: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # somebody else's handler, or none, as in a shell's background
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def play(
     session: watch,
     seen: Iterable[list],
@@ -169,7 +213,8 @@ def play(
     """
     progress, next_time = Progress(), session.seconds + every
     for block in seen:
-        session.see(block)
+        with interrupted_later():
+            session.see(block)
         progress.tell(session, len(block))
         asked = []
         while question and session.seconds >= next_time:
@@ -239,11 +284,16 @@ def print_accuracies(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and play."""
+    """Read the command line and play.
+
+    Raises:
+        ValueError, OSError: for a student, a source or a session that cannot be used.
+        KeyboardInterrupt: of the user. In either case what was seen before is in the session's file.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("student", help="folder or Hub id of a student")
     parser.add_argument("source", help="a film, a folder of pictures, a device with --format, or 'digits'")
-    parser.add_argument("--fps", type=float, default=FRAMES_PER_SECOND, help="frames per second to look at")
+    parser.add_argument("--fps", type=float, help=f"frames per second to look at ({FRAMES_PER_SECOND})")
     parser.add_argument("--block", type=int, default=4, help="frames of a block, which is seen at once")
     parser.add_argument("--ask", default="", metavar="QUESTION", help="a question to ask again and again")
     parser.add_argument("--every", type=float, default=10.0, help="seconds of the film between two --ask")
@@ -261,6 +311,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--after", action="store_true", help="of the film of digits: ask after every scene")
     options = parser.parse_args(arguments)
+    if options.session is not None:  # now, not after the film
+        folder = options.session.absolute().parent
+        is_open = folder.is_dir() and os.access(folder, os.W_OK) and not options.session.is_dir()
+        require(is_open, "watch", "--session must be a file that can be written", options.session)
     student = AutoModelForImageTextToText.from_pretrained(options.student).eval()
     processor = load_processor(options.student)
     if options.source == DIGITS:
@@ -271,20 +325,31 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.session is not None and options.session.exists():
         session = watch.open(options.session, student, processor)
+        own = {
+            "--fps": (options.fps, session.fps),
+            "--max-position": (options.max_position, session.max_position),
+        }
+        for flag, (given, kept) in own.items():
+            must = f"{flag} must be left out, or {kept} as {options.session} has it"
+            require(given in (None, kept), "watch", must, given)
     else:
-        session = watch(student, processor, options.fps, max_position=options.max_position)
+        rate = FRAMES_PER_SECOND if options.fps is None else options.fps
+        session = watch(student, processor, rate, max_position=options.max_position)
     frames = frames_of(options.source, session.fps, container=options.container, patience=options.patience)
-    play(
-        session,
-        blocks(frames, options.block, session.depth),
-        question=options.ask,
-        every=options.every,
-        typed=typed_questions(),
-        max_new_tokens=options.max_new_tokens,
-    )
-    if options.session is not None:
-        session.save(options.session)
+    try:
+        play(
+            session,
+            blocks(frames, options.block, session.depth),
+            question=options.ask,
+            every=options.every,
+            typed=typed_questions(),
+            max_new_tokens=options.max_new_tokens,
+        )
+    finally:  # a device has no end but an interruption
+        if options.session is not None and session.is_whole:
+            session.save(options.session)
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback():
+        main()

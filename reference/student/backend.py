@@ -20,7 +20,7 @@ from torch import nn
 from ..checks import require
 from ..layout import VisionLayout
 from ..m_mate import MMATE
-from ..training.teacher_student import Lesson
+from ..training.lesson import Lesson
 from .context_parallel import Operators
 
 logger = logging.getLogger(__name__)

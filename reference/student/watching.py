@@ -49,12 +49,13 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, ProcessorMixin
@@ -287,6 +288,7 @@ class watch:  # noqa: N801 (called like a function)
 
         Raises:
             ValueError: if it was interrupted.
+            OSError: if the disk is full or cannot be written; an older file is left as it was.
         """
         self._check_whole("watch.save")
         tensors = {}
@@ -298,9 +300,14 @@ class watch:  # noqa: N801 (called like a function)
         names = ("fps", "max_position", "clock_seconds", "frames", "position", "size", "unread")
         header = {name: getattr(self, name) for name in (*names, "has_begun", "in_user_turn")}
         header |= {"version": VERSION, "student": fingerprint(self.student)}
-        part = f"{os.fspath(path)}.part"
-        save_file(tensors, part, metadata={HEADER: json.dumps(header)})
-        os.replace(part, path)  # never a file cut short
+        part = Path(f"{os.fspath(path)}.part")
+        try:
+            save_file(tensors, part, metadata={HEADER: json.dumps(header)})
+            os.replace(part, path)  # never a file cut short
+        except SafetensorError as error:
+            raise OSError(f"watch.save: {os.fspath(path)} must fit on its disk, got {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: str | os.PathLike, student: LinMUModel, processor: ProcessorMixin) -> watch:
@@ -315,9 +322,12 @@ class watch:  # noqa: N801 (called like a function)
             ValueError: if it is no session, of a newer version, or another student's.
         """
         where = "watch.open"
-        with safe_open(os.fspath(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError:
+            header = None
         require(header is not None, where, "the file must be a saved session", os.fspath(path))
         version = header.pop("version")
         require(version == VERSION, where, f"the version must be {VERSION}", version, "upgrade linmu")

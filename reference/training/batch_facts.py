@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .teacher_student import Lesson, is_answered, token_masks
+from .lesson import Lesson
+from .token_groups import is_answered, token_masks
 
 
 class Facts(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import require
-from .teacher_student import Lesson
+from .lesson import Lesson
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .safety.atomic_writes import write_text
+from .safety.atomic_writes import refused_by_disk, write_text
 
 TERMS = ("loss", "mixer", "layer", "logits")
 
@@ -61,7 +61,7 @@ class Progress(TrainerCallback):
 
 def append_json(path: Path, values: dict[str, Any]) -> None:
     """Add a line to a JSONL file."""
-    with path.open("a", encoding="utf-8") as file:
+    with refused_by_disk(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,8 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import get_peft_model
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -38,19 +33,24 @@ from .evaluation.evaluation import evaluate
 from .evaluation.held_out import HeldOut
 from .evaluation.plots import plot_layers, plot_losses
 from .evaluation.scores import table
-from .parameter_groups import MIXER, MLPS, belongs
+from .example import first_example, how_to_ask
+from .lesson import Lesson, Objective
+from .mlps import add_adapters, peft_settings
+from .parameter_groups import MIXER, belongs
 from .progress import Progress
-from .refusal import RefusedError, check
+from .refusal import check
 from .run_folder import check_folder, claim_folder, taught_path
 from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
 from .safety.guards import refuse_infinite_weights
-from .safety.memory import leave_inputs_alone, recompute_layers
-from .stage_trainer import OneDevice, StageTrainer, load_taught, taught_tensors
+from .safety.memory import recompute_layers
+from .stage_trainer import StageTrainer
 from .stages import Stage, stage_of, steps_before
-from .teacher import NOT_OPENED, open_processor, open_teacher
-from .teacher_student import Lesson, Objective, attach_teacher, detach_teacher
-from .variants import peft_settings, start
+from .student_start import start
+from .taught_tensors import load_taught, taught_tensors
+from .teacher import open_processor, open_teacher, refused_as_teacher
+from .teacher_student import attach_teacher, detach_teacher
+from .trainer_arguments import arguments_of
 
 ON_TEACHERS_STATES = Objective(mixer=1.0, inputs="teacher")
 
@@ -58,8 +58,7 @@ ON_TEACHERS_STATES = Objective(mixer=1.0, inputs="teacher")
 class Run:
     """One distillation, its folder, and its models.
 
-    The folder holds config.json, metrics.jsonl, results.json, loss.png, a folder per stage with its
-    checkpoints and, when it is done, `taught.safetensors`, and at the end the student.
+    What it writes there: `run_folder.WRITTEN`. README.md says what each is, under "The folder".
     """
 
     def __init__(self, config: Config) -> None:
@@ -234,24 +233,20 @@ class Run:
         load_taught(self.student, done)
 
     def start_from_previous(self, stage: Stage) -> None:
-        """Load the stage before; where it is missing, that has been allowed."""
-        position = STAGES.index(stage.name)
-        before = taught_path(self.config, STAGES[position - 1])
-        if position > 0 and before.is_file():
-            load_taught(self.student, before)
+        """Load what the stage before has taught; where that is missing, it has been allowed."""
+        if stage.name == STAGES[0]:
+            return
+        path = taught_path(self.config, STAGES[STAGES.index(stage.name) - 1])
+        if path.is_file():
+            load_taught(self.student, path)
 
     def last_checkpoint(self, folder: Path) -> str | None:
         """Where a killed stage goes on."""
         return get_last_checkpoint(str(folder)) if self.config.resume and folder.is_dir() else None
 
     def add_adapters(self) -> None:
-        """Adapters, or tuned copies, of the decoder's MLPs."""
-        set_seed(self.config.seed)
-        self.adapters = get_peft_model(self.student, peft_settings(self.student, self.config.mlps))
-        leave_inputs_alone(self.student)
-        for name, parameter in self.student.named_parameters():
-            if belongs(name, MLPS):
-                parameter.data = parameter.data.float()
+        """Put adapters, or tuned copies, of the decoder's MLPs into the student."""
+        self.adapters = add_adapters(self.student, self.config.mlps, self.config.seed)
 
     def set_free(self, stage: Stage) -> None:
         """Freeze all but what the stage trains, and say so."""
@@ -263,40 +258,15 @@ class Run:
     def trainer(self, stage: Stage, folder: Path) -> StageTrainer:
         """Set the Trainer up for what the stage trains."""
         self.set_free(stage)
-        config, steps = self.config, self.config.of_stage(stage.name).steps
-        optimizer, watch = config.optimizer, config.watch
-        arguments = OneDevice(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=optimizer.batch_size,
-            gradient_accumulation_steps=optimizer.gradient_accumulation,
-            learning_rate=stage.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, round(optimizer.warmup * steps)),
-            max_grad_norm=1.0,
-            weight_decay=0.0,
-            bf16=config.dtype == "bfloat16",
-            use_cpu=config.cpu,
-            seed=config.seed,
-            save_steps=watch.save_every,
-            save_total_limit=2,
-            logging_steps=watch.log_every,
-            logging_nan_inf_filter=False,  # it asks the device every step; StageTrainer stops the run
-            dataloader_num_workers=config.samples.workers,
-            dataloader_pin_memory=self.device.type == "cuda",
-            accelerator_config={"non_blocking": self.device.type == "cuda"},
-            remove_unused_columns=False,
-            ddp_find_unused_parameters=False,  # `with_gradient_anchor` sees to it that there are none
-            disable_tqdm=True,
-            report_to=watch.report,
-            run_name=f"{self.folder.name}, stage {stage.name}",
-        )
+        config, optimizer = self.config, self.config.optimizer
+        on_gpu = self.device.type == "cuda"
         per_step = optimizer.batch_size * optimizer.gradient_accumulation * self.batches_at_once
         seen = steps_before(stage.name, config) * per_step
-        samples = in_order(config, self.training, steps * per_step, seen, self.batches_at_once)
+        count = config.of_stage(stage.name).steps * per_step
+        samples = in_order(config, self.training, count, seen, self.batches_at_once)
         shared = SharedBatches(samples, optimizer.batch_size, optimizer.context_parallel)
         lesson = self.lesson(stage.objectives[0])
-        if optimizer.cuda_graphs and self.device.type == "cuda":
+        if optimizer.cuda_graphs and on_gpu:
             lesson.accelerate()
         new_names = set(lesson.layers[0].self_attn.mixer.initial_values())
         trainer = StageTrainer(
@@ -304,7 +274,7 @@ class Run:
             new_names,
             self.context_mesh,
             model=lesson,
-            args=arguments,
+            args=arguments_of(stage, config, folder, on_gpu),
             train_dataset=shared if optimizer.context_parallel > 1 else samples,
             data_collator=partial(batch_of, self.collator.with_names),
         )
@@ -323,17 +293,12 @@ class Run:
         return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)["context"]
 
     def save_example(self) -> None:
-        """Write one held-out picture with its question, for the command that asks the student."""
-        self.question = self.answer = ""
-        for index in range(min(100, self.held_out.count)):
-            item = self.held_out.samples[index]
-            found = None if isinstance(item, str) or "text" in item else example_of(item["messages"])
-            if found:
-                picture, self.question, self.answer = found
-                if self.process.is_main_process:
-                    with whole_file(self.folder / "example.png") as part:
-                        picture.save(part, "PNG")
-                return
+        """Write the picture of a held-out question, for the command that asks the student."""
+        looked_at = range(min(100, self.held_out.count))
+        self.example = first_example(self.held_out.samples[index] for index in looked_at)
+        if self.example and self.process.is_main_process:
+            with whole_file(self.folder / "example.png") as part:
+                self.example.picture.save(part, "PNG")
 
     def say_skipped(self) -> None:
         """Print how many samples were skipped, and why."""
@@ -363,33 +328,6 @@ class Run:
             f"\nlosses {self.folder / 'loss.png'}, layers {self.folder / 'layers.png'}, "
             f"metrics {self.folder / 'metrics.jsonl'}, student {folder}"
         )
-        if self.question:
-            picture = self.folder / "example.png"
-            self.say(f"Ask it (the answer should be {self.answer}):")
-            command = ["python", "-m", "linmu.reference.demo.ask", str(folder), str(picture), self.question]
-            self.say(f"  {shlex.join(command)}")
+        if self.example:
+            self.say(how_to_ask(self.example, folder, self.folder / "example.png"))
         return self.results
-
-
-@contextmanager
-def refused_as_teacher(name: str) -> Iterator[None]:
-    """Turn what is said of a teacher that cannot be opened or converted into a refusal that names it."""
-    try:
-        yield
-    except RefusedError:
-        raise
-    except NOT_OPENED as error:
-        must = "--teacher must be a model that can be converted"
-        raise RefusedError(f"distill: {must}, got {name}: {error}") from error
-
-
-def example_of(messages: list[dict[str, Any]]) -> tuple[Image.Image, str, str] | None:
-    """The picture, question and answer of a conversation that begins with a question about one picture."""
-    question, answer = [turn["content"] for turn in messages if turn["role"] != "system"][:2]
-    media = [block for block in question if block["type"] != "text"]
-    texts = [
-        " ".join(block["text"] for block in turn if block["type"] == "text") for turn in (question, answer)
-    ]
-    if len(media) == 1 and media[0]["type"] == "image" and all(texts):
-        return media[0]["image"], *texts
-    return None

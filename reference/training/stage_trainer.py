@@ -16,15 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from ..checks import require
 from ..student.split_forward import context_parallel
 from .batch_facts import WithFacts, placeholders_of
 from .parameter_groups import MLPS, belongs
@@ -39,15 +37,7 @@ from .safety.guards import (
 )
 from .safety.late_questions import LateQuestions, heeds_marks, is_on_gpu, plain
 from .stages import Stage
-
-
-class OneDevice(TrainingArguments):
-    """Arguments of a process that trains on one device: the Trainer would spread a lone process over all GPUs
-    by `nn.DataParallel`."""
-
-    @property
-    def n_gpu(self) -> int:
-        return min(super().n_gpu, 1)
+from .taught_tensors import load_taught, taught_tensors
 
 
 class StageTrainer(Trainer):
@@ -71,7 +61,7 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # Lesson's **kwargs are the model's, and its loss is a mean
         self.terms: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.part = Path(self.args.output_dir) / f"checkpoint{PART}"
-        self.saving, self.watched = False, True
+        self.saving, self.may_be_idle = False, True
         self.asks_late, self.facts = is_on_gpu(self.model), None
         if self.model.graphs is not None:
             self.data_collator = WithFacts(self.data_collator, placeholders_of(self.model))
@@ -93,9 +83,9 @@ class StageTrainer(Trainer):
             if parameter.requires_grad and parameter.grad is None:
                 # 0, as `with_gradient_anchor` has it: AdamW's momentum moves what this batch did not reach
                 parameter.grad = torch.zeros_like(parameter)
-        if self.watched:
+        if self.may_be_idle:
             refuse_idle_training(self.model, self.optimizer, where)
-            self.watched = False
+            self.may_be_idle = False
         if late is None:
             refuse_infinite_gradients(self.model.named_parameters(), where, names, self.last_good())
         else:
@@ -120,9 +110,16 @@ class StageTrainer(Trainer):
             self.tokens.clear()
 
     def train(self, *args, **kwargs):
+        self.tidy_checkpoints()
         result = super().train(*args, **kwargs)
         self.ask_now()
         return result
+
+    def tidy_checkpoints(self) -> None:
+        """Remove what a process that was killed while it saved would have removed."""
+        if self.args.should_save and Path(self.args.output_dir).is_dir():
+            shutil.rmtree(self.part, ignore_errors=True)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         objectives = self.stage.objectives
@@ -210,9 +207,7 @@ class StageTrainer(Trainer):
             ) from error
         finally:
             self.saving = False
-        if self.args.should_save:
-            shutil.rmtree(self.part, ignore_errors=True)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+        self.tidy_checkpoints()
 
     def save_model(self, output_dir=None, _internal_call=False):
         taught = taught_tensors(self.model.student)  # gathered, so by all processes
@@ -231,37 +226,3 @@ class StageTrainer(Trainer):
         folder = Path(self.args.output_dir)
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
-
-
-def taught_tensors(student: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that distillation may change, M-MATE and adapters, whole where it is spread over
-    processes."""
-    return {
-        name: gathered(tensor.detach()).contiguous()
-        for name, tensor in student.named_parameters()
-        if belongs(name)
-    }
-
-
-@torch.no_grad()
-def load_taught(student: torch.nn.Module, path: Path) -> None:
-    """Put the tensors of a checkpoint in their places; refuse one that belongs to another student."""
-    where = "load_taught"
-    require(path.is_file(), where, "a checkpoint must hold taught.safetensors", path)
-    saved, own = load_file(path), taught_tensors(student)
-    differing = [name for name in own.keys() | saved.keys() if name not in own or name not in saved]
-    differing += [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
-    got = f"{len(differing)} tensors that do not: {differing[:3]}"
-    require(not differing, where, f"{path} must fit the student", got)
-    for name, tensor in saved.items():
-        parameter = student.get_parameter(name)
-        if isinstance(parameter, DTensor):
-            tensor = distribute_tensor(
-                tensor.to(parameter.device), parameter.device_mesh, parameter.placements
-            )
-        parameter.copy_(tensor)
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with the parts that other processes hold."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import STAGES, Config
+from .lesson import Objective
 from .parameter_groups import MLPS, ParameterGroup
-from .teacher_student import Objective
 
 FLEX_MA, LOCAL_SWIN, MIX, ADAPTERS, TUNED_MLPS = ParameterGroup
 TRAINED = {"i": (FLEX_MA, MIX), "ii": (FLEX_MA, LOCAL_SWIN, MIX), "iii": (FLEX_MA, LOCAL_SWIN, MIX)}

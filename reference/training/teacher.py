@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..prompts.processors import load_processor
 from ..prompts.text_processor import TextProcessor
-from .refusal import check
+from .refusal import RefusedError, check
 
 # What transformers raises for a model that is not there, that is broken, or that another package must read.
 NOT_OPENED = (ValueError, OSError, ImportError, struct.error)
@@ -67,3 +69,15 @@ def where_is(name: str) -> tuple[str, dict[str, str]]:
     may_be_on_hub = not path.parent.is_dir() and re.fullmatch(r"[\w-][^/]*/[^/]+/.+", name)
     check(path.is_file() or may_be_on_hub, "--teacher must be a file that is there", name)
     return str(path.parent), {"gguf_file": path.name}
+
+
+@contextmanager
+def refused_as_teacher(name: str) -> Iterator[None]:
+    """Turn what is said of a teacher that cannot be opened or converted into a refusal that names it."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except NOT_OPENED as error:
+        must = "--teacher must be a model that can be converted"
+        raise RefusedError(f"distill: {must}, got {name}: {error}") from error

@@ -7,13 +7,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from linmu import optimized
 from linmu.optimized import projections
 from linmu.optimized.elementwise import narrow_product as narrow
 from linmu.optimized.elementwise.operator import NarrowInputs, NarrowOutputs
 from linmu.optimized.engine.once import one_forward
+from linmu.optimized.m_mate import prepare_layers
 from linmu.reference.numerics import full_precision_linear
 
 from ...harness.compare import assert_same, evaluate
+from ..student.tiny_checkpoint import shake
 
 
 @pytest.fixture
@@ -65,6 +68,28 @@ def test_products_prepared_for_all_layers_are_the_same(in_parts, monkeypatch):
         columns = projections.narrow_columns(u, layers[1])
     changed = wanted[1][..., :5] != columns[..., :5]
     assert changed.any()
+
+
+@torch.no_grad()
+def test_a_token_of_many_rows_takes_what_was_prepared(in_parts, monkeypatch):
+    """The dt and the mix of a block's step, where a server prepared them once for all steps."""
+    config = optimized.LinMUConfig(width=48, heads=4, groups=2, head_dim=8, text_window=3)
+    torch.manual_seed(0)
+    block, u = shake(optimized.MMATE(config, 0)).bfloat16(), torch.randn(6, 4, 48).bfloat16()
+    angle = torch.randn(6, 4, 8)
+    before, last = ((angle[:, part].cos(), angle[:, part].sin()) for part in (slice(3), slice(3, 4)))
+    _, state = block(u[:, :3], position_embeddings=before)
+    wanted, after = block(u[:, 3:], position_embeddings=last, state=state)
+    used, own = [], narrow.product_of_parts
+    monkeypatch.setattr(narrow, "product_of_parts", lambda u, *parts: used.append(u) or own(u, *parts))
+    prepared = {}
+    with one_forward(prepared):
+        prepare_layers([block], u, None)
+    with one_forward(dict(prepared)):
+        found, pooled = block(u[:, 3:], position_embeddings=last, state=state)
+    assert len(used) == 2
+    torch.testing.assert_close(found, wanted, rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(pooled.scan, after.scan, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_in_parts_are_those_of_float32(in_parts):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from linmu import optimized, reference
 from linmu.optimized.flex_ma import PooledState
+from linmu.optimized.m_mate import PooledMMATEState
+from linmu.optimized.sliding_window_attention import PooledWindowState
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 from linmu.reference.student.cache import CACHE_NAME
@@ -97,6 +99,30 @@ def test_a_state_in_a_pool_is_overwritten_there_and_no_other():
     found, pooled = module(u, state=PooledState(state.conv, pool, rows))
     assert torch.equal(found, y) and torch.equal(pooled.conv, after.conv) and pooled.scan is pool
     assert torch.equal(pool[rows], after.scan) and pool[::2].isnan().all()
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@torch.no_grad()
+def test_a_block_steps_in_a_pool_of_windows_and_of_scans(window):
+    """As above, with the text window's keys and values; a window of the token alone has none."""
+    torch.manual_seed(0)
+    config = optimized.LinMUConfig(width=8, heads=4, groups=2, head_dim=4, text_window=window)
+    block, u = optimized.MMATE(config, 0), torch.randn(3, 6, 8)
+    angle = torch.randn(3, 6, 4)
+    before, last = ((angle[:, part].cos(), angle[:, part].sin()) for part in (slice(5), slice(5, 6)))
+    valid = torch.arange(5) >= torch.tensor([[0], [3], [4]])
+    _, state = block(u[:, :5], valid=valid, position_embeddings=before)
+    wanted, after = block(u[:, 5:], position_embeddings=last, state=state)
+    rows, pools = torch.tensor([5, 1, 3]), []
+    for tensor in (state.scan, *state.window[:2]):
+        pools.append(torch.full((7, 2, *tensor.shape[1:]), float("nan"))[:, 1])
+        pools[-1][rows] = tensor
+    near = PooledWindowState(*pools[1:], state.window.present, rows) if window > 1 else state.window
+    pooled = PooledMMATEState(state.conv, pools[0], rows, near)
+    found, pooled = block(u[:, 5:], position_embeddings=last, state=pooled)
+    assert torch.equal(found, wanted) and torch.equal(pooled.window.present, after.window.present)
+    for pool, tensor in zip(pools[: 1 if window == 1 else 3], (after.scan, *after.window[:2]), strict=False):
+        assert torch.equal(pool[rows], tensor) and pool[::2].isnan().all()
 
 
 @flex(cases=module_cases(["float32"], layout=TOKENS), share=0.3)

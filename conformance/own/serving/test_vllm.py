@@ -255,7 +255,7 @@ def test_a_cut_picture_is_refused_by_the_layer():
     sizes = torch.tensor([0, 2, 2, 0])
 
     def layouts(*starts: int) -> list:
-        step = Step((torch.zeros(1), torch.zeros(1)), coords, sizes)
+        step = Step((torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)), coords, sizes)
         prompts = step.batches(SimpleNamespace(starts=list(starts), has_state=[False] * (len(starts) - 1)))
         return [batch.layout for batch in prompts]
 
@@ -299,6 +299,28 @@ def test_prompts_of_a_step_are_computed_together_as_far_as_padding_is_cheap():
         assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
         for batch in found:
             assert sum(lengths[batch[0]] - lengths[i] for i in batch) <= PADDING
+
+
+@pytest.mark.parametrize(
+    ("starts", "runs"),
+    [([1, 4, 7], [(1, 7)]), ([0, 7], [(0, 7)]), ([1, 3, 6, 7], [None]), ([0, 2, 5, 7], [None])],
+)
+def test_prompts_are_taken_from_a_step_and_put_back(starts, runs):
+    """Side by side and as long they are a view; others are gathered, padded in front."""
+    from linmu.optimized.serving.vllm_plugin.layer import Step
+
+    tokens, rows = torch.arange(7.0)[:, None] + torch.zeros(7, 2), len(starts) - 1
+    step = Step((tokens[None], -tokens[None]), None, None)
+    output = torch.full_like(tokens, -1)
+    batches = step.batches(SimpleNamespace(starts=starts, has_state=[False] * rows))
+    assert [batch.run and (batch.run.start, batch.run.stop) for batch in batches] == runs
+    for batch in batches:
+        taken = batch.taken(tokens)
+        assert torch.equal(batch.angles[0], taken) and torch.equal(batch.angles[1], -taken)
+        if batch.run:
+            assert taken.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr()
+        batch.put(output, taken)
+    assert torch.equal(output[starts[0] :], tokens[starts[0] :]) and (output[: starts[0]] == -1).all()
 
 
 def test_a_step_computes_prompts_of_text_and_pictures_in_one_pass(served):

@@ -310,6 +310,12 @@ def test_a_session_is_kept_on_disk(tmp_path, text_window):
     assert torch.equal(session.logits("so?"), same.logits("so?"))
     settings = ("fps", "max_position", "clock_seconds", "frames", "size", "position")
     assert all(getattr(session, name) == getattr(same, name) for name in settings)
+    kept = (tmp_path / "session").read_bytes()
+    with pytest.raises(OSError, match=r"watch.save: .*session must fit on its disk, got"):
+        session.save(tmp_path / "none" / "session")
+    (tmp_path / "session").write_bytes(kept[:-1])
+    with pytest.raises(ValueError, match=r"watch.open: the file must be a saved session, got"):
+        watch.open(tmp_path / "session", student, processor)
 
 
 def test_a_session_of_one_backend_goes_on_in_the_other(tmp_path):

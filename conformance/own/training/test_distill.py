@@ -21,8 +21,9 @@ from linmu.reference.prompts.chat_collator import ChatCollator
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.main import main
-from linmu.reference.training.config import PRESETS, Config, MixerOptions, settings_of
+from linmu.reference.training.config import Config, MixerOptions, settings_of
 from linmu.reference.training.data.conversations import Conversations, InOrder
+from linmu.reference.training.presets import PRESETS
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
 from linmu.reference.training.stage_trainer import StageTrainer

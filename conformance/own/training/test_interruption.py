@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,12 @@ import pytest
 import torch
 
 from linmu.reference.training import stage_trainer
+from linmu.reference.training.commands import main as commands
 from linmu.reference.training.commands.main import main
-from linmu.reference.training.safety import atomic_writes
+from linmu.reference.training.lesson import Lesson
 from linmu.reference.training.safety.atomic_writes import whole_file, whole_folder
 from linmu.reference.training.safety.guards import TrainingStoppedError
 from linmu.reference.training.stage_trainer import StageTrainer
-from linmu.reference.training.teacher_student import Lesson
 
 from .flags import steps
 
@@ -60,7 +61,8 @@ def left(folder: Path) -> dict:
     """What a run leaves that does not depend on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logged = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-    return {"metrics": logged} | {name: (folder / name).read_bytes() for name in KEPT}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return {"metrics": logged, "names": names} | {name: (folder / name).read_bytes() for name in KEPT}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_unbroken_one
             assert left(folder) == left(unbroken)
             if kills >= wanted:
                 return
-            atomic_writes.remove_folder(folder)
+            shutil.rmtree(folder)
 
 
 def test_a_run_killed_while_it_writes_loses_nothing(unbroken, tmp_path, pytestconfig):
@@ -112,6 +114,20 @@ def test_a_run_killed_while_it_writes_loses_nothing(unbroken, tmp_path, pytestco
         assert child.exitcode in (0, -signal.SIGKILL)  # 0: the run has fewer such moments
         run(folder, "--resume")
         assert left(folder) == left(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"), [("--cpu", "the same command with --resume"), ("ablate", "the same command goes on")]
+)
+def test_an_interruption_by_the_user_says_how_to_go_on(command, told, monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "main", interrupt)
+    monkeypatch.setattr("sys.argv", ["distill.py", command])
+    with pytest.raises(SystemExit) as ended:
+        commands.run_command()
+    assert ended.value.code == 130 and told in capsys.readouterr().err
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing(unbroken, tmp_path, monkeypatch):

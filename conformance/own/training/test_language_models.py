@@ -22,14 +22,15 @@ from linmu.reference.prompts.chat_collator import IGNORED, ChatCollator
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.prompts.text_processor import TextProcessor
 from linmu.reference.training.commands.main import main
-from linmu.reference.training.config import PRESETS, SampleSettings
+from linmu.reference.training.config import SampleSettings
 from linmu.reference.training.data import open_data
 from linmu.reference.training.data.conversations import BrokenSampleError
 from linmu.reference.training.data.turns import document_of
 from linmu.reference.training.evaluation.scores import Scores
+from linmu.reference.training.presets import PRESETS
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.teacher import open_processor, open_teacher
-from linmu.reference.training.teacher_student import supervised
+from linmu.reference.training.token_groups import supervised
 
 from ..student import tiny_families
 from ..student.tiny_families import BUILDERS, byte_tokenizer

@@ -23,7 +23,7 @@ from linmu.reference import (
 )
 from linmu.reference.student.model import decoder_layers
 from linmu.reference.training.safety.memory import recompute_layers
-from linmu.reference.training.teacher_student import supervised
+from linmu.reference.training.token_groups import supervised
 
 from ..student.tiny_checkpoint import IMAGE, VIDEO, build_teacher, every_kind, logits_of, shake_mixers
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from linmu.reference import Lesson, Objective, attach_teacher, convert
 from linmu.reference.prompts.grids import grid_coordinates, with_newlines
-from linmu.reference.training.config import PRESETS
+from linmu.reference.training.presets import PRESETS
 from linmu.reference.training.stages import stage_of
 
 from ..student.tiny_checkpoint import shake_mixers

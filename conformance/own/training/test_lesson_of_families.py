@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from linmu.reference import Lesson, attach_teacher, convert, logit_loss
-from linmu.reference.training.config import PRESETS
+from linmu.reference.training.presets import PRESETS
 from linmu.reference.training.stages import stage_of
-from linmu.reference.training.teacher_student import supervised
+from linmu.reference.training.token_groups import supervised
 
 from ..student.tiny_checkpoint import shake_mixers
 from ..student.tiny_families import BUILDERS, Tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,8 +20,9 @@ from linmu.reference.training.commands.command_line import parse
 from linmu.reference.training.commands.evaluate import open_models, open_processor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.evaluation.scores import Scores
+from linmu.reference.training.example import example_of
 from linmu.reference.training.refusal import RefusedError
-from linmu.reference.training.run import Run, example_of
+from linmu.reference.training.run import Run
 
 from ..forks import COMMANDS, run_forked
 from .figures import drawn
@@ -94,6 +96,42 @@ def test_data_without_one_good_sample_are_refused(student, tmp_path):
         measured(student, data)
     with pytest.raises(RefusedError, match=r"d.jsonl, line 1: FileNotFoundError"):
         main(["evaluate", str(student), "--data", str(data), *SMALL])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "quantise"])
+def test_a_flag_that_would_change_nothing_is_refused(command, student, tmp_path):
+    """Held-out data that are not measured, a window that is not the student's."""
+    for flag in ("--eval_data=x", "--mixer.window_thw", "--no_packing", "--dry_run", "--stage-i.steps"):
+        idle = f"{command} must be given flags that change it, got {flag.split('=')[0]}; they are --preset"
+        with pytest.raises(RefusedError, match=idle):
+            main([command, str(student), "--cpu", "--data", "mine.jsonl", flag])
+    (tmp_path / "run.yaml").write_text("teacher: t\ndata: [train.jsonl]\neval_data: [held.jsonl]")
+    with pytest.raises(RefusedError, match=rf"{command} must be told which --data .*'held.jsonl'"):
+        main([command, str(student), "--settings", str(tmp_path / "run.yaml")])
+
+
+def test_what_is_measured_in_part_is_called_so(student, tmp_path, capsys):
+    data = write(tmp_path, "d.jsonl", [row("1")] * 3)
+    measured(student, data)
+    assert "\nmeasured on all 3 conversations\n" in capsys.readouterr().out
+    measured(student, data, "--eval_samples", "2")
+    assert "\nmeasured on the first 2 of 3 conversations; --eval_samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("evaluate", "STUDENT .*--on_broken"),
+        ("quantise", "STUDENT .*--dtype"),
+        ("benchmark", "--num_processes N"),
+        ("ablate", "--variants .*without the reverse scan"),
+    ],
+)
+def test_every_command_says_what_it_takes(command, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert not ended.value.code
+    assert re.search(rf"usage: distill.py {command} .*{words}", capsys.readouterr().out, re.DOTALL)
 
 
 @pytest.mark.parametrize("backend", ["reference", "optimized"])

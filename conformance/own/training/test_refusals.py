@@ -19,10 +19,10 @@ from linmu.reference.demo import TEACHER
 from linmu.reference.prompts.processors import load_processor
 from linmu.reference.training.commands.main import main
 from linmu.reference.training.config import MLPSettings
+from linmu.reference.training.mlps import peft_settings
 from linmu.reference.training.progress import read_metrics
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
-from linmu.reference.training.variants import peft_settings
 
 from ..student.tiny_families import BUILDERS
 from .own_data import BROKEN, flags, row, write
@@ -66,6 +66,12 @@ def refused(*arguments: str) -> str:
 
 
 # --- folders
+
+
+def test_a_models_folder_is_no_run_to_resume(begun):
+    for folder in (TEACHER, begun / "run" / "stage_i"):
+        with pytest.raises(RefusedError, match=f"--resume must be followed by a run's folder.*got {folder}"):
+            main(["--resume", str(folder)])
 
 
 @pytest.mark.parametrize("what", ["a model", "an adapter", "somebody's student", "config of a list"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ from linmu.reference.training.config import StudentSettings, check_settings, set
 from linmu.reference.training.parameter_groups import MIXER, ParameterGroup
 from linmu.reference.training.refusal import RefusedError
 from linmu.reference.training.run import Run
+from linmu.reference.training.run_folder import claim_folder
 from linmu.reference.training.stages import stage_of
+from linmu.reference.training.student_start import start
 from linmu.reference.training.teacher_student import attach_teacher
-from linmu.reference.training.variants import start
 
 from ..student.tiny_families import BUILDERS
 from .figures import drawn
@@ -280,6 +282,26 @@ def test_decoders_of_text_have_an_ablation_of_their_own(tmp_path):
     with drawn():
         table = ablate(["--seeds", "1", *flags], run)
     assert len(ran) == len(OF_TEXT) and "| half the text window | 0.000 ± 0.000 | 1.100 ± 0.000 |" in table
+
+
+def test_what_other_settings_reached_is_not_taken_over(tmp_path):
+    ran = []
+
+    def run(config):
+        ran.append(config)
+        claim_folder(config)
+        row = {"accuracy": 0.5, "perplexity": 11.0, "kl": 0.1, "agreement": 0.9}
+        results = {"rows": {"teacher": {"perplexity": 10.0}, "stage iii": row}}
+        (Path(config.output) / "results.json").write_text(json.dumps(results))
+        (Path(config.output) / "student").mkdir()
+        (Path(config.output) / "student" / "config.json").write_text("{}")
+        return results
+
+    flags = ["--seeds", "1", "--variants", "full", "--output", str(tmp_path)]
+    tables = [ablate(flags, run) for _ in range(2)]
+    assert len(ran) == 1 and tables[0] == tables[1]
+    with pytest.raises(RefusedError, match=r"settings it began with, got other values of \['stage_iii'\]"):
+        ablate([*flags, "--stage_iii.learning_rate", "1e-5"], run)
 
 
 def test_unknown_variants_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from fractions import Fraction
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from linmu.optimized import convert, watch
 from linmu.reference.demo import TEACHER, DigitsQuestions
 from linmu.reference.demo.film import DRAWN_KINDS, FILM_KINDS, digits_film
+from linmu.reference.demo.flags import without_traceback
 from linmu.reference.demo.train_watcher import main as train
 from linmu.reference.demo.watch import blocks, frames_of, main, play, play_digits, sampled
 from linmu.reference.prompts.processors import load_processor
@@ -119,6 +121,9 @@ def test_a_folder_is_read_as_it_fills(tmp_path):
 def test_blocks_hold_whole_moments():
     assert list(blocks(range(11), 4, 2)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(blocks(range(5), 4, 2)) == [[0, 1, 2, 3]]
+    for count in (0, 1, 3):  # would lose all frames, or every third
+        with pytest.raises(ValueError, match=f"--block.* must hold a multiple of 2 frames.*, got {count}"):
+            blocks(range(5), count, 2)
 
 
 # --- playing
@@ -177,6 +182,57 @@ def test_the_command_plays_asks_and_goes_on(folder, tmp_path, capsys):
     main([str(folder), "digits", "--minutes", "0.1"])
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["minute", "asked", "all", *FILM_KINDS] and len(rows) == 12
+
+
+def test_an_interruption_waits_for_the_block_and_keeps_the_session(
+    folder, student, processor, tmp_path, monkeypatch
+):
+    """A camera has no other end."""
+    for i in range(8):
+        shot(20 * i).resize((32, 32)).save(tmp_path / f"{i}.png")
+    see = watch.see
+
+    def interrupted(self, block) -> None:
+        if self.frames:
+            signal.raise_signal(signal.SIGINT)
+        see(self, block)
+
+    monkeypatch.setattr(watch, "see", interrupted)
+    kept = tmp_path / "kept" / "session"
+    with pytest.raises(KeyboardInterrupt):
+        kept.parent.mkdir()
+        main([str(folder), str(tmp_path), "--session", str(kept), "--block", "2"])
+    assert watch.open(kept, student, processor).frames == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_film_that_breaks_leaves_the_session_before_it(folder, student, processor, tmp_path):
+    shot(0).save(
+        tmp_path / "a.gif", save_all=True, append_images=[shot(9 * i) for i in range(9)], duration=500
+    )
+    whole = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(whole[: len(whole) * 2 // 3])
+    kept = tmp_path / "session"
+    with pytest.raises(ValueError, match=r"a.gif must be a film that can be decoded, got"):
+        main([str(folder), str(tmp_path / "a.gif"), "--session", str(kept), "--block", "2"])
+    assert 0 < watch.open(kept, student, processor).frames < 10
+    with pytest.raises(ValueError, match=r"fps must be left out, or 2\.0 as .*session has it, got 5\.0"):
+        main([str(folder), str(tmp_path / "a.gif"), "--session", str(kept), "--fps", "5"])
+
+
+def test_a_session_that_could_not_be_saved_is_refused_before_the_film(folder, tmp_path):
+    for session in (tmp_path / "none" / "session", tmp_path):
+        with pytest.raises(ValueError, match="--session must be a file that can be written, got"):
+            main([str(folder), "none", "--session", str(session)])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("what is wrong"), "what is wrong"), (KeyboardInterrupt(), 130)]
+)
+def test_commands_end_without_a_traceback(error, status):
+    with pytest.raises(SystemExit) as ended, without_traceback():
+        raise error
+    assert ended.value.code == status
 
 
 # --- teaching

@@ -67,6 +67,8 @@ class Step:
         coords: (n, 4) int64, as in `VisionLayout`; None = all text.
         sizes: (n,) int64, of how many tokens each one's segment is.
         blocks: of all layers.
+        prepared: what follows from their weights, without pictures (True) and with, is found here if it was
+            found before, and left here.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class Step:
         coords: Tensor | None,
         sizes: Tensor | None,
         blocks: Sequence[MMATE] = (),
+        prepared: dict[bool, dict[Hashable, Any]] | None = None,
     ) -> None:
         self.angles, self.coords, self.sizes, self.blocks = angles, coords, sizes, blocks
         self.prompts: list[Prompts] | None = None
         self.rows: dict[Hashable, Tensor] = {}
-        self.prepared: dict[bool, dict[Hashable, Any]] = {}
+        self.prepared = {} if prepared is None else prepared
+        self.of_decodes: dict[Hashable, Any] | None = None
 
     def rows_of(self, metadata: StateMetadata, prompts: Prompts | None = None) -> Tensor:
         """Return where the states of the tokens that decode are, or of these prompts, (B,) int64."""
@@ -91,6 +95,12 @@ class Step:
                 found = metadata.state_indices_tensor_p[prompts.which]
             self.rows[key] = found.long()
         return self.rows[key]
+
+    def shared_by_decodes(self) -> dict[Hashable, Any]:
+        """Return what the layers have in common for the tokens that decode, for `one_forward`."""
+        if self.of_decodes is None:
+            self.of_decodes = dict(self.prepare(None))
+        return self.of_decodes
 
     def batches(self, metadata: StateMetadata) -> list[Prompts]:
         """Return the step's prompts, those together that one pass computes.
@@ -116,10 +126,13 @@ class Step:
         at = token[there].to(device)
         where = there.flatten().nonzero()[:, 0].to(device) if padded else None  # here, not by the GPU's mask
         valid = there.to(device) if padded else None
+        is_run = not padded and which == list(range(which[0], which[-1] + 1))
+        run = slice(starts[which[0]], starts[which[-1] + 1]) if is_run else None
         token = token.maximum(first).to(device)
         layout = self.layout([(starts[i], starts[i + 1]) for i in which], token, valid)
-        shared = dict(self.prepare(layout))
-        return Prompts(torch.tensor(which, device=device), token, at, where, valid, layout, has_state, shared)
+        angles = tuple(angle[0, token] for angle in self.angles)
+        shared, which = dict(self.prepare(layout)), torch.tensor(which, device=device)
+        return Prompts(which, token, run, at, where, valid, angles, layout, has_state, shared)
 
     def prepare(self, layout: VisionLayout | None) -> dict[Hashable, Any]:
         """Return what follows from all layers' weights, for `one_forward`."""
@@ -152,9 +165,11 @@ class Prompts(NamedTuple):
     Args:
         which: (B,) int64, of the step's prompts.
         token: (B, L) int64, where each token is among the step's; where there is none, of any.
+        run: the same, where they lie side by side without padding; None = they do not.
         at: int64, where those are that there are, in order.
         where: int64, where these are in the flattened batch; None = they are all of it.
         valid: (B, L) bool, where there is one; None = everywhere.
+        angles: cosines and sines of RoPE, (B, L, N) each.
         layout: of their pictures; None = text.
         has_state: whether they go on from states.
         shared: what the layers have in common, for `one_forward`.
@@ -162,12 +177,28 @@ class Prompts(NamedTuple):
 
     which: Tensor
     token: Tensor
+    run: slice | None
     at: Tensor
     where: Tensor | None
     valid: Tensor | None
+    angles: tuple[Tensor, Tensor]
     layout: VisionLayout | None
     has_state: bool
     shared: dict[Hashable, Any]
+
+    def taken(self, tokens: Tensor) -> Tensor:
+        """Return their part of a step's (n, D), (B, L, D)."""
+        if self.run is None:
+            return tokens[self.token]
+        return tokens[self.run].unflatten(0, self.token.shape)
+
+    def put(self, output: Tensor, y: Tensor) -> None:
+        """Write what came of them, (B, L, D), into a step's (n, D)."""
+        y = y.flatten(0, 1)
+        if self.run is None:
+            output[self.at] = y if self.where is None else y[self.where]
+        else:
+            output[self.run] = y
 
 
 def batches_of(lengths: list[int], has_state: list[bool]) -> list[list[int]]:
@@ -239,7 +270,8 @@ class StateLayer(MambaBase, nn.Module):
             angles = cos[0, :decodes, None], sin[0, :decodes, None]
             tokens = hidden_states[:decodes, None]
             before = self.read(rows, pooled=True)
-            y, state = self.block(tokens, position_embeddings=angles, state=before)
+            with one_forward(self.step.shared_by_decodes()):
+                y, state = self.block(tokens, position_embeddings=angles, state=before)
             self.write(rows, state, pooled=True)
             if output is None:
                 return tensor_model_parallel_all_reduce(y[:, 0])
@@ -248,14 +280,13 @@ class StateLayer(MambaBase, nn.Module):
             rows = self.step.rows_of(metadata, prompts)
             with one_forward(prompts.shared):
                 y, state = self.block(
-                    hidden_states[prompts.token],
+                    prompts.taken(hidden_states),
                     prompts.layout,
                     valid=prompts.valid,
-                    position_embeddings=(cos[0, prompts.token], sin[0, prompts.token]),
+                    position_embeddings=prompts.angles,
                     state=self.read(rows) if prompts.has_state else None,
                 )
-            y = y.flatten(0, 1)
-            output[prompts.at] = y if prompts.where is None else y[prompts.where]
+            prompts.put(output, y)
             self.write(rows, state)
         return tensor_model_parallel_all_reduce(output)
 

@@ -64,6 +64,7 @@ class StateModel:
         config, layers = vllm_config.model_config.hf_config, self.decoder().layers
         student = student_of(config)
         self.states: dict[int, StateLayer] = {}
+        self.prepared: dict[bool, dict] = {}  # see `Step`
         named = vllm_config.compilation_config.static_forward_context
         for index, mixer in mixers(student).items():
             name = layers[index].self_attn.attn.layer_name
@@ -104,7 +105,9 @@ class StateModel:
             coords = coords if not decodes and bool((coords >= 0).any()) else None
         like = next(iter(self.states.values())).block.flex_ma.v_proj.weight
         blocks = [layer.block for layer in self.states.values()]
-        step = Step(self.rotary(like, positions[..., None, :]), coords, sizes, blocks)
+        step = Step(self.rotary(like, positions[..., None, :]), coords, sizes, blocks, self.prepared)
+        if metadata is None:  # vLLM measures memory: before a step is captured, which would do this each time
+            step.prepare(None)
         for layer in self.states.values():
             layer.step = step
         if metadata is not None:
@@ -114,6 +117,7 @@ class StateModel:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As vLLM's, which gets what does not belong to a block."""
         wholes = mixers(self.student)
+        self.prepared.clear()
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         loaded = set()
 

@@ -17,10 +17,13 @@ from matplotlib.figure import Figure
 
 from ..config import STAGES, Config
 from ..refusal import check
+from ..run_folder import check_settings_of
 from ..safety.atomic_writes import write_text
-from .command_line import parse, take_flags, whole_number
+from .command_line import parse, take_flags, tell_usage, whole_number
 
-VARIANTS: dict[str, Callable[[Config], Config]] = {
+Variant = Callable[[Config], Config]
+
+OF_PAPER: dict[str, Variant] = {
     "full": lambda base: base,
     "without stage i": lambda base: with_stages(base, ("ii", "iii")),
     "without stage ii": lambda base: with_stages(base, ("i", "iii")),
@@ -30,6 +33,8 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "without the reverse scan": lambda base: with_mixer(base, reverse_scan=False),
     "random instead of attention init": lambda base: with_start(base, init="random"),
     "raster instead of Rotary-Major": lambda base: with_mixer(base, rotary_major=False),
+}
+OF_TEXT_ALONE: dict[str, Variant] = {
     "without the text window": lambda base: with_mixer(base, text_window=0),
     "half the text window": lambda base: with_mixer(base, text_window=base.mixer.text_window // 2),
     "twice the text window": lambda base: with_mixer(base, text_window=base.mixer.text_window * 2),
@@ -42,14 +47,26 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "whole MLPs instead of LoRA": lambda base: replace(
         base, mlps=replace(base.mlps, tune="full", mlp_learning_rate=base.mlps.mlp_learning_rate / 10)
     ),
-    "KL alone in stage iii": lambda base: replace(base, stage_iii=replace(base.stage_iii, layer=0.0)),
+    "a quarter of LoRA's rank": lambda base: replace(
+        base, mlps=replace(base.mlps, lora_rank=max(1, base.mlps.lora_rank // 4))
+    ),
+    "KL alone in stage iii": lambda base: with_layer_loss(base, 0),
+    "the layers' error ten times": lambda base: with_layer_loss(base, 10),
 }
-OF_PAPER = tuple(VARIANTS)[:9]
-# Of a decoder of text, whose only Local-Swin is its window, and which has no reverse scan and no grids.
+VARIANTS = OF_PAPER | OF_TEXT_ALONE
+# A decoder of text has no Local-Swin but its window, no reverse scan and no grids.
 OF_TEXT = (
     "full", "without stage i", "without stage ii", "without Flex-MA", "random instead of attention init",
-    *tuple(VARIANTS)[9:],
+    *OF_TEXT_ALONE,
 )  # fmt: skip
+USAGE = """usage: distill.py ablate [--seeds N] [--variants "A,B"] [flags of a run]
+
+The same run with one thing left out, or changed, at a time; what is done is taken over.
+
+  --seeds N           runs of each variant (3)
+  --variants "A,B"    which; by default the paper's, or with --mixer.text_only those of a decoder of text:
+  {variants}
+All other flags are those of a run: `distill.py --help`. --output is runs/ablation if it is left out."""
 PERPLEXITY = "perplexity / teacher's"
 MEASURES = {
     "accuracy": "accuracy",
@@ -62,12 +79,13 @@ MEASURES = {
 def ablate(arguments: list[str], run: Callable[[Config], Any]) -> str:
     """Run variants with all seeds; those that are done are taken over. Returns the table.
 
-    Unless `--variants` names others: the paper's, or with `--mixer.text_only` those of `OF_TEXT`.
+    Unless `--variants` names others: `OF_PAPER`, or with `--mixer.text_only` those of `OF_TEXT`.
 
     Args:
         arguments: --seeds and --variants, and flags of a run for all of them.
         run: distils with settings and returns what `results.json` holds.
     """
+    tell_usage(arguments, USAGE.format(variants="\n  ".join(VARIANTS)))
     own, others = take_flags({"seeds": "3", "variants": ""}, arguments)
     seeds = whole_number("--seeds", own.seeds)
     named = any(flag.split("=")[0] == "--output" for flag in others)
@@ -111,6 +129,11 @@ def with_half_lives(base: Config, times: float) -> Config:
     return with_mixer(base, half_life=(shortest * times, longest * times))
 
 
+def with_layer_loss(base: Config, times: float) -> Config:
+    """The same with the layers' error in stage iii weighing so many times as much."""
+    return replace(base, stage_iii=replace(base.stage_iii, layer=base.stage_iii.layer * times))
+
+
 def with_stages(base: Config, kept: Sequence[str]) -> Config:
     """Some stages alone, with as many steps in all as before: those of the others in proportion."""
     steps = {stage: base.of_stage(stage).steps for stage in STAGES}
@@ -122,9 +145,15 @@ def with_stages(base: Config, kept: Sequence[str]) -> Config:
 
 
 def last_row(config: Config, run: Callable[[Config], Any]) -> dict[str, float]:
-    """What the student of a run reached."""
+    """What the student of a run reached.
+
+    Raises:
+        RefusedError: if the folder holds one of other settings, done or not.
+    """
     folder = Path(config.output)
     done = (folder / "student" / "config.json").is_file()
+    if done:
+        check_settings_of(folder, config)
     results = json.loads((folder / "results.json").read_text()) if done else run(config)
     row = results["rows"][f"stage {config.stages[-1]}"]
     relative = row["perplexity"] / results["rows"]["teacher"]["perplexity"]

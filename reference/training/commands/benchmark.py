@@ -15,10 +15,19 @@ from typing import Any
 
 from ..refusal import check
 from ..safety.atomic_writes import write_text
-from .command_line import take_flags, whole_number
+from .command_line import take_flags, tell_usage, whole_number
 from .evaluate import after_command
 
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node")
+USAGE = """usage: distill.py benchmark STUDENT --tasks A,B [flags]
+
+Public benchmarks in lmms-eval, a student's and its teacher's results in one table.
+
+  --teacher FOLDER_OR_HUB_ID    measured first, with the same flags; none if it is left out
+  --output FOLDER               for lmms-eval's results and the table (runs/benchmark)
+  --num_processes N             that share the questions (1)
+  --model_args A=1,B=2          of LinMU in lmms-eval: dtype, backend, max_num_frames, max_pixels, ...
+All other flags are lmms-eval's own: `lmms-eval --help`."""
 EVALUATE = ("-m", "lmms_eval", "--model", "linmu")
 
 
@@ -31,6 +40,7 @@ def benchmark(arguments: list[str]) -> str:
     Raises:
         RefusedError: without a student, without lmms-eval, and if it ends without results.
     """
+    tell_usage(arguments, USAGE)
     student, *flags = after_command("benchmark", arguments)
     defaults = {"teacher": None, "output": "runs/benchmark", "model_args": "", "num_processes": "1"}
     own, others = take_flags(defaults, flags)

@@ -15,10 +15,11 @@ from typing import Any
 import tyro
 import yaml
 
-from ..config import PRESETS, Config, check_settings
+from ..config import Config, check_settings
+from ..presets import PRESETS
 from ..refusal import RefusedError, check
-
-__all__ = ["RefusedError", "check", "parse"]
+from ..run_folder import SETTINGS, is_run
+from ..run_folder import read_settings as settings_in
 
 
 def parse(arguments: list[str], about: str = "") -> Config:
@@ -45,6 +46,13 @@ def parse(arguments: list[str], about: str = "") -> Config:
         print(error, file=sys.stderr)
         sys.exit(2)
     return config
+
+
+def tell_usage(arguments: list[str], usage: str) -> None:
+    """Print what a command takes, and end, where its arguments ask for that."""
+    if {"-h", "--help"} & {*arguments}:
+        print(usage)
+        sys.exit(0)
 
 
 def read_flags(defaults: Config, flags: list[str], program: str, about: str) -> Config:
@@ -90,8 +98,10 @@ def expand_resume(arguments: list[str]) -> list[str]:
     if place >= len(arguments) or arguments[place].startswith("-"):
         return arguments
     folder = Path(arguments[place])
-    kept = folder / "config.json"
-    check(kept.is_file(), "--resume must be followed by a run's folder, with a config.json", folder)
+    kept = folder / SETTINGS
+    must = "--resume must be followed by a run's folder, with a config.json"
+    check(kept.is_file(), must, folder)
+    check(is_run(settings_in(folder)), must, f"{folder}, whose config.json is no run's")
     own = ["--output", str(folder), "--settings", str(kept)]
     return [*arguments[:place], *own, *arguments[place + 1 :]]
 

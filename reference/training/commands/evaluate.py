@@ -19,7 +19,7 @@ from ...demo import TEACHER
 from ...prompts.processors import load_processor
 from ...student.backend import backend_of
 from ...student.convert import load
-from ..config import Config
+from ..config import OF_ONE_CALL, Config, settings_of
 from ..data.open_data import chat_collator, open_held_out
 from ..evaluation.held_out import HeldOut
 from ..evaluation.scores import Rows, Scores, table
@@ -27,10 +27,22 @@ from ..refusal import RefusedError, check
 from ..safety.distributed_means import weights_on_every_process
 from ..safety.guards import refuse_infinite_weights
 from ..teacher import NOT_OPENED, open_teacher
-from ..teacher_student import supervised
-from .command_line import parse
+from ..token_groups import supervised
+from .command_line import parse, tell_usage
 
 NO_TEACHER = "none"
+# The flags of a run that say how to measure; the others say what to train.
+HEEDED = (
+    "preset", "settings", "teacher", "data", "backend", "dtype", "seed", "cpu", "on_broken", "supervise",
+    "max_length", "max_pixels", "max_frames", "workers", "batch_size", "eval_samples",
+)  # fmt: skip
+USAGE = """usage: distill.py {command} STUDENT [flags]
+
+{about}
+
+STUDENT is a folder that a run or save_pretrained wrote. Flags, which mean what `distill.py --help` says:
+  {flags}
+--data is what is measured; the bundled questions if it is left out."""
 
 
 def evaluate_student(arguments: list[str]) -> Rows:
@@ -43,7 +55,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
     Raises:
         RefusedError: for a folder that holds no student, and for data as a run does.
     """
-    folder, config = parse_after_folder("evaluate", arguments)
+    folder, config = parse_after_folder("evaluate", arguments, "Measure a student, beside its teacher.")
     process = PartialState(cpu=config.cpu)
     models = open_models("evaluate", folder, config, process.device)
     encoder = chat_collator(open_processor("evaluate", folder), config.samples)
@@ -57,6 +69,7 @@ def evaluate_student(arguments: list[str]) -> Rows:
     check(rows, "--data must hold conversations that can be read, with an answer to learn", "none")
     if process.is_main_process:
         print(table(rows, "evaluated"))
+        print(held_out.share())
         for complaint in broken:
             print(f"skipped {complaint}")
         if broken:
@@ -76,17 +89,32 @@ def after_command(command: str, arguments: list[str]) -> list[str]:
     return arguments
 
 
-def parse_after_folder(command: str, arguments: list[str]) -> tuple[str, Config]:
+def parse_after_folder(command: str, arguments: list[str], about: str) -> tuple[str, Config]:
     """The student's folder that follows a command, and the settings of the flags behind it.
 
+    Args:
+        command: its name.
+        arguments: what follows it.
+        about: what --help says of it.
     Raises:
-        RefusedError: if it is none, and as `parse` does.
+        RefusedError: if it is none, for flags that would change nothing, and as `parse` does.
+        SystemExit: after --help.
     """
+    listing = " ".join(f"--{name}" for name in HEEDED)
+    tell_usage(arguments, USAGE.format(command=command, about=about, flags=listing))
     folder, *flags = after_command(command, arguments)
-    own_data = any(flag.split("=")[0] == "--data" for flag in flags) and "demo" not in flags
-    if own_data and not any(flag.split("=")[0] == "--teacher" for flag in flags):
+    given = [flag.split("=")[0] for flag in flags if flag.startswith("--")]
+    names = {flag.removeprefix("--").replace("-", "_").removeprefix("no_"): flag for flag in given}
+    known = {*settings_of(Config()), *OF_ONE_CALL}
+    idle = [names[name] for name in names if name.split(".")[0] in known and name not in HEEDED]
+    check(not idle, f"{command} must be given flags that change it", " ".join(idle), f"they are {listing}")
+    own_data = "data" in names and "demo" not in flags
+    if own_data and "teacher" not in names:
         flags += ["--teacher", NO_TEACHER]
-    return folder, parse(flags)
+    config = parse(flags)
+    must = f"{command} must be told which --data to measure on"
+    check("data" in names or not config.eval_data, must, f"--settings with eval_data {config.eval_data}")
+    return folder, config
 
 
 def open_models(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import Any
 
 from ..config import Config, check_settings
@@ -16,7 +17,19 @@ from .dry_run import dry_run
 from .evaluate import evaluate_student
 from .quantise import quantise_student
 
-ABOUT = "Distil a vision-language model into LinMU, in three stages (LinMU, arXiv 2601.01322)."
+ABOUT = (
+    "Distil a vision-language model into LinMU, in three stages (LinMU, arXiv 2601.01322). Other commands:"
+    " evaluate, quantise, benchmark, ablate; `distill.py COMMAND --help` says what they take."
+)
+
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as shells have it
+GOES_ON = {
+    "": "; the same command with --resume goes on from the last checkpoint",
+    "ablate": "; the same command goes on",
+    "evaluate": "; nothing was written",
+    "quantise": "; nothing was written",
+    "benchmark": "; no table was written",
+}
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -27,14 +40,8 @@ def main(arguments: list[str] | None = None) -> Any:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["ablate"]:
-        return ablate(arguments[1:], distil)
-    if arguments[:1] == ["evaluate"]:
-        return evaluate_student(arguments[1:])
-    if arguments[:1] == ["quantise"]:
-        return quantise_student(arguments[1:])
-    if arguments[:1] == ["benchmark"]:
-        return benchmark(arguments[1:])
+    if arguments and (command := COMMANDS.get(arguments[0])):
+        return command(arguments[1:])
     return distil(parse(arguments, ABOUT))
 
 
@@ -52,9 +59,21 @@ def distil(config: Config) -> dict[str, Any]:
     return run.finish()
 
 
+COMMANDS = {
+    "ablate": partial(ablate, run=distil),
+    "evaluate": evaluate_student,
+    "quantise": quantise_student,
+    "benchmark": benchmark,
+}  # what the first word may be; without one, the flags are those of a run
+
+
 def run_command() -> None:
-    """`main`, with refusals told without a traceback."""
+    """`main`, with refusals and interruptions told without a traceback."""
     try:
         main()
     except RefusedError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        print(f"distill: interrupted{GOES_ON.get(command, GOES_ON[''])}", file=sys.stderr)
+        sys.exit(INTERRUPTED)

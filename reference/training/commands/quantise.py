@@ -31,7 +31,7 @@ def quantise_student(arguments: list[str]) -> str:
     Raises:
         RefusedError: for a folder that holds no student, and for data as a run does.
     """
-    folder, config = parse_after_folder("quantise", arguments)
+    folder, config = parse_after_folder("quantise", arguments, __doc__.split("\n")[0])
     process = PartialState(cpu=config.cpu)
     check(process.num_processes == 1, "quantise must run as one process", process.num_processes)
     dtype = getattr(torch, config.dtype)
@@ -63,7 +63,7 @@ def quantise_student(arguments: list[str]) -> str:
             reason = str(error).strip().split("\n")[0]
             lines.append(f"| {name} | not here: {reason} | | | |")
     table = "\n".join(lines) + "\n"
-    print(f"\n{table}")
+    print(f"\n{table}{held_out.share()}")
     return table
 
 

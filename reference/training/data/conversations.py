@@ -22,6 +22,7 @@ from ...checks import require
 from ...prompts.answers import ChatTemplateError
 from ...prompts.chat_collator import content_blocks
 from ..refusal import RefusedError
+from ..safety.atomic_writes import refused_by_disk
 from .films import WITHOUT_PYAV, MissingPackageError, has_film_decoder
 from .media import Media, shortened
 from .sources import JsonLines, Stream, StreamEndedError, Table, open_rows, seed_of
@@ -117,7 +118,7 @@ class Conversations(Dataset):
     def note(self, name: str, why: str) -> None:
         """Tell the report that a sample was skipped: one write, so that processes do not mix their lines."""
         if self.report is not None:
-            with self.report.open("a", encoding="utf-8") as file:
+            with refused_by_disk(self.report), self.report.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"sample": name, "why": why}) + "\n")
 
     def split(self, every: int) -> tuple[Conversations, Conversations]:

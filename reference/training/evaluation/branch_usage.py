@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ...numerics import full_precision_linear
+from ..lesson import Lesson
 from ..safety.distributed_means import energies
-from ..teacher_student import Lesson
 from .scores import add_up
 
 WAYS = ("forward", "reverse", "local")

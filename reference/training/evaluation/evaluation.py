@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..lesson import Lesson
 from ..refusal import check
-from ..teacher_student import Lesson, supervised
+from ..token_groups import supervised
 from .branch_usage import ERRORS, LayerWatch
 from .scores import Rows, Scores
 

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ...prompts.chat_collator import ChatCollator
 from ..config import Config
-from ..data.conversations import BrokenSampleError, Conversations, InOrder
+from ..data.conversations import ENDLESS, BrokenSampleError, Conversations, InOrder
 from ..data.open_data import batch_of
 from ..safety.distributed_means import processes
 
@@ -57,6 +57,13 @@ class HeldOut:
         self.count = min(config.watch.eval_samples, len(data))
         self.encoder, self.config = encoder, config
         self.complaints: dict[str, None] = {}
+
+    def share(self) -> str:
+        """How much of the data is measured on, for those who meant all of it."""
+        if self.count == len(self.data):
+            return f"measured on all {self.count:,} conversations"
+        there = "" if len(self.data) == ENDLESS else f" of {len(self.data):,}"
+        return f"measured on the first {self.count:,}{there} conversations; --eval_samples takes more"
 
     def batches(self) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
         """Kinds and tensors of this process's batches.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..safety.distributed_means import processes
-from ..teacher_student import supervised
+from ..token_groups import supervised
 
 Rows = dict[str, dict[str, Any]]
 TITLES = {

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..lesson import Lesson
 from ..refusal import RefusedError, check
-from ..teacher_student import Lesson
 
 
 class TrainingStoppedError(RefusedError):

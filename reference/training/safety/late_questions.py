@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..teacher_student import Lesson, Objective
+from ..lesson import Lesson, Objective
 from .guards import TrainingStoppedError, local, refuse_infinite_gradients, refuse_infinite_loss
 
 EVERY = 4  # steps; each keeps its batch until then

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..teacher_student import Lesson
+from ..lesson import Lesson
 
 GIB = 2**30
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

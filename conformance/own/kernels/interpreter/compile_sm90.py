@@ -206,6 +206,14 @@ KERNELS = {
         3,
         {"PRESENT": "*u8", "PLACE": "*i64"},
     ),
+    "sliding_group": (
+        "sliding_window_attention.kernels_step",
+        "group_kernel",
+        SLIDING_STEP,
+        8,
+        3,
+        {"PRESENT": "*u8", "PLACE": "*i64"},
+    ),
     "sliding_move": (
         "sliding_window_attention.kernels_step",
         "move_kernel",
@@ -281,6 +289,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     elif "PLACES" in chosen:
         moves = chosen["kernel"] == "move_kernel"
         known["COLUMNS"] = sliding_step.MOVED if moves else sliding_step.READ[size > 128]
+        if chosen["kernel"] == "group_kernel":
+            known |= {"HEADS": 8, "COLUMNS": sliding_step.PRODUCTS // (8 * size)}
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}
