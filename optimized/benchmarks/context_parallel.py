@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from ...reference.checks import require
 from ...reference.student.cache import CACHE_NAME
 from ...reference.student.split_forward import context_parallel
 from ..benchmark import commit, device_name, version
@@ -40,13 +41,18 @@ QUICK_WIDTHS = dict(zip(WIDTHS, (64, 96, 4, 2), strict=True))
 VOCABULARY = 1024
 TEXT = 32  # tokens in front of the video; behind it as many, and what is left of a frame
 REPEATS = 2
+WHERE = "benchmark of context parallel"
 KINDS = ("video", "text")
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run what the command line asks for, on every rank; returns the lines."""
-    given = make_parser().parse_args(arguments)
-    given.prefill = [int(each) for each in given.prefill.split(",")]
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    if "LOCAL_RANK" not in os.environ:
+        parser.error(f"{WHERE}: torchrun must start it, got one process; torchrun --nproc_per_node 2 -m ...")
+    if not given.quick and not torch.cuda.is_available():
+        parser.error(f"{WHERE}: a CUDA GPU a process must be there, got none; add --quick for CPUs")
     if given.quick:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
@@ -65,8 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--quick", action="store_true", help="narrow layers in float32 on CPUs, with gloo")
-    add("--prefill", default="262144,1048576", help="tokens of the prefills, like 4096,65536; 0: none")
-    add("--kinds", default=",".join(KINDS), help="of prompts: video, text")
+    add(
+        "--prefill", type=int, nargs="*", default=[262144, 1048576], help="tokens of the prefills; none: skip"
+    )
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what the prefills' prompts are made of")
     add("--layers", type=int, default=28, help="decoder layers of the prefills")
     add("--step", type=int, default=65536, help="tokens of the training step; 0: none")
     add("--step_layers", type=int, default=4, help="decoder layers of the training step")
@@ -78,10 +86,10 @@ def measure(given: argparse.Namespace, device: torch.device) -> list[dict[str, A
     """All lines, within a process group."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     table = Table(Path(given.output), environment(device), dist.get_rank() == 0)
-    if any(given.prefill):
+    if given.prefill:
         student = build(given.quick, given.layers, torch.float32 if given.quick else torch.bfloat16, device)
         for tokens in given.prefill:
-            for kind in given.kinds.split(","):
+            for kind in given.kinds:
                 prefill(student, mesh, kind, tokens, table)
         del student
     if given.step:
@@ -127,6 +135,8 @@ def prompt(kind: str, tokens: int, frame: tuple[int, int], device: torch.device)
     coords = torch.full((1, tokens, 4), -1, dtype=torch.int64, device=device)
     if kind == "video":
         frames = (tokens - 2 * TEXT) // math.prod(frame)
+        least = 2 * TEXT + math.prod(frame)
+        require(frames > 0, WHERE, f"a video's prompt must have at least {least} tokens", tokens)
         cells = torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, frames, *frame)))
         coords[0, TEXT : TEXT + len(cells)] = cells
     return {"input_ids": ids, "linmu_coords": coords}
