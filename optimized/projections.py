@@ -7,6 +7,7 @@ of width 3584 moves there; but that takes a copy of the weights, or modules that
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.checks import FLOAT_DTYPES
@@ -24,6 +25,7 @@ __all__ = [
     "HeadProjections",
     "apply_rope",
     "are_plain",
+    "join_weights",
     "narrow_columns",
     "narrow_products",
     "prepare_narrow",
@@ -115,16 +117,51 @@ def token_products(
     u: Tensor, linears: list[nn.Module], narrow: nn.Module, gate: nn.Module | None, engine: str | None
 ) -> ProjectionOutputs | None:
     """All products with one token, u (B, 1, D), by `text_projection`, whose three weights `linears` are, and
-    `narrow` its dt; None where modules must be called, and for large batches, which GEMMs suit better.
+    `narrow` its dt; None where modules must be called. In large batches, which GEMMs suit better, one GEMM
+    makes those of three weights that `join_weights` has joined; None if it has not.
     """
     wide = linears if gate is None else [*linears, gate]
     plain = are_plain(wide, u.dtype) and are_plain([narrow])
-    if not plain or u.shape[0] > MOST_ROWS or torch.is_autocast_enabled(u.device.type):
+    if not plain or torch.is_autocast_enabled(u.device.type):
         return None
+    if u.shape[0] > MOST_ROWS:
+        joined = once_a_forward(joined_key(linears), lambda: None)
+        if joined is None:
+            return None
+        rate, z = narrow_products(u, [narrow])[0][:, 0], None if gate is None else gate(u)[:, 0]
+        return ProjectionOutputs(F.linear(u[:, 0], *joined), rate, z)
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
     gated = (None, None) if gate is None else (gate.weight, gate.bias)
     inputs = ProjectionInputs(u[:, 0], weights, biases, narrow.weight, narrow.bias, *gated, engine)
     return text_projection(inputs)
+
+
+@torch.no_grad()
+def join_weights(groups: list[list[nn.Linear]]) -> None:
+    """Lay the weights of each group's linears end to end, where they stay, and their biases: one GEMM then
+    makes the products of a token of many rows. It holds within `one_forward`; those that are not plain, or
+    of two dtypes, are left out.
+    """
+    for linears in groups:
+        biases = [linear.bias for linear in linears]
+        if not are_plain(linears, linears[0].weight.dtype) or len({bias is None for bias in biases}) > 1:
+            continue
+        joined = [lay_end_to_end([linear.weight for linear in linears])]
+        joined.append(None if biases[0] is None else lay_end_to_end(biases))
+        once_a_forward(joined_key(linears), lambda joined=joined: joined)
+
+
+def lay_end_to_end(parameters: list[nn.Parameter]) -> Tensor:
+    """Return one tensor of all, of which they become views."""
+    joined = torch.cat(list(parameters))
+    for parameter, part in zip(parameters, joined.split([len(each) for each in parameters]), strict=True):
+        parameter.data = part
+    return joined
+
+
+def joined_key(linears: list[nn.Module]) -> tuple:
+    """What `join_weights` makes of these is found by it."""
+    return ("joined", *map(id, linears))
 
 
 def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> bool:

@@ -11,7 +11,6 @@ and there is no prefix caching.
 - *prompt*: time to first token and time between tokens of requests whose prompts are computed.
 - *served*: so many requests at once from their prompts to their last token, all of it timed.
 - *pool*: how many tokens (teacher) or requests (student) fit in the memory that vLLM has left for them.
-- *held*: how many requests of a student decoded at once when its pool was full.
 - *profile*: what the GPU was busy with in some steps, or in the prompts of one token of answer.
 
 It appends a JSON line for each to `--out` as soon as it is measured, and ends within `--budget`; `report`
@@ -54,9 +53,10 @@ SIZES = {
 }
 LENGTHS = (32768, 2048, 131072, 8192)  # the most telling first
 COUNTS = (256, 1, 64, 16)
-MOST = {"student": 2048, "teacher": 1024}  # 1024 is vLLM's choice for this GPU
-LARGE = (512, 960, 1024, 1536, 1792)  # requests in a graph beyond COUNTS, as many as memory may hold
-KINDS = ("decoding", "prompt", "served", "held", "profile")
+TEACHERS_MOST = 1024  # requests at once: vLLM's own choice for this GPU
+LARGE = (512, 960, 1024, 1536)  # requests in a graph beyond COUNTS, as many as memory may hold
+SPARE = 8 * 2**30  # bytes of a GPU that hold neither weights nor states; an H200 took 6 to 7 GiB
+KINDS = ("decoding", "prompt", "served", "profile")
 STEPS = 64  # tokens that a request adds where decoding is timed
 ANSWER = 17  # tokens after a prompt
 SERVED = 128  # tokens after a prompt where all of it is timed
@@ -65,6 +65,7 @@ RATES = {  # tokens of a prompt a second on an H200, to foresee a cell: by the l
     "student": {2**20: 20_000},
     "teacher": {2048: 20_000, 8192: 20_000, 32768: 15_000, 2**20: 7_000},
 }
+FEW = 2**16  # tokens of prompts that come before those that are timed from end to end
 FILLED = 8e-3  # seconds that a request's keys and values take to be written
 STEP = 0.05  # seconds, of one
 
@@ -129,12 +130,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sync", action="store_true", help="a student's steps planned one after another")
     parser.add_argument("--budget", type=int, default=600, help="seconds after which it ends, start included")
     arguments = parser.parse_args()
-    arguments.most = arguments.most or MOST.get(arguments.who, 0)
+    arguments.most = arguments.most or (TEACHERS_MOST if arguments.who == "teacher" else None)
     return arguments
 
 
-def folder_of(who: str, size: str, longest: int) -> str:
-    """Write a model's config.json and return its folder; the weights are vLLM's dummies."""
+def model_of(who: str, size: str, longest: int):
+    """Return a model without weights; vLLM makes dummies of its own."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -144,15 +145,38 @@ def folder_of(who: str, size: str, longest: int) -> str:
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     sizes = SIZES[size] | {"max_position_embeddings": 2 * longest, "rope_parameters": rope}
     config = Qwen2Config(**sizes, **special, tie_word_embeddings=False, dtype="bfloat16")
-    config.architectures = ["Qwen2ForCausalLM"]
-    if who == "student":
-        with torch.device("meta"):
-            student = convert(Qwen2ForCausalLM(config))
-        config = student.config
-        config.architectures = [type(student).__name__]
+    with torch.device("meta"):
+        teacher = Qwen2ForCausalLM(config)
+        return convert(teacher) if who == "student" else teacher
+
+
+def folder_of(model) -> str:
+    """Write a model's config.json and return its folder."""
+    model.config.architectures = [type(model).__name__]
     folder = tempfile.mkdtemp()
-    config.save_pretrained(folder)
+    model.config.save_pretrained(folder)
     return folder
+
+
+def most_rows(student, memory: float) -> int:
+    """Return of how many requests the states surely fit: vLLM starts with no more at once than that."""
+    from math import prod
+
+    import torch
+    from vllm.platforms import current_platform
+
+    from ...reference.student.model import mixers
+    from .vllm_plugin.layer import state_dtypes, state_shapes
+
+    row = 0
+    for mixer in mixers(student).values():
+        pairs = zip(
+            state_shapes(mixer.config).values(), state_dtypes(mixer.config, torch.bfloat16), strict=True
+        )
+        row += sum(prod(shape) * dtype.itemsize for shape, dtype in pairs)
+    weights = sum(2 * parameter.numel() for parameter in student.parameters())
+    total = current_platform.get_device_total_memory()
+    return max(int(memory * total - weights - SPARE) // row // 64 * 64, 64)
 
 
 def engine(arguments: argparse.Namespace):
@@ -160,6 +184,8 @@ def engine(arguments: argparse.Namespace):
     import vllm
 
     is_student, longest = arguments.who == "student", max(arguments.lengths) + HELD
+    model = model_of(arguments.who, arguments.size, longest)
+    arguments.most = arguments.most or most_rows(model, arguments.memory)
     options: dict[str, Any] = {"enforce_eager": True} if arguments.eager else {}
     if not arguments.eager:
         graphs: dict[str, Any] = {"cudagraph_capture_sizes": graph_sizes(arguments)}
@@ -173,7 +199,7 @@ def engine(arguments: argparse.Namespace):
         if not arguments.computed:
             options["kv_transfer_config"] = connector()
     return vllm.LLM(
-        model=folder_of(arguments.who, arguments.size, longest),
+        model=folder_of(model),
         skip_tokenizer_init=True,
         load_format="dummy",
         dtype="bfloat16",
@@ -189,7 +215,8 @@ def engine(arguments: argparse.Namespace):
 def graph_sizes(arguments: argparse.Namespace) -> list[int]:
     """Return of how many requests steps are captured."""
     few = () if arguments.who == "student" else (32, 128)
-    return sorted({n for n in (1, 2, 4, 8, *few, *arguments.counts, *LARGE) if n <= arguments.most})
+    sizes = {1, 2, 4, 8, *few, *arguments.counts, *LARGE, *([] if few else [arguments.most])}
+    return sorted(n for n in sizes if n <= arguments.most)
 
 
 def connector():
@@ -233,9 +260,8 @@ def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[
 
     def decoding_cells() -> tuple[list, list]:
         if arguments.who == "student":
-            full = max((n for n in graph_sizes(arguments) if n <= room["blocks"]), default=room["blocks"])
-            ours = dict.fromkeys((counts[0], min(full, arguments.most), *counts[1:], 1024))
-            return [cell("decoding", None, n) for n in ours if n <= min(room["blocks"], arguments.most)], []
+            ours = dict.fromkeys((counts[0], arguments.most, *counts[1:], 1024))
+            return [cell("decoding", None, n) for n in ours if n <= arguments.most], []
         fulls = {length: min(most, arguments.most) for length, most in fits.items()}
         first = [cell("decoding", length, most) for length, most in fulls.items() if most]
         rest = [
@@ -279,7 +305,7 @@ def foreseen(who: str, cell: dict[str, Any], is_computed: bool = False) -> float
     if kind == "prompt":
         return (2 if is_warmed(cell) else 1) * computed + ANSWER * STEP
     if kind == "served":
-        return computed + SERVED * STEP
+        return computed + FEW / rate + SERVED * STEP
     return computed + 10.0
 
 
@@ -357,16 +383,16 @@ def measure(llm, arguments: argparse.Namespace, cell: dict[str, Any], left: floa
     guess = foreseen(arguments.who, cell, arguments.computed)
     if guess > left:
         return {"skipped": f"some {guess:.0f} s, {left:.0f} s were left"}
-    kinds = {"decoding": decoding, "held": decoding, "prompt": prompt, "served": served, "profile": profile}
+    kinds = {"decoding": decoding, "prompt": prompt, "served": served, "profile": profile}
     begun = time.perf_counter()
     found = kinds[cell["cell"]](llm, arguments, cell, begun + min(left, 3 * guess + 5))
     return found | {"seconds_of_cell": round(time.perf_counter() - begun, 1)}
 
 
 def decoding(llm, arguments: argparse.Namespace, cell: dict[str, Any], until: float) -> dict[str, Any]:
-    """Time the steps in which all requests decode; a full pool need only do so a few times."""
+    """Time the steps in which all requests decode."""
     requests = cell["requests"]
-    trace = drive(llm, arguments, cell, 8 if cell["cell"] == "held" else STEPS, until)
+    trace = drive(llm, arguments, cell, STEPS, until)
     steps = trace.full_steps(requests)
     if not steps:
         most = max((count for _, count in trace.steps), default=0)
@@ -384,7 +410,9 @@ def prompt(llm, arguments: argparse.Namespace, cell: dict[str, Any], until: floa
 
 
 def served(llm, arguments: argparse.Namespace, cell: dict[str, Any], until: float) -> dict[str, Any]:
-    """Time requests from the first prompt to the last token."""
+    """Time requests from the first prompt to the last token, after some that make the same kinds of steps."""
+    few = cell | {"requests": min(cell["requests"], -(-FEW // cell["length"]))}
+    drive(llm, arguments, few, 4, until)
     trace = drive(llm, arguments, cell, SERVED, until)
     found = times_of(trace, SERVED)
     if "skipped" not in found:

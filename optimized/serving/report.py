@@ -87,9 +87,6 @@ def held_table(lines: list[dict[str, Any]]) -> str:
     names = ["tokens", "teacher holds", "student holds", "ratio"]
     text = """*Holds*: requests of so many tokens and some more in the memory that vLLM has left for them.
 Tokens a second: decoding alone, each with as many requests at once as it was fastest with."""
-    found = of(lines, "student", "held")
-    if found:
-        text += f" {found[0]['requests']:,} requests of the student were held, and decoded, at once."
     head = table([*names, "teacher, tokens/s", "student, tokens/s", "ratio"], rows)
     return f"## When full\n\n{text}\n\n{head}"
 

@@ -47,6 +47,11 @@ def test_kernels_equal_the_reference_in_the_interpreter(operator, dtype):
     assert "linmu.optimized: triton engine" in done.stderr
 
 
+def test_a_servers_warm_up_leaves_its_prompts_nothing_to_compile():
+    done = interpreted("trial_warm_up")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 SUMS = """
 import torch
 from linmu.optimized.scan import ScanInputs

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from linmu import optimized, reference
+from linmu.optimized.engine.once import one_forward
 from linmu.optimized.flex_ma import PooledState
 from linmu.optimized.m_mate import PooledMMATEState
+from linmu.optimized.projections import join_weights
 from linmu.optimized.sliding_window_attention import PooledWindowState
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
@@ -123,6 +125,39 @@ def test_a_block_steps_in_a_pool_of_windows_and_of_scans(window):
     assert torch.equal(found, wanted) and torch.equal(pooled.window.present, after.window.present)
     for pool, tensor in zip(pools[: 1 if window == 1 else 3], (after.scan, *after.window[:2]), strict=False):
         assert torch.equal(pool[rows], tensor) and pool[::2].isnan().all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_weights_laid_end_to_end_make_one_product_of_a_token_of_many_rows(bias, monkeypatch):
+    """They stay the modules' own: what is loaded into them later is what is multiplied."""
+    torch.manual_seed(0)
+    config = optimized.LinMUConfig(
+        width=8, heads=4, groups=2, head_dim=4, text_window=3, qkv_bias=bias, output_gate=True
+    )
+    block, u = optimized.MMATE(config, 0), torch.randn(6, 4, 8)
+    angle = torch.randn(6, 4, 4)
+    before, last = ((angle[:, part].cos(), angle[:, part].sin()) for part in (slice(3), slice(3, 4)))
+    _, state = block(u[:, :3], position_embeddings=before)
+    groups = [[each.v_proj, each.k_proj, each.q_proj] for each in (block.flex_ma, block.local_swin)]
+    joined = {}
+    with torch.inference_mode(), one_forward(joined):
+        join_weights(groups)
+    assert len(joined) == 2
+    for linears in groups:
+        assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
+    block.flex_ma.k_proj.weight.data.copy_(torch.randn(8, 8))
+    wanted, after = block(u[:, 3:], position_embeddings=last, state=state)
+    calls, own = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda *args: calls.append(args[1].shape) or own(*args)
+    )
+    with one_forward(joined):
+        found, afterwards = block(u[:, 3:], position_embeddings=last, state=state)
+    assert calls.count((32, 8)) == 2 and (16, 8) in calls  # v, k and q; the gate
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    for got, want in zip(afterwards.tensors, after.tensors, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 @flex(cases=module_cases(["float32"], layout=TOKENS), share=0.3)

@@ -36,7 +36,7 @@ HELD_COLUMNS = 32  # writers at once then
 HELD_MEMORY = 115 * 1024  # bytes that it takes at most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def output_kernel(
     X, B, C, DT, FORWARD_SUM, REVERSE_SUM, FORWARD_GATE, REVERSE_GATE, SEGMENT, BEGIN, VALID,
     FORWARD_READ_DECAY, REVERSE_READ_DECAY, FORWARD_STATE, REVERSE_STATE, D, ORDER, NORM, Y, Y_BEFORE_NORM,

@@ -84,7 +84,7 @@ def summed_steps(dt, rate):
     return tl.cumsum(dt.to(tl.float64) * rate.to(tl.float64), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def scalars_kernel(
     TIME_STEP, A, GATE, IDS, VALID, OPENS, BEGINS, DT, SUMS, GATES, READ_DECAY, WRITE_WEIGHT, CHUNK_DECAY,
     SEGMENT, BEGIN,

@@ -40,7 +40,7 @@ LINKED = 512  # elements of a state that one program carries over the runs
 ENTERED = 4096  # elements of a state that one program adds to
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "runs", "run_length", "batches"])
 def sweep_kernel(
     LEFT, RIGHT, WEIGHT, CHUNK_DECAY, VALID, START, ENTERING, LEAVING, RUN_DECAY, PARTNER, PRODUCT,
     left_batch, left_token, left_head, right_batch, right_token, right_head,
@@ -117,7 +117,7 @@ def sweep_kernel(
         tl.store(RUN_DECAY + at_run + head, run_decay, mask=(member < RATIO) & (place == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def link_kernel(
     START, STATES, CHUNK_DECAY, FINAL, runs,
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,

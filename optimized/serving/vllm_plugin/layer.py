@@ -32,6 +32,7 @@ from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
 from ...engine.once import one_forward
 from ...m_mate import PooledMMATEState, prepare_layers
+from ...projections import HeadProjections, join_weights
 from ...sliding_window_attention import PooledWindowState
 from .metadata import StateMetadata
 from .positions import check_whole
@@ -143,6 +144,10 @@ class Step:
                 like = self.blocks[0].flex_ma.v_proj.weight[None]  # (1, L, D)
                 with one_forward(self.prepared[is_text]):
                     prepare_layers(list(self.blocks), like, layout)
+                    if is_text:
+                        join_weights(
+                            [linears_of(each) for block in self.blocks for each in branches_of(block)]
+                        )
         return self.prepared[is_text]
 
     def layout(
@@ -157,6 +162,16 @@ class Step:
         if valid is not None:
             coords = torch.where(valid[..., None], coords, -1)
         return VisionLayout(coords) if bool((coords >= 0).any()) else None
+
+
+def branches_of(block: MMATE) -> list[HeadProjections]:
+    """Return those that text takes part in."""
+    return [block.flex_ma, *([block.local_swin] if block.config.text_window else [])]
+
+
+def linears_of(branch: HeadProjections) -> list[nn.Linear]:
+    """Return what a token of text is multiplied with, in the order of `token_products`."""
+    return [branch.v_proj, branch.k_proj, branch.q_proj]
 
 
 class Prompts(NamedTuple):

@@ -27,9 +27,11 @@ from ....reference.prompts.grids import placement_coords
 from ....reference.student.families import FAMILIES
 from ....reference.student.generation import MODALITIES, rope_index
 from ....reference.student.model import LinMUModel, mixers
+from ...engine import engine_of_block
 from .layer import StateLayer, Step, check_decodes_are_text, state_dtypes, state_shapes
 from .positions import pack, unpack
 from .tensor_parallel import part_of_rank, sizes_of_rank
+from .warm_up import warm_up
 
 MIXER_WEIGHT = re.compile(r".*\blayers\.(\d+)\.self_attn\.((?:flex_ma|local_swin|mix_proj)\..*)")
 
@@ -65,6 +67,7 @@ class StateModel:
         student = student_of(config)
         self.states: dict[int, StateLayer] = {}
         self.prepared: dict[bool, dict] = {}  # see `Step`
+        self.is_cold = True
         named = vllm_config.compilation_config.static_forward_context
         for index, mixer in mixers(student).items():
             name = layers[index].self_attn.attn.layer_name
@@ -106,8 +109,11 @@ class StateModel:
         like = next(iter(self.states.values())).block.flex_ma.v_proj.weight
         blocks = [layer.block for layer in self.states.values()]
         step = Step(self.rotary(like, positions[..., None, :]), coords, sizes, blocks, self.prepared)
-        if metadata is None:  # vLLM measures memory: before a step is captured, which would do this each time
-            step.prepare(None)
+        if metadata is None:  # vLLM measures memory; a step that is captured would do this each time
+            prepared = step.prepare(None)
+            if self.is_cold and engine_of_block("linmu in vLLM", like, blocks[0].config.head_dim) == "triton":
+                warm_up(blocks[0], prepared)
+            self.is_cold = False
         for layer in self.states.values():
             layer.step = step
         if metadata is not None:
