@@ -60,14 +60,18 @@ def assert_same(
     case: Any,
     factor: float = 1.0,
     sizes: Callable[[], Results] | None = None,
+    source: str = "",
 ) -> None:
-    """Two results of one backend that must agree up to rounding, in shape and dtype exactly; `sizes` as in
-    `assert_matches`."""
+    """Two results of one backend that must agree up to rounding, in shape and dtype exactly.
+
+    `sizes` is as in `assert_matches`; `source` says in the message where `want` comes from.
+    """
     assert set(got) == set(want), report(f"results must be {sorted(want)}, got {sorted(got)}", case)
     floor = factor * FLOORS[coarsest(want, case)]
     for name, tensor in got.items():
         check_form(name, tensor, want[name], case)
-        check_sized(partial(check_errors, name, tensor, want[name], case, floor=floor), name, sizes)
+        check = partial(check_errors, name, tensor, want[name], case, floor=floor, source=source)
+        check_sized(check, name, sizes)
 
 
 def check_sized(check: Callable, name: str, sizes: Callable[[], Results] | None) -> None:
@@ -126,6 +130,7 @@ def check_errors(
     reference: Tensor | None = None,
     size: Tensor | None = None,
     maximum_over_rms: float = MAXIMUM_OVER_RMS,
+    source: str = "",
 ) -> None:
     """Root mean square and maximum of the error against their bounds."""
     if got.numel() == 0:
@@ -144,7 +149,7 @@ def check_errors(
             line = (
                 f"{name}: {kind} error {found:.3e} exceeds {bound:.3e} (size {measure(size):.3e}); {values}"
             )
-            raise AssertionError(report(line, case))
+            raise AssertionError(report(f"{line}; expected = {source}" if source else line, case))
 
 
 def rms(tensor: Tensor) -> float:

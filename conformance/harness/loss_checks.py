@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from linmu import reference
 
-from .compare import assert_same, assert_zero, report
+from .compare import FLOORS, assert_same, assert_zero, check_form, in_float64, report
 from .operator_cases import LossCase, property_of, run
 from .operator_checks import widened
 
@@ -31,6 +32,9 @@ def loss_properties(operator: str, cases: Callable) -> dict[str, Callable]:
         "test_the_student_says_the_dtype_of_the_loss": test(cases=cases(("bfloat16", "float32")), share=0.3)(
             check_dtype_is_the_students
         ),
+        "test_the_gradient_of_a_scaled_loss_is_as_exact_as_its_dtype": test(
+            cases=scaled_cases(cases), share=0.25
+        )(check_scaled_loss),
     }
 
 
@@ -103,3 +107,33 @@ def check_inside_is_float32(backend: Any, case: LossCase) -> None:
         found = run(backend, each)["loss"].item()
         line = f"loss: must be that of the rounded arguments in float64, got {found!r}, expected {truth!r}"
         assert found == pytest.approx(truth, rel=1e-4, abs=1e-5), report(line, each)
+
+
+SCALE = 2.0**16  # what a loss is multiplied by where gradients would be too small for float16
+
+
+@st.composite
+def scaled_cases(draw: st.DrawFn, cases: Callable) -> LossCase:
+    """So many numbers that their share of a mean is subnormal in float16."""
+    length, width = draw(st.sampled_from(((4096, 32), (512, 500))))
+    sizes = {"batch": 1, "length": length, "width": width, "mask": draw(st.sampled_from(("none", "some")))}
+    return draw(cases(("float16", "bfloat16"), **sizes))
+
+
+def check_scaled_loss(backend: Any, case: LossCase) -> None:
+    """The gradient is rounded once, after it was multiplied by the one that comes in: each of its numbers to
+    a unit in the last place, and float32's floor of the largest."""
+    given = case.inputs()
+    student, wide = given["student"].requires_grad_(), given["student"].detach().double().requires_grad_()
+    (found,) = torch.autograd.grad(SCALE * getattr(backend, case.operator)(**given), student)
+    truth = in_float64(given) | {"student": wide}
+    (wanted,) = torch.autograd.grad(SCALE * getattr(reference, case.operator)(**truth), wide)
+    check_form("grad student", found, student, case)
+    wanted, kind = wanted.cpu(), student.dtype
+    bound = torch.finfo(kind).eps * wanted.abs() + FLOORS[torch.float32] * wanted.abs().max()
+    beyond = (found.double().cpu() - wanted).abs() - bound
+    if not (beyond <= 0).all():
+        index = tuple(int(i) for i in torch.unravel_index(beyond.argmax(), beyond.shape))
+        values = f"at {index} got {found[index].item()!r}, expected {wanted[index].item()!r}"
+        line = f"grad student of {SCALE:.0f} times the loss: must be rounded to {kind} once, {values}"
+        raise AssertionError(report(line, case))

@@ -174,11 +174,13 @@ def truth_and_reference(
     return run_with_gradients(wide_module, name, wide), in_own_dtypes
 
 
-def sizes(reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]) -> Results:
+def sizes(
+    reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor], **changes: Any
+) -> Results:
     """`sizes_of_sums` of the reference with these parameters, as it is and with `constant_factors`."""
     module = initial(reference, name, case)
     module.load_state_dict(state)
-    run = partial(run_with_gradients, module.double(), name, RoundedCase(case))
+    run = partial(run_with_gradients, module.double(), name, RoundedCase(case), **changes)
     found = sizes_of_sums(run)
     with constant_factors():
         terms = sizes_of_sums(run, also=("grad hidden_states",))

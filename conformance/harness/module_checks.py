@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from linmu.reference import VisionLayout
 
 from .compare import assert_exact, assert_same, assert_zero, quarters
 from .layouts import Layout, Text, Vision
-from .module_cases import ModuleCase, check_module, large_cases, named, random_module, run
+from .module_cases import ModuleCase, check_module, large_cases, named, random_module, run, sizes
 
 STATES = ("conv state", "scan state")
 ONE_CELL = Layout(((Text(3), Vision(0, (1, 1, 1)), Text(2)), (Text(3), Vision(4, (1, 1, 1)), Text(2))))
@@ -90,7 +91,8 @@ def check_splitting_changes_nothing(module: nn.Module, name: str, case: ModuleCa
             asked = (output * valid)[:, cut:]
             (grad,) = torch.autograd.grad(asked, u, quarters(asked, case.seed))
             grads.append({"grad hidden_states": grad})
-        assert_same(grads[1], grads[0], case, factor=10)
+        of_sums = partial(sizes, reference, name, case, module.state_dict())
+        assert_same(grads[1], grads[0], case, 10, of_sums, "the same backend in one piece")
 
 
 def check_one_vision_token_behind_a_state(backend: Any, name: str, case: ModuleCase) -> None:

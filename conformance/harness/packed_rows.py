@@ -18,7 +18,7 @@ from linmu.reference import VisionLayout
 
 from .compare import Results, assert_same, cotangent
 from .layouts import Layout, Text
-from .module_cases import ModuleCase, random_module
+from .module_cases import ModuleCase, random_module, sizes
 from .module_checks import tensors_of
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
 from .operator_checks import (
@@ -31,6 +31,7 @@ from .operator_checks import (
 
 SAMPLES = 4  # of a row, about
 MASKS_OF_ALL = ("mask", "valid", "asks")
+ALONE = "the same backend on the samples alone"
 ONE_ROW = {"batch": 1, "initial_state": False}
 
 
@@ -154,7 +155,8 @@ def compare_with_samples_alone(backend: Any, packed: PackedCase) -> None:
     """The same, of a packed case."""
     case = packed.case
     alone = fed(partial(sample_by_sample, operator_of(backend, case), packed), packed, gradients=True)
-    assert_same(run(backend, packed, gradients=True), alone, case, sizes=partial(sizes_of_gradients, packed))
+    of_sums = partial(sizes_of_gradients, packed)
+    assert_same(run(backend, packed, gradients=True), alone, case, sizes=of_sums, source=ALONE)
 
 
 def check_ids_mean_nothing_else(backend: Any, case: Case) -> None:
@@ -206,7 +208,8 @@ def check_hundreds_of_samples(backend: Any, case: Case) -> None:
     present = {name: torch.ones_like(given[name]) for name in MASKS_OF_ALL if given.get(name) is not None}
     alone = fed(as_rows, case.changed(**present), gradients=True)
     packed = case.changed(sequence=numbers, **present)
-    assert_same(run(backend, packed, gradients=True), alone, case, sizes=partial(sizes_of_gradients, packed))
+    of_sums = partial(sizes_of_gradients, packed)
+    assert_same(run(backend, packed, gradients=True), alone, case, sizes=of_sums, source=ALONE)
 
 
 def check_module_equals_samples_alone(
@@ -246,7 +249,14 @@ def check_module_equals_samples_alone(
             states.append(there[-1] if there else found[-1][1])
         return torch.cat(outputs), *map(torch.cat, zip(*states, strict=True))
 
-    assert_same(with_gradients(module, case, packed), with_gradients(module, case, alone), case)
+    as_packed = (
+        {"layout": VisionLayout(case.layout.coords, sequence)}
+        if has_layout
+        else {"layout": None, "sequence": sequence}
+    )
+    of_sums = partial(sizes, reference, name, case, module.state_dict(), **as_packed)
+    found, wanted = (with_gradients(module, case, function) for function in (packed, alone))
+    assert_same(found, wanted, case, sizes=of_sums, source=ALONE)
 
 
 def with_gradients(module: nn.Module, case: ModuleCase, function: Callable) -> Results:

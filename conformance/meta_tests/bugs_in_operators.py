@@ -13,7 +13,7 @@ from ..properties import test_hidden_loss as hidden
 from ..properties import test_layout as layout
 from ..properties import test_logit_loss as logit
 from ..properties import test_window_attention as windows
-from .planting import grow, planted
+from .planting import BUGS, Bug, grow, planted
 
 
 @planted("causal_conv", conv.test_masked_tokens_are_as_if_absent)
@@ -257,3 +257,17 @@ def the_temperature_is_not_squared(reference, student, teacher, mask=None, tempe
 def the_logit_loss_averages_over_all_tokens(reference, student, teacher, mask=None, temperature=1.0):
     share = 1.0 if mask is None else mask.float().mean().item()
     return reference(student, teacher, mask, temperature) * share
+
+
+def a_gradient_is_rounded_before_it_is_scaled(reference, student, *rest, **options):
+    leaf = student.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = reference(leaf, *rest, **options)
+        (gradient,) = torch.autograd.grad(loss, leaf)  # in the dtype of the student
+    return loss.detach() + ((student - student.detach()).to(loss.dtype) * gradient).sum()
+
+
+for target, tests in (("hidden_loss", hidden), ("logit_loss", logit)):
+    caught_by = (tests.test_the_gradient_of_a_scaled_loss_is_as_exact_as_its_dtype,)
+    name = f"the_gradient_of_{target}_is_rounded_before_it_is_scaled"
+    BUGS.append(Bug(name, target, a_gradient_is_rounded_before_it_is_scaled, caught_by))

@@ -5,9 +5,11 @@ A bug receives the reference's operator first, then the arguments of a call; or 
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 
-from linmu.reference import VisionLayout
+from linmu.reference import VisionLayout, local_swin
 
 from ..properties import test_bidirectional_scan as both
 from ..properties import test_causal_conv as conv
@@ -16,7 +18,7 @@ from ..properties import test_local_swin as swin
 from ..properties import test_m_mate as mate
 from ..properties import test_scan as scan
 from ..properties import test_sliding_window_attention as sliding
-from .planting import BUGS, Bug, planted
+from .planting import BUGS, Bug, grow, planted
 
 
 def last_sample(sequence: torch.Tensor) -> torch.Tensor:
@@ -222,6 +224,21 @@ def the_block_hears_of_samples_only_without_a_layout(reference):
     class Broken(reference):
         def forward(self, hidden_states, layout=None, **rest):
             return super().forward(hidden_states, unpacked(layout), **rest)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_m_mate_equals_the_samples_of_packed_text_alone)
+def the_queries_of_packed_text_get_a_little_too_large_a_gradient(reference):
+    sound = local_swin.sliding_window_attention
+
+    def attend(q, *rest, sequence=None, **given):
+        return sound(q if sequence is None else grow(q, 1.01), *rest, sequence=sequence, **given)
+
+    class Broken(reference):
+        def forward(self, *args, **given):
+            with mock.patch.object(local_swin, "sliding_window_attention", attend):
+                return super().forward(*args, **given)
 
     return Broken
 

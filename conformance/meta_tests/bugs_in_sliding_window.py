@@ -238,3 +238,18 @@ def tokens_from_512_on_have_a_window_of_64(sound, q, k, v, window, *, initial_st
         return o, state
     near = sound(q, k, v, 64, **rest)[0]
     return torch.cat([o[:, :512], near[:, 512:]], dim=1), state
+
+
+@planted(TARGET, sliding.test_scores_may_all_be_low_behind_a_state_that_is_mostly_absent)
+def a_block_of_absent_places_says_that_its_maximum_is_0(
+    sound, q, k, v, window, *, initial_state=None, scale=None, **rest
+):
+    o, state = sound(q, k, v, window, initial_state=initial_state, scale=scale, **rest)
+    if q.shape[1] > 1 or initial_state is None or window <= 256:
+        return o, state
+    keys = torch.cat([initial_state.k, k], dim=1).repeat_interleave(q.shape[2] // k.shape[2], 2)
+    scores = torch.einsum("bthn,bjhn->bhj", q, keys) * (q.shape[3] ** -0.5 if scale is None else scale)
+    there = F.pad(initial_state.present, (0, 1), value=True)
+    best = scores.masked_fill(~there[:, None], -torch.inf).amax(-1)
+    lost = ~initial_state.present[:, None, :256].any(-1) & (best.exp() == 0)  # beside e^0, nothing is left
+    return o.masked_fill(lost[:, None, :, None], 0), state

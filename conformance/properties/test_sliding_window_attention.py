@@ -251,6 +251,30 @@ def test_scores_may_all_be_low(backend, case: SlidingWindowCase):
     rounding.check_low_scores(backend, case)
 
 
+FEW_OF_MANY = (0, 1, 20, 257)  # tokens that a state of hundreds of places holds, one number for each row
+
+
+@st.composite
+def wide_windows(draw: st.DrawFn) -> SlidingWindowCase:
+    """A step, or a prompt of a few tokens, in a window of several blocks."""
+    fixed = {"batch": len(FEW_OF_MANY), "length": draw(st.sampled_from((1, 4))), "groups": 1, "heads": 2}
+    fixed |= {"window": draw(st.sampled_from((300, 600))), "packed": False}
+    return draw(
+        sliding_window_cases(EXACT, asks="none", valid=draw(st.sampled_from(("none", "some"))), **fixed)
+    )
+
+
+@sliding(cases=wide_windows(), share=0.25)
+def test_scores_may_all_be_low_behind_a_state_that_is_mostly_absent(backend, case: SlidingWindowCase):
+    """Blocks of places without a token stand for no score, not even for one of 0; without a state neither."""
+    if case.initial_state:
+        places = torch.arange(case.window - 1) - (case.window - 1)
+        present = places >= -torch.tensor(FEW_OF_MANY)[:, None]
+        values = case.inputs()["initial_v"].masked_fill(~present[..., None, None], 0)
+        case = case.changed(present=present, initial_v=values)
+    rounding.check_low_scores_of_all(backend, case)
+
+
 @sliding(cases=sliding_window_cases(rounding.HALVES[1:], initial_state=False), share=0.5)
 def test_large_scores_are_formed_in_float32(backend, case: SlidingWindowCase):
     """No score, and neither q nor k times the scale, is rounded to the dtype of q."""
