@@ -141,7 +141,12 @@ def sizes_of_gradients(case: Case, of: tuple[str, ...] | None = None) -> Results
     """The sizes of the terms that gradients, and the divergence, sum over, where these may cancel."""
     wide = widened(case)
     sizes = sizes_of_sums(lambda draw: run(reference, wide, True, of, draw))
-    return sizes | (SIZES[case.operator](**wide.inputs()) if case.operator in SIZES else {})
+    return sizes | sizes_of_differences(case)
+
+
+def sizes_of_differences(case: Case) -> Results:
+    """The part of these that a softmax brings: of two runs, which add up tokens alike, it is all that cancels."""
+    return SIZES[case.operator](**widened(case).inputs()) if case.operator in SIZES else {}
 
 
 def check_gradients_of_each_result_match(backend: Any, case: Case) -> None:
@@ -163,7 +168,8 @@ def check_one_gradient_alone(backend: Any, case: Case) -> None:
 
         alone = evaluate(call, {name: given[name]}, gradients=True, names=case.results, of=(result,))
         key = f"grad {name}"
-        assert_same({key: alone[key]}, {key: together[key]}, case)
+        of_terms = partial(sizes_of_differences, case)
+        assert_same({key: alone[key]}, {key: together[key]}, case, sizes=of_terms)
 
 
 def check_grad_mode(backend: Any, case: Case) -> None:
@@ -182,13 +188,15 @@ def check_strides(backend: Any, case: Case) -> None:
     rows whose middle axes are swapped; gradients that are expanded, and that are transposed.
     """
     plain = run(backend, case), gradients_of_the_sum(backend, case)
+    of_terms = partial(sizes_of_differences, case)
     for layout in (oddly_strided, cut_from_wider_rows):
         strided = case.changed(**{name: layout(value) for name, value in case.inputs().items()})
         assert_same(run(backend, strided), plain[0], case)
-        assert_same(gradients_of_the_sum(backend, strided), plain[1], case)
-    assert_same(plain[1], gradients_of_the_sum(backend, case, expanded=False), case)
+        assert_same(gradients_of_the_sum(backend, strided), plain[1], case, sizes=of_terms)
+    contiguous = gradients_of_the_sum(backend, case, expanded=False)
+    assert_same(plain[1], contiguous, case, sizes=of_terms)
     transposed, contiguous = (gradients_of_products(backend, case, swapped) for swapped in (True, False))
-    assert_same(transposed, contiguous, case)
+    assert_same(transposed, contiguous, case, sizes=of_terms)
 
 
 def check_expanded(backend: Any, case: Case) -> None:
@@ -200,7 +208,8 @@ def check_expanded(backend: Any, case: Case) -> None:
     expanded |= {name: given[name].flatten()[:1].expand(given[name].shape) for name in shared}
     copied = case.changed(**{name: value.contiguous() for name, value in expanded.items()})
     found = run(backend, case.changed(**expanded), gradients=True)
-    assert_same(found, run(backend, copied, gradients=True), case)
+    wanted = run(backend, copied, gradients=True)
+    assert_same(found, wanted, case, sizes=partial(sizes_of_differences, copied))
 
 
 def gradients_of_products(backend: Any, case: Case, swapped: bool) -> Results:
@@ -294,7 +303,8 @@ def check_autocast(backend: Any, case: Case) -> None:
         with torch.autocast("cpu", torch.bfloat16), torch.autocast("cuda", torch.bfloat16, enabled=gpu):
             return operator_of(backend, case)(**given)
 
-    assert_same(fed(under_autocast, case, gradients=True), run(backend, case, gradients=True), case)
+    found, wanted = fed(under_autocast, case, gradients=True), run(backend, case, gradients=True)
+    assert_same(found, wanted, case, sizes=partial(sizes_of_differences, case))
 
 
 def check_nothing_is_remembered(backend: Any, case: Case) -> None:

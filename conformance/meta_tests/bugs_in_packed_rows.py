@@ -228,7 +228,7 @@ def the_block_hears_of_samples_only_without_a_layout(reference):
     return Broken
 
 
-@planted("MMATE", mate.test_m_mate_equals_the_samples_of_packed_text_alone)
+@planted("LocalSwin", swin.test_local_swin_equals_the_samples_of_a_packed_row_alone)
 def the_queries_of_packed_text_get_a_little_too_large_a_gradient(reference):
     sound = local_swin.sliding_window_attention
 
