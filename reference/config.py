@@ -11,12 +11,14 @@ Options stand in the order of the equations that read them: those of `flex_ma`, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .checks import require
 
 TEACHER_SIZES = ("width", "heads", "groups", "head_dim", "qkv_bias", "output_bias", "qk_norm", "norm_eps")
+SWITCHES = ("scan_rope", "rotary_major", "reverse_scan", "head_norm", "output_gate", "text_only")
 RENAMED_OPTIONS = {"backward_scan": "reverse_scan"}  # former names, in folders that were saved with them
 
 
@@ -94,23 +96,26 @@ class LinMUConfig:
             f"H={self.heads}, G={self.groups}",
         )
         require(self.head_dim % 2 == 0, where, "head_dim must be even", self.head_dim)
-        require(self.conv_kernel >= 0, where, "conv_kernel must be 0 (none) or more", self.conv_kernel)
+        for name in SWITCHES:
+            value = getattr(self, name)
+            require(isinstance(value, bool), where, f"{name} must be True or False", repr(value))
+        is_count = type(self.conv_kernel) is int and self.conv_kernel >= 0
+        require(is_count, where, "conv_kernel must be 0 (none) or a number of taps", repr(self.conv_kernel))
         is_count = type(self.text_window) is int and self.text_window >= 0
         require(is_count, where, "text_window must be 0 (none) or a number of tokens", repr(self.text_window))
-        object.__setattr__(self, "window_thw", tuple(self.window_thw))  # JSON gives lists back
-        object.__setattr__(self, "half_life", tuple(self.half_life))
-        require(
-            len(self.window_thw) == 3 and min(self.window_thw) >= 1,
-            where,
-            "window_thw must be three positive sizes (T, Y, X)",
-            self.window_thw,
+        for name in ("window_thw", "half_life"):
+            value = getattr(self, name)
+            is_several = isinstance(value, Sequence) and not isinstance(value, str)
+            require(is_several, where, f"{name} must be a tuple of numbers", repr(value))
+            object.__setattr__(self, name, tuple(value))  # JSON gives lists back
+        sizes, must = self.window_thw, "window_thw must be three positive sizes (T, Y, X)"
+        are_sizes = len(sizes) == 3 and all(type(size) is int and size >= 1 for size in sizes)
+        require(are_sizes, where, must, sizes)
+        lives, must = self.half_life, "half_life must be two positive token counts"
+        are_lives = len(lives) == 2 and all(
+            isinstance(each, int | float) and 0 < each < math.inf for each in lives
         )
-        require(
-            len(self.half_life) == 2 and min(self.half_life) > 0 and all(map(math.isfinite, self.half_life)),
-            where,
-            "half_life must be two positive token counts",
-            self.half_life,
-        )
+        require(are_lives, where, must, lives)
 
     @property
     def has_local_swin(self) -> bool:

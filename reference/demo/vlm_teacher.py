@@ -277,9 +277,8 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         keep("cells", measure_cells(reader, collate, min(256, options.eval_samples)), steps, started)
 
     collate, kinds = AnswerCollator(options.output, MERGE), tuple(options.kinds)
-    for level, seconds in zip(LEVELS, answering, strict=True):
+    for level, seconds, each in zip(LEVELS, answering, options.questions_each, strict=True):
         started = time.perf_counter()
-        each = options.questions_each
         questions = partial(LargeQuestions, level, "train", options.seed, kinds=kinds, each=each)
         steps = train(AnswerTrainer, model, questions, collate, options, seconds, **ANSWERING[level])
         save()
@@ -309,7 +308,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--kinds", nargs="+", choices=LARGE_KINDS, default=LARGE_KINDS, help="of questions")
     parser.add_argument(
-        "--questions-each", type=at_least(1), default=1, help="questions of a conversation to learn, at most"
+        "--questions-each",
+        type=at_least(1),
+        nargs=3,
+        default=(1, 1, 1),
+        metavar=("SHORT", "MIDDLE", "LONG"),
+        help="of a conversation to learn, at most",
     )
     parser.add_argument("--steps", type=at_least(1), default=MOST_STEPS, help="most of any of the four")
     parser.add_argument(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from .saved_folder import check_folder, hub_name
 
 def convert(
     teacher: PreTrainedModel,
-    config: LinMUConfig | dict[str, Any] | None = None,
+    config: LinMUConfig | Mapping[str, Any] | None = None,
     *,
     layers: Sequence[int] | None = None,
     backend: str | Backend | None = None,
@@ -65,9 +65,15 @@ def convert(
     Returns:
         the student. A_log, D and the dt, gate and mix projections are at least float32.
     Raises:
-        ValueError: for a teacher of no supported family, unknown options, an unknown backend, or indices out
-            of range.
+        ValueError: for a teacher that is no loaded model of a supported family, options that are unknown or
+            cannot be, an unknown backend, or indices out of range.
     """
+    require(
+        isinstance(teacher, nn.Module), "convert", "teacher must be a loaded model", type(teacher).__name__
+    )
+    is_config = config is None or isinstance(config, LinMUConfig | Mapping)
+    must = "config must be None, a LinMUConfig, or options of it by name"
+    require(is_config, "convert", must, type(config).__name__)
     check_adapters(teacher)
     student_class = student_class_of(teacher)
     check_teacher(teacher)
@@ -115,7 +121,7 @@ def empty_student(
     implementation of its own."""
     attention = decoder_layers(teacher)[0].self_attn
     text_only = {"text_only": student_class.prompt_layout is None}
-    options = config.options() if isinstance(config, LinMUConfig) else text_only | (config or {})
+    options = config.options() if isinstance(config, LinMUConfig) else text_only | dict(config or {})
     settings = {
         "version": VERSION,
         "layers": layer_indices(layers, len(decoder_layers(teacher))),

@@ -138,12 +138,15 @@ def check_folder(folder: str | os.PathLike) -> None:
     """Refuse a local folder that holds another kind of thing than a student, and say where the student is.
 
     Raises:
-        ValueError: for a stage's checkpoint, an adapter, or the folder of a run.
+        ValueError: for a stage's checkpoint, an adapter, the folder of a run, and a path of nothing
+            that cannot be an id of the Hub.
     """
     path = Path(folder)
+    where, must = "load", "the folder must hold a student"
+    is_path = path.is_absolute() or len(path.parts) > 2 or os.fspath(folder).startswith((".", "~"))
+    require(path.is_dir() or not is_path, where, must, f"no folder {path}")
     if not path.is_dir():
         return
-    where, must = "load", "the folder must hold a student"
     stage = [name for name in ("taught.safetensors", "trainer_state.json") if (path / name).is_file()]
     hint = "a run goes on from it with --resume; the finished student is in the run's folder `student`"
     require(not stage, where, must, f"the checkpoint of a stage in {path}", hint)

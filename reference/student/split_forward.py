@@ -29,7 +29,7 @@ from ..checks import require
 from ..layout import VisionLayout
 from ..m_mate import MMATE, MMATEState
 from .cache import CACHE_NAME, LinMUCacheLayer
-from .context_parallel import ContextParallel, Operators
+from .context_parallel import ContextParallel, Operators, m_mate
 
 WHERE = "context_parallel"
 
@@ -202,9 +202,9 @@ class SplitForward:
     def m_mate(
         self, block: MMATE, u: Tensor, layout: VisionLayout | None, **given: Any
     ) -> tuple[Tensor, MMATEState]:
-        """`ContextParallel.m_mate` under this forward's padding and samples, which a layout says itself."""
+        """`context_parallel.m_mate` under this forward's padding and samples, which a layout says itself."""
         given["sequence"] = self.sequence if layout is None else None
-        return self.parallel.m_mate(block, u, layout, valid=self.valid, **given)
+        return m_mate(self.parallel, block, u, layout, valid=self.valid, **given)
 
     def everything_before(self, keys: Tensor) -> Tensor:
         """Keys or values (B, G, S + n, N) of the past and of this rank -> (B, G, S + t, N), all that its last
@@ -213,7 +213,7 @@ class SplitForward:
 
     def whole(self, keys: Tensor) -> Tensor:
         """Keys or values (B, G, S + n, N) of the past and of this rank -> (B, G, S + L, N), on every rank."""
-        new = self.parallel.everywhere(keys[:, :, self.past :], dim=2)
+        new = self.parallel.all_gather_tokens(keys[:, :, self.past :], dim=2)
         return torch.cat([keys[:, :, : self.past], new], 2) if self.past else new
 
     def last_tokens(self, hidden: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class SplitForward:
         held = hidden[:, max(first - start, 0) :]
         place = (max(start, first) - first, self.length - stop) if stop > first else (0, self.last)
         mine = nn.functional.pad(held if stop > first else hidden[:, :0], (0, 0, *place))
-        return self.parallel.gather(mine).sum(0)
+        return self.parallel.all_gather(mine).sum(0)
 
     def finish(self, student: nn.Module, outputs: Any, cache: Any) -> Any:
         """Return a forward's outputs with the loss, the cache being made whole.

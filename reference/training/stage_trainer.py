@@ -72,6 +72,7 @@ class StageTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.reshard_after_forward = False
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a batch, and the questions whether its numbers can be trusted."""
         names, self.facts = inputs.pop("names", []), inputs.pop("facts", None)
         self.tokens.append(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -122,6 +123,7 @@ class StageTrainer(Trainer):
             rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of this step's objective: objectives follow each other, each for as many steps."""
         objectives = self.stage.objectives
         self.model.objective = objectives[self.state.global_step * len(objectives) // self.state.max_steps]
         facts = {} if self.facts is None else {"facts": self.facts}
@@ -145,6 +147,7 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model=None):
+        """One group of parameters for each learning rate."""
         groups: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -174,9 +177,8 @@ class StageTrainer(Trainer):
         return self.stage.learning_rate_new if is_new else self.stage.learning_rate
 
     def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(
-            self.train_dataset
-        )  # InOrder has shuffled: a resumed run sees the same samples
+        # InOrder has shuffled: a resumed run sees the same samples
+        return SequentialSampler(self.train_dataset)
 
     def _get_output_dir(self, trial=None):
         return str(self.part) if self.saving else self.args.output_dir

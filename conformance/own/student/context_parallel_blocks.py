@@ -8,7 +8,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from linmu import optimized, reference
 from linmu.optimized.student import OPERATORS
-from linmu.reference.student.context_parallel import ContextParallel, Operators, Route
+from linmu.reference.student.context_parallel import ContextParallel, Operators, m_mate
+from linmu.reference.student.context_parallel.routes import Route
+from linmu.reference.student.context_parallel.scan import bidirectional_scan
 
 TEXT = [[-1] * 4]
 
@@ -66,7 +68,8 @@ def compare(mesh, lengths, coords, layer, masked, started, backend, packed=False
     block.zero_grad()
 
     mine = parallel.local(u).clone().requires_grad_()
-    got, last = parallel.m_mate(
+    got, last = m_mate(
+        parallel,
         block,
         mine,
         layout,
@@ -77,11 +80,11 @@ def compare(mesh, lengths, coords, layer, masked, started, backend, packed=False
     (got * parallel.local(weight)).sum().backward()
     with torch.no_grad():  # leaves out what is 0
         given = {"valid": valid, "position_embeddings": tuple(map(parallel.local, angles)), "state": state}
-        alone, alone_last = parallel.m_mate(block, mine, layout, **given)
+        alone, alone_last = m_mate(parallel, block, mine, layout, **given)
     made = set(parallel.made)
     block.layer_index = block.flex_ma.layer_index = block.local_swin.layer_index = layer + 4
     with torch.no_grad():
-        parallel.m_mate(block, mine, layout, position_embeddings=tuple(map(parallel.local, angles)))
+        m_mate(parallel, block, mine, layout, position_embeddings=tuple(map(parallel.local, angles)))
     assert set(parallel.made) == made, "a layer of the same order must find the way there"
     routes = [route for found in parallel.made.values() for route in (found, *tuples(found))]
     sent = [each.send_sizes[parallel.rank] for each in routes if isinstance(each, Route)]
@@ -112,7 +115,7 @@ def scan_under_autocast(mesh):
     mine = [parallel.local(tensor) for tensor in (x, dt, B, C, gate)]
     with torch.autocast("cpu", torch.bfloat16):
         wanted, end = reference.bidirectional_scan(x, dt, A, B, C, gate=gate, segment=segment)
-        got, last = parallel.bidirectional_scan(*mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
+        got, last = bidirectional_scan(parallel, *mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
     torch.testing.assert_close(got, parallel.local(wanted), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
 
@@ -131,7 +134,7 @@ def scan_keeps_no_copies(mesh):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append((t.dtype, t.numel())) or t, lambda t: t
     ):
-        y, _ = parallel.bidirectional_scan(*mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
+        y, _ = bidirectional_scan(parallel, *mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
         total = y.sum()
     total.backward()
     assert kept and (torch.float32, mine[3].numel()) not in kept
@@ -149,7 +152,7 @@ def scan_in_bfloat16(mesh):
     one, _ = reference.bidirectional_scan(x, dt, A, B, C, **options)
     parallel = ContextParallel(mesh, [9, 17])
     mine = [parallel.local(tensor) for tensor in (x, dt, B, C, gate)]
-    got, last = parallel.bidirectional_scan(*mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
+    got, last = bidirectional_scan(parallel, *mine[:2], A, *mine[2:4], gate=mine[4], segment=segment)
     off = (got.float() - parallel.local(wanted)).norm() / parallel.local(wanted).norm()
     allowed = (one.float() - wanted).norm() / wanted.norm()
     assert got.dtype == torch.bfloat16 and off < 2 * allowed, (off, allowed)

@@ -20,7 +20,15 @@ from ...properties.test_errors import LAYOUT, assert_says, half_text, interleave
         ({"conv_kernel": -1}, ("conv_kernel", "-1")),
         ({"window_thw": (4, 8)}, ("window_thw", "(4, 8)")),
         ({"window_thw": (4, 0, 8)}, ("window_thw", "(4, 0, 8)")),
+        ({"window_thw": (4.0, 8, 8)}, ("window_thw", "(4.0, 8, 8)")),
+        ({"window_thw": 8}, ("window_thw", "8")),
+        ({"window_thw": "488"}, ("window_thw", "'488'")),
         ({"half_life": (0.0, 8.0)}, ("half_life", "0.0")),
+        ({"half_life": (1.0, float("nan"))}, ("half_life", "nan")),
+        ({"half_life": ("1", 8.0)}, ("half_life", "'1'")),
+        ({"conv_kernel": 2.5}, ("conv_kernel", "2.5")),
+        ({"scan_rope": "no"}, ("scan_rope", "'no'")),
+        ({"text_only": 0}, ("text_only", "0")),
     ),
 )
 def test_an_impossible_configuration_is_refused(changes, words):

@@ -180,6 +180,20 @@ def test_unknown_options_are_refused(teacher):
         convert(teacher, {"window": (1, 2, 3)})
 
 
+@pytest.mark.parametrize("config", ["fast", [("text_window", 0)], 3])
+def test_what_is_no_configuration_is_refused(teacher, config):
+    with pytest.raises(
+        ValueError, match="convert: config must be None, a LinMUConfig, or options of it by name"
+    ):
+        convert(teacher, config)
+
+
+@pytest.mark.parametrize("teacher", ["Qwen/Qwen2.5-VL-3B-Instruct", None])
+def test_a_teacher_that_is_not_loaded_is_refused(teacher):
+    with pytest.raises(ValueError, match="convert: teacher must be a loaded model, got"):
+        convert(teacher)
+
+
 def gradients(student: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     student.zero_grad()
     student(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()

@@ -141,6 +141,8 @@ def test_other_folders_are_told_apart(folder, tmp_path):
         (stage, r"got the checkpoint of a stage in .*; a run goes on from it with --resume"),
         (adapter, r"got a LoRA adapter in .*; open its student, then peft"),
         (empty, r"got no config.json in .*empty"),
+        (tmp_path / "none", r"got no folder .*none"),
+        ("runs/mine/student", "got no folder runs/mine/student"),
     ):
         with pytest.raises(ValueError, match=f"load: the folder must hold a student, {message}"):
             load(path)

@@ -38,7 +38,16 @@ LONGEST = 600  # characters of what is wrong with a sample
 
 
 class BrokenSampleError(RefusedError):
-    """A sample that cannot be used, by file and line."""
+    """A sample that cannot be used, by file and line.
+
+    Args:
+        complaint: which one, and what is wrong with it.
+        hint: what to do about it, where a broken sample ends the run.
+    """
+
+    def __init__(self, complaint: str, hint: str = "") -> None:
+        super().__init__(f"{complaint}; {hint}" if hint else complaint)
+        self.complaint = complaint
 
 
 def template_refused(name: str, error: ChatTemplateError) -> RefusedError:
@@ -108,7 +117,7 @@ class Conversations(Dataset):
                 name, why = self.rows.name(line), shortened(f"{type(error).__name__}: {error}", LONGEST)
                 if self.on_broken == "refuse":
                     hint = "mend it, or skip broken samples (on_broken)"
-                    raise BrokenSampleError(f"{name}: {why}; {hint}") from error
+                    raise BrokenSampleError(f"{name}: {why}", hint) from error
                 if name not in self.skipped:  # once, however many epochs there are
                     self.skipped.add(name)
                     logger.warning("skipped %s: %s", name, why)

@@ -29,7 +29,7 @@ class OrComplaint(Dataset):
         try:
             return self.data[index]
         except BrokenSampleError as error:
-            return str(error)
+            return error.complaint
 
 
 def strict(data: Dataset) -> Dataset:
