@@ -38,6 +38,7 @@ PRODUCTS = {
     "sliding_query": 5,
     "sliding_key": 4,
     "sliding_step": 0,
+    "sliding_group": 0,
     "sliding_move": 0,
     "conv_forward": 0,
     "conv_backward": 0,
