@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +62,7 @@ BACKEND = register_backend(Backend("optimized", MMATE, VisionLayout, Lesson, has
 
 def convert(
     teacher: PreTrainedModel,
-    config: LinMUConfig | dict[str, Any] | None = None,
+    config: LinMUConfig | Mapping[str, Any] | None = None,
     *,
     layers: Sequence[int] | None = None,
     backend: str | Backend | None = None,

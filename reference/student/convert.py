@@ -113,7 +113,7 @@ def load(folder: str, **from_pretrained_kwargs: Any) -> LinMUModel:
 def empty_student(
     teacher: PreTrainedModel,
     student_class: type[LinMUModel],
-    config: LinMUConfig | dict[str, Any] | None,
+    config: LinMUConfig | Mapping[str, Any] | None,
     layers: Sequence[int] | None,
     backend: Backend,
 ) -> LinMUModel:

@@ -241,6 +241,7 @@ def check_settings(config: Config) -> None:
     rate = config.mlps.mlp_learning_rate
     check(0 <= rate < math.inf, "--mlp_learning_rate must be finite, 0 or more", rate)
     check(not (config.resume and config.overwrite), "--resume and --overwrite must not both be given", "both")
+    check(config.student.layers != (), "--layers must name a layer to convert, or be left out", "none")
     demo, given = config.data == ("demo",), " ".join(config.data)
     check((config.teacher == "demo") == demo, "--teacher and --data must both be demo, or neither",
           f"{config.teacher}, {given}", "the bundled one's folder is reference/demo/teacher")  # fmt: skip

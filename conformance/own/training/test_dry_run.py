@@ -58,6 +58,7 @@ def test_it_says_what_would_be_trained_on_what_and_writes_nothing(mine, capsys):
     for stage in ("i", "ii", "iii"):
         assert f"stage {stage} trains " in said and f"stage {stage} freezes " in said
         assert re.search(rf"stage {stage}, \d+ steps: memory [\d.]+ GiB = weights [\d.]+ GiB, states", said)
+    assert said.splitlines()[-1] == "nothing stands against this run; without --dry_run it starts"
     assert not (mine.parent / "run").exists()
 
 

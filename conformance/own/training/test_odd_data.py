@@ -358,6 +358,7 @@ def test_lines_are_read_alike_listed_and_streamed(tmp_path, content, lines, stre
         ("blank.jsonl", b"\n \n", "must hold conversations, got none"),
         ("none.json", b"[]", "must hold conversations, got none"),
         ("wide.jsonl", json.dumps(GOOD).encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("cat.png", b"\x89PNG\r\n", "a picture or a film; name it in the content of a conversation"),
         ("packed.jsonl.gz", b"\x1f\x8b\x08", "gzip; unpack it first"),
         ("packed.zip", b"PK\x03\x04", "zip; unpack it"),
         ("cut.json", b"[" + LINES + b",\n" + LINES[:30], "JSONDecodeError after 1 lines"),

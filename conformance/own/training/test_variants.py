@@ -304,6 +304,11 @@ def test_what_other_settings_reached_is_not_taken_over(tmp_path):
         ablate([*flags, "--stage_iii.learning_rate", "1e-5"], run)
 
 
+def test_no_layer_at_all_is_refused():
+    with pytest.raises(RefusedError, match="--layers must name a layer to convert, or be left out, got none"):
+        check_settings(replace(parse([]), student=StudentSettings(layers=())))
+
+
 def test_unknown_variants_are_refused():
     with pytest.raises(RefusedError, match=r"--variants must be among .*got \['half'\]"):
         main(["ablate", "--variants", "half"])

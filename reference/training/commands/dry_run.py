@@ -77,6 +77,7 @@ def dry_run(run: Run) -> None:
     for name, tensor in batch.items():
         run.say(f"  {name:20} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
     describe_stages(run, run.on_device(batch))
+    run.say("nothing stands against this run; without --dry_run it starts")
 
 
 def describe_stages(run: Run, batch: dict[str, torch.Tensor]) -> None:

@@ -116,7 +116,7 @@ class Conversations(Dataset):
             except Exception as error:  # any error of a sample is that sample's
                 name, why = self.rows.name(line), shortened(f"{type(error).__name__}: {error}", LONGEST)
                 if self.on_broken == "refuse":
-                    hint = "mend it, or skip broken samples (on_broken)"
+                    hint = "mend it, or --on_broken skip; --dry_run names all of them"
                     raise BrokenSampleError(f"{name}: {why}", hint) from error
                 if name not in self.skipped:  # once, however many epochs there are
                     self.skipped.add(name)

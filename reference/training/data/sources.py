@@ -34,6 +34,10 @@ UNREADABLE = {
     b"PK\x03\x04": "zip; unpack it first",
     b"\xff\xfe": "UTF-16; save it as UTF-8",
     b"\xfe\xff": "UTF-16; save it as UTF-8",
+    **dict.fromkeys(
+        (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"),
+        "a picture or a film; name it in the content of a conversation",
+    ),
 }
 
 
