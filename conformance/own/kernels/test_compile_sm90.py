@@ -113,7 +113,7 @@ def sizes_of(kernel: str, thorough: bool) -> dict[str, tuple[int, ...]]:
     if kernel in OF_ROWS:
         sizes = {dtype: each[:1] for dtype, each in sizes.items()}
     if kernel.startswith("sliding"):
-        sizes = ALL_WIDE if thorough else WIDE
+        sizes = ALL_WIDE if thorough else {"bf16": (128,)} if kernel == "sliding_group" else WIDE
     return {dtype: each for dtype, each in sizes.items() if dtype not in left_out}
 
 
