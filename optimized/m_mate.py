@@ -118,17 +118,17 @@ class MMATE(reference.MMATE):
         return own and are_plain([self.flex_ma.dt_proj, self.flex_ma.scan_gate_proj, self.mix_proj])
 
 
-def prepare_layers(blocks: list[MMATE], u: Tensor, layout: VisionLayout | None) -> None:
+def prepare_layers(blocks: list[MMATE], u: Tensor, is_text: bool) -> None:
     """Within `one_forward`: compute for all of a decoder's blocks at once what follows from weights alone.
 
     Args:
         blocks: of the same sizes.
         u: (B, L, D), like the hidden states of all.
-        layout: of the forward.
+        is_text: whether the forward has no layout.
     """
     flex = [block.flex_ma for block in blocks]
     prepare_decay_rates(flex, u)
-    if layout is None:
+    if is_text:
         prepare_narrow(u, [[each.dt_proj] for each in flex])
         prepare_narrow(u, [[block.mix_proj] for block in blocks if hasattr(block, "mix_proj")])
         return

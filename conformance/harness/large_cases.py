@@ -169,20 +169,22 @@ def both(rows: tuple, heads: int, groups: int, state: int, head_dim: int, **fixe
 
 
 def windows(
-    length: int, heads: int, groups: int, size: int, count: int, batch: int = 1, **fixed
+    length: int, heads: int, groups: int, size: int | tuple[int, int], count: int, batch: int = 1, **fixed
 ) -> WindowCase:
-    """Attention in `count` windows, with heads of `size` numbers."""
+    """Attention in `count` windows, with heads of `size` numbers: N in q and k, P in v, or both."""
     rest = {"scale": None, "dtype": "float32", "seed": length}
-    return WindowCase(batch, length, heads, groups, size, size, count, **{**rest, **fixed})
+    state, head_dim = size if isinstance(size, tuple) else (size, size)
+    return WindowCase(batch, length, heads, groups, state, head_dim, count, **{**rest, **fixed})
 
 
 def sliding(
-    length: int, heads: int, groups: int, size: int, window: int, batch: int = 1, **fixed
+    length: int, heads: int, groups: int, size: int | tuple[int, int], window: int, batch: int = 1, **fixed
 ) -> SlidingWindowCase:
-    """Attention in a sliding window, behind a state, with heads of `size` numbers."""
+    """Attention in a sliding window, behind a state, with heads of `size` numbers, as in `windows`."""
     rest = {"asks": "none", "valid": "none", "packed": False, "initial_state": True, "scale": None}
     rest |= {"dtype": "float32", "seed": length}
-    return SlidingWindowCase(batch, length, heads, groups, size, size, window, **{**rest, **fixed})
+    state, head_dim = size if isinstance(size, tuple) else (size, size)
+    return SlidingWindowCase(batch, length, heads, groups, state, head_dim, window, **{**rest, **fixed})
 
 
 def rising(case: Case, step: float) -> Case:
@@ -211,6 +213,8 @@ LARGE: dict[str, dict[str, Case]] = {
         "N=P=128": scan(70, 4, 2, 128, 128, batch=2),
         "N=136 P=144, reverse": scan(33, 2, 1, 136, 144, reverse=True),
         "N=200 P=264": scan(9, 2, 1, 200, 264),
+        "N=16 P=144": scan(20, 2, 1, 16, 144),
+        "N=192 P=64": scan(20, 2, 1, 192, 64),
         "N=P=128, mixed": scan(40, 4, 1, 128, 128, dtype="mixed", mask="some"),
         "4,133 tokens, slow decay": scan(4133, 2, 1, 3, 5, decay=-1e-3),
         "2,309 tokens, slow decay, reverse, masks": scan(
@@ -230,6 +234,8 @@ LARGE: dict[str, dict[str, Case]] = {
         "N=P=128": both(MODEL_PROMPT, 4, 2, 128, 128),
         "N=136 P=144": both((MODEL_PROMPT[0],), 2, 1, 136, 144),
         "N=200 P=264": both(((Text(3), Vision(0, (1, 2, 2))),), 2, 1, 200, 264),
+        "N=16 P=144": both(((Text(3), Vision(0, (1, 2, 2))),), 2, 1, 16, 144),
+        "N=192 P=64": both(((Text(3), Vision(0, (1, 2, 2))),), 2, 1, 192, 64),
         "N=P=128, mixed": both((MODEL_PROMPT[1],), 4, 1, 128, 128, dtype="mixed"),
         "702 tokens in an image, slow decay": both(LONG_IMAGE, 2, 1, 4, 5, decay=-1e-3),
         "3,800 tokens of text, slow decay": both(LONG_TEXT, 2, 1, 5, 4, decay=-1e-3),
@@ -245,6 +251,8 @@ LARGE: dict[str, dict[str, Case]] = {
         "N=P=128": StepCase(4, 8, 2, 128, 128, True, True, "float32", 1),
         "N=136 P=144": StepCase(2, 4, 1, 136, 144, True, False, "float32", 2),
         "N=200 P=264": StepCase(2, 2, 1, 200, 264, True, False, "float32", 6),
+        "N=16 P=144": StepCase(2, 2, 1, 16, 144, True, False, "float32", 8),
+        "N=192 P=64": StepCase(2, 2, 1, 192, 64, True, False, "float32", 9),
         "N=P=128, mixed": StepCase(3, 4, 2, 128, 128, True, True, "mixed", 3),
         "300 rows": StepCase(300, 2, 1, 3, 2, True, True, "float32", 4),
         "28 heads, 7 to a group": StepCase(2, 28, 4, 3, 2, True, True, "float32", 7),
@@ -254,6 +262,9 @@ LARGE: dict[str, dict[str, Case]] = {
         "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2, everywhere=True),
         "N=P=144": windows(60, 4, 2, 144, 3, batch=2, scale=0.1),
         "N=P=264": windows(12, 2, 1, 264, 2),
+        "N=64 P=192": windows(12, 2, 1, (64, 192), 2),
+        "N=192 P=64": windows(12, 2, 1, (192, 64), 2),
+        "N=1 P=129": windows(12, 2, 1, (1, 129), 2),
         "N=P=128, bfloat16": windows(300, 4, 2, 128, 5, dtype="bfloat16"),
         "2,200 tokens in one window": windows(2200, 1, 1, 3, 1, everywhere=True),
         "2,200 tokens in 1,500 windows": windows(2200, 2, 1, 4, 1500),
@@ -272,6 +283,8 @@ LARGE: dict[str, dict[str, Case]] = {
         "window of 129, N=P=144": sliding(300, 4, 2, 144, 129, scale=0.1),
         "N=P=128, bfloat16": sliding(260, 4, 2, 128, 128, dtype="bfloat16", asks="some"),
         "N=P=256": sliding(12, 2, 1, 256, 5),
+        "N=64 P=192": sliding(12, 2, 1, (64, 192), 5),
+        "N=192 P=64": sliding(12, 2, 1, (192, 64), 5),
         "one token behind a window of 300, N=P=128": sliding(1, 4, 2, 128, 300, batch=3),
         "2,200 tokens in a window of 1,500": sliding(2200, 1, 1, 3, 1500),
         "window of 256, packed, padding": sliding(700, 2, 2, 3, 256, valid="some", packed=True),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ SIZES = {  # of terms that cancel
 HALF_AND_SINGLE = ("bfloat16", "float32")
 HARNESS, PYTHON = str(Path(__file__).parent), sysconfig.get_path("stdlib")
 INSTALLED = ("site-packages", "dist-packages", "<")  # what has these in its path, or has none
+LOCKED = 0.3  # seconds after which a call in another thread is taken to wait for a lock
 MAY_MIX = ("selective_scan", "bidirectional_scan", "scan_step", "causal_conv")
 MAY_HAVE_NO_TOKENS = ("window_attention", "hidden_loss", "logit_loss")
 MIXED = "test_each_argument_may_have_a_dtype_of_its_own"
@@ -409,8 +411,7 @@ def check_backward_passes(backend: Any, case: Case) -> None:
 
 
 def check_interruptions(backend: Any, case: Case) -> None:
-    """Before any line of the backend's code another call may run to its end, as threads have it: no workspace
-    is shared."""
+    """Before any line of the backend's code a call of another thread may run: no workspace is shared."""
     others = case.changed(**case.inputs(draw=1))
     wanted = run(backend, case, gradients=True)
     with interruptions(backend, lambda: run(backend, others, gradients=True)):
@@ -420,12 +421,17 @@ def check_interruptions(backend: Any, case: Case) -> None:
 
 @contextmanager
 def interruptions(backend: Any, other: Callable) -> Iterator[None]:
-    """Call `other` before each line that runs for the first time: of the backend and of files beside it, not
-    of Python's and installed packages, such as torch, nor of this suite's harness."""
+    """Call `other` in another thread before each line that runs for the first time: of the backend and of
+    files beside it, not of Python's and installed packages, such as torch, nor of this suite's harness.
+
+    A line waits for that call. One that takes longer, as behind a lock that the backend holds, runs beside
+    the lines that follow, and no other is begun until it has ended.
+    """
     file = getattr(getattr(backend, "module", None), "__file__", None)
     own = str(Path(file).parent) if file is not None else ""
     own = "" if own.endswith(INSTALLED[:2]) else own
-    seen = set()
+    seen: set[tuple[str, int]] = set()
+    calls: list[Future] = []
 
     def is_left_out(file: str) -> bool:
         if own and file.startswith(own):
@@ -433,20 +439,24 @@ def interruptions(backend: Any, other: Callable) -> Iterator[None]:
         return file.startswith((HARNESS, PYTHON)) or any(part in file for part in INSTALLED)
 
     def trace(frame: Any, event: str, _: Any) -> Callable | None:
-        if is_left_out(frame.f_code.co_filename):
-            return None
+        if is_left_out(frame.f_code.co_filename) or frame.f_code.co_name == "<module>":
+            return None  # what is being imported is not called by two
         line = frame.f_code.co_filename, frame.f_lineno
-        if event == "line" and line not in seen:
+        if event == "line" and line not in seen and all(call.done() for call in calls[-1:]):
             seen.add(line)
-            other()  # untraced, as Python has it
+            calls.append(threads.submit(other))
+            wait(calls[-1:], LOCKED)
         return trace
 
     before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    with ThreadPoolExecutor(1) as threads:
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+        for call in calls:
+            call.result()
 
 
 def forward_pass(backend: Any, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor]]:

@@ -8,8 +8,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from threading import Lock
 
 import pytest
+
+from linmu import reference
+
+from ..harness.backends import Backend
+from ..harness.large_cases import LARGE
+from ..harness.operator_checks import check_interruptions
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = f"{__package__}.honest"
@@ -50,3 +57,15 @@ def test_honest_backends_pass(run, request):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 25 * len(names), done.stdout
+
+
+def test_a_call_may_hold_a_lock():
+    """Of a call that another thread makes meanwhile nothing more is asked than that it ends at last."""
+    lock = Lock()
+
+    def locked(*args, **given):
+        with lock:
+            return reference.causal_conv(*args, **given)
+
+    backend = Backend("the reference behind a lock", reference, causal_conv=locked)
+    check_interruptions(backend, LARGE["causal_conv"]["300 rows"])

@@ -393,7 +393,7 @@ def run_layers(
     options = {CACHE_NAME: cache, "use_cache": True, "attention_mask": valid, "linmu_layout": layout}
     options["position_embeddings"] = decoder.rotary_emb(embeds, positions)
     with one_forward():
-        prepare_layers([layer.self_attn for layer in decoder.layers], embeds, layout)
+        prepare_layers([layer.self_attn for layer in decoder.layers], embeds, layout is None)
         hidden = through_layers(decoder, embeds, **options)
     return hidden, [slot.state for slot in cache.layers]
 

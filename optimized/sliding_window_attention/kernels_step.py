@@ -21,7 +21,7 @@ from .operator import StepInputs, StepOutputs, step_outputs
 
 READ = {False: 128, True: 64}  # places that a program attends to at once, for head dims beyond 128 fewer
 MANY_ROWS = 32  # with as many, programs of a group each fill the GPU
-PRODUCTS = 2**14  # of a group's queries and keys, element by element, that a program makes at once
+PRODUCTS = {False: 2**14, True: 2**13}  # of a group's queries and keys that a program makes at once, likewise
 MOVED = 32  # places that a program moves at once
 
 
@@ -200,7 +200,8 @@ def step(inputs: StepInputs) -> StepOutputs:
         attention_kernel[(batch * heads,)](*given, COLUMNS=columns, **options)
     else:
         shared = power_of_2(heads // groups)
-        columns = max(min(PRODUCTS // (shared * sizes["BLOCK_N"]), tile_size(after.shape[1])), 1)
+        products = PRODUCTS[max(size, value_size) > 128] // (shared * sizes["BLOCK_N"])
+        columns = max(min(products, tile_size(after.shape[1])), 1)
         group_kernel[(batch * groups,)](*given, COLUMNS=columns, HEADS=shared, **options)
     move_kernel[(batch * groups,)](
         k,

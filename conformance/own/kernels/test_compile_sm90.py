@@ -38,6 +38,7 @@ PRODUCTS = {
     "sliding_query": 5,
     "sliding_key": 4,
     "sliding_step": 0,
+    "sliding_group": 0,
     "sliding_move": 0,
     "conv_forward": 0,
     "conv_backward": 0,
@@ -112,7 +113,7 @@ def sizes_of(kernel: str, thorough: bool) -> dict[str, tuple[int, ...]]:
     if kernel in OF_ROWS:
         sizes = {dtype: each[:1] for dtype, each in sizes.items()}
     if kernel.startswith("sliding"):
-        sizes = ALL_WIDE if thorough else WIDE
+        sizes = ALL_WIDE if thorough else {"bf16": (128,)} if kernel == "sliding_group" else WIDE
     return {dtype: each for dtype, each in sizes.items() if dtype not in left_out}
 
 

@@ -84,7 +84,7 @@ def test_a_token_of_many_rows_takes_what_was_prepared(in_parts, monkeypatch):
     monkeypatch.setattr(narrow, "product_of_parts", lambda u, *parts: used.append(u) or own(u, *parts))
     prepared = {}
     with one_forward(prepared):
-        prepare_layers([block], u, None)
+        prepare_layers([block], u, True)
     with one_forward(dict(prepared)):
         found, pooled = block(u[:, 3:], position_embeddings=last, state=state)
     assert len(used) == 2

@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linmu.optimized import convert, load
+from linmu.optimized import MMATE, convert, load
+from linmu.reference.config import LinMUConfig
 from linmu.reference.prompts.qwen_processing import FrameProcessor
 from linmu.reference.student.model import LinMUModel
 
@@ -246,6 +247,25 @@ def test_the_state_of_a_layer_holds_the_text_window(served):
         groups, dim = layer.config.groups, layer.config.head_dim
         assert shapes["keys"] == shapes["values"] == (5, groups, dim) and shapes["present"] == (16,)
         assert [tensor.shape[1:] for tensor in layer.kv_cache] == list(shapes.values())
+
+
+def test_new_weights_reach_what_was_prepared_of_the_old_ones():
+    """In its place, where a captured step reads it."""
+    from linmu.optimized.serving.vllm_plugin.layer import Step, prepare_again
+
+    config = LinMUConfig(width=8, heads=4, groups=2, head_dim=4, text_window=3)
+    blocks, prepared, zeros = [MMATE(config, index) for index in range(2)], {}, torch.zeros(1, 4, 4)
+    with torch.inference_mode():
+        found = Step((zeros, zeros), None, None, blocks, prepared).prepare(None)
+    assert prepared == {True: found} and len(found) == 2 * 3  # A, and v k q of both branches
+    flex_ma = blocks[1].flex_ma
+    linears = flex_ma.v_proj, flex_ma.k_proj, flex_ma.q_proj
+    rate, (product, _) = found["A", id(flex_ma)], found["joined", *map(id, linears)]
+    for parameter in flex_ma.parameters():
+        parameter.data.copy_(torch.randn_like(parameter))
+    prepare_again(blocks, prepared)
+    assert torch.equal(rate, -flex_ma.A_log.exp()) and rate is found["A", id(flex_ma)]
+    assert torch.equal(product, torch.cat([linear.weight for linear in linears]))
 
 
 def test_a_cut_picture_is_refused_by_the_layer():

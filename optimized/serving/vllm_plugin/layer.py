@@ -139,15 +139,10 @@ class Step:
         """Return what follows from all layers' weights, for `one_forward`."""
         is_text = layout is None
         if is_text not in self.prepared:
-            self.prepared[is_text] = {}
-            if self.blocks:
-                like = self.blocks[0].flex_ma.v_proj.weight[None]  # (1, L, D)
+            self.prepared[is_text] = prepared_of(self.blocks, is_text)
+            if is_text:
                 with one_forward(self.prepared[is_text]):
-                    prepare_layers(list(self.blocks), like, layout)
-                    if is_text:
-                        join_weights(
-                            [linears_of(each) for block in self.blocks for each in branches_of(block)]
-                        )
+                    join_weights([linears_of(each) for block in self.blocks for each in branches_of(block)])
         return self.prepared[is_text]
 
     def layout(
@@ -162,6 +157,28 @@ class Step:
         if valid is not None:
             coords = torch.where(valid[..., None], coords, -1)
         return VisionLayout(coords) if bool((coords >= 0).any()) else None
+
+
+def prepared_of(blocks: Sequence[MMATE], is_text: bool) -> dict[Hashable, Any]:
+    """Return what `prepare_layers` makes, for `one_forward`."""
+    found: dict[Hashable, Any] = {}
+    if blocks:
+        like = blocks[0].flex_ma.v_proj.weight[None]  # (1, L, D)
+        with one_forward(found):
+            prepare_layers(list(blocks), like, is_text)
+    return found
+
+
+@torch.inference_mode()
+def prepare_again(blocks: Sequence[MMATE], prepared: dict[bool, dict[Hashable, Any]]) -> None:
+    """Bring what was prepared up to new weights, in its place, from which captured steps read it."""
+    for is_text, old in prepared.items():
+        for key, new in prepared_of(blocks, is_text).items():
+            pairs = zip(
+                *([each] if isinstance(each, Tensor) else each for each in (old[key], new)), strict=True
+            )
+            for mine, fresh in pairs:
+                mine.copy_(fresh)
 
 
 def branches_of(block: MMATE) -> list[HeadProjections]:

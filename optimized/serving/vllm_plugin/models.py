@@ -28,7 +28,7 @@ from ....reference.student.families import FAMILIES
 from ....reference.student.generation import MODALITIES, rope_index
 from ....reference.student.model import LinMUModel, mixers
 from ...engine import engine_of_block
-from .layer import StateLayer, Step, check_decodes_are_text, state_dtypes, state_shapes
+from .layer import StateLayer, Step, check_decodes_are_text, prepare_again, state_dtypes, state_shapes
 from .positions import pack, unpack
 from .tensor_parallel import part_of_rank, sizes_of_rank
 from .warm_up import warm_up
@@ -123,7 +123,6 @@ class StateModel:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As vLLM's, which gets what does not belong to a block."""
         wholes = mixers(self.student)
-        self.prepared.clear()
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         loaded = set()
 
@@ -145,6 +144,7 @@ class StateModel:
         own = {name for name, _ in self.named_parameters() if ".self_attn.block." in name}
         missing = sorted(own - loaded)
         require(not missing, "load_weights", "the folder must hold all of a student", missing[:8])
+        prepare_again([layer.block for layer in self.states.values()], self.prepared)
         return loaded
 
 

@@ -2,7 +2,7 @@
 
 Triton compiles a kernel anew for every set of options, and for integers that 16 divides. Which of these a
 prompt needs follows from its length, from whether it is padded, and from whether it goes on from a state.
-On an H200 all of them took some 20 s; they are kept on disk, in Triton's cache.
+By estimate all of them take an H200's host some 20 s, once: Triton keeps them on disk.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
         moves = chosen["kernel"] == "move_kernel"
         known["COLUMNS"] = sliding_step.MOVED if moves else sliding_step.READ[size > 128]
         if chosen["kernel"] == "group_kernel":
-            known |= {"HEADS": 8, "COLUMNS": sliding_step.PRODUCTS // (8 * size)}
+            known |= {"HEADS": 8, "COLUMNS": sliding_step.PRODUCTS[size > 128] // (8 * size)}
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     return {name: known[name] for name in names if name in known}

@@ -72,7 +72,7 @@ def main(dtype: str) -> None:
     mend_scalars()
     for table in (kernels.FORWARD, kernels_backward.QUERY_GRADIENT, kernels_backward.KEY_GRADIENT):
         table.update(dict.fromkeys(table, kernels.Tiles(16, 16, 4, 1)))
-    kernels_step.PRODUCTS = 2 * 8 * 16  # two places at once
+    kernels_step.PRODUCTS = dict.fromkeys((False, True), 2 * 8 * 16)  # a few places at once
     kernels_step.READ, kernels_step.MOVED = dict.fromkeys((False, True), 16), 16
     optimized.set_engine("triton")
     for case in islice(cases(dtype), dtype == "float16", None, 1 + (dtype == "float16")):
