@@ -147,7 +147,7 @@ def sizes_of_gradients(case: Case, of: tuple[str, ...] | None = None) -> Results
 
 
 def sizes_of_differences(case: Case) -> Results:
-    """The part of these that a softmax brings: of two runs, which add up tokens alike, it is all that cancels."""
+    """The part of these that a softmax brings: all that cancels between runs that add up tokens alike."""
     return SIZES[case.operator](**widened(case).inputs()) if case.operator in SIZES else {}
 
 
