@@ -175,7 +175,7 @@ def segments_end_at_padding_of_another_one(reference, *tensors, segment=None, va
             if number >= 0 and not there[t] and last not in (-1, number):
                 shift += 1000
             last = number if number >= 0 else last
-            row[t] = number + shift if number >= 0 else -1
+            row[t] = -1 if number < 0 else number - shift if number > 2**62 else number + shift
     return reference(*tensors, segment=ids, valid=valid, **rest)
 
 
