@@ -258,7 +258,8 @@ FEW_OF_MANY = (0, 1, 20, 257)  # tokens that a state of hundreds of places holds
 @st.composite
 def wide_windows(draw: st.DrawFn) -> SlidingWindowCase:
     """A step, or a prompt of a few tokens, in a window of several blocks."""
-    fixed = {"batch": len(FEW_OF_MANY), "length": draw(st.sampled_from((1, 4))), "groups": 1, "heads": 2}
+    length, behind = draw(st.sampled_from(((1, True), (1, True), (4, True), (4, False))))  # steps above all
+    fixed = {"batch": len(FEW_OF_MANY), "length": length, "initial_state": behind, "groups": 1, "heads": 2}
     fixed |= {"window": draw(st.sampled_from((300, 600))), "packed": False}
     return draw(
         sliding_window_cases(EXACT, asks="none", valid=draw(st.sampled_from(("none", "some"))), **fixed)
