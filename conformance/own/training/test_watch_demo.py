@@ -199,11 +199,15 @@ def test_an_interruption_waits_for_the_block_and_keeps_the_session(
 
     monkeypatch.setattr(watch, "see", interrupted)
     kept = tmp_path / "kept" / "session"
-    with pytest.raises(KeyboardInterrupt):
-        kept.parent.mkdir()
-        main([str(folder), str(tmp_path), "--session", str(kept), "--block", "2"])
+    kept.parent.mkdir()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main([str(folder), str(tmp_path), "--session", str(kept), "--block", "2"])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert watch.open(kept, student, processor).frames == 4
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_film_that_breaks_leaves_the_session_before_it(folder, student, processor, tmp_path):
