@@ -122,14 +122,19 @@ def decoding_table(lines: list[dict[str, Any]]) -> str:
     return "## Decoding\n\n" + table(names, rows) + "\n\n![Tokens a second](decoding.png)"
 
 
-def prompt_table(lines: list[dict[str, Any]]) -> str:
-    """First tokens of prompts that are computed."""
+def pairs_of(lines: list[dict[str, Any]], cell: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """Lines of a cell by (length, requests), each by whose it is, in order."""
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for who in ("teacher", "student"):
-        for line in of(lines, who, "prompt"):
+        for line in of(lines, who, cell):
             found.setdefault((line["length"], line["requests"]), {})[who] = line
+    return sorted(found.items())
+
+
+def prompt_table(lines: list[dict[str, Any]]) -> str:
+    """First tokens of prompts that are computed."""
     rows = []
-    for (length, requests), pair in sorted(found.items()):
+    for (length, requests), pair in pairs_of(lines, "prompt"):
         row: list[Any] = [f"{length:,}", requests]
         for name in ("ms_to_first_token", "ms_between_tokens"):
             row += [pair[who][name] if who in pair else "not measured" for who in ("teacher", "student")]
@@ -143,12 +148,8 @@ def prompt_table(lines: list[dict[str, Any]]) -> str:
 
 def served_table(lines: list[dict[str, Any]]) -> str:
     """Requests from their prompts to their last tokens."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
-    for who in ("teacher", "student"):
-        for line in of(lines, who, "served"):
-            found.setdefault((line["length"], line["requests"]), {})[who] = line
     rows = []
-    for (length, requests), pair in sorted(found.items()):
+    for (length, requests), pair in pairs_of(lines, "served"):
         row: list[Any] = [f"{length:,}", requests]
         for name in ("seconds", "tokens_per_second", "ms_to_first_token", "ms_between_tokens"):
             row += [
