@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..training.refusal import INTERRUPTED
 from ..training.teacher import NOT_OPENED
-
-INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as shells have it
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as shells have it
+
 
 class RefusedError(ValueError):
     """Something the user can put right; printed without a traceback."""

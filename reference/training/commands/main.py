@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..config import Config, check_settings
-from ..refusal import RefusedError
+from ..refusal import INTERRUPTED, RefusedError
 from ..run import Run
 from .ablation import ablate
 from .benchmark import benchmark
@@ -22,7 +22,6 @@ ABOUT = (
     " evaluate, quantise, benchmark, ablate; `distill.py COMMAND --help` says what they take."
 )
 
-INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended, as shells have it
 GOES_ON = {
     "": "; the same command with --resume goes on from the last checkpoint",
     "ablate": "; the same command goes on",
