@@ -4,8 +4,8 @@
 
 writes `questions/train.jsonl` and `questions/held_out.jsonl`, rows as `distill.py --data` reads them, with
 their pictures in them. At level `long` a picture or film is 4,032 tokens of the bundled class of teachers.
-With `--questions-each 8`, training conversations ask up to eight questions about one picture or film:
-eight times the answers to learn from, in as many tokens. Held-out conversations ask one.
+Training conversations ask up to eight questions about one picture or film (`--questions-each`): eight times
+the answers to learn from, in as many tokens. Held-out conversations ask one.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--{level}", type=at_least(0), default=count, help=f"training conversations of level {level}"
         )
     parser.add_argument(
-        "--questions-each", type=at_least(1), default=1, help="questions of a training conversation, at most"
+        "--questions-each", type=at_least(1), default=8, help="questions of a training conversation, at most"
     )
     parser.add_argument("--held-out", type=at_least(0), default=300, help="held-out questions")
     parser.add_argument("--held-out-level", choices=LEVELS, default="long", help="their level")
