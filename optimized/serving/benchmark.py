@@ -5,7 +5,7 @@ own settings but for these: a student's decoding steps run from CUDA graphs, bot
 and there is no prefix caching.
 
 - *decoding*: milliseconds between the outputs of steps in which so many requests decode at once, the median.
-  A student's step does not depend on what was read, so its prompts are of one token. The teacher's keys and
+  A student's step does not depend on what was read, so its prompts fill its window. The teacher's keys and
   values are constants that vLLM's DecodeBenchConnector writes; computing them for a full pool would take
   minutes and change no shape.
 - *prompt*: time to first token and time between tokens of requests whose prompts are computed.
@@ -274,20 +274,19 @@ def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[
 
     first, rest = decoding_cells()
     long = few[min(2, len(few) - 1)]
+    ours = arguments.who == "student"
+    alone = [cell("prompt", length, 1) for length in few]
     order = [
         *first,
-        *(cell("prompt", length, 1) for length in few),
+        *alone[:2],
+        *(cell("profile", None, n) for n in (256, 1, 64, 16) if ours and n <= room["blocks"]),
+        *([cell("profile", few[0], 1)] if ours else []),
+        *alone[2:],
         cell("served", few[0], 64),
         cell("served", long, 8),
         cell("prompt", few[0], 16),
         *rest,
-        *([cell("held", None, room["blocks"])] if arguments.who == "student" else []),
-        *(
-            cell("profile", None, n)
-            for n in (256, 1, 64)
-            if arguments.who == "student" and n <= room["blocks"]
-        ),
-        *([cell("profile", few[0], 16)] if arguments.who == "student" else []),
+        *([cell("profile", few[0], 16)] if ours else []),
         cell("prompt", few[min(1, len(few) - 1)], 16),
         cell("served", few[0], 256),
     ]

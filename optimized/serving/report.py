@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = "python -m linmu.optimized.serving.benchmark"
-SHORT = 1  # token of a prompt that is no part of what is measured: prompts of one come in together
+SHORT = 128  # tokens of a prompt that is no part of what is measured: they fill the window
 
 
 def report(files: list[str], folder: Path) -> None:
@@ -49,7 +49,7 @@ vLLM's defaults (FlashAttention 3, torch.compile, CUDA graphs), with graphs of f
 caching. A step is the median time between the outputs of two steps in which all those requests had a token.
 The teacher's keys and values are constants where it decodes, each request's in memory of its own; they are
 computed where prompts are timed. A student's step does not depend on the length: it was measured after
-prompts of one token, and after longer ones below."""
+prompts of 128 tokens, which fill its window, and after longer ones below."""
 
 
 def of(lines: list[dict[str, Any]], who: str, cell: str) -> list[dict[str, Any]]:
