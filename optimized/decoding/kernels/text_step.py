@@ -4,7 +4,7 @@ between them and the output projection in another.
 
 Letters as in `torch_engine`. The products read every weight once and share nothing, so each program takes a
 few rows of one matrix and walks along the width. A step's program takes one head: its state is read once and
-written once.
+written once, a few rows of it at a time, the next while the ones before are written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from ..operator import (
 ELEMENTS = {1: 4096, 2: 4096, 4: 8192}  # rows of the batch -> of a program's sums
 OUTPUTS = {1: 4, 2: 4, 4: 8}  # rows of the batch -> rows of the weight that a program takes
 WARPS = {True: 8, False: 4}  # of a step, for heads beyond 64 and for smaller ones
+FEW_HEADS = 512  # of all requests: with more, programs of few rows at a time keep the memory busier
+STATE_ROWS = 32  # then
 SERIES = tl.constexpr(0.1)  # below, log(1 + e) would lose the last bits of a small e
 
 
@@ -138,11 +140,22 @@ def convolved(
 
 
 @triton.jit
+def state_tile(STATE, start, p, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of one head's state from `start` on."""
+    n = start + tl.arange(0, BLOCK_N)
+    tile = STATE + n[:, None] * P + p[None, :]
+    if P == BLOCK_P:  # without a mask the tile's addresses take one register
+        return tl.load(tile)
+    else:
+        return tl.load(tile, mask=(n < P)[:, None] & (p < P)[None, :], other=0.0)
+
+
+@triton.jit
 def text_step_kernel(
     STATE, PLACE, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, Y,
     state_batch, x_batch, b_batch, c_batch, scale, eps,
-    HEADS: tl.constexpr, RATIO: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, TAPS: tl.constexpr,
-    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_Z: tl.constexpr,
+    HEADS: tl.constexpr, RATIO: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAPS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
 ):  # fmt: skip
     """`torch_engine.text_step` for one head, N = P; STATE is overwritten."""
@@ -151,10 +164,11 @@ def text_step_kernel(
     group = head // RATIO
     grouped: tl.constexpr = HEADS // RATIO * P
     channels: tl.constexpr = 2 * grouped + HEADS * P
-    n, p = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P)
+    p = tl.arange(0, BLOCK_P)
     at = batch * HEADS + head
     row = tl.load(PLACE + batch) if HAS_PLACE else batch
-    tile = STATE + row * state_batch + head * (P * P) + n[:, None] * P + p[None, :]
+    base = STATE + row * state_batch + head * (P * P)
+    following = state_tile(base, 0, p, P, BLOCK_P, BLOCK_N)
     valid = batch >= 0
     if HAS_VALID:
         valid = tl.load(VALID + batch) != 0
@@ -164,28 +178,30 @@ def text_step_kernel(
         X + batch * x_batch, START, NEXT, WEIGHT, BIAS, own + p, 0, 1.0, last, written, batch, valid,
         channels, TAPS, ROWS, HAS_BIAS,
     )  # fmt: skip
-    b = convolved(
-        B + batch * b_batch, START, NEXT, WEIGHT, BIAS, own + n, grouped, 1.0, last, written, batch,
-        valid, channels, TAPS, ROWS, HAS_BIAS,
-    )  # fmt: skip
-    c = convolved(
-        C + batch * c_batch, START, NEXT, WEIGHT, BIAS, head * P + n, 2 * grouped, scale, (head + 1) * P,
-        (head + 1) * P, batch, valid, channels, TAPS, ROWS, HAS_BIAS,
-    )  # fmt: skip
     dt = tl.where(valid, softplus(tl.load(RATE + at).to(tl.float32)), 0.0)
     decay = tl.exp(-dt * tl.exp(tl.load(A_LOG + head).to(tl.float32)))
     decay = tl.where(valid, decay, 1.0)
-    if P == BLOCK_P:  # without a mask the tile's addresses take one register
-        state = tl.load(tile)
-    else:
-        state = tl.load(tile, mask=(n < P)[:, None] & (p < P)[None, :], other=0.0)
-    state = decay * state + (dt * b)[:, None] * x[None, :]
-    if P == BLOCK_P:
-        tl.store(tile, state)
-    else:
-        tl.store(tile, state, mask=(n < P)[:, None] & (p < P)[None, :])
-    y = tl.sum(state * c[:, None], 0)
-    y += tl.load(D + head).to(tl.float32) * x
+    y = tl.load(D + head).to(tl.float32) * x
+    for start in tl.static_range(0, BLOCK_P, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        state = following
+        if start + BLOCK_N < BLOCK_P:  # asked for before this one is written
+            following = state_tile(base, start + BLOCK_N, p, P, BLOCK_P, BLOCK_N)
+        b = convolved(
+            B + batch * b_batch, START, NEXT, WEIGHT, BIAS, own + n, grouped, 1.0, last, written, batch,
+            valid, channels, TAPS, ROWS, HAS_BIAS,
+        )  # fmt: skip
+        c = convolved(
+            C + batch * c_batch, START, NEXT, WEIGHT, BIAS, head * P + n, 2 * grouped, scale, (head + 1) * P,
+            (head + 1) * P, batch, valid, channels, TAPS, ROWS, HAS_BIAS,
+        )  # fmt: skip
+        state = decay * state + (dt * b)[:, None] * x[None, :]
+        tile = base + n[:, None] * P + p[None, :]
+        if P == BLOCK_P:
+            tl.store(tile, state)
+        else:
+            tl.store(tile, state, mask=(n < P)[:, None] & (p < P)[None, :])
+        y += tl.sum(state * c[:, None], 0)
     real = p < P
     if HAS_NORM:
         weight = tl.load(NORM + head * P + p, mask=real, other=0.0).to(tl.float32)
@@ -238,6 +254,7 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
     x, B, C = (rows_of(tensor.flatten(1)) for tensor in (inputs.x, inputs.B, inputs.C))
     taps = 0 if conv_weight is None else conv_weight.shape[1]
     outputs = y, new_conv_state = text_step_outputs(inputs)
+    block, warps = tile_of_step(batch * heads, size)
     text_step_kernel[(batch * heads,)](
         inputs.scan_state,
         contiguous(inputs.rows),
@@ -265,6 +282,7 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
         RATIO=heads // groups,
         P=size,
         BLOCK_P=power_of_2(size),
+        BLOCK_N=block,
         TAPS=taps,
         ROWS=power_of_2(max(taps, 1)),
         HAS_BIAS=inputs.conv_bias is not None,
@@ -272,6 +290,12 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
         HAS_Z=inputs.z is not None,
         HAS_VALID=inputs.valid is not None,
         HAS_PLACE=inputs.rows is not None,
-        num_warps=WARPS[size > 64],
+        num_warps=warps,
     )
     return outputs
+
+
+def tile_of_step(programs: int, size: int) -> tuple[int, int]:
+    """Return how many rows of a state are taken at a time, and by how many warps."""
+    block = power_of_2(size)
+    return (block, WARPS[size > 64]) if programs < FEW_HEADS else (min(block, STATE_ROWS), 4)

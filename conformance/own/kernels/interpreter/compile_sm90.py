@@ -73,8 +73,8 @@ CONV = {
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK, "KEYS": 256}
 TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
-TOKEN |= {"HAS_VALID": True, "HAS_PLACE": False}
-POOLED_TOKEN = TOKEN | {"HAS_PLACE": True}
+TOKEN |= {"HAS_VALID": True, "HAS_PLACE": False, "programs": 28}
+POOLED_TOKEN = TOKEN | {"HAS_PLACE": True, "programs": 7168}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
@@ -293,6 +293,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
             known |= {"HEADS": 8, "COLUMNS": sliding_step.PRODUCTS[size > 128] // (8 * size)}
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
+    elif chosen["kernel"] == "text_step_kernel":
+        known["BLOCK_N"] = text_step_kernels.tile_of_step(chosen["programs"], size)[0]
     return {name: known[name] for name in names if name in known}
 
 
@@ -351,7 +353,7 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     if warps is None:
         warps = 8 if size > 64 else 4
     elif warps == "step":
-        warps = text_step_kernels.WARPS[size > 64]
+        warps = text_step_kernels.tile_of_step(chosen["programs"], size)[1]
     options = {"num_warps": warps, "num_stages": stages}
     if function == "output_kernel":
         options = scan_output.output_tiles(size, size, scan_tiles.token_dtype(DTYPES[dtype]), fixed["CHUNK"])[
