@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import large_cases, operator_checks, packed_rows, rounding
+from ..harness import large_cases, long_rows, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero, quarters
 from ..harness.layouts import LONG_PROMPTS, Layout, Text, Vision
 from ..harness.operator_cases import (
@@ -38,6 +38,7 @@ globals().update(
         "bidirectional_scan", bidirectional_cases, partial(bidirectional_cases, layout=LONG_PROMPTS)
     )
 )
+globals().update(long_rows.scan_properties("bidirectional_scan"))
 
 
 def with_gate(case: BidirectionalCase, share: float):

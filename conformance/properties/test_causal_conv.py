@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import operator_checks, packed_rows, rounding
+from ..harness import long_rows, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.operator_cases import (
     DTYPES,
@@ -23,6 +23,7 @@ conv = partial(property_of, "causal_conv")
 
 globals().update(operator_checks.call_properties("causal_conv", conv_cases))
 globals().update(packed_rows.packed_properties("causal_conv", conv_cases))
+globals().update(long_rows.gap_properties("causal_conv"))
 
 
 @conv(cases=conv_cases())

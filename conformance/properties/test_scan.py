@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from linmu import reference
 
-from ..harness import large_cases, operator_checks, packed_rows, rounding
+from ..harness import large_cases, long_rows, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
 from ..harness.operator_cases import (
     DTYPES,
@@ -35,6 +35,7 @@ def long_cases(names):
 
 globals().update(operator_checks.call_properties("selective_scan", scan_cases))
 globals().update(packed_rows.packed_properties("selective_scan", scan_cases, long_cases))
+globals().update(long_rows.scan_properties("selective_scan"))
 
 
 @scan(cases=long_cases(EXACT), share=0.4)
