@@ -114,8 +114,8 @@ AROUND_A_GAP: dict[str, dict[str, Case]] = {
 
 
 def with_strong_ends(case: Case) -> Case:
-    """Steps that decay the state by e^-100 each at both ends of the rows, steps of about 0.01 in their middle,
-    and between them steps of 0, more than a chunk of them: no chunk has strong and weak ones."""
+    """Steps that decay the state by e^-100 each at both ends of the rows, steps of about 0.01 in the middle,
+    and between them a chunk of steps of 0: no chunk has strong and weak ones."""
     given = case.inputs()
     weak = Numbers(case.seed + 4).uniform(len(given["dt"]), WEAK, case.heads, low=1e-3, high=2e-2)
     strong, none = (torch.full_like(weak[:, :1], step) for step in (STRONG_STEP, 0.0))

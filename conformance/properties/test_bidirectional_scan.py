@@ -398,6 +398,19 @@ def test_one_vision_token_counts_itself_once_in_each_direction(backend, gap):
 
 
 @pytest.mark.needs("bidirectional_scan")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_small_writes_count_across_pieces(backend, dtype):
+    """A state is handed over as it is, not in the dtype of x."""
+    rounding.check_small_writes_across_pieces(backend.bidirectional_scan, dtype, gate=0.5)
+
+
+@both(cases=bidirectional_cases(rounding.HALVES, initial_state=True), share=0.3)
+def test_a_state_is_handed_on_in_float32(backend, case: BidirectionalCase):
+    """Neither it nor its gradient is rounded to the dtype of x."""
+    rounding.check_state_is_kept(backend, case)
+
+
+@pytest.mark.needs("bidirectional_scan")
 def test_samples_may_begin_where_chunks_do(backend):
     """And be longer than these: no state is carried over their first token."""
     case = large_cases.both(((Text(1100),),) * 4, 2, 1, 3, 2, decay=-1e-3)

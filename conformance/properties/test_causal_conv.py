@@ -160,6 +160,18 @@ def test_taps_are_not_rounded_to_the_dtype_of_u(backend, case: ConvCase):
     rounding.check_taps_are_kept(backend, case)
 
 
+@conv(cases=conv_cases(rounding.HALVES, length=2, taps=5, initial_state=True), share=0.3)
+def test_a_state_is_handed_on_in_float32(backend, case: ConvCase):
+    """Neither it nor its gradient is rounded to the dtype of u."""
+    rounding.check_state_is_kept(backend, case)
+
+
+@conv(cases=conv_cases(rounding.HALVES, taps=4, mask="none", bias=False, initial_state=True), share=0.3)
+def test_a_state_is_read_in_float32(backend, case: ConvCase):
+    """Numbers that half precision cannot hold reach the outputs."""
+    rounding.check_state_is_read_in_float32(backend, case)
+
+
 @pytest.mark.needs("causal_conv")
 def test_samples_may_begin_where_blocks_do(backend):
     """And be longer than these, with padding between: no input is carried over their first token."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from linmu import reference
 
 from ..harness import large_cases, long_rows, operator_checks, packed_rows, rounding
-from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
+from ..harness.compare import FLOORS, assert_exact, assert_matches, assert_same, assert_zero, quarters
 from ..harness.operator_cases import (
     DTYPES,
     EXACT,
@@ -205,11 +205,22 @@ def test_decays_are_formed_in_float32(backend, case: ScanCase):
 
 @scan(cases=scan_cases(EXACT, mask="none"), share=0.4)
 def test_large_and_tiny_steps_are_finite(backend, case: ScanCase):
-    """Steps of 1e-6 and 1e4 side by side overflow nothing, both ways; tiny ones alone, and 0, are kept."""
-    dt = case.inputs()["dt"]
+    """Steps of 1e-6 and 1e4 side by side overflow nothing, both ways; tiny ones alone, and 0, are kept.
+
+    All match the reference. Where large and small ones are in one chunk, differences of sums of logarithms
+    are right, and lose what is as small as the rounding of these sums.
+    """
+    given = case.inputs()
+    dt = given["dt"]
     uneven = case.changed(dt=torch.where(quarters(dt, case.seed) > 0, 1e4, 1e-6).to(dt.dtype))
+    truth = run(reference, operator_checks.widened(uneven), gradients=True)
+    wanted = {name: tensor.to(dt.dtype) for name, tensor in truth.items()}
+    logs = (uneven.inputs()["dt"] * given["A"]).abs().sum(1).max().item()
+    of_sums = logs * torch.finfo(dt.dtype).eps / FLOORS[dt.dtype]
+    sizes = partial(operator_checks.sizes_of_gradients, uneven)
+    assert_same(run(backend, uneven, gradients=True), wanted, case, 1 + of_sums, sizes, "linmu.reference")
     some_are_0 = case.changed(dt=torch.where(quarters(dt, case.seed) > 0.5, 0, dt))
-    for changed in (uneven, case.changed(dt=1e-5 * dt, initial_state=None), some_are_0):
+    for changed in (case.changed(dt=1e-5 * dt, initial_state=None), some_are_0):
         truth = run(reference, operator_checks.widened(changed), gradients=True)
         in_own_dtype = run(reference, changed, gradients=True)
         assert_matches(run(backend, changed, gradients=True), truth, in_own_dtype, case)
@@ -257,6 +268,21 @@ def test_hundreds_of_small_writes_all_count(backend, dtype):
         y, state = backend.selective_scan(one, step, decay, one, one, initial_state=before)
         assert state.item() == pytest.approx(start + length / 2, abs=1e-2)
         assert y[0, -1].item() == pytest.approx(start + length / 2, rel=0.005)
+
+
+@pytest.mark.needs("selective_scan")
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_small_writes_count_across_pieces(backend, dtype, reverse):
+    """A state is handed over as it is, not in the dtype of x."""
+    scan_this_way = partial(backend.selective_scan, reverse=reverse)
+    rounding.check_small_writes_across_pieces(scan_this_way, dtype, last=0 if reverse else -1)
+
+
+@scan(cases=scan_cases(rounding.HALVES, initial_state=True), share=0.3)
+def test_a_state_is_handed_on_in_float32(backend, case: ScanCase):
+    """Neither it nor its gradient is rounded to the dtype of x."""
+    rounding.check_state_is_kept(backend, case)
 
 
 @pytest.mark.needs("selective_scan")
