@@ -6,8 +6,7 @@ a group, whose state would be read from the L2 cache once for each. Its products
 a tile, not products of matrices: one query has too few rows for tensor cores, and what takes the time is
 reading the state. (With 64 places as the rows of a product, on four warps, triton 3.6 makes wgmma
 instructions that gave a wrong o or an illegal memory access on an H200.) A program of the move takes one
-group of one row, which nobody else touches. A ring would save the move, 260 KB a layer and row of a 7B model
-with a window of 128, and would have to be put in order for whatever reads more than one token.
+group of one row, which nobody else touches. In a pool a ring saves the move: `kernels_ring`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..engine.launch import as_bytes, contiguous, power_of_2, rows_of, tile_size
+from ..engine.launch import as_bytes, power_of_2, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import StepInputs, StepOutputs, step_outputs
 
@@ -27,11 +26,11 @@ MOVED = 32  # places that a program moves at once
 
 @triton.jit
 def attention_kernel(
-    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, PLACE, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
-    state_k_batch, state_v_batch, scale,
+    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
+    scale,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """Eq. (1) for one token a row."""
     row = tl.cast(tl.program_id(0) // (GROUPS * RATIO), tl.int64)
@@ -47,9 +46,8 @@ def attention_kernel(
     out = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0).to(tl.float32)
     largest = tl.sum(q * k, 0) * scale  # it sees itself
     total = tl.sum(tl.where(columns_n == 0, 1.0, 0.0), 0)
-    own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_batch + group * N
-    v_state = STATE_V + own * state_v_batch + group * P
+    k_state = STATE_K + row * (PLACES * GROUPS * N) + group * N
+    v_state = STATE_V + row * (PLACES * GROUPS * P) + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -73,11 +71,11 @@ def attention_kernel(
 
 @triton.jit
 def group_kernel(
-    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, PLACE, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
-    state_k_batch, state_v_batch, scale,
+    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
+    scale,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr, HEADS: tl.constexpr,
+    HAS_VALID: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Eq. (1) for one token a row: all heads of a group, which read its keys and values once."""
     row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
@@ -95,9 +93,8 @@ def group_kernel(
     largest = tl.sum(q * k[None, :], 1) * scale  # each sees itself
     total = tl.full([HEADS], 1.0, tl.float32)
     out = tl.zeros([HEADS, BLOCK_P], tl.float32) + v[None, :]
-    own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_batch + group * N
-    v_state = STATE_V + own * state_v_batch + group * P
+    k_state = STATE_K + row * (PLACES * GROUPS * N) + group * N
+    v_state = STATE_V + row * (PLACES * GROUPS * P) + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -122,10 +119,9 @@ def group_kernel(
 
 @triton.jit
 def move_kernel(
-    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, PLACE, k_row, k_head, v_row, v_head, state_k_batch,
-    state_v_batch,
+    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, k_row, k_head, v_row, v_head,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """The state after one token a row: each key and value a place further on, the new ones last."""
     row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
@@ -136,9 +132,8 @@ def move_kernel(
     new_n, new_p = columns_n < tl.where(valid, N, 0), columns_p < tl.where(valid, P, 0)  # none of no token
     k_new = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0)
     v_new = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0)
-    own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_batch + group * N
-    v_state = STATE_V + own * state_v_batch + group * P
+    k_state = STATE_K + row * (PLACES * GROUPS * N) + group * N
+    v_state = STATE_V + row * (PLACES * GROUPS * P) + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -168,8 +163,7 @@ def step(inputs: StepInputs) -> StepOutputs:
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     o, after = step_outputs(inputs)
     present, valid = as_bytes(inputs.present), as_bytes(inputs.valid)
-    states, rows = (inputs.state_k, inputs.state_v), contiguous(inputs.rows)
-    strides = (*k.stride()[:2], *v.stride()[:2], *(state.stride(0) for state in states))
+    states, strides = (inputs.state_k, inputs.state_v), (*k.stride()[:2], *v.stride()[:2])
     sizes = {
         "PLACES": after.shape[1],
         "GROUPS": groups,
@@ -178,7 +172,6 @@ def step(inputs: StepInputs) -> StepOutputs:
         "BLOCK_N": tile_size(size),
         "BLOCK_P": tile_size(value_size),
         "HAS_VALID": valid is not None,
-        "HAS_PLACE": rows is not None,
     }
     given = (
         q,
@@ -188,7 +181,6 @@ def step(inputs: StepInputs) -> StepOutputs:
         present,
         as_bytes(inputs.asks),
         valid,
-        rows,
         o,
         *q.stride()[:2],
         *strides,
@@ -210,7 +202,6 @@ def step(inputs: StepInputs) -> StepOutputs:
         present,
         as_bytes(after),
         valid,
-        rows,
         *strides,
         COLUMNS=MOVED,
         num_warps=4,

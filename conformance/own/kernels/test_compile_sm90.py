@@ -39,6 +39,7 @@ PRODUCTS = {
     "sliding_key": 4,
     "sliding_step": 0,
     "sliding_group": 0,
+    "sliding_ring": 0,
     "sliding_move": 0,
     "conv_forward": 0,
     "conv_backward": 0,
@@ -46,6 +47,7 @@ PRODUCTS = {
     "divergence_gradient": 0,
     "step": 0,
     "mix": 0,
+    "parts": 0,
     "mix_gradient": 0,
     "rope": 0,
     "add_norm": 0,
@@ -73,7 +75,16 @@ SCAN = (  # float16 goes through their float32 kernels
     "writer_b",
 )
 SIZES = {"bf16": (128, 64), "fp32": (128,)}  # float16 compiles as bfloat16 does: --thorough
-OF_ROWS = ("divergence", "divergence_gradient", "mix", "mix_gradient", "add_norm", "norm_backward", "gate")
+OF_ROWS = (
+    "divergence",
+    "divergence_gradient",
+    "mix",
+    "parts",
+    "mix_gradient",
+    "add_norm",
+    "norm_backward",
+    "gate",
+)
 OF_ROWS += ("gate_backward", "errors", "errors_gradient")  # which know nothing of heads
 ALL_SIZES = dict.fromkeys(("bf16", "fp16", "fp32"), (128, 64, 32, 16))
 OF_PACKED_ROWS = ("scalars", "rates", "output", "writer_x", "writer_b", "conv_forward", "conv_backward")

@@ -245,7 +245,7 @@ def test_the_state_of_a_layer_holds_the_text_window(served):
     for layer in states.values():
         shapes = dict(zip(layer.names, layer.get_state_shape(), strict=True))
         groups, dim = layer.config.groups, layer.config.head_dim
-        assert shapes["keys"] == shapes["values"] == (5, groups, dim) and shapes["present"] == (16,)
+        assert shapes["keys"] == shapes["values"] == (6, groups, dim) and shapes["present"] == (16,)
         assert [tensor.shape[1:] for tensor in layer.kv_cache] == list(shapes.values())
 
 
@@ -257,15 +257,16 @@ def test_new_weights_reach_what_was_prepared_of_the_old_ones():
     blocks, prepared, zeros = [MMATE(config, index) for index in range(2)], {}, torch.zeros(1, 4, 4)
     with torch.inference_mode():
         found = Step((zeros, zeros), None, None, blocks, prepared).prepare(None)
-    assert prepared == {True: found} and len(found) == 2 * 3  # A, and v k q of both branches
+    assert prepared == {True: found} and len(found) == 2 * 2  # A, and what a token is multiplied with
     flex_ma = blocks[1].flex_ma
-    linears = flex_ma.v_proj, flex_ma.k_proj, flex_ma.q_proj
-    rate, (product, _) = found["A", id(flex_ma)], found["joined", *map(id, linears)]
-    for parameter in flex_ma.parameters():
+    linears, narrow = blocks[1].joined_linears()
+    rate, joined = found["A", id(flex_ma)], found["joined", *map(id, linears)]
+    for parameter in blocks[1].parameters():
         parameter.data.copy_(torch.randn_like(parameter))
     prepare_again(blocks, prepared)
     assert torch.equal(rate, -flex_ma.A_log.exp()) and rate is found["A", id(flex_ma)]
-    assert torch.equal(product, torch.cat([linear.weight for linear in linears]))
+    assert torch.equal(joined.weight, torch.cat([linear.weight for linear in linears]))
+    assert torch.equal(joined.narrow_bias, torch.cat([linear.bias for linear in narrow]))
 
 
 def test_a_cut_picture_is_refused_by_the_layer():
@@ -276,7 +277,7 @@ def test_a_cut_picture_is_refused_by_the_layer():
 
     def layouts(*starts: int) -> list:
         step = Step((torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)), coords, sizes)
-        prompts = step.batches(SimpleNamespace(starts=list(starts), has_state=[False] * (len(starts) - 1)))
+        prompts = step.batches(SimpleNamespace(starts=list(starts), past=[0] * (len(starts) - 1)))
         return [batch.layout for batch in prompts]
 
     assert layouts(0, 4)[0] is not None and layouts(3, 4) == [None]
@@ -332,7 +333,7 @@ def test_prompts_are_taken_from_a_step_and_put_back(starts, runs):
     tokens, rows = torch.arange(7.0)[:, None] + torch.zeros(7, 2), len(starts) - 1
     step = Step((tokens[None], -tokens[None]), None, None)
     output = torch.full_like(tokens, -1)
-    batches = step.batches(SimpleNamespace(starts=starts, has_state=[False] * rows))
+    batches = step.batches(SimpleNamespace(starts=starts, past=[0] * rows))
     assert [batch.run and (batch.run.start, batch.run.stop) for batch in batches] == runs
     for batch in batches:
         taken = batch.taken(tokens)

@@ -28,7 +28,15 @@ from ....reference.student.families import FAMILIES
 from ....reference.student.generation import MODALITIES, rope_index
 from ....reference.student.model import LinMUModel, mixers
 from ...engine import engine_of_block
-from .layer import StateLayer, Step, check_decodes_are_text, prepare_again, state_dtypes, state_shapes
+from .layer import (
+    StateLayer,
+    Step,
+    check_decodes_are_text,
+    prepare_again,
+    scan_dtype,
+    state_dtypes,
+    state_shapes,
+)
 from .positions import pack, unpack
 from .tensor_parallel import part_of_rank, sizes_of_rank
 from .warm_up import warm_up
@@ -47,7 +55,8 @@ def state_of(vllm_config: VllmConfig) -> tuple[tuple[tuple[int, ...], ...], tupl
     """Return the shapes and dtypes of a row of states, which all converted layers have alike."""
     config = next(iter(mixers(student_of(vllm_config.model_config.hf_config)).values())).config
     config = sizes_of_rank(config, vllm_config.parallel_config.tensor_parallel_size)
-    return tuple(state_shapes(config).values()), state_dtypes(config, vllm_config.model_config.dtype)
+    dtypes = state_dtypes(config, vllm_config.model_config.dtype, scan_dtype(vllm_config))
+    return tuple(state_shapes(config).values()), dtypes
 
 
 class StateModel:
