@@ -2,9 +2,9 @@
 """Triton kernel for one token of decoding whose keys and values stand in rings of a pool: RoPE, attention,
 and the token's own key and value.
 
-Letters as in `torch_engine`. A program takes one head of one row, or with many rows all heads of a group,
-which read its keys and values once. What a program writes, the oldest place, no program reads. As in
-`kernels_step`, products are sums over a tile.
+Letters as in `torch_engine`. A program takes all heads of a group of one row, so that keys and values are
+read once; filled up to 16 they are the rows of a product, the fewest that tensor cores take. What a program
+writes, the oldest place, no program reads.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import as_bytes, power_of_2, rows_of, tile_size
+from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import RingInputs
 
-MANY_ROWS = 32  # with as many, programs of a group each fill the GPU
-PRODUCTS = {False: 2**14, True: 2**13}  # of queries and keys at once, for head dims beyond 128 fewer
+READ = 32  # places at once; beyond N = 128 half of them
 
 
 @triton.jit
@@ -34,13 +33,6 @@ def turned(X, COS, SIN, columns, real, N: tl.constexpr):
 
 
 @triton.jit
-def ring_tile(RING, place, columns, inside, real, STEP: tl.constexpr):
-    """Keys or values at these places."""
-    mask = inside[:, None] & real[None, :]
-    return tl.load(RING + place[:, None] * STEP + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def ring_kernel(
     Q, K, V, COS, SIN, RING_K, RING_V, PRESENT, VALID, PLACE, TURN, OUT,
     q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row, ring_k_row, ring_v_row, present_row, scale,
@@ -49,10 +41,8 @@ def ring_kernel(
     HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """Eq. (1) for one token a row, HEADS heads of a group."""
-    parts: tl.constexpr = (RATIO + HEADS - 1) // HEADS
-    row = tl.cast(tl.program_id(0) // (GROUPS * parts), tl.int64)
-    group = tl.program_id(0) // parts % GROUPS
-    part = tl.program_id(0) % parts
+    row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
+    group = tl.program_id(0) % GROUPS
     own, turn = tl.load(PLACE + row), tl.load(TURN + row).to(tl.int32)
     oldest = (turn % PLACES + PLACES) % PLACES
     valid = tl.load(VALID + row) != 0 if HAS_VALID else row >= 0
@@ -61,49 +51,44 @@ def ring_kernel(
     ring_k = RING_K + own * ring_k_row + group * N
     ring_v = RING_V + own * ring_v_row + group * P
     present = PRESENT + own * present_row
-    place = tl.arange(0, COLUMNS)
-    inside = place < PLACES
-    there = tl.load(present + place, mask=inside, other=0)
-    keys = ring_tile(ring_k, place, columns_n, inside, real_n, GROUPS * N)
-    values = ring_tile(ring_v, place, columns_p, inside, real_p, GROUPS * P)
-    each = part * HEADS + tl.arange(0, HEADS)
+    each = tl.arange(0, HEADS)
     head = group * RATIO + each
     new_q = (each < RATIO)[:, None] & (columns_n < tl.where(valid, N, 0))[None, :]
     new_k = (tl.arange(0, 1) == 0)[:, None] & (columns_n < tl.where(valid, N, 0))[None, :]
     cos, sin = COS + row * cos_row, SIN + row * sin_row
-    q = turned(Q + row * q_row + head[:, None] * q_head, cos, sin, columns_n, new_q, N).to(tl.float32)
+    q = turned(Q + row * q_row + head[:, None] * q_head, cos, sin, columns_n, new_q, N)
     k = turned(K + row * k_row + group * k_head + tl.arange(0, 1)[:, None], cos, sin, columns_n, new_k, N)
     new_p = columns_p < tl.where(valid, P, 0)
     v = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0)
-    largest = tl.sum(q * k.to(tl.float32), 1) * scale  # each sees itself
+    largest = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale  # each sees itself
     total = tl.full([HEADS], 1.0, tl.float32)
     out = tl.zeros([HEADS, BLOCK_P], tl.float32) + v.to(tl.float32)[None, :]
     for start in range(0, PLACES, COLUMNS):
-        seen = inside & (there != 0) & (place != oldest)
-        k_tile, v_tile = keys.to(tl.float32), values.to(tl.float32)
-        place = start + COLUMNS + tl.arange(0, COLUMNS)  # asked for before these are used
+        place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
-        there = tl.load(present + place, mask=inside, other=0)
-        keys = ring_tile(ring_k, place, columns_n, inside, real_n, GROUPS * N)
-        values = ring_tile(ring_v, place, columns_p, inside, real_p, GROUPS * P)
-        scores = tl.sum(q[:, None, :] * k_tile[None, :, :], 2) * scale
+        seen = inside & (tl.load(present + place, mask=inside, other=0) != 0) & (place != oldest)
+        k_at = ring_k + columns_n[:, None] + place[None, :] * (GROUPS * N)
+        v_at = ring_v + place[:, None] * (GROUPS * P) + columns_p[None, :]
+        keys = tl.load(k_at, mask=real_n[:, None] & inside[None, :], other=0.0)
+        values = tl.load(v_at, mask=inside[:, None] & real_p[None, :], other=0.0)
+        scores = tl.dot(q, keys, input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, -1e30)
-        v_tile = tl.where(seen[:, None], v_tile, 0.0)
+        values = tl.where(seen[:, None], values, 0.0)
         highest = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - highest[:, None])
         shrink = tl.exp2(largest - highest)
         total = total * shrink + tl.sum(weights, 1)
-        out = out * shrink[:, None] + tl.sum(weights[:, :, None] * v_tile[None, :, :], 1)
+        added = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        out = out * shrink[:, None] + added
         largest = highest
     out = tl.where(valid, out / total[:, None], 0.0)
     o_at = (row * (GROUPS * RATIO) + head)[:, None] * P + columns_p[None, :]
     tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(each < RATIO)[:, None] & real_p[None, :])
-    if part == 0:
-        to_k = ring_k + oldest * (GROUPS * N) + tl.arange(0, 1)[:, None] + columns_n[None, :]
-        tl.store(to_k, k.to(RING_K.dtype.element_ty), mask=new_k)
-        tl.store(ring_v + oldest * (GROUPS * P) + columns_p, v.to(RING_V.dtype.element_ty), mask=new_p)
-        if (group == 0) & valid:
-            tl.store(present + oldest, tl.cast(1, PRESENT.dtype.element_ty))
+    to_k = ring_k + oldest * (GROUPS * N) + tl.arange(0, 1)[:, None] + columns_n[None, :]
+    tl.store(to_k, k.to(RING_K.dtype.element_ty), mask=new_k)
+    tl.store(ring_v + oldest * (GROUPS * P) + columns_p, v.to(RING_V.dtype.element_ty), mask=new_p)
+    if (group == 0) & valid:
+        tl.store(present + oldest, tl.cast(1, PRESENT.dtype.element_ty))
 
 
 def ring(inputs: RingInputs) -> Tensor:
@@ -112,10 +97,7 @@ def ring(inputs: RingInputs) -> Tensor:
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     rings, places, ratio = (inputs.ring_k, inputs.ring_v), inputs.ring_k.shape[1], heads // groups
     o = q.new_empty(batch, heads, value_size)
-    shared = power_of_2(ratio) if batch >= MANY_ROWS else 1
-    block = tile_size(size)
-    products = PRODUCTS[max(size, value_size) > 128] // (shared * block)
-    ring_kernel[(batch * groups * -(-ratio // shared),)](
+    ring_kernel[(batch * groups,)](
         q,
         k,
         v,
@@ -139,11 +121,17 @@ def ring(inputs: RingInputs) -> Tensor:
         RATIO=ratio,
         N=size,
         P=value_size,
-        BLOCK_N=block,
+        BLOCK_N=tile_size(size),
         BLOCK_P=tile_size(value_size),
-        COLUMNS=max(min(products, power_of_2(places)), 1),
-        HEADS=shared,
+        COLUMNS=columns_of(max(size, value_size), places),
+        HEADS=tile_size(ratio),
         HAS_VALID=inputs.valid is not None,
-        num_warps=8,
+        num_warps=4,
+        num_stages=1,
     )
     return o
+
+
+def columns_of(size: int, places: int) -> int:
+    """Return how many places are read at once."""
+    return min(READ // (1 + (size > 128)), tile_size(places))

@@ -39,7 +39,7 @@ PRODUCTS = {
     "sliding_key": 4,
     "sliding_step": 0,
     "sliding_group": 0,
-    "sliding_ring": 0,
+    "sliding_ring": 2,
     "sliding_move": 0,
     "conv_forward": 0,
     "conv_backward": 0,
@@ -146,6 +146,6 @@ def check_fit(kernel: str, dtype: str, size: int, found: dict[str, int]) -> None
     assert max(found["spill_stores"], found["spill_loads"]) <= spilled, case
     products = PRODUCTS[kernel.removesuffix("_packed")]
     assert found["wgmma"] + found["mma_sync"] >= (0 if dtype == "fp32" else products), case
-    assert found["mma_sync"] == 0 or size < 64, case
+    assert found["mma_sync"] == 0 or size < 64 or kernel == "sliding_ring", case  # of too few rows for wgmma
     assert found["linear_layouts"] == 0, case
     assert found["shared"] <= SHARED_MEMORY, case

@@ -81,7 +81,7 @@ MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
 SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
-RING = SLIDING_STEP | {"PLACES": 128, "HEADS": 8}
+RING = SLIDING_STEP | {"PLACES": 128, "HEADS": 16}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
@@ -220,8 +220,8 @@ KERNELS = {
         "sliding_window_attention.kernels_ring",
         "ring_kernel",
         RING,
-        8,
-        3,
+        4,
+        1,
         dict.fromkeys(("PRESENT", "COS", "SIN"), "*fp32") | dict.fromkeys(("PLACE", "TURN"), "*i64"),
     ),
     "sliding_move": (
@@ -303,7 +303,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
         if chosen["kernel"] == "group_kernel":
             known |= {"HEADS": 8, "COLUMNS": sliding_step.PRODUCTS[size > 128] // (8 * size)}
         elif chosen["kernel"] == "ring_kernel":
-            known["COLUMNS"] = sliding_ring.PRODUCTS[size > 128] // (8 * size)
+            known["COLUMNS"] = sliding_ring.columns_of(size, 128)
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     elif chosen["kernel"] == "text_step_kernel":
