@@ -213,6 +213,38 @@ def test_an_aborted_request_leaves_no_state_and_its_neighbours_as_they_are(serve
     assert served.blocks_in_use() == 0
 
 
+def run_again(function) -> tuple:
+    """In the place of a CUDA graph: the function itself, its result in fixed memory."""
+    found = function()
+    return lambda: found.copy_(function()), found
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl", "qwen2"], indirect=True)
+def test_a_lone_prompt_of_text_from_a_graph_gives_what_generate_gives(served, monkeypatch):
+    """Padded in front; requests beside others, with pictures, or longer than all graphs take none."""
+    from vllm.forward_context import set_forward_context
+
+    from linmu.optimized.serving.vllm_plugin.prompt_graphs import LonePrompt, PromptGraphs
+
+    model, used, call = served.model(), [], LonePrompt.__call__
+    graphs = PromptGraphs(run_again, list(model.states.values()), model.angles, model.decode, model.step_of)
+    positions = torch.zeros(*[3] * (model.student.prompt_layout is not None), 0, dtype=torch.int64)
+    config = served.engine.llm_engine.vllm_config
+    with torch.inference_mode(), set_forward_context(None, config):
+        graphs.capture(model.embeddings(), positions, (8, 32))
+    monkeypatch.setattr(model, "prompt_graphs", graphs)
+    monkeypatch.setattr(LonePrompt, "__call__", lambda *args: used.append(len(args[1])) or call(*args))
+    lengths = [5, 8, 9, 31, 32, 33]
+    for length in lengths:
+        served.check_all([Request("text", ("abcdefg" * 5)[:length], [], [], 9)])
+    assert used == lengths[:-1]
+    served.check_all([served.request(seed) for seed in range(6)])
+    assert used == lengths[:-1]
+    pool = model.states[0].kv_cache[0]
+    monkeypatch.setattr(model.states[0], "kv_cache", (pool.clone(), *model.states[0].kv_cache[1:]))
+    assert graphs.find(5) is None, "its pools have moved"
+
+
 @pytest.mark.parametrize("served", ["qwen3_vl, ten blocks"], indirect=True)
 def test_a_request_that_gave_its_blocks_away_starts_anew(served, monkeypatch):
     scheduler, preempted = served.engine.llm_engine.engine_core.engine_core.scheduler, []

@@ -32,6 +32,7 @@ from ....reference.sliding_window_attention import DonatedWindowState
 from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
 from ...decoding.torch_engine import ring_slots
+from ...engine.beside import branches_beside
 from ...engine.once import one_forward
 from ...m_mate import PooledMMATEState, prepare_layers
 from ...projections import join_weights
@@ -93,6 +94,8 @@ class Step:
         self.turns: Tensor | None = None
         self.prepared = {} if prepared is None else prepared
         self.of_decodes: dict[Hashable, Any] | None = None
+        self.lone: Prompts | None = None  # all there is, of `prompt_graphs`
+        self.stream: torch.cuda.Stream | None = None  # of second branches, where decoding is captured
 
     def rows_of(self, metadata: StateMetadata, prompts: Prompts | None = None) -> Tensor:
         """Return where the states of the tokens that decode are, or of these prompts, (B,) int64."""
@@ -299,6 +302,9 @@ class StateLayer(MambaBase, nn.Module):
         Raises:
             ValueError: if a request has a part of an image or a video.
         """
+        if self.step.lone is not None:
+            y = self.compute(self.step.lone, self.step.lone.which, hidden_states)
+            return tensor_model_parallel_all_reduce(y[0])
         metadata = get_forward_context().attn_metadata
         cos, sin = self.step.angles
         if metadata is None:  # vLLM measures memory
@@ -309,27 +315,28 @@ class StateLayer(MambaBase, nn.Module):
         output = torch.zeros_like(hidden_states) if decodes < count else None
         if decodes:
             rows, turn = self.step.rows_of(metadata), self.step.turns_of(metadata)
-            angles = cos[0, :decodes, None], sin[0, :decodes, None]
-            with one_forward(self.step.shared_by_decodes()):
-                y, _ = self.block(
-                    hidden_states[:decodes, None], position_embeddings=angles, state=self.pooled(rows, turn)
-                )
+            angles, state = (cos[0, :decodes, None], sin[0, :decodes, None]), self.pooled(rows, turn)
+            with one_forward(self.step.shared_by_decodes()), branches_beside(self.step.stream):
+                y, _ = self.block(hidden_states[:decodes, None], position_embeddings=angles, state=state)
             if output is None:
                 return tensor_model_parallel_all_reduce(y[:, 0])
             output[:decodes] = y[:, 0]
         for prompts in self.step.batches(metadata) if metadata.num_prefills else ():
-            rows = self.step.rows_of(metadata, prompts)
-            with one_forward(prompts.shared):
-                y, state = self.block(
-                    prompts.taken(hidden_states),
-                    prompts.layout,
-                    valid=prompts.valid,
-                    position_embeddings=prompts.angles,
-                    state=self.read(rows, prompts.before) if prompts.has_state else None,
-                )
-            prompts.put(output, y)
-            self.write(rows, prompts.after, state)
+            prompts.put(output, self.compute(prompts, self.step.rows_of(metadata, prompts), hidden_states))
         return tensor_model_parallel_all_reduce(output)
+
+    def compute(self, prompts: Prompts, rows: Tensor, hidden_states: Tensor) -> Tensor:
+        """Mix the tokens of prompts, (n, D) of a step -> (B, L, D), and update their rows, (B,)."""
+        with one_forward(prompts.shared):
+            y, state = self.block(
+                prompts.taken(hidden_states),
+                prompts.layout,
+                valid=prompts.valid,
+                position_embeddings=prompts.angles,
+                state=self.read(rows, prompts.before) if prompts.has_state else None,
+            )
+        self.write(rows, prompts.after, state)
+        return y
 
     def pooled(self, rows: Tensor, turn: Tensor) -> PooledMMATEState:
         """Return the states in these rows where they are; one token of each request overwrites them there.
