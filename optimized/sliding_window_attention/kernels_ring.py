@@ -17,8 +17,6 @@ from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import RingInputs
 
-READ = 32  # places at once; beyond N = 128 half of them
-
 
 @triton.jit
 def turned(X, COS, SIN, columns, real, N: tl.constexpr):
@@ -97,6 +95,7 @@ def ring(inputs: RingInputs) -> Tensor:
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     rings, places, ratio = (inputs.ring_k, inputs.ring_v), inputs.ring_k.shape[1], heads // groups
     o = q.new_empty(batch, heads, value_size)
+    columns, warps, stages = tile_of_ring(max(size, value_size), q.dtype.itemsize, places)
     ring_kernel[(batch * groups,)](
         q,
         k,
@@ -123,15 +122,18 @@ def ring(inputs: RingInputs) -> Tensor:
         P=value_size,
         BLOCK_N=tile_size(size),
         BLOCK_P=tile_size(value_size),
-        COLUMNS=columns_of(max(size, value_size), places),
+        COLUMNS=columns,
         HEADS=tile_size(ratio),
         HAS_VALID=inputs.valid is not None,
-        num_warps=4,
-        num_stages=1,
+        num_warps=warps,
+        num_stages=stages,
     )
     return o
 
 
-def columns_of(size: int, places: int) -> int:
-    """Return how many places are read at once."""
-    return min(READ // (1 + (size > 128)), tile_size(places))
+def tile_of_ring(size: int, itemsize: int, places: int) -> tuple[int, int, int]:
+    """Return how many places are read at once, of elements of so many bytes, by how many warps, and the
+    loop's stages.
+    """
+    columns = min(32 if size <= 128 else 16, tile_size(places))
+    return columns, 4, 1 if itemsize == 2 else 3

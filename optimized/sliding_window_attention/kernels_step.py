@@ -1,12 +1,11 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernels for one token of decoding: attention over the window's state, which then moves up a place.
 
-Letters as in `torch_engine`. A program of the attention takes one head of one row; of many rows all heads of
-a group, whose state would be read from the L2 cache once for each. Its products are sums over
-a tile, not products of matrices: one query has too few rows for tensor cores, and what takes the time is
-reading the state. (With 64 places as the rows of a product, on four warps, triton 3.6 makes wgmma
-instructions that gave a wrong o or an illegal memory access on an H200.) A program of the move takes one
-group of one row, which nobody else touches. In a pool a ring saves the move: `kernels_ring`.
+Letters as in `torch_engine`. A program of the attention takes one head of one row. Its products are sums over
+a tile, not products of matrices: what takes the time is reading the state. (With 64 places as the rows of a
+product, on four warps, triton 3.6 makes wgmma instructions that gave a wrong o or an illegal memory access on
+an H200.) A program of the move takes one group of one row, which nobody else touches. In a pool a ring saves
+the move, and one program takes all heads of a group: `kernels_ring`.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..engine.launch import as_bytes, power_of_2, rows_of, tile_size
+from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import StepInputs, StepOutputs, step_outputs
 
 READ = {False: 128, True: 64}  # places that a program attends to at once, for head dims beyond 128 fewer
-MANY_ROWS = 32  # with as many, programs of a group each fill the GPU
-PRODUCTS = {False: 2**14, True: 2**13}  # of a group's queries and keys that a program makes at once, likewise
+WARPS = {True: 4, False: 8}  # for elements of two bytes, and of more
 MOVED = 32  # places that a program moves at once
 
 
@@ -67,54 +65,6 @@ def attention_kernel(
     out = tl.where(asking, out / total, 0.0)
     o_at = (row * (GROUPS * RATIO) + head) * P + columns_p
     tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=real_p)
-
-
-@triton.jit
-def group_kernel(
-    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
-    scale,
-    PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
-    HAS_VALID: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Eq. (1) for one token a row: all heads of a group, which read its keys and values once."""
-    row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
-    group = tl.cast(tl.program_id(0) % GROUPS, tl.int64)
-    valid = tl.load(VALID + row) != 0 if HAS_VALID else row >= 0
-    asking = valid & (tl.load(ASKS + row) != 0) if HAS_ASKS else valid
-    columns_n, columns_p, each = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P), tl.arange(0, HEADS)
-    real_n, real_p = columns_n < N, columns_p < P
-    new_n, new_p = columns_n < tl.where(asking, N, 0), columns_p < tl.where(asking, P, 0)
-    head = group * RATIO + each
-    q_at = Q + row * q_row + head[:, None] * q_head + columns_n[None, :]
-    q = tl.load(q_at, mask=(each < RATIO)[:, None] & new_n[None, :], other=0.0).to(tl.float32)
-    k = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0).to(tl.float32)
-    v = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0).to(tl.float32)
-    largest = tl.sum(q * k[None, :], 1) * scale  # each sees itself
-    total = tl.full([HEADS], 1.0, tl.float32)
-    out = tl.zeros([HEADS, BLOCK_P], tl.float32) + v[None, :]
-    k_state = STATE_K + row * (PLACES * GROUPS * N) + group * N
-    v_state = STATE_V + row * (PLACES * GROUPS * P) + group * P
-    for start in range(0, PLACES, COLUMNS):
-        place = start + tl.arange(0, COLUMNS)
-        inside = place < PLACES
-        there = tl.load(PRESENT + row * PLACES + place, mask=inside, other=0) != 0
-        k_at = k_state + place[:, None] * (GROUPS * N) + columns_n[None, :]
-        v_at = v_state + place[:, None] * (GROUPS * P) + columns_p[None, :]
-        k_tile = tl.load(k_at, mask=inside[:, None] & real_n[None, :], other=0.0).to(tl.float32)
-        v_tile = tl.load(v_at, mask=inside[:, None] & real_p[None, :], other=0.0).to(tl.float32)
-        scores = tl.sum(q[:, None, :] * k_tile[None, :, :], 2) * scale
-        scores = tl.where(there[None, :], scores, -1e30)
-        v_tile = tl.where(there[:, None], v_tile, 0.0)
-        highest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - highest[:, None])
-        shrink = tl.exp2(largest - highest)
-        total = total * shrink + tl.sum(weights, 1)
-        out = out * shrink[:, None] + tl.sum(weights[:, :, None] * v_tile[None, :, :], 1)
-        largest = highest
-    out = tl.where(asking, out / total[:, None], 0.0)
-    o_at = (row * (GROUPS * RATIO) + head)[:, None] * P + columns_p[None, :]
-    tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(each < RATIO)[:, None] & real_p[None, :])
 
 
 @triton.jit
@@ -186,15 +136,14 @@ def step(inputs: StepInputs) -> StepOutputs:
         *strides,
         inputs.scale * LOG2_E,
     )
-    options = sizes | {"RATIO": heads // groups, "HAS_ASKS": inputs.asks is not None, "num_warps": 8}
-    if batch < MANY_ROWS or heads == groups:
-        columns = min(READ[max(size, value_size) > 128], tile_size(after.shape[1]))
-        attention_kernel[(batch * heads,)](*given, COLUMNS=columns, **options)
-    else:
-        shared = power_of_2(heads // groups)
-        products = PRODUCTS[max(size, value_size) > 128] // (shared * sizes["BLOCK_N"])
-        columns = max(min(products, tile_size(after.shape[1])), 1)
-        group_kernel[(batch * groups,)](*given, COLUMNS=columns, HEADS=shared, **options)
+    attention_kernel[(batch * heads,)](
+        *given,
+        COLUMNS=min(READ[max(size, value_size) > 128], tile_size(after.shape[1])),
+        RATIO=heads // groups,
+        HAS_ASKS=inputs.asks is not None,
+        num_warps=WARPS[q.dtype.itemsize == 2],
+        **sizes,
+    )
     move_kernel[(batch * groups,)](
         k,
         v,

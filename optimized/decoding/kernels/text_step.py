@@ -189,30 +189,35 @@ def text_step_kernel(
         X + batch * x_batch, before, after, WEIGHT, BIAS, own + p, 0, 1.0, last, written, turn, valid,
         channels, TAPS, ROWS, HAS_BIAS, IS_RING,
     )  # fmt: skip
+    b = convolved(
+        B + batch * b_batch, before, after, WEIGHT, BIAS, own + p, grouped, 1.0, last, written, turn, valid,
+        channels, TAPS, ROWS, HAS_BIAS, IS_RING,
+    )  # fmt: skip
+    c = convolved(
+        C + batch * c_batch, before, after, WEIGHT, BIAS, head * P + p, 2 * grouped, scale, (head + 1) * P,
+        (head + 1) * P, turn, valid, channels, TAPS, ROWS, HAS_BIAS, IS_RING,
+    )  # fmt: skip
     dt = tl.where(valid, softplus(tl.load(RATE + batch * rate_batch + head).to(tl.float32)), 0.0)
     decay = tl.exp(-dt * tl.exp(tl.load(A_LOG + head).to(tl.float32)))
     decay = tl.where(valid, decay, 1.0)
-    y = tl.load(D + head).to(tl.float32) * x
+    parts: tl.constexpr = BLOCK_P // BLOCK_N
+    writes, reads = tl.reshape(dt * b, [parts, BLOCK_N]), tl.reshape(c, [parts, BLOCK_N])
+    total = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
     for start in tl.static_range(0, BLOCK_P, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         state = following
         if start + BLOCK_N < BLOCK_P:  # asked for before this one is written
             following = state_tile(base, start + BLOCK_N, p, P, BLOCK_P, BLOCK_N)
-        b = convolved(
-            B + batch * b_batch, before, after, WEIGHT, BIAS, own + n, grouped, 1.0, last, written, turn,
-            valid, channels, TAPS, ROWS, HAS_BIAS, IS_RING,
-        )  # fmt: skip
-        c = convolved(
-            C + batch * c_batch, before, after, WEIGHT, BIAS, head * P + n, 2 * grouped, scale,
-            (head + 1) * P, (head + 1) * P, turn, valid, channels, TAPS, ROWS, HAS_BIAS, IS_RING,
-        )  # fmt: skip
-        state = decay * state + (dt * b)[:, None] * x[None, :]
+        here = tl.arange(0, parts)[:, None] == start // BLOCK_N
+        write, read = tl.sum(tl.where(here, writes, 0.0), 0), tl.sum(tl.where(here, reads, 0.0), 0)
+        state = decay * state + write[:, None] * x[None, :]
         tile = base + n[:, None] * P + p[None, :]
         if P == BLOCK_P:
             tl.store(tile, state.to(STATE.dtype.element_ty))
         else:
             tl.store(tile, state.to(STATE.dtype.element_ty), mask=(n < P)[:, None] & (p < P)[None, :])
-        y += tl.sum(state * c[:, None], 0)
+        total += state * read[:, None]
+    y = tl.sum(total, 0) + tl.load(D + head).to(tl.float32) * x
     real = p < P
     if HAS_NORM:
         weight = tl.load(NORM + head * P + p, mask=real, other=0.0).to(tl.float32)

@@ -204,15 +204,7 @@ KERNELS = {
         "sliding_window_attention.kernels_step",
         "attention_kernel",
         SLIDING_STEP,
-        8,
-        3,
-        {"PRESENT": "*u8"},
-    ),
-    "sliding_group": (
-        "sliding_window_attention.kernels_step",
-        "group_kernel",
-        SLIDING_STEP,
-        8,
+        "window",
         3,
         {"PRESENT": "*u8"},
     ),
@@ -220,8 +212,8 @@ KERNELS = {
         "sliding_window_attention.kernels_ring",
         "ring_kernel",
         RING,
-        4,
-        1,
+        "ring",
+        None,
         dict.fromkeys(("PRESENT", "COS", "SIN"), "*fp32") | dict.fromkeys(("PLACE", "TURN"), "*i64"),
     ),
     "sliding_move": (
@@ -300,10 +292,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     elif "PLACES" in chosen:
         moves = chosen["kernel"] == "move_kernel"
         known["COLUMNS"] = sliding_step.MOVED if moves else sliding_step.READ[size > 128]
-        if chosen["kernel"] == "group_kernel":
-            known |= {"HEADS": 8, "COLUMNS": sliding_step.PRODUCTS[size > 128] // (8 * size)}
-        elif chosen["kernel"] == "ring_kernel":
-            known["COLUMNS"] = sliding_ring.columns_of(size, 128)
+        if chosen["kernel"] == "ring_kernel":
+            known["COLUMNS"] = sliding_ring.tile_of_ring(size, kind.itemsize, 128)[0]
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     elif chosen["kernel"] == "text_step_kernel":
@@ -367,6 +357,10 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
         warps = 8 if size > 64 else 4
     elif warps == "step":
         warps = text_step_kernels.tile_of_step(chosen["programs"], size)[1]
+    elif warps == "window":
+        warps = sliding_step.WARPS[DTYPES[dtype].itemsize == 2]
+    elif warps == "ring":
+        warps, stages = sliding_ring.tile_of_ring(size, DTYPES[dtype].itemsize, 128)[1:]
     options = {"num_warps": warps, "num_stages": stages}
     if function == "output_kernel":
         options = scan_output.output_tiles(size, size, scan_tiles.token_dtype(DTYPES[dtype]), fixed["CHUNK"])[
