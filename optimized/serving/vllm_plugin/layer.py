@@ -95,7 +95,7 @@ class Step:
         self.prepared = {} if prepared is None else prepared
         self.of_decodes: dict[Hashable, Any] | None = None
         self.lone: Prompts | None = None  # all there is, of `prompt_graphs`
-        self.stream: torch.cuda.Stream | None = None  # of second branches, where decoding is captured
+        self.stream: torch.cuda.Stream | None = None  # of second branches, where this is captured
 
     def rows_of(self, metadata: StateMetadata, prompts: Prompts | None = None) -> Tensor:
         """Return where the states of the tokens that decode are, or of these prompts, (B,) int64."""
@@ -327,7 +327,7 @@ class StateLayer(MambaBase, nn.Module):
 
     def compute(self, prompts: Prompts, rows: Tensor, hidden_states: Tensor) -> Tensor:
         """Mix the tokens of prompts, (n, D) of a step -> (B, L, D), and update their rows, (B,)."""
-        with one_forward(prompts.shared):
+        with one_forward(prompts.shared), branches_beside(self.step.stream):
             y, state = self.block(
                 prompts.taken(hidden_states),
                 prompts.layout,

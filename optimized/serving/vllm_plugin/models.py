@@ -96,8 +96,8 @@ class StateModel:
         object.__setattr__(self, "student", student)  # no module of this one: it has no weights
         adds = getattr(self, "use_deepstack", False)  # features of pictures between layers
         if self.has_graphs and self.ranks == 1 and len(self.states) == len(layers) and not adds:
-            given = list(self.states.values()), self.angles, self.decode, self.step_of
-            self.prompt_graphs = PromptGraphs(CudaCapture(), *given)
+            given = self.angles, self.decode, self.step_of, self.stream
+            self.prompt_graphs = PromptGraphs(CudaCapture(), list(self.states.values()), *given)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -146,16 +146,14 @@ class StateModel:
     def graph_for(self, metadata: StateMetadata, positions: Tensor) -> LonePrompt | None:
         """Return the graph of a step's only prompt, of text from its first token on; None = there is none.
 
-        Steps that decode and are not replayed capture all graphs, as vLLM's first ones at its start are.
+        All are captured by the first step that decodes and is not replayed, as vLLM's are when it warms up at
+        its start, or else by the first such prompt.
         """
         graphs, tokens = self.prompt_graphs, positions.shape[-1]
-        if metadata.num_prefills == 0:
-            if self.engine() == "triton":
-                graphs.capture(self.embeddings(), positions)
-            return None
-        if metadata.num_prefills > 1 or metadata.num_decode_tokens or metadata.past[0]:
-            return None
-        return graphs.find(tokens) if metadata.num_prefill_tokens == tokens else None
+        is_alone = metadata.num_prefills == 1 and not metadata.num_decode_tokens and not metadata.past[0]
+        if (metadata.num_prefills == 0 or is_alone) and self.engine() == "triton":
+            graphs.capture(self.embeddings(), positions)
+        return graphs.find(tokens) if is_alone and metadata.num_prefill_tokens == tokens else None
 
     def embeddings(self) -> Tensor:
         """Return a tensor like embedded tokens, (0, D)."""

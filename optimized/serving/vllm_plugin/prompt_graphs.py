@@ -28,6 +28,7 @@ class PromptGraphs:
         angles: positions (..., L) int64 -> cosines and sines, (1, L, N) each.
         decode: embeddings (L, D) and positions -> hidden states (L, D), by the layers, with their `step` set.
         step: angles -> `Step` of a prompt of text.
+        stream: of second branches; None = they come after the first.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class PromptGraphs:
         angles: Callable[[Tensor], tuple[Tensor, Tensor]],
         decode: Callable[[Tensor, Tensor], Tensor],
         step: Callable[[tuple[Tensor, Tensor]], Step],
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
+        self.stream = stream
         self.layers, self.angles, self.decode, self.step = layers, angles, decode, step
         self.record = capture
         self.graphs: dict[int, LonePrompt] = {}
@@ -90,6 +93,7 @@ class LonePrompt:
             place = torch.arange(length, device=embeds.device)[None]
             valid = place >= length - self.count
             step = graphs.step(angles)
+            step.stream = graphs.stream
             run, none = slice(0, length), torch.zeros_like(self.count)
             shared = dict(step.prepare(None))
             step.lone = Prompts(
