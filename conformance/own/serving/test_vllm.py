@@ -328,6 +328,7 @@ def test_a_cut_picture_is_refused_by_the_layer():
         ({"tensor_parallel_size": 4}, "must divide the 2 groups"),
         ({"pipeline_parallel_size": 2}, "pipeline parallel size must be 1"),
         ({"enable_lora": True}, "LoRA must be off"),
+        ({"mamba_cache_dtype": "bfloat16"}, "mamba_cache_dtype must be auto"),
         ({"max_num_batched_tokens": 64}, "Please increase max_num_batched_tokens"),
     ],
 )
@@ -520,3 +521,41 @@ def test_fp8_rounds_the_mlps_and_leaves_the_blocks(tmp_path, monkeypatch):
     rounded = {name for name, kind in kinds.items() if kind == torch.float8_e4m3fn}
     assert rounded == {name for name in kinds if ".mlp." in name and name.endswith("proj.weight")}
     assert errors[None] < 0.03 < errors["fp8"] < 0.1, errors
+
+
+def test_states_in_bfloat16_are_rounded_and_nothing_else(tmp_path, monkeypatch):
+    """They are half as large, the answers near those of float32. vLLM turns its option to float32 on a CPU,
+    so that what the plugin makes of it is changed there.
+    """
+    from linmu.optimized.serving.vllm_plugin import layer, models
+
+    student, processor = tiny_student("qwen2", None)
+    student.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    options = {"model": str(tmp_path), "dtype": "float32", "max_model_len": LONGEST, "max_num_seqs": AT_ONCE}
+    requests, found, bytes_a_row = [request_at_random(seed, KINDS[:1]) for seed in range(20)], {}, {}
+    for kind in ("auto", "bfloat16"):
+        if kind != "auto" and not torch.cuda.is_available():
+            for module in (layer, models):
+                monkeypatch.setattr(module, "scan_dtype", lambda config: torch.bfloat16)
+        engine = vllm.LLM(**options, mamba_ssm_cache_dtype=kind, gpu_memory_utilization=0.3)
+        model = engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        pools = dict(zip(model.states[0].names, model.states[0].kv_cache, strict=True))
+        bytes_a_row[kind] = pools["scan"][0].nbytes
+        assert {name for name, pool in pools.items() if pool.dtype == torch.bfloat16} == (
+            {"scan"} if kind == "bfloat16" else set()
+        )
+        given = [request.for_vllm() for request in requests]
+        outputs = engine.generate(given, [sampling(request) for request in requests], use_tqdm=False)
+        found[kind] = [output.outputs[0] for output in outputs]
+        engine.llm_engine.engine_core.shutdown()
+        del engine, model, pools
+        cleanup_dist_env_and_memory()
+    assert bytes_a_row["auto"] == 2 * bytes_a_row["bfloat16"]
+    errors = []
+    for want, got in zip(found["auto"], found["bfloat16"], strict=True):
+        for token, at, other in zip(want.token_ids, want.logprobs, got.logprobs, strict=True):
+            if token not in other:  # answers part here
+                break
+            errors.append(abs(at[token].logprob - other[token].logprob))
+    assert len(errors) > 40 and 0 < sum(errors) / len(errors) < 0.02 and max(errors) < 0.2, errors
