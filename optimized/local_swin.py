@@ -117,7 +117,10 @@ class LocalSwin(reference.LocalSwin):
             if any(tensor.requires_grad for tensor in read):
                 return None, None
         products = token_products(u, [self.v_proj, self.k_proj, self.q_proj], [narrow], None, engine)
-        return (None, None) if products is None else (products.xBC, products.rate[:, None])
+        if products is None:
+            return None, None
+        vkq, product, _ = products
+        return vkq, product[:, None]
 
     def attend_text(
         self,

@@ -125,9 +125,9 @@ class MMATE(reference.MMATE):
         products = token_products(u, *self.joined_linears(), None, engine)
         if products is None:
             return None
-        of_flex, of_local = products.xBC.chunk(2, dim=1)
-        heads = self.config.heads
-        return (of_flex, products.rate[:, :heads]), (of_local, products.rate[:, None, heads:])
+        product, rates, _ = products
+        (of_flex, of_local), heads = product.chunk(2, dim=1), self.config.heads
+        return (of_flex, rates[:, :heads]), (of_local, rates[:, None, heads:])
 
     def joined_linears(self) -> tuple[list[nn.Linear], list[nn.Linear]]:
         """What a token of text is multiplied with, for `join_weights`: linears, and narrow ones."""

@@ -20,6 +20,7 @@ from .decoding.operator import ProjectionInputs, ProjectionOutputs, text_project
 from .elementwise import narrow_product as in_bfloat16_parts
 from .elementwise.operator import NarrowInputs, RotateInputs, narrow_product, rotate
 from .elementwise.torch_engine import angles_of
+from .engine.beside import Fork
 from .engine.once import once_a_forward
 from .engine.torch_state import has_no_hooks
 
@@ -136,8 +137,12 @@ def token_products(
     if not plain or torch.is_autocast_enabled(u.device.type):
         return None
     if u.shape[0] > MOST_ROWS:
-        rates, z = token_columns(u, narrow, engine), None if gate is None else gate(u)[:, 0]
-        return ProjectionOutputs(F.linear(u[:, 0], joined.weight, joined.bias), rates, z)
+        fork = Fork()
+        with fork.second():  # few columns leave room on a GPU
+            rates = token_columns(u, narrow, engine)
+        product, z = F.linear(u[:, 0], joined.weight, joined.bias), None if gate is None else gate(u)[:, 0]
+        fork.join()
+        return ProjectionOutputs(product, rates, z)
     gated = (None, None) if gate is None else (gate.weight, gate.bias)
     if joined is None:
         weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]

@@ -86,7 +86,7 @@ def ring_kernel(
     tl.store(to_k, k.to(RING_K.dtype.element_ty), mask=new_k)
     tl.store(ring_v + oldest * (GROUPS * P) + columns_p, v.to(RING_V.dtype.element_ty), mask=new_p)
     if (group == 0) & valid:
-        tl.store(present + oldest, tl.cast(1, PRESENT.dtype.element_ty))
+        tl.store(present + oldest, 1.0)
 
 
 def ring(inputs: RingInputs) -> Tensor:
