@@ -69,7 +69,6 @@ def test_honest_backends_pass(run, request):
         test_scan.test_strong_decay_is_finite_and_forgets_everything,
         test_scan.test_long_scans_match_the_reference,
         test_bidirectional_scan.test_extreme_gates_and_decays_are_finite,
-        test_bidirectional_scan.test_long_prompts_match_the_reference,
     ),
     ids=lambda test: test.__name__,
 )
