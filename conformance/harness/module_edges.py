@@ -127,21 +127,21 @@ def check_layers_share_a_layout(backend: Any, name: str, case: ModuleCase) -> No
     options |= {"text_window": 0 if case.config.text_window else 2, "rotary_major": False}
     layers = [replace(case, layer_index=case.layer_index + more) for more in range(4)]
     layers += [layers[1].with_options(**options), replace(case, dtype=others, seed=case.seed + 1), case]
-    masks = [case.layout.valid] * len(layers)
-    masks[-1] = other_mask(case)
-    modules = [random_module(backend, name, layer) for layer in layers]
-    calls = list(zip(modules, layers, masks, strict=True))
-    alone = [run_with_gradients(module, name, layer, valid=mask) for module, layer, mask in calls]
+    masks = [case.layout.valid] * (len(layers) - 1) + [other_mask(case)]
     source, shared = "the same backend with a layout of its own", case.vision_layout
-    for (module, layer, mask), wanted in zip(calls, alone, strict=True):
+    calls = []
+    for layer, mask in zip(layers, masks, strict=True):
+        module = random_module(backend, name, layer)
+        alone = run_with_gradients(module, name, layer, valid=mask)
         found = run_with_gradients(module, name, layer, layout=shared, valid=mask)
         of_sums = partial(sizes, reference, name, layer, module.state_dict(), valid=mask)
-        assert_same(found, wanted, layer, sizes=of_sums, source=source)
+        assert_same(found, alone, layer, sizes=of_sums, source=source)
+        calls.append((module, layer, mask, alone))
     for layout in (shared, case.vision_layout):
-        for (module, layer, mask), wanted in zip(calls[::-1], alone[::-1], strict=True):
+        for module, layer, mask, alone in calls[::-1]:
             with torch.no_grad():
                 found = run(module, name, layer, layout=layout, valid=mask)
-            assert_same(found, {key: wanted[key] for key in found}, layer, source=source)
+            assert_same(found, {key: alone[key] for key in found}, layer, source=source)
 
 
 def other_mask(case: ModuleCase) -> Tensor:
