@@ -263,7 +263,7 @@ def test_steps_at_both_ends_match_the_reference(backend, case: ModuleCase):
     check_steps_at_both_ends(backend, NAME, case)
 
 
-@flex(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=True, output_gate=True), share=0.1)
+@flex(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=True, output_gate=True), share=0.05)
 def test_gates_at_both_ends_match_the_reference(backend, case: ModuleCase):
     """Neither e^z nor e^-z overflows into a value or a gradient."""
     check_gates_at_both_ends(backend, NAME, case)
@@ -281,7 +281,7 @@ def test_the_halves_of_the_angles_may_differ(backend, case: ModuleCase):
     check_angles_of_both_halves(backend, NAME, case)
 
 
-@flex(cases=module_cases(("float16",), layout=SMALL_PROMPT, **NORMED), share=0.1)
+@flex(cases=module_cases(("float16",), layout=SMALL_PROMPT, **NORMED), share=0.05)
 def test_what_is_normed_may_have_any_size(backend, case: ModuleCase):
     """Squares of half precision overflow at 256 and have no digits at 1 / 500."""
     check_norms_at_both_ends(backend, NAME, case)

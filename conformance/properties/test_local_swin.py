@@ -201,7 +201,7 @@ def test_the_halves_of_the_angles_may_differ(backend, case: ModuleCase):
     check_angles_of_both_halves(backend, NAME, case)
 
 
-@swin(cases=module_cases(("float16",), layout=SMALL_PROMPT, **NORMED), share=0.1)
+@swin(cases=module_cases(("float16",), layout=SMALL_PROMPT, **NORMED), share=0.05)
 def test_what_is_normed_may_have_any_size(backend, case: ModuleCase):
     """Squares of half precision overflow at 256 and have no digits at 1 / 500."""
     check_norms_at_both_ends(backend, NAME, case)
