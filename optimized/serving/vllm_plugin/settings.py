@@ -86,6 +86,11 @@ def check_settings(vllm_config: VllmConfig) -> None:
     require(size == 1, WHERE, "pipeline parallel size must be 1, others were not tested", size, hint)
     groups = model.hf_config.get_text_config().num_key_value_heads
     require_groups_for_ranks(groups, parallel.tensor_parallel_size)
+    given = vllm_config.cache_config.mamba_cache_dtype
+    must, hint = "mamba_cache_dtype must be auto", "--mamba-ssm-cache-dtype says in what scans are kept"
+    require(given == "auto", WHERE, must, given, hint)
+    rounding = getattr(getattr(vllm_config, "mamba_config", None), "enable_stochastic_rounding", False)
+    require(not rounding, WHERE, "stochastic rounding must be off: no kernel here rounds so", "it on")
     must, hint = "LoRA must be off", "merge the adapters into the student before it is saved"
     require(vllm_config.lora_config is None, WHERE, must, "it on", hint)
     must = f"{RUNNER} must be 0 or unset"
