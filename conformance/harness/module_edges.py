@@ -26,11 +26,12 @@ SMALL_PROMPT = Layout(((Text(1), Vision(0, (1, 2, 3)), Text(1)), (Vision(0, (1, 
 ONE_WORD = Layout(((Text(1),), (Text(1),)))
 A_FEW_WORDS = Layout(((Text(7),), (Text(7),)))
 SHARED = Layout(((Text(1), Vision(0, (2, 2, 3)), Text(1)),))
-ROTATING = {"window_thw": (1, 1, 2), "rotary_major": True, "reverse_scan": True}  # each layer sees another
+ROTATING = {"window_thw": (1, 1, 2), "rotary_major": True, "reverse_scan": True}
 PLAIN = {"conv_kernel": 0, "output_gate": False, "scan_rope": False, "norm_eps": 1e-6}
 NORMED = PLAIN | {"head_norm": True, "qk_norm": True}
-STEPS = {"float16": (-11.5, 200.0)}  # of softplus; float16 has no numbers that bring smaller ones to size 1
-ALL_STEPS = (-18.4, 200.0)
+GATED = {"head_norm": True, "norm_eps": 1e-2, "output_gate": True}  # no gradient is too large for float16
+STEPS, STEPS_OF_FLOAT16 = (-18.4, 200.0), (-11.5, 200.0)  # of softplus
+SMALL = 0.125  # of B and x in float16, whose range ends soon
 END = 100.0  # e^100 is no float32
 SHUT = -12.0  # silu is -7e-5 there; e^12 is no float16
 LARGE = 512.0  # its square is no float16, that of its inverse is there without digits
@@ -43,9 +44,10 @@ def branches_of(module: nn.Module) -> list[nn.Module]:
 
 
 def check_steps_at_both_ends(backend: Any, name: str, case: ModuleCase) -> None:
-    """dt of hundred-millionths and of hundreds, B and x such that what is written has size 1: values, states
-    and gradients, of a prompt and of a step of decoding."""
-    for rate in STEPS.get(case.dtype, ALL_STEPS):
+    """dt of hundred-millionths and of hundreds, B and x such that what is written has size 1 or 1/64: values,
+    states and gradients, of a prompt and of a step of decoding."""
+    narrow = case.dtype == "float16"
+    for rate in STEPS_OF_FLOAT16 if narrow else STEPS:
         module = random_module(backend, name, case)
         flex, step = branches_of(module)[0], F.softplus(torch.tensor(rate, dtype=torch.float64)).item()
         scaled = flex.k_norm if case.config.qk_norm else flex.k_proj
@@ -53,7 +55,7 @@ def check_steps_at_both_ends(backend: Any, name: str, case: ModuleCase) -> None:
             flex.dt_proj.bias.fill_(rate)
             flex.D.zero_()
             for parameter in (*scaled.parameters(), *flex.v_proj.parameters()):
-                parameter.mul_(step**-0.5)
+                parameter.mul_(step**-0.5 * (SMALL if narrow else 1))
         check_module(module, reference, name, case)
         word = replace(case, layout=ONE_WORD)
         check_module(module, reference, name, word, layout=None, state=random_state(name, word))
@@ -82,9 +84,9 @@ def check_gates_at_both_ends(backend: Any, name: str, case: ModuleCase) -> None:
         flex = branches_of(module)[0]
         with torch.no_grad():
             flex.z_proj.bias.fill_(bias)
+            flex.o_proj.weight.mul_({END: 2**-7, -END: 1, SHUT: 2**11}[bias])
             if bias == SHUT:
                 flex.z_proj.weight.mul_(0.1)
-                flex.o_proj.weight.mul_(2**11)
             else:
                 for gate in (flex.scan_gate_proj, getattr(module, "mix_proj", None)):
                     if gate is not None:

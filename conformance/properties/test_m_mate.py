@@ -39,6 +39,7 @@ from ..harness.module_checks import (
     large_cases_of,
 )
 from ..harness.module_edges import (
+    GATED,
     NORMED,
     ROTATING,
     SHARED,
@@ -166,13 +167,13 @@ def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
     assert error < 0.01 * wanted.abs().max(), report(line, case)
 
 
-@mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT), share=0.05)
+@mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=False), share=0.05)
 def test_steps_at_both_ends_match_the_reference(backend, case: ModuleCase):
     """softplus has all its digits where it is a hundred-millionth, and a gradient where it is hundreds."""
     check_steps_at_both_ends(backend, NAME, case)
 
 
-@mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=True, output_gate=True), share=0.05)
+@mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, **GATED), share=0.05)
 def test_gates_at_both_ends_match_the_reference(backend, case: ModuleCase):
     """Neither e^z nor e^-z overflows into a value or a gradient."""
     check_gates_at_both_ends(backend, NAME, case)
