@@ -148,30 +148,30 @@ def run_with_gradients(
     return {key: result.detach() for key, result in {**results, **gradients}.items()}
 
 
-def check_module(module: nn.Module, reference: Any, name: str, case: ModuleCase) -> None:
+def check_module(module: nn.Module, reference: Any, name: str, case: ModuleCase, **changes: Any) -> None:
     """Outputs, states and every gradient against the reference with the same parameters; the reference itself
-    can only be finite."""
+    can only be finite. `changes` are other arguments of the forward, without floats."""
     if type(module) is getattr(reference, name):
-        for key, result in run_with_gradients(module, name, case).items():
+        for key, result in run_with_gradients(module, name, case, **changes).items():
             check_form(key, result, result, case)
         return
     state = module.state_dict()
-    truth, in_own_dtypes = truth_and_reference(reference, name, case, state)
-    of_sums = partial(sizes, reference, name, case, state)
-    assert_matches(run_with_gradients(module, name, case), truth, in_own_dtypes, case, of_sums)
+    truth, in_own_dtypes = truth_and_reference(reference, name, case, state, **changes)
+    of_sums = partial(sizes, reference, name, case, state, **changes)
+    assert_matches(run_with_gradients(module, name, case, **changes), truth, in_own_dtypes, case, of_sums)
 
 
 def truth_and_reference(
-    reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]
+    reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor], **changes: Any
 ) -> tuple[Results, Results]:
     """Results of the reference with these parameters: in float64, and in the dtype of the case."""
     module, wide_module = (initial(reference, name, case) for _ in range(2))
     module.load_state_dict(state)
     wide_module.load_state_dict(state)
-    in_own_dtypes = run_with_gradients(module, name, case)
+    in_own_dtypes = run_with_gradients(module, name, case, **changes)
     wide_module.double()
     wide = RoundedCase(case)
-    return run_with_gradients(wide_module, name, wide), in_own_dtypes
+    return run_with_gradients(wide_module, name, wide, **changes), in_own_dtypes
 
 
 def sizes(

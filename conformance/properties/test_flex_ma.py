@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from linmu import reference
+from linmu.reference import LinMUConfig, VisionLayout
 
 from ..harness import second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, report
 from ..harness.layouts import Layout, Pad, Text, Vision
 from ..harness.module_cases import (
+    WIDTH,
     ModuleCase,
     check_module,
     initial,
@@ -46,6 +48,7 @@ LONG_TEXT = Layout(((Text(70), Pad(4)), (Text(11), Pad(2), Text(61))))
 TWO_CELLS = Layout(((Vision(0, (1, 1, 2)),),))
 PLAIN = {"conv_kernel": 0, "head_norm": False, "output_gate": False, "scan_rope": False, "qk_norm": False}
 PLAIN |= {"norm_eps": 1e-6}
+A_GAP = Layout(tuple((Text(3), Vision(0, (1, 2, 4), "row", gap), Text(2)) for gap in (Text(300), Pad(300))))
 PROMPT = Layout(((Text(2), Vision(0, (2, 2, 3), "frame"), Text(2)),))
 
 
@@ -112,6 +115,17 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@pytest.mark.needs(NAME)
+@pytest.mark.parametrize("packed", (False, True))
+def test_gaps_longer_than_a_chunk_are_crossed(backend, packed):
+    """300 tokens of text, or of padding, in the middle of a picture: its reverse scan goes on behind them."""
+    config = LinMUConfig(width=WIDTH, heads=2, groups=1, head_dim=2, conv_kernel=4, scan_rope=True)
+    case = ModuleCase(A_GAP, config, 1, "float32", 3)
+    numbers = (torch.arange(case.layout.shape[1]) >= 2).long().expand(case.layout.shape)
+    layout = VisionLayout(case.layout.coords, numbers if packed else None)
+    check_module(random_module(backend, NAME, case), reference, NAME, case, layout=layout)
 
 
 @flex(cases=module_cases(layout=ONE_CELL), share=0.2)
