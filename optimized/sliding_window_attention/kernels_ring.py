@@ -95,7 +95,7 @@ def ring(inputs: RingInputs) -> Tensor:
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     rings, places, ratio = (inputs.ring_k, inputs.ring_v), inputs.ring_k.shape[1], heads // groups
     o = q.new_empty(batch, heads, value_size)
-    columns, warps, stages = tile_of_ring(max(size, value_size), q.dtype.itemsize, places)
+    columns, warps, stages = tile_of_ring(max(size, value_size), places)
     ring_kernel[(batch * groups,)](
         q,
         k,
@@ -131,9 +131,8 @@ def ring(inputs: RingInputs) -> Tensor:
     return o
 
 
-def tile_of_ring(size: int, itemsize: int, places: int) -> tuple[int, int, int]:
-    """Return how many places are read at once, of elements of so many bytes, by how many warps, and the
-    loop's stages.
+def tile_of_ring(size: int, places: int) -> tuple[int, int, int]:
+    """Return how many places are read at once, by how many warps, and the loop's stages: of eight the fastest
+    on an H200 with 64 to 1,024 requests, N = P = 128, bfloat16.
     """
-    columns = min(32 if size <= 128 else 16, tile_size(places))
-    return columns, 4, 1 if itemsize == 2 else 3
+    return min(32 if size <= 128 else 16, tile_size(places)), 4, 3

@@ -227,11 +227,19 @@ def test_a_lone_prompt_of_text_from_a_graph_gives_what_generate_gives(served, mo
     from linmu.optimized.serving.vllm_plugin.prompt_graphs import LonePrompt, PromptGraphs
 
     model, used, call = served.model(), [], LonePrompt.__call__
-    graphs = PromptGraphs(run_again, list(model.states.values()), model.angles, model.decode, model.step_of)
+    given, captures = (model.angles, model.decode, model.step_of), []
+
+    def new_capture():
+        captures.append(run_again)
+        return run_again
+
+    graphs = PromptGraphs(new_capture, list(model.states.values()), *given)
     positions = torch.zeros(*[3] * (model.student.prompt_layout is not None), 0, dtype=torch.int64)
     config = served.engine.llm_engine.vllm_config
     with torch.inference_mode(), set_forward_context(None, config):
         graphs.capture(model.embeddings(), positions, (8, 32))
+        graphs.capture(model.embeddings(), positions, (8, 32))
+    assert len(captures) == 1
     monkeypatch.setattr(model, "prompt_graphs", graphs)
     monkeypatch.setattr(LonePrompt, "__call__", lambda *args: used.append(len(args[1])) or call(*args))
     lengths = [5, 8, 9, 31, 32, 33]
@@ -243,6 +251,10 @@ def test_a_lone_prompt_of_text_from_a_graph_gives_what_generate_gives(served, mo
     pool = model.states[0].kv_cache[0]
     monkeypatch.setattr(model.states[0], "kv_cache", (pool.clone(), *model.states[0].kv_cache[1:]))
     assert graphs.find(5) is None, "its pools have moved"
+    with torch.inference_mode(), set_forward_context(None, config):
+        graphs.capture(model.embeddings(), positions, (8,))
+    assert len(captures) == 2, "a pool of graphs that are gone is gone"
+    assert graphs.find(5) is not None and graphs.find(9) is None
 
 
 @pytest.mark.parametrize("served", ["qwen3_vl, ten blocks"], indirect=True)
@@ -329,6 +341,7 @@ def test_a_cut_picture_is_refused_by_the_layer():
         ({"pipeline_parallel_size": 2}, "pipeline parallel size must be 1"),
         ({"enable_lora": True}, "LoRA must be off"),
         ({"mamba_cache_dtype": "bfloat16"}, "mamba_cache_dtype must be auto"),
+        ({"additional_config": {"linmu": ["graphs"]}}, "must be a list of prompt_graphs, branches_beside"),
         ({"max_num_batched_tokens": 64}, "Please increase max_num_batched_tokens"),
     ],
 )

@@ -41,6 +41,7 @@ from .layer import (
 from .metadata import StateMetadata
 from .positions import pack, unpack
 from .prompt_graphs import LonePrompt, PromptGraphs
+from .settings import untried_options
 from .tensor_parallel import part_of_rank, sizes_of_rank
 from .warm_up import warm_up
 
@@ -88,16 +89,18 @@ class StateModel:
             layer = StateLayer(sizes, index, vllm_config, name.removesuffix(".attn"))
             layers[index].self_attn = self.states[index] = layer
         self.has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-        self.stream = torch.cuda.Stream() if self.has_graphs else None
+        untried = untried_options(vllm_config) if self.has_graphs else ()
+        self.stream = torch.cuda.Stream() if "branches_beside" in untried else None
         self.prompt_graphs: PromptGraphs | None = None
         self.rank = get_tensor_model_parallel_rank()
         self.ranks = get_tensor_model_parallel_world_size()
         self.rotary = type(student.get_decoder().rotary_emb)(config.get_text_config())
         object.__setattr__(self, "student", student)  # no module of this one: it has no weights
         adds = getattr(self, "use_deepstack", False)  # features of pictures between layers
-        if self.has_graphs and self.ranks == 1 and len(self.states) == len(layers) and not adds:
+        whole = self.ranks == 1 and len(self.states) == len(layers) and not adds
+        if "prompt_graphs" in untried and whole:
             given = self.angles, self.decode, self.step_of, self.stream
-            self.prompt_graphs = PromptGraphs(CudaCapture(), list(self.states.values()), *given)
+            self.prompt_graphs = PromptGraphs(CudaCapture, list(self.states.values()), *given)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -124,7 +127,7 @@ class StateModel:
             # a captured step asks the host for nothing: that it holds no picture is the scheduler's care
             decodes = self.has_graphs and metadata is not None and metadata.num_prefills == 0
             coords = coords if not decodes and bool((coords >= 0).any()) else None
-        is_captured = self.stream is not None and torch.cuda.is_current_stream_capturing()
+        is_captured = self.has_graphs and torch.cuda.is_current_stream_capturing()
         if self.prompt_graphs is not None and metadata is not None and not is_captured and coords is None:
             graph = self.graph_for(metadata, positions)
             if graph is not None:

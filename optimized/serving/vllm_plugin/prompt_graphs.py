@@ -2,7 +2,8 @@
 
 A graph computes one prompt of text from its first token on, of at most so many tokens: padded in front, as by
 generate(). Any other step, with pictures, several requests, or a part of a prompt, runs eagerly. Graphs are
-captured when the server captures its steps of decoding, and again if its pools have moved since.
+captured when the server captures its steps of decoding, and again if its pools have moved since. Only on
+request: see `settings.untried_options`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class PromptGraphs:
     """Graphs of all lengths.
 
     Args:
-        capture: records a function, see `graphs.capture`.
+        new_capture: makes what records functions, see `graphs.capture`, in one pool of memory.
         layers: all of the decoder's.
         angles: positions (..., L) int64 -> cosines and sines, (1, L, N) each.
         decode: embeddings (L, D) and positions -> hidden states (L, D), by the layers, with their `step` set.
@@ -33,7 +34,7 @@ class PromptGraphs:
 
     def __init__(
         self,
-        capture: Capture,
+        new_capture: Callable[[], Capture],
         layers: Sequence[StateLayer],
         angles: Callable[[Tensor], tuple[Tensor, Tensor]],
         decode: Callable[[Tensor, Tensor], Tensor],
@@ -42,7 +43,7 @@ class PromptGraphs:
     ) -> None:
         self.stream = stream
         self.layers, self.angles, self.decode, self.step = layers, angles, decode, step
-        self.record = capture
+        self.new_capture = new_capture
         self.graphs: dict[int, LonePrompt] = {}
         self.pools: list[int] = []
 
@@ -58,9 +59,11 @@ class PromptGraphs:
         if pools == self.pools:
             return
         self.graphs.clear()
+        record = self.new_capture()  # a pool that no graph uses any more is gone
         for length in sorted(lengths, reverse=True):  # the largest makes the room that all share
             embeds = like.new_zeros(length, like.shape[-1])
-            self.graphs[length] = LonePrompt(self, embeds, positions.new_zeros(*positions.shape[:-1], length))
+            place = positions.new_zeros(*positions.shape[:-1], length)
+            self.graphs[length] = LonePrompt(self, record, embeds, place)
         self.pools = pools
 
     def pools_now(self) -> list[int]:
@@ -79,11 +82,12 @@ class LonePrompt:
 
     Args:
         graphs: whose it is.
+        record: captures a function.
         embeds: (L, D), zeros.
         positions: (..., L), zeros.
     """
 
-    def __init__(self, graphs: PromptGraphs, embeds: Tensor, positions: Tensor) -> None:
+    def __init__(self, graphs: PromptGraphs, record: Capture, embeds: Tensor, positions: Tensor) -> None:
         self.embeds, self.positions, length = embeds, positions, len(embeds)
         self.row = torch.zeros(1, dtype=torch.int64, device=embeds.device)  # nobody's
         self.count = torch.ones_like(self.row)
@@ -103,7 +107,7 @@ class LonePrompt:
                 layer.step = step
             return graphs.decode(self.embeds, self.positions)
 
-        self.replay, self.output = graphs.record(run)
+        self.replay, self.output = record(run)
 
     def __call__(self, embeds: Tensor, positions: Tensor, row: Tensor) -> Tensor:
         """Compute a prompt.

@@ -293,7 +293,7 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
         moves = chosen["kernel"] == "move_kernel"
         known["COLUMNS"] = sliding_step.MOVED if moves else sliding_step.READ[size > 128]
         if chosen["kernel"] == "ring_kernel":
-            known["COLUMNS"] = sliding_ring.tile_of_ring(size, kind.itemsize, 128)[0]
+            known["COLUMNS"] = sliding_ring.tile_of_ring(size, 128)[0]
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
     elif chosen["kernel"] == "text_step_kernel":
@@ -360,7 +360,7 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     elif warps == "window":
         warps = sliding_step.WARPS[DTYPES[dtype].itemsize == 2]
     elif warps == "ring":
-        warps, stages = sliding_ring.tile_of_ring(size, DTYPES[dtype].itemsize, 128)[1:]
+        warps, stages = sliding_ring.tile_of_ring(size, 128)[1:]
     options = {"num_warps": warps, "num_stages": stages}
     if function == "output_kernel":
         options = scan_output.output_tiles(size, size, scan_tiles.token_dtype(DTYPES[dtype]), fixed["CHUNK"])[
