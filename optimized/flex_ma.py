@@ -18,7 +18,7 @@ from linmu import reference
 from ..reference.flex_ma import DonatedState, FlexMAState
 from ..reference.numerics import accumulation_dtype
 from .causal_conv.operator import ConvInputs, causal_conv
-from .decoding.operator import TextStepInputs, text_step
+from .decoding.operator import PooledTextStepInputs, TextStepInputs, pooled_text_step, text_step
 from .engine import engine_of_block
 from .engine.once import once_a_forward
 from .layout import VisionLayout, begins_of, fast, permute_tokens
@@ -29,17 +29,19 @@ __all__ = ["FlexMA", "FlexMAState", "PooledState"]
 
 
 class PooledState(NamedTuple):
-    """A state for one token of text without a gradient, its scan's among those of others.
+    """A state for one token of text without a gradient, among those of others: overwritten in place.
 
     Args:
-        conv: (B, K-1, channels).
-        scan: (R, H, N, P) in the accumulation dtype, each row contiguous: overwritten in place.
+        conv: (R, K, channels) float32, a ring, see `PooledTextStepInputs`; None where K <= 1.
+        scan: (R, H, N, P) of any float dtype, each row contiguous.
         rows: (B,) int64, which of them is each one's.
+        turn: (B,) int64, how many tokens each one has read.
     """
 
-    conv: Tensor
+    conv: Tensor | None
     scan: Tensor
     rows: Tensor
+    turn: Tensor
 
 
 class FlexMA(reference.FlexMA):
@@ -160,30 +162,26 @@ class FlexMA(reference.FlexMA):
         """Whether autograd would record this call."""
         if not torch.is_grad_enabled():
             return False
-        return any(tensor.requires_grad for tensor in (hidden_states, *state, *self.parameters()))
+        read = (hidden_states, *state, *self.parameters())
+        return any(tensor.requires_grad for tensor in read if tensor is not None)
 
     def text_step(
         self,
         hidden_states: Tensor,
         valid: Tensor | None,
         angles: tuple[Tensor, Tensor] | None,
-        state: FlexMAState,
+        state: FlexMAState | PooledState,
         engine: str | None,
+        products: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (1) to (5) without W_o, one token of text without a gradient: (B, 1, H·P), and the state.
 
-        A donated or pooled state is overwritten; any other is left as it was.
+        A donated or pooled state is overwritten; any other is left as it was. `products`: [x, B, C] (B,
+        channels) and dt before its softplus (B, H), where the caller has them.
         """
-        x, B, C, rate, z = self.project_token(hidden_states, angles, engine)
-        scan_state, rows = state.scan, getattr(state, "rows", None)
-        if rows is None and not (
-            isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)
-        ):
-            scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
+        x, B, C, rate, z = self.project_token(hidden_states, angles, engine, products)
         has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
-        inputs = TextStepInputs(
-            scan_state,
-            state.conv if has_taps else None,
+        rest = (
             x,
             B,
             C,
@@ -197,14 +195,23 @@ class FlexMA(reference.FlexMA):
             None if valid is None else valid[:, 0],
             self.config.head_dim**-0.5,
             self.config.norm_eps,
-            rows,
             engine,
         )
-        y, conv_state = text_step(inputs)
+        if isinstance(state, PooledState):
+            y = pooled_text_step(PooledTextStepInputs(state.scan, state.conv, state.rows, state.turn, *rest))
+            return y[:, None], FlexMAState(state.conv, state.scan)
+        scan_state = state.scan
+        if not (isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)):
+            scan_state = scan_state.to(rate.dtype, copy=True, memory_format=torch.contiguous_format)
+        y, conv_state = text_step(TextStepInputs(scan_state, state.conv if has_taps else None, *rest))
         return y[:, None], FlexMAState(conv_state, scan_state)
 
     def project_token(
-        self, u: Tensor, angles: tuple[Tensor, Tensor] | None, engine: str | None
+        self,
+        u: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        engine: str | None,
+        products: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """x (B, G, P), B (B, G, N), C (B, H, N) before its scale, dt before its softplus (B, H), z (B, H·P).
 
@@ -212,9 +219,14 @@ class FlexMA(reference.FlexMA):
         tensors; their modules are called where they are not, and in large batches, which GEMMs suit better.
         """
         config, gate = self.config, self.z_proj if self.config.output_gate else None
-        products = token_products(u, [self.v_proj, self.k_proj, self.q_proj], self.dt_proj, gate, engine)
+        linears = [self.v_proj, self.k_proj, self.q_proj]
+        if products is None:
+            products = token_products(u, linears, [self.dt_proj], gate, engine)
+        elif gate is not None:
+            products = (*products, gate(u)[:, 0])
         if products is not None:
-            xBC, rate, z = products
+            xBC, rate, *z = products
+            z = z[0] if z else None
             x, B, C = self.split(xBC[:, None])
             if config.qk_norm:
                 C, B = self.q_norm(C), self.k_norm(B)

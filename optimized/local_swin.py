@@ -26,6 +26,7 @@ from .sliding_window_attention import (
     sliding_window_attention,
     spans_of_layer,
     step_in_place,
+    step_in_ring,
 )
 from .window_attention import planned_attention
 
@@ -80,14 +81,21 @@ class LocalSwin(reference.LocalSwin):
             q, k = (rotated(each, angles, tokens.token, engine) for each in (q, k))
             output = planned_attention(q, k, v, tokens.window_id, tokens.plan, engine=engine)
             return self.o_proj(output.flatten(2)), tokens.row, None
+        groups, is_pooled = self.config.groups, isinstance(state, PooledWindowState)
         if vkq is None:
             q, k, v = self.project_heads(hidden_states)
-            q, k = (rotated(each, angles, engine=engine) for each in (q, k))
         else:
             heads = vkq.unflatten(1, (-1, self.config.head_dim))[:, None]  # (B, 1, G + G + H, N)
-            v, kq = heads.tensor_split([self.config.groups], dim=2)
-            k, q = rotated(kq, angles, engine=engine).tensor_split([self.config.groups], dim=2)
-        output, state = self.attend_text(q, k, v, layout, valid, state, sequence, engine)
+            v, k, q = heads.tensor_split([groups, 2 * groups], dim=2)
+        if is_pooled:
+            output = step_in_ring(q, k, v, angles, state, valid=valid, engine=engine)
+        else:
+            if vkq is None:
+                q, k = (rotated(each, angles, engine=engine) for each in (q, k))
+            else:  # they stand side by side
+                kq = rotated(heads[:, :, groups:], angles, engine=engine)
+                k, q = kq.tensor_split([groups], dim=2)
+            output, state = self.attend_text(q, k, v, layout, valid, state, sequence, engine)
         if layout is not None:
             windows = (self.config.window_thw, self.layer_index)
             ids, plan = layout.windows(*windows), layout.window_plan(*windows)
@@ -108,7 +116,7 @@ class LocalSwin(reference.LocalSwin):
             read = (u, *self.parameters(), *narrow.parameters())
             if any(tensor.requires_grad for tensor in read):
                 return None, None
-        products = token_products(u, [self.v_proj, self.k_proj, self.q_proj], narrow, None, engine)
+        products = token_products(u, [self.v_proj, self.k_proj, self.q_proj], [narrow], None, engine)
         if products is None:
             return None, None
         vkq, product, _ = products
@@ -125,8 +133,8 @@ class LocalSwin(reference.LocalSwin):
         sequence: Tensor | None,
         engine: str | None,
     ) -> tuple[Tensor, WindowState]:
-        """Eq. (3) before W_o, (B, L, H, P), 0 on vision; and the state, overwritten if it was donated or is
-        in a pool, and one token without a gradient comes.
+        """Eq. (3) before W_o, (B, L, H, P), 0 on vision; and the state, overwritten if it was donated and one
+        token without a gradient comes.
         """
         window = self.config.text_window
         if layout is None and is_step(q, k, v, window, state):
@@ -134,7 +142,7 @@ class LocalSwin(reference.LocalSwin):
             donated = isinstance(state, DonatedWindowState) and all(
                 may_be_overwritten(s, t.dtype) for s, t in pairs
             )
-            if donated or isinstance(state, PooledWindowState):
+            if donated:
                 return step_in_place(q, k, v, state, valid=valid, engine=engine)
             return sliding_window_attention(q, k, v, window, valid=valid, initial_state=state)
         is_vision = None if layout is None else layout.is_vision

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from linmu import reference
@@ -20,24 +21,25 @@ from .engine.torch_state import has_no_hooks
 from .flex_ma import FlexMA, PooledState, prepare_decay_rates
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
-from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow
+from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow, token_products
 from .sliding_window_attention import PooledWindowState
 
 __all__ = ["MMATE", "MMATEState", "PooledMMATEState"]
 
 
 class PooledMMATEState(NamedTuple):
-    """As `PooledState`, with the text window's, which may be in a pool as well; None = it has none."""
+    """As `PooledState`, with the text window's, in a pool unless it is empty; None = it has none."""
 
-    conv: Tensor
+    conv: Tensor | None
     scan: Tensor
     rows: Tensor
+    turn: Tensor
     window: WindowState | PooledWindowState | None
 
     @property
     def flex_ma(self) -> PooledState:
         """Flex-MA's part."""
-        return PooledState(self.conv, self.scan, self.rows)
+        return PooledState(self.conv, self.scan, self.rows, self.turn)
 
 
 class MMATE(reference.MMATE):
@@ -66,15 +68,24 @@ class MMATE(reference.MMATE):
         if layout is None or not self.runs_in_parts():
             given = {"valid": valid, "position_embeddings": angles, "sequence": sequence}
             has_local = layout is not None or self.config.text_window > 0
+            products = self.token_products(hidden_states, layout, state)
             fork = Fork(has_local and self.may_fork())
-            y, after = flex_ma(hidden_states, layout, state=before, **given)
+            if products is None:
+                y, after = flex_ma(hidden_states, layout, state=before, **given)
+            else:
+                of_flex, of_local = products
+                engine = engine_of_block("FlexMA", hidden_states, self.config.head_dim)
+                y, after = flex_ma.text_step(hidden_states, valid, angles, before, engine, of_flex)
+                y = flex_ma.o_proj(y)
             if not has_local:
                 return y, MMATEState(*after, window)
             if is_own(local_swin, LocalSwin):
                 engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
                 vkq = mix = None
                 with fork.second():
-                    if layout is None:
+                    if products is not None:
+                        vkq, mix = of_local
+                    elif layout is None:
                         vkq, mix = local_swin.project_token(hidden_states, self.mix_proj, window, engine)
                     rest = (layout, valid, angles, window, sequence, engine, vkq)
                     local, row, window = local_swin.attend(hidden_states, *rest)
@@ -95,6 +106,34 @@ class MMATE(reference.MMATE):
                 local, row, window = local_swin.attend(*given, window, sequence, engine)
             fork.join()
         return mix_branches(MixInputs(y, local, mix, row, engine)), MMATEState(*after, window)
+
+    def token_products(
+        self, u: Tensor, layout: VisionLayout | None, state: MMATEState | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """Both branches' products with one token of text after others, without a gradient, where
+        `join_weights` has joined their weights: [x, B, C] (B, channels) and dt before its softplus (B, H);
+        v, k and q, and the mix before its sigmoid (B, 1, n). None = elsewhere.
+        """
+        if layout is not None or state is None or u.shape[1] != 1 or not self.config.text_window:
+            return None
+        if torch.is_grad_enabled() or self.config.qk_norm:
+            return None
+        flex_ma, local_swin = self.flex_ma, self.local_swin
+        if not (is_own(flex_ma, FlexMA) and is_own(local_swin, LocalSwin)):
+            return None
+        engine = engine_of_block("MMATE", u, self.config.head_dim)
+        products = token_products(u, *self.joined_linears(), None, engine)
+        if products is None:
+            return None
+        product, rates, _ = products
+        (of_flex, of_local), heads = product.chunk(2, dim=1), self.config.heads
+        return (of_flex, rates[:, :heads]), (of_local, rates[:, None, heads:])
+
+    def joined_linears(self) -> tuple[list[nn.Linear], list[nn.Linear]]:
+        """What a token of text is multiplied with, for `join_weights`: linears, and narrow ones."""
+        branches = [self.flex_ma, *([self.local_swin] if self.config.text_window else [])]
+        linears = [getattr(each, name) for each in branches for name in ("v_proj", "k_proj", "q_proj")]
+        return linears, [self.flex_ma.dt_proj, *([self.mix_proj] if self.config.text_window else [])]
 
     def may_fork(self) -> bool:
         """Whether the branches share nothing that is made on the way: what layers have in common, the first
@@ -131,6 +170,7 @@ def prepare_layers(blocks: list[MMATE], u: Tensor, is_text: bool) -> None:
     if is_text:
         prepare_narrow(u, [[each.dt_proj] for each in flex])
         prepare_narrow(u, [[block.mix_proj] for block in blocks if hasattr(block, "mix_proj")])
+        prepare_narrow(u, [narrow for block in blocks if len(narrow := block.joined_linears()[1]) > 1])
         return
     pairs = zip(flex, blocks, strict=True)
     prepare_narrow(u, [[each.dt_proj, each.scan_gate_proj, block.mix_proj] for each, block in pairs])

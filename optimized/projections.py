@@ -6,6 +6,8 @@ of width 3584 moves there; but that takes a copy of the weights, or modules that
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from .decoding.operator import ProjectionInputs, ProjectionOutputs, text_project
 from .elementwise import narrow_product as in_bfloat16_parts
 from .elementwise.operator import NarrowInputs, RotateInputs, narrow_product, rotate
 from .elementwise.torch_engine import angles_of
+from .engine.beside import Fork
 from .engine.once import once_a_forward
 from .engine.torch_state import has_no_hooks
 
@@ -114,40 +117,82 @@ def key_of(linears: list[nn.Linear]) -> tuple:
 
 
 def token_products(
-    u: Tensor, linears: list[nn.Module], narrow: nn.Module, gate: nn.Module | None, engine: str | None
+    u: Tensor,
+    linears: list[nn.Module],
+    narrow: list[nn.Module],
+    gate: nn.Module | None,
+    engine: str | None,
 ) -> ProjectionOutputs | None:
-    """All products with one token, u (B, 1, D), by `text_projection`, whose three weights `linears` are, and
-    `narrow` its dt; None where modules must be called. In large batches, which GEMMs suit better, one GEMM
-    makes those of three weights that `join_weights` has joined; None if it has not.
+    """All products with one token, u (B, 1, D): of `linears`, and in the accumulation dtype of `narrow`; None
+    where modules must be called.
+
+    A small batch takes `text_projection`, for three linears and one that is narrow, or for what
+    `join_weights` has joined. A larger one suits GEMMs: one of what was joined; None if nothing was.
     """
     wide = linears if gate is None else [*linears, gate]
-    plain = are_plain(wide, u.dtype) and are_plain([narrow])
+    joined = once_a_forward(joined_key(linears), lambda: None)
+    if joined is None and (u.shape[0] > MOST_ROWS or len(linears) > 3 or len(narrow) > 1):
+        return None
+    plain = are_plain(wide, u.dtype) and are_plain(narrow)
     if not plain or torch.is_autocast_enabled(u.device.type):
         return None
     if u.shape[0] > MOST_ROWS:
-        joined = once_a_forward(joined_key(linears), lambda: None)
-        if joined is None:
-            return None
-        rate, z = narrow_products(u, [narrow])[0][:, 0], None if gate is None else gate(u)[:, 0]
-        return ProjectionOutputs(F.linear(u[:, 0], *joined), rate, z)
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        fork = Fork()
+        with fork.second():  # few columns leave room on a GPU
+            rates = token_columns(u, narrow, engine)
+        product, z = F.linear(u[:, 0], joined.weight, joined.bias), None if gate is None else gate(u)[:, 0]
+        fork.join()
+        return ProjectionOutputs(product, rates, z)
     gated = (None, None) if gate is None else (gate.weight, gate.bias)
-    inputs = ProjectionInputs(u[:, 0], weights, biases, narrow.weight, narrow.bias, *gated, engine)
-    return text_projection(inputs)
+    if joined is None:
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        rates = narrow[0].weight, narrow[0].bias
+    else:
+        (grouped, _), rows = linears[0].weight.shape, len(joined.weight)
+        sizes = [grouped, grouped, rows - 2 * grouped]  # any three parts do
+        weights = list(joined.weight.split(sizes))
+        biases = [None] * 3 if joined.bias is None else list(joined.bias.split(sizes))
+        rates = joined.narrow, joined.narrow_bias
+    return text_projection(ProjectionInputs(u[:, 0], weights, biases, *rates, *gated, engine))
+
+
+def token_columns(u: Tensor, narrow: list[nn.Module], engine: str | None) -> Tensor:
+    """`narrow_products` with one token, u (B, 1, D), side by side: (B, columns)."""
+    prepared = once_a_forward(key_of(narrow), lambda: None)
+    if prepared is None or engine == "torch":
+        return narrow_columns(u, narrow)[:, 0]
+    from .elementwise.kernels import sum_parts
+
+    parts, bias = prepared
+    return sum_parts(in_bfloat16_parts.summed_wide(u[:, 0], parts.T), bias)
+
+
+class Joined(NamedTuple):
+    """Weights laid end to end, (rows, D), and biases (rows,) or None; those of narrow linears likewise."""
+
+    weight: Tensor
+    bias: Tensor | None
+    narrow: Tensor
+    narrow_bias: Tensor
 
 
 @torch.no_grad()
-def join_weights(groups: list[list[nn.Linear]]) -> None:
-    """Lay the weights of each group's linears end to end, where they stay, and their biases: one GEMM then
-    makes the products of a token of many rows. It holds within `one_forward`; those that are not plain, or
-    of two dtypes, are left out.
+def join_weights(groups: list[tuple[list[nn.Linear], list[nn.Linear]]]) -> None:
+    """Lay the weights of each group's linears end to end, where they stay, and their biases, and those of its
+    narrow linears: one GEMM then makes the products of a token of many rows. It holds within `one_forward`;
+    groups that are not plain, or whose dtypes differ, are left out.
     """
-    for linears in groups:
+    for linears, narrow in groups:
         biases = [linear.bias for linear in linears]
-        if not are_plain(linears, linears[0].weight.dtype) or len({bias is None for bias in biases}) > 1:
+        plain = are_plain(linears, linears[0].weight.dtype) and are_plain(narrow, narrow[0].weight.dtype)
+        if not plain or len({bias is None for bias in biases}) > 1:
             continue
-        joined = [lay_end_to_end([linear.weight for linear in linears])]
-        joined.append(None if biases[0] is None else lay_end_to_end(biases))
+        joined = Joined(
+            lay_end_to_end([linear.weight for linear in linears]),
+            None if biases[0] is None else lay_end_to_end(biases),
+            lay_end_to_end([linear.weight for linear in narrow]),
+            lay_end_to_end([linear.bias for linear in narrow]),
+        )
         once_a_forward(joined_key(linears), lambda joined=joined: joined)
 
 

@@ -2,15 +2,19 @@
 
 The gradient of a parameter is a sum over all tokens. Its terms may cancel, and then the sum resolves less
 than its terms do, however it is computed: each term's rounding stays. The gradient of attention's scores is a
-difference, dS = P (dP - δ) with δ = Σ P dP, exactly 0 for a token that is alone in its window.
+difference, dS = P (dP - δ) with δ = Σ P dP, exactly 0 for a token that is alone in its window. So is that of
+a gate between two scans, dy · (y_f - y_r), which are almost equal where a step forgets all before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from linmu.reference import bidirectional_scan
 
 from .compare import PER_TOKEN, Results, cotangent
 
@@ -38,6 +42,29 @@ def is_summed(name: str) -> bool:
     """Whether a result is the gradient of something that all tokens share."""
     kind, _, of = name.partition(" ")
     return kind == "grad" and of not in PER_TOKEN and not of.endswith("state")
+
+
+def sizes_of_gate(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    gate: Tensor,
+    segment: Tensor | None = None,
+    D: Tensor | None = None,
+    **given: Tensor | None,
+) -> Results:
+    """The sum of the absolute terms of the gradient of the gate, |dy| (|y_f| + |y_r|).
+
+    Args:
+        x, dt, A, B, C, gate, segment, D, given: as for `bidirectional_scan`, in float64; the cotangent is
+            `evaluate`'s.
+    """
+    one_way = partial(bidirectional_scan, x, dt, A, B, C, segment=segment, **given)
+    y_f, y_r = (one_way(gate=torch.full_like(gate, share))[0] for share in (1.0, 0.0))
+    return {"grad gate": (cotangent(y_f, 0).abs() * (y_f.abs() + y_r.abs())).sum(-1)}
 
 
 def sizes_in_attention(

@@ -20,19 +20,27 @@ class Text:
     def cells(self) -> list[tuple[int, ...]]:
         return [TEXT] * self.tokens
 
+    def valid(self) -> list[bool]:
+        return [True] * self.tokens
+
 
 @dataclass(frozen=True)
 class Pad(Text):
     """Padding: the coordinates of text, and not valid."""
 
+    def valid(self) -> list[bool]:
+        return [False] * self.tokens
+
 
 @dataclass(frozen=True)
 class Vision:
-    """One segment in raster order; `gap` = "row" or "frame" puts a text token between those."""
+    """One segment in raster order; `gap` = "row" or "frame" puts `between` between those: one text token, or
+    more, or padding."""
 
     segment: int
     grid_thw: tuple[int, int, int]
     gap: str = ""
+    between: Text = Text(1)
 
     def cells(self) -> list[tuple[int, ...]]:
         frames, rows, columns = self.grid_thw
@@ -41,9 +49,14 @@ class Vision:
             for y in range(rows):
                 new_row, new_frame = bool(cells), bool(cells) and y == 0
                 if (self.gap == "row" and new_row) or (self.gap == "frame" and new_frame):
-                    cells.append(TEXT)
+                    cells += self.between.cells()
                 cells += [(self.segment, t, y, x) for x in range(columns)]
         return cells
+
+    def valid(self) -> list[bool]:
+        """All cells are, and so is what is between unless it is padding."""
+        padding = isinstance(self.between, Pad)
+        return [not (padding and cell == TEXT) for cell in self.cells()]
 
 
 Part = Text | Vision
@@ -73,8 +86,7 @@ class Layout:
     @cached_property
     def valid(self) -> Tensor:
         """(B, L) bool."""
-        rows = [[not isinstance(part, Pad) for part in row for _ in part.cells()] for row in self.rows]
-        return torch.tensor(rows)
+        return torch.tensor([[there for part in row for there in part.valid()] for row in self.rows])
 
     def spans(self, row: int) -> list[tuple[int, int, int]]:
         """(segment, first position, position after the last) of every segment of a row."""

@@ -17,6 +17,7 @@ from linmu.reference import (
     LinMUConfig,
     VisionLayout,
     WindowState,
+    bidirectional_scan,
     flex_ma,
     local_swin,
     sliding_window_attention,
@@ -41,6 +42,7 @@ class ModuleCase:
     layer_index: int
     dtype: str
     seed: int
+    equal_halves: bool = True  # of cos and of sin, as Hugging Face's are
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,8 +59,9 @@ class ModuleCase:
 
     def position_embeddings(self) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B, L, N), of random angles, float32 or better as Hugging Face computes them."""
-        half = self.config.head_dim // 2
-        angles = Numbers(self.seed + 2).uniform(*self.layout.shape, half, low=-3, high=3).repeat(1, 1, 2)
+        halves = 2 if self.equal_halves else 1
+        shape = (*self.layout.shape, self.config.head_dim // halves)
+        angles = Numbers(self.seed + 2).uniform(*shape, low=-3, high=3).repeat(1, 1, halves)
         wide = torch.float64 if self.dtype == "float64" else torch.float32
         return angles.cos().to(wide), angles.sin().to(wide)
 
@@ -148,41 +151,43 @@ def run_with_gradients(
     return {key: result.detach() for key, result in {**results, **gradients}.items()}
 
 
-def check_module(module: nn.Module, reference: Any, name: str, case: ModuleCase) -> None:
+def check_module(module: nn.Module, reference: Any, name: str, case: ModuleCase, **changes: Any) -> None:
     """Outputs, states and every gradient against the reference with the same parameters; the reference itself
-    can only be finite."""
+    can only be finite. `changes` are other arguments than the case's."""
+    found = run_with_gradients(module, name, case, **changes)
     if type(module) is getattr(reference, name):
-        for key, result in run_with_gradients(module, name, case).items():
+        for key, result in found.items():
             check_form(key, result, result, case)
         return
-    state = module.state_dict()
-    truth, in_own_dtypes = truth_and_reference(reference, name, case, state)
-    of_sums = partial(sizes, reference, name, case, state)
-    assert_matches(run_with_gradients(module, name, case), truth, in_own_dtypes, case, of_sums)
+    parameters = module.state_dict()
+    truth, in_own_dtypes = truth_and_reference(reference, name, case, parameters, **changes)
+    of_sums = partial(sizes, reference, name, case, parameters, **changes)
+    assert_matches(found, truth, in_own_dtypes, case, of_sums)
 
 
 def truth_and_reference(
-    reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor]
+    reference: Any, name: str, case: ModuleCase, parameters: Mapping[str, Tensor], **changes: Any
 ) -> tuple[Results, Results]:
     """Results of the reference with these parameters: in float64, and in the dtype of the case."""
     module, wide_module = (initial(reference, name, case) for _ in range(2))
-    module.load_state_dict(state)
-    wide_module.load_state_dict(state)
-    in_own_dtypes = run_with_gradients(module, name, case)
+    module.load_state_dict(parameters)
+    wide_module.load_state_dict(parameters)
+    in_own_dtypes = run_with_gradients(module, name, case, **changes)
     wide_module.double()
     wide = RoundedCase(case)
-    return run_with_gradients(wide_module, name, wide), in_own_dtypes
+    return run_with_gradients(wide_module, name, wide, **changes), in_own_dtypes
 
 
 def sizes(
-    reference: Any, name: str, case: ModuleCase, state: Mapping[str, Tensor], **changes: Any
+    reference: Any, name: str, case: ModuleCase, parameters: Mapping[str, Tensor], **changes: Any
 ) -> Results:
-    """`sizes_of_sums` of the reference with these parameters, as it is and with `constant_factors`."""
+    """`sizes_of_sums` of the reference with these parameters, as it is and with `constant_factors`, where the
+    two scans that a gate weighs count each by itself."""
     module = initial(reference, name, case)
-    module.load_state_dict(state)
+    module.load_state_dict(parameters)
     run = partial(run_with_gradients, module.double(), name, RoundedCase(case), **changes)
     found = sizes_of_sums(run)
-    with constant_factors():
+    with constant_factors(), scans_apart():
         terms = sizes_of_sums(run, also=("grad hidden_states",))
     return {key: torch.maximum(size, found.get(key, size)) for key, size in terms.items()}
 
@@ -220,6 +225,30 @@ def constant_factors() -> Iterator[None]:
     norm = mock.patch.object(flex_ma, "rms_norm_per_head", scaled)
     windows = mock.patch.object(local_swin, "window_attention", attention)
     with norm, windows, mock.patch.object(local_swin, "sliding_window_attention", text):
+        yield
+
+
+@contextmanager
+def scans_apart() -> Iterator[None]:
+    """Within, the gate of the reference's scan has the gradient y_f ± y_r, one random sign a token, in the
+    place of y_f - y_r: the mean of its square is then that of both terms.
+    """
+    signs = torch.Generator().manual_seed(0)
+
+    def scan(x: Tensor, *others: Tensor, gate: Tensor, segment: Tensor | None, D: Tensor | None, **given):
+        y, state = bidirectional_scan(x, *others, gate=gate.detach(), segment=segment, D=D, **given)
+        if segment is None:
+            return y, state
+        with torch.no_grad():
+            y_f, y_r = (
+                bidirectional_scan(x, *others, gate=torch.full_like(gate, share), segment=segment, **given)[0]
+                for share in (1.0, 0.0)
+            )
+            sign = 1 - 2 * torch.randint(0, 2, (*gate.shape, 1), generator=signs)
+            apart = torch.where((segment >= 0)[..., None, None], y_f + sign * y_r, 0.0)
+        return y + (gate - gate.detach())[..., None] * apart, state
+
+    with mock.patch.object(flex_ma, "bidirectional_scan", scan):
         yield
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from linmu import reference
 
-from .cancellation import sizes_in_attention, sizes_in_divergence, sizes_of_sums
+from .cancellation import sizes_in_attention, sizes_in_divergence, sizes_of_gate, sizes_of_sums
 from .compare import (
     Results,
     assert_exact,
@@ -40,6 +40,7 @@ from .second_sliding_window import sizes_in_window
 from .strides import cut_from_wider_rows, oddly_strided
 
 SIZES = {  # of terms that cancel
+    "bidirectional_scan": sizes_of_gate,
     "window_attention": sizes_in_attention,
     "sliding_window_attention": sizes_in_window,
     "logit_loss": sizes_in_divergence,

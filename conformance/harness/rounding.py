@@ -7,20 +7,24 @@ matter. Each check takes a backend and a case of half precision.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch.nn.functional import one_hot
 
 from linmu import reference
 
-from .compare import assert_same, quarters
+from .compare import assert_same, check_errors, evaluate, in_float64, quarters
 from .operator_cases import BidirectionalCase, Case, ConvCase, Numbers, run
 from .operator_checks import check_matches_the_reference, sizes_of_gradients
 
 HALVES = ("mixed", "bfloat16", "float16")
 KEYS = ("k", "initial_k")
+OF_A_STATE = 1e-6  # what float32 may lose of one that nothing happens to
+WRITES = 601
 STRONG = 16  # e^16 is what a state loses in one token
 
 
@@ -35,6 +39,45 @@ def check_decays(backend: Any, case: Case) -> None:
         **{state: given[state] * math.exp(STRONG)},
     )
     check_matches_the_reference(backend, decays)
+
+
+def check_state_is_kept(backend: Any, case: Case) -> None:
+    """Steps of 0 hand on a float32 state as it came, and its gradient as it comes back; so does a
+    convolution, which moves its state along."""
+    state = "state" if case.operator == "scan_step" else "initial_state"
+    after, given = case.results[1], case.inputs()
+    weights = Numbers(case.seed + 5).normal(*given[state].shape)
+
+    def weighted(module: Any, **given: Any) -> torch.Tensor:
+        return getattr(module, case.operator)(**given)[1] * weights.to(given[state])
+
+    kept = given | ({"dt": torch.zeros_like(given["dt"])} if "dt" in given else {})
+    names = (after, f"grad {state}")
+    found, wanted = (
+        evaluate(partial(weighted, module), inputs, gradients=True, names=(after,))
+        for module, inputs in ((backend, kept), (reference, in_float64(kept)))
+    )
+    for name in names:
+        check_errors(name, found[name], wanted[name], case, floor=OF_A_STATE)
+
+
+def check_small_writes_across_pieces(
+    operator: Callable, dtype: torch.dtype, last: int = -1, **given: Any
+) -> None:
+    """601 writes of 1/2 to a state of 4,096, where bfloat16 counts by 32 and float16 by 4, all at once and a
+    few at a time, the state handed over. `last` is the place of the token that is scanned last; `given` holds
+    what else the operator takes for each token and head, the same everywhere."""
+    for tokens in (WRITES, 13):
+        state = torch.full((1, 1, 1, 1), 4096.0)
+        for start in range(0, WRITES, tokens):
+            one = torch.ones(1, min(tokens, WRITES - start), 1, 1, dtype=dtype)
+            step, decay = torch.full_like(one[..., 0], 0.5), torch.tensor([-1e-12])
+            shaped = {name: torch.full_like(step, value) for name, value in given.items()}
+            y, state = operator(one, step, decay, one, one, initial_state=state, **shaped)
+        assert state.item() == pytest.approx(4096 + WRITES / 2, abs=1e-2), f"in pieces of {tokens} tokens"
+        assert y[0, last].item() == pytest.approx(4096 + WRITES / 2, rel=0.005), (
+            f"in pieces of {tokens} tokens"
+        )
 
 
 def check_skip(backend: Any, case: Case) -> None:
@@ -81,6 +124,20 @@ def check_taps(backend: Any, case: ConvCase) -> None:
         u=(1 + step * bits).to(given["u"]),
         weight=given["weight"][:, :1] * signs.to(given["weight"]),
         initial_state=torch.ones_like(given["initial_state"]),
+    )
+    check_matches_the_reference(backend, cancelling, gradients=False)
+
+
+def check_state_is_read_in_float32(backend: Any, case: ConvCase) -> None:
+    """A state that half precision cannot hold, under taps of 1 and -1: what is left is what rounding takes
+    away."""
+    given, numbers = case.inputs(), Numbers(case.seed + 2)
+    bits = torch.randint(0, 16, given["initial_state"].shape, generator=numbers.generator)
+    signs = 1 - 2 * (torch.arange(case.taps) % 2)
+    cancelling = case.changed(
+        u=torch.ones_like(given["u"]),
+        weight=torch.ones_like(given["weight"][:, :1]) * signs.to(given["weight"]),
+        initial_state=1 + 2.0**-14 * bits.to(given["initial_state"]),
     )
     check_matches_the_reference(backend, cancelling, gradients=False)
 

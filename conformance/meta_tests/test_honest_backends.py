@@ -14,9 +14,11 @@ import pytest
 
 from linmu import reference
 
-from ..harness.backends import Backend
+from ..harness.backends import Backend, load
 from ..harness.large_cases import LARGE
 from ..harness.operator_checks import check_interruptions
+from ..properties import test_bidirectional_scan, test_scan
+from .planting import run_quietly
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = f"{__package__}.honest"
@@ -45,6 +47,7 @@ def test_honest_backends_pass(run, request):
     names, properties, options = RUNS[run]
     thorough = request.config.getoption("thorough")
     if thorough:
+        names += ("differences",) if run == "torch" else ()
         options = ("--thorough", *(option for option in options if option == "--few-shapes"))
     files = [f"conformance/properties/test_{part}.py" for part in properties]
     backends = [part for name in names for part in ("--backend", f"{PACKAGE}.{name}")]
@@ -57,6 +60,21 @@ def test_honest_backends_pass(run, request):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 25 * len(names), done.stdout
+
+
+@pytest.mark.parametrize(
+    "test",
+    (
+        test_scan.test_large_and_tiny_steps_are_finite,
+        test_scan.test_strong_decay_is_finite_and_forgets_everything,
+        test_scan.test_long_scans_match_the_reference,
+        test_bidirectional_scan.test_extreme_gates_and_decays_are_finite,
+    ),
+    ids=lambda test: test.__name__,
+)
+def test_differences_of_sums_pass(test):
+    """Where sums of logarithms are largest; with --thorough every property, as above."""
+    run_quietly(test, load(f"{PACKAGE}.differences"))
 
 
 def test_a_call_may_hold_a_lock():

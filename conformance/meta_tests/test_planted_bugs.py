@@ -6,9 +6,11 @@ import pytest
 
 from ..harness.backends import NAMES, load
 from . import (
+    bugs_at_edges,  # noqa: F401
     bugs_in_bidirectional_scan,  # noqa: F401  these fill BUGS
     bugs_in_calls,  # noqa: F401
     bugs_in_groups,  # noqa: F401
+    bugs_in_long_rows,  # noqa: F401
     bugs_in_modules,  # noqa: F401
     bugs_in_operators,  # noqa: F401
     bugs_in_packed_rows,  # noqa: F401

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import large_cases, operator_checks, packed_rows, rounding
+from ..harness import large_cases, long_rows, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero, quarters
 from ..harness.layouts import LONG_PROMPTS, Layout, Text, Vision
 from ..harness.operator_cases import (
@@ -38,6 +38,7 @@ globals().update(
         "bidirectional_scan", bidirectional_cases, partial(bidirectional_cases, layout=LONG_PROMPTS)
     )
 )
+globals().update(long_rows.scan_properties("bidirectional_scan"))
 
 
 def with_gate(case: BidirectionalCase, share: float):
@@ -394,6 +395,19 @@ def test_one_vision_token_counts_itself_once_in_each_direction(backend, gap):
     own_write = (given["dt"] * (given["C"] * given["B"]).sum(-1))[..., None] * given["x"]
     for share in (0.0, 0.25, 1.0):
         assert_same({"y": run(backend, with_gate(case, share))["y"]}, {"y": own_write}, case)
+
+
+@pytest.mark.needs("bidirectional_scan")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_small_writes_count_across_pieces(backend, dtype):
+    """A state is handed over as it is, not in the dtype of x."""
+    rounding.check_small_writes_across_pieces(backend.bidirectional_scan, dtype, gate=0.5)
+
+
+@both(cases=bidirectional_cases(rounding.HALVES, initial_state=True), share=0.3)
+def test_a_state_is_handed_on_in_float32(backend, case: BidirectionalCase):
+    """Neither it nor its gradient is rounded to the dtype of x."""
+    rounding.check_state_is_kept(backend, case)
 
 
 @pytest.mark.needs("bidirectional_scan")

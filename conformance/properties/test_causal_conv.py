@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ..harness import operator_checks, packed_rows, rounding
+from ..harness import long_rows, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.operator_cases import (
     DTYPES,
@@ -23,6 +23,7 @@ conv = partial(property_of, "causal_conv")
 
 globals().update(operator_checks.call_properties("causal_conv", conv_cases))
 globals().update(packed_rows.packed_properties("causal_conv", conv_cases))
+globals().update(long_rows.gap_properties("causal_conv"))
 
 
 @conv(cases=conv_cases())
@@ -157,6 +158,18 @@ def test_taps_that_cancel_are_summed_in_float32(backend, case: ConvCase):
 def test_taps_are_not_rounded_to_the_dtype_of_u(backend, case: ConvCase):
     """Nor is the bias: both are float32 beside half-precision tokens."""
     rounding.check_taps_are_kept(backend, case)
+
+
+@conv(cases=conv_cases(rounding.HALVES, length=2, taps=5, initial_state=True), share=0.3)
+def test_a_state_is_handed_on_in_float32(backend, case: ConvCase):
+    """Neither it nor its gradient is rounded to the dtype of u."""
+    rounding.check_state_is_kept(backend, case)
+
+
+@conv(cases=conv_cases(rounding.HALVES, taps=4, mask="none", bias=False, initial_state=True), share=0.3)
+def test_a_state_is_read_in_float32(backend, case: ConvCase):
+    """Numbers that half precision cannot hold reach the outputs."""
+    rounding.check_state_is_read_in_float32(backend, case)
 
 
 @pytest.mark.needs("causal_conv")

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from linmu import reference
+from linmu.reference import LinMUConfig, VisionLayout
 
 from ..harness import second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, report
 from ..harness.layouts import Layout, Pad, Text, Vision
 from ..harness.module_cases import (
+    WIDTH,
     ModuleCase,
     check_module,
     initial,
@@ -35,6 +37,20 @@ from ..harness.module_checks import (
     check_the_state_is_left,
     large_cases_of,
 )
+from ..harness.module_edges import (
+    GATED,
+    NORMED,
+    PLAIN,
+    ROTATING,
+    SHARED,
+    SMALL_PROMPT,
+    WIDE_AND_HALF,
+    check_angles_of_both_halves,
+    check_gates_at_both_ends,
+    check_layers_share_a_layout,
+    check_norms_at_both_ends,
+    check_steps_at_both_ends,
+)
 from ..harness.operator_cases import DTYPES, Numbers, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 
@@ -44,8 +60,8 @@ ONE_WORD = Layout(((Text(1),), (Text(1),)))
 TEXT_ONLY = Layout(((Text(9),), (Text(9),)))
 LONG_TEXT = Layout(((Text(70), Pad(4)), (Text(11), Pad(2), Text(61))))
 TWO_CELLS = Layout(((Vision(0, (1, 1, 2)),),))
-PLAIN = {"conv_kernel": 0, "head_norm": False, "output_gate": False, "scan_rope": False, "qk_norm": False}
-PLAIN |= {"norm_eps": 1e-6}
+BARE = PLAIN | {"head_norm": False, "qk_norm": False}
+A_GAP = Layout(tuple((Text(3), Vision(0, (1, 2, 4), "row", gap), Text(2)) for gap in (Text(300), Pad(300))))
 PROMPT = Layout(((Text(2), Vision(0, (2, 2, 3), "frame"), Text(2)),))
 
 
@@ -112,6 +128,17 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@pytest.mark.needs(NAME)
+@pytest.mark.parametrize("packed", (False, True))
+def test_gaps_longer_than_a_chunk_are_crossed(backend, packed):
+    """300 tokens of text, or of padding, in the middle of a picture: its reverse scan goes on behind them."""
+    config = LinMUConfig(width=WIDTH, heads=2, groups=1, head_dim=2, conv_kernel=4, scan_rope=True)
+    case = ModuleCase(A_GAP, config, 1, "float32", 3)
+    numbers = (torch.arange(case.layout.shape[1]) >= 2).long().expand(case.layout.shape)
+    layout = VisionLayout(case.layout.coords, numbers if packed else None)
+    check_module(random_module(backend, NAME, case), reference, NAME, case, layout=layout)
 
 
 @flex(cases=module_cases(layout=ONE_CELL), share=0.2)
@@ -245,7 +272,37 @@ def test_steps_may_have_any_size(backend, case: ModuleCase):
         check_module(module, reference, NAME, case)
 
 
-@flex(cases=module_cases(("mixed",), layout=TWO_CELLS, reverse_scan=True, **PLAIN), share=0.3)
+@flex(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=False), share=0.1)
+def test_steps_at_both_ends_match_the_reference(backend, case: ModuleCase):
+    """softplus has all its digits where it is a hundred-millionth, and a gradient where it is hundreds."""
+    check_steps_at_both_ends(backend, NAME, case)
+
+
+@flex(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, **GATED), share=0.05)
+def test_gates_at_both_ends_match_the_reference(backend, case: ModuleCase):
+    """Neither e^z nor e^-z overflows into a value or a gradient."""
+    check_gates_at_both_ends(backend, NAME, case)
+
+
+@flex(cases=module_cases(("float32", "float64"), layout=SHARED, **ROTATING), share=0.05)
+def test_layers_may_share_a_layout(backend, case: ModuleCase):
+    """What a backend keeps with it is that of no other layer, mask, angles or dtype."""
+    check_layers_share_a_layout(backend, NAME, case)
+
+
+@flex(cases=module_cases(layout=SMALL_PROMPT, scan_rope=True), share=0.1)
+def test_the_halves_of_the_angles_may_differ(backend, case: ModuleCase):
+    """RoPE reads all N columns of cos and sin, as the reference does."""
+    check_angles_of_both_halves(backend, NAME, case)
+
+
+@flex(cases=module_cases(("float16",), layout=SMALL_PROMPT, **NORMED), share=0.05)
+def test_what_is_normed_may_have_any_size(backend, case: ModuleCase):
+    """Squares of half precision overflow at 256 and have no digits at 1 / 500."""
+    check_norms_at_both_ends(backend, NAME, case)
+
+
+@flex(cases=module_cases(("mixed",), layout=TWO_CELLS, reverse_scan=True, **BARE), share=0.3)
 def test_the_scan_gate_is_projected_in_float32(backend, case: ModuleCase):
     """A gate that all but shuts out a reverse scan thousands of times as large: what is left of it shows each
     rounding, of the gate and of a projection whose terms cancel."""
@@ -267,7 +324,7 @@ def test_the_scan_gate_is_projected_in_float32(backend, case: ModuleCase):
     assert error < 0.05 * size, report(line, case)
 
 
-@flex(cases=module_cases(("mixed",), layout=TEXT_ONLY, **{**PLAIN, "head_norm": True}), share=0.3)
+@flex(cases=module_cases(("mixed",), layout=TEXT_ONLY, **{**BARE, "head_norm": True}), share=0.3)
 def test_the_norm_of_a_head_is_taken_in_float32(backend, case: ModuleCase):
     """A head whose numbers are equal comes out as ones, to the last bit of half precision."""
     module, dim = random_module(backend, NAME, case), case.config.head_dim

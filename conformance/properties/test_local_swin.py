@@ -33,6 +33,15 @@ from ..harness.module_checks import (
     check_steps_equal_prefill,
     large_cases_of,
 )
+from ..harness.module_edges import (
+    NORMED,
+    ROTATING,
+    SHARED,
+    SMALL_PROMPT,
+    check_angles_of_both_halves,
+    check_layers_share_a_layout,
+    check_norms_at_both_ends,
+)
 from ..harness.operator_cases import DTYPES, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 from ..harness.second_sliding_window import pairs_and_rest
@@ -178,6 +187,24 @@ def test_batch_mates_change_nothing(backend, case: ModuleCase):
 def test_angles_of_one_row_serve_all_rows(backend, case: ModuleCase):
     """Hugging Face may pass cos and sin with batch 1."""
     check_angles_of_one_row(backend, NAME, case)
+
+
+@swin(cases=module_cases(("float32", "float64"), layout=SHARED, **ROTATING), share=0.05)
+def test_layers_may_share_a_layout(backend, case: ModuleCase):
+    """What a backend keeps with it is that of no other layer, mask, angles or dtype."""
+    check_layers_share_a_layout(backend, NAME, case)
+
+
+@swin(cases=module_cases(layout=SMALL_PROMPT, text_window=3), share=0.1)
+def test_the_halves_of_the_angles_may_differ(backend, case: ModuleCase):
+    """RoPE reads all N columns of cos and sin, as the reference does."""
+    check_angles_of_both_halves(backend, NAME, case)
+
+
+@swin(cases=module_cases(("float16",), layout=SMALL_PROMPT, **NORMED), share=0.05)
+def test_what_is_normed_may_have_any_size(backend, case: ModuleCase):
+    """Squares of half precision overflow at 256 and have no digits at 1 / 500."""
+    check_norms_at_both_ends(backend, NAME, case)
 
 
 @swin(cases=module_cases(("float32", "bfloat16")))

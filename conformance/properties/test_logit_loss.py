@@ -44,6 +44,18 @@ def test_a_small_logit_loss_of_large_logits_matches_the_reference(backend, case:
         )
 
 
+@logit(cases=logit_loss_cases(("bfloat16", "float16"), temperature=1.0), share=0.2)
+def test_logits_at_both_ends_match_the_reference(backend, case: LogitLossCase):
+    """All of them thousands above 0, and all below: e^z is neither infinite nor 0, in value and gradient."""
+    numbers = {
+        name: (4 * value).round().clamp(-16, 16)
+        for name, value in case.inputs().items()
+        if name in case.tokens
+    }
+    for shift in (1024.0, -1024.0):
+        check_matches_the_reference(backend, case.changed(**{n: 8 * v + shift for n, v in numbers.items()}))
+
+
 @logit(cases=logit_loss_cases(["float64"]))
 def test_the_logit_loss_goes_from_teacher_to_student(backend, case: LogitLossCase):
     """KL(teacher ‖ student) in nats times temperature squared, spelt out for one token after another."""

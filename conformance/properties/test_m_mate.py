@@ -38,6 +38,19 @@ from ..harness.module_checks import (
     check_the_state_is_left,
     large_cases_of,
 )
+from ..harness.module_edges import (
+    GATED,
+    NORMED,
+    ROTATING,
+    SHARED,
+    SMALL_PROMPT,
+    WIDE_AND_HALF,
+    check_angles_of_both_halves,
+    check_gates_at_both_ends,
+    check_layers_share_a_layout,
+    check_norms_at_both_ends,
+    check_steps_at_both_ends,
+)
 from ..harness.operator_cases import DTYPES, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 
@@ -152,6 +165,36 @@ def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
     error = ((output - wanted)[:, case.layout.segment[0] >= 0]).abs().max()
     line = f"output: must be that of a mix in float32, off by {error:.3e} of {wanted.abs().max():.3e}"
     assert error < 0.01 * wanted.abs().max(), report(line, case)
+
+
+@mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=False), share=0.05)
+def test_steps_at_both_ends_match_the_reference(backend, case: ModuleCase):
+    """softplus has all its digits where it is a hundred-millionth, and a gradient where it is hundreds."""
+    check_steps_at_both_ends(backend, NAME, case)
+
+
+@mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, **GATED), share=0.05)
+def test_gates_at_both_ends_match_the_reference(backend, case: ModuleCase):
+    """Neither e^z nor e^-z overflows into a value or a gradient."""
+    check_gates_at_both_ends(backend, NAME, case)
+
+
+@mate(cases=module_cases(("float32", "float64"), layout=SHARED, **ROTATING), share=0.05)
+def test_layers_may_share_a_layout(backend, case: ModuleCase):
+    """What a backend keeps with it is that of no other layer, mask, angles or dtype."""
+    check_layers_share_a_layout(backend, NAME, case)
+
+
+@mate(cases=module_cases(layout=SMALL_PROMPT, scan_rope=True, text_window=3), share=0.05)
+def test_the_halves_of_the_angles_may_differ(backend, case: ModuleCase):
+    """RoPE reads all N columns of cos and sin, as the reference does."""
+    check_angles_of_both_halves(backend, NAME, case)
+
+
+@mate(cases=module_cases(("float16",), layout=SMALL_PROMPT, **NORMED), share=0.05)
+def test_what_is_normed_may_have_any_size(backend, case: ModuleCase):
+    """Squares of half precision overflow at 256 and have no digits at 1 / 500."""
+    check_norms_at_both_ends(backend, NAME, case)
 
 
 @mate(cases=module_cases(["float64"]), share=0.2)

@@ -102,6 +102,12 @@ def test_decays_are_formed_in_float32(backend, case: StepCase):
     rounding.check_decays(backend, case)
 
 
+@step(cases=step_cases(rounding.HALVES), share=0.3)
+def test_a_state_is_handed_on_in_float32(backend, case: StepCase):
+    """Neither it nor its gradient is rounded to the dtype of x."""
+    rounding.check_state_is_kept(backend, case)
+
+
 @step(cases=step_cases(rounding.HALVES), share=0.5)
 def test_the_skip_is_added_in_float32(backend, case: StepCase):
     """D x is no more rounded than what it is added to, nor is D."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from linmu import reference
 
-from ..harness import large_cases, operator_checks, packed_rows, rounding
+from ..harness import large_cases, long_rows, operator_checks, packed_rows, rounding
 from ..harness.compare import assert_exact, assert_matches, assert_same, assert_zero, in_float64
 from ..harness.operator_cases import DTYPES, EXACT, fed, gradients_of, operator_of, property_of, run
 from ..harness.second_sliding_window import pairs_and_rest, sizes_in_window
@@ -21,6 +21,7 @@ from ..harness.sliding_window_cases import STATE, SlidingWindowCase, selected, s
 sliding = partial(property_of, "sliding_window_attention")
 
 globals().update(operator_checks.call_properties("sliding_window_attention", sliding_window_cases))
+globals().update(long_rows.gap_properties("sliding_window_attention"))
 
 
 def masks_of(case: SlidingWindowCase) -> dict[str, torch.Tensor | None]:

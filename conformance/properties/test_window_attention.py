@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..harness import operator_checks, rounding
+from ..harness import long_rows, operator_checks, rounding
 from ..harness.compare import assert_exact, assert_same, assert_zero
 from ..harness.operator_cases import (
     DTYPES,
@@ -22,6 +22,7 @@ from ..harness.operator_cases import (
 windows = partial(property_of, "window_attention")
 
 globals().update(operator_checks.call_properties("window_attention", window_cases))
+globals().update(long_rows.gap_properties("window_attention"))
 
 
 @windows(cases=window_cases())

@@ -1,7 +1,8 @@
-"""The operators of one token of text: `linmu::scan_step`, `linmu::text_projection` and `linmu::text_step`.
+"""The operators of one token of text: `linmu::scan_step`, `linmu::text_projection`, `linmu::text_step`, and
+`linmu::pooled_text_step`, whose states are among those of others.
 
-Letters: B batch, D width, H query heads, G groups, N state size, P head dim, K conv taps. The last two have
-no gradient: `FlexMA` takes them where none is asked for. `text_step` overwrites the scan's state and says so.
+Letters: B batch, D width, H query heads, G groups, N state size, P head dim, K conv taps, R rows of a pool.
+The last three have no gradient: `FlexMA` takes them where none is asked for. What they overwrite they say.
 """
 
 from __future__ import annotations
@@ -129,8 +130,7 @@ class TextStepInputs(NamedTuple):
     """What Flex-MA's token needs between its projections and its output projection.
 
     Args:
-        scan_state: (B, H, N, P) in the accumulation dtype, contiguous: overwritten with the new state. With
-            `rows` (R, H, N, P), a pool, each of whose rows is contiguous.
+        scan_state: (B, H, N, P) in the accumulation dtype, contiguous: overwritten with the new state.
         conv_state: (B, K-1, channels); None = no convolution.
         x, B, C: (B, G, P), (B, G, N), (B, H, N), before `scale` and convolution.
         rate: (B, H), dt before its softplus.
@@ -141,7 +141,6 @@ class TextStepInputs(NamedTuple):
         valid: (B,) bool; other rows keep their states and give 0. None = all.
         scale: of C.
         eps: of the norm.
-        rows: (B,) int64, which row of the pool is each one's; None = its own.
         engine: "triton" or "torch"; None = by the tensors.
     """
 
@@ -160,7 +159,6 @@ class TextStepInputs(NamedTuple):
     valid: Tensor | None
     scale: float
     eps: float
-    rows: Tensor | None = None
     engine: str | None = None
 
 
@@ -193,4 +191,55 @@ text_step = Operator(
     fake=text_step_outputs,
     head_dims=lambda inputs: (inputs.x.shape[2],),
     overwrites=("scan_state",),
+)
+
+
+class PooledTextStepInputs(NamedTuple):
+    """As `TextStepInputs`, with states that are rows of pools, each row contiguous.
+
+    Args:
+        scan_pool: (R, H, N, P) of any float dtype: overwritten.
+        conv_pool: (R, K, channels) float32, a ring of the last tokens, of which the t-th stands at t mod K:
+            overwritten. None = no convolution, or one of a single tap.
+        rows: (B,) int64, which row is each one's.
+        turn: (B,) int64, how many tokens each one has read before.
+    """
+
+    scan_pool: Tensor
+    conv_pool: Tensor | None
+    rows: Tensor
+    turn: Tensor
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    rate: Tensor
+    A_log: Tensor
+    D: Tensor
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
+    norm_weight: Tensor | None
+    z: Tensor | None
+    valid: Tensor | None
+    scale: float
+    eps: float
+    engine: str | None = None
+
+
+class PooledTextStepOutputs(NamedTuple):
+    """y (B, H·P) in the dtype of x."""
+
+    y: Tensor
+
+
+pooled_text_step = Operator(
+    "pooled_text_step",
+    PooledTextStepInputs,
+    PooledTextStepOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "pooled_text_step"),
+        lazy(f"{__package__}.kernels.text_step", "pooled_text_step"),
+    ),
+    fake=lambda inputs: inputs.x.new_empty(len(inputs.x), inputs.C.shape[1] * inputs.x.shape[2]),
+    head_dims=lambda inputs: (inputs.x.shape[2],),
+    overwrites=("scan_pool", "conv_pool"),
 )

@@ -1,4 +1,4 @@
-"""One token of decoding: the torch engine of its three operators, and the gradient of `scan_step`.
+"""One token of decoding: the torch engine of its operators, and the gradient of `scan_step`.
 
 Letters: B batch, D width, H query heads, G groups, N state size, P head dim, K conv taps; ȳ is the gradient
 of y, and so on.
@@ -20,6 +20,7 @@ from ...reference.numerics import accumulation_dtype, rms_norm_per_head
 from ..causal_conv import torch_engine as conv
 from ..causal_conv.operator import ConvInputs
 from .operator import (
+    PooledTextStepInputs,
     ProjectionInputs,
     ProjectionOutputs,
     StepGrads,
@@ -111,10 +112,34 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
     split = xBC[:, 0].split([part[0].numel() for part in parts], dim=1)
     x, B, C = (part.view(like.shape) for part, like in zip(split, parts, strict=True))
     dt, A = F.softplus(inputs.rate.to(wide)), -torch.exp(inputs.A_log.to(wide))
-    rows = slice(None) if inputs.rows is None else inputs.rows
-    y, scan_state = scan_step(StepInputs(inputs.scan_state[rows], x, dt, A, B, C, inputs.D, valid))
-    inputs.scan_state[rows] = scan_state
+    y, scan_state = scan_step(StepInputs(inputs.scan_state, x, dt, A, B, C, inputs.D, valid))
+    inputs.scan_state.copy_(scan_state)
     if inputs.norm_weight is not None:
         y = rms_norm_per_head(y[:, None], inputs.norm_weight, inputs.eps)[:, 0]
     y = y.to(inputs.x.dtype).flatten(1)
     return TextStepOutputs(y if inputs.z is None else y * F.silu(inputs.z), conv_state)
+
+
+def pooled_text_step(inputs: PooledTextStepInputs) -> Tensor:
+    """`text_step` on copies of the rows, which are put back."""
+    scan_pool, conv_pool, rows, turn, *rest = inputs
+    scan_state = scan_pool[rows].to(accumulation_dtype(inputs.x.dtype))
+    conv_state = None
+    if inputs.conv_weight is not None:
+        taps = inputs.conv_weight.shape[1]
+        conv_state = scan_state.new_zeros(len(rows), 0, len(inputs.conv_weight))
+        if conv_pool is not None:
+            conv_state = conv_pool[rows[:, None], ring_slots(turn, taps)]
+    y, after = text_step(TextStepInputs(scan_state, conv_state, *rest))
+    scan_pool[rows] = scan_state.to(scan_pool.dtype)
+    if conv_pool is not None:
+        slot, newest = turn % taps, after[:, -1]
+        if inputs.valid is not None:
+            newest = torch.where(inputs.valid[:, None], newest, conv_pool[rows, slot])
+        conv_pool[rows, slot] = newest
+    return y
+
+
+def ring_slots(turn: Tensor, slots: int) -> Tensor:
+    """(B,) int64 tokens so far -> (B, slots - 1): where the last of them stand in a ring, in their order."""
+    return (turn[:, None] + torch.arange(1, slots, device=turn.device)) % slots

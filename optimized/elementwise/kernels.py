@@ -1,6 +1,6 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
-"""Triton kernels for RoPE and for the mix of the two branches, and their gradients: every element is read
-once and written once.
+"""Triton kernels for RoPE, for the mix of the two branches, and their gradients, and for the sum of a narrow
+product's parts: every element is read once and written once.
 
 Letters and equations as in `torch_engine`.
 """
@@ -53,6 +53,26 @@ def rope_kernel(
     tl.store(out + HALF, second.to(OUT.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def parts_kernel(PRODUCT, BIAS, OUT, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Eq. (1) of `narrow_product` for one token: three products side by side, of PARTS columns each."""
+    token = tl.cast(tl.program_id(0), tl.int64)
+    column = tl.arange(0, BLOCK)
+    real = column < COLUMNS
+    total = tl.load(BIAS + column, mask=real, other=0.0)
+    for part in tl.static_range(3):
+        total += tl.load(PRODUCT + token * (3 * PARTS) + part * PARTS + column, mask=real, other=0.0)
+    tl.store(OUT + token * COLUMNS + column, total, mask=real)
+
+
+def sum_parts(product: Tensor, bias: Tensor) -> Tensor:
+    """(B, 3n) and (columns,), columns <= n, both float32 -> (B, columns)."""
+    out = product.new_empty(len(product), len(bias))
+    sizes = {"COLUMNS": len(bias), "PARTS": product.shape[1] // 3, "BLOCK": power_of_2(len(bias))}
+    parts_kernel[(len(product),)](product, bias, out, **sizes, num_warps=1)
+    return out
+
+
 def rotate(inputs: RotateInputs) -> Tensor:
     """RoPE on a Triton kernel."""
     x, cos, sin = map(rows_of, inputs[:3])
@@ -87,14 +107,14 @@ def rotate_backward(inputs: RotateInputs, outputs: RotateOutputs, grads: RotateO
 
 @triton.jit
 def mix_kernel(
-    FLEX, LOCAL, LOGIT, ROW, OUT,
+    FLEX, LOCAL, LOGIT, ROW, OUT, logit_token,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Eq. (2), left, for one token."""
     token = tl.cast(tl.program_id(0), tl.int64)
     row = tl.load(ROW + token)
     is_vision = row >= 0
-    mix = tl.sigmoid(tl.load(LOGIT + token))
+    mix = tl.sigmoid(tl.load(LOGIT + token * logit_token))
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         place = token * WIDTH + column
@@ -140,9 +160,10 @@ def block_of(width: int) -> int:
 
 def mix(inputs: MixInputs) -> Tensor:
     """The mix on a Triton kernel."""
-    flex, local, logit, row = (tensor.contiguous() for tensor in inputs[:4])
-    out, width = torch.empty_like(flex), flex.shape[-1]
-    mix_kernel[(row.numel(),)](flex, local, logit, row, out, WIDTH=width, BLOCK=block_of(width), num_warps=4)
+    flex, local, row = (tensor.contiguous() for tensor in (inputs.flex, inputs.local, inputs.row))
+    logit, out, width = inputs.logit.reshape(-1), torch.empty_like(flex), flex.shape[-1]
+    sizes = {"WIDTH": width, "BLOCK": block_of(width)}
+    mix_kernel[(row.numel(),)](flex, local, logit, row, out, logit.stride(0), **sizes, num_warps=4)
     return out
 
 

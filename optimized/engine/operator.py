@@ -100,7 +100,9 @@ class Operator:
         if is_observed() or not all(map(is_plain, given)):
             return self.registered(*given)
         for place in self.overwritten:
-            if not given[place].is_inference():  # a graph that saved the tensor must not use it any more
+            if (
+                given[place] is not None and not given[place].is_inference()
+            ):  # a graph that saved the tensor must not use it any more
                 torch.autograd.graph.increment_version(given[place])
         return self.run(self.forward, given)
 

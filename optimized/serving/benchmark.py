@@ -5,7 +5,7 @@ own settings but for these: a student's decoding steps run from CUDA graphs, bot
 and there is no prefix caching.
 
 - *decoding*: milliseconds between the outputs of steps in which so many requests decode at once, the median.
-  A student's step does not depend on what was read, so its prompts are of one token. The teacher's keys and
+  A student's step does not depend on what was read, so its prompts fill its window. The teacher's keys and
   values are constants that vLLM's DecodeBenchConnector writes; computing them for a full pool would take
   minutes and change no shape.
 - *prompt*: time to first token and time between tokens of requests whose prompts are computed.
@@ -78,7 +78,8 @@ def main() -> None:
         return
     begun, out = time.perf_counter(), Path(arguments.out[0])
     common = {"who": arguments.who, "quantization": arguments.quantization, "size": arguments.size}
-    common |= {name: getattr(arguments, name) or None for name in ("sync", "eager", "computed")}
+    options = ("sync", "eager", "computed", "mamba_ssm_cache_dtype")
+    common |= {name: getattr(arguments, name) or None for name in options}
     signal.signal(signal.SIGALRM, out_of_time)
     signal.signal(signal.SIGTERM, out_of_time)
     signal.alarm(arguments.budget)
@@ -124,6 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of cells")
     parser.add_argument("--most", type=int, help="requests in a step; vLLM's max_num_seqs")
     parser.add_argument("--quantization", choices=("fp8",), help="of the weights, by vLLM")
+    parser.add_argument("--mamba-ssm-cache-dtype", choices=("bfloat16", "float16"), help="vLLM's: of states")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU that vLLM may use")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs; a CPU has none")
     parser.add_argument("--computed", action="store_true", help="the teacher's keys and values, not written")
@@ -158,7 +160,7 @@ def folder_of(model) -> str:
     return folder
 
 
-def most_rows(student, memory: float) -> int:
+def most_rows(student, memory: float, scan: str) -> int:
     """Return of how many requests the states surely fit: vLLM starts with no more at once than that."""
     from math import prod
 
@@ -168,10 +170,10 @@ def most_rows(student, memory: float) -> int:
     from ...reference.student.model import mixers
     from .vllm_plugin.layer import state_dtypes, state_shapes
 
-    row = 0
+    row, kind = 0, getattr(torch, scan)
     for mixer in mixers(student).values():
         pairs = zip(
-            state_shapes(mixer.config).values(), state_dtypes(mixer.config, torch.bfloat16), strict=True
+            state_shapes(mixer.config).values(), state_dtypes(mixer.config, torch.bfloat16, kind), strict=True
         )
         row += sum(prod(shape) * dtype.itemsize for shape, dtype in pairs)
     weights = sum(2 * parameter.numel() for parameter in student.parameters())
@@ -185,7 +187,9 @@ def engine(arguments: argparse.Namespace):
 
     is_student, longest = arguments.who == "student", max(arguments.lengths) + HELD
     model = model_of(arguments.who, arguments.size, longest)
-    arguments.most = arguments.most or most_rows(model, arguments.memory)
+    arguments.most = arguments.most or most_rows(
+        model, arguments.memory, arguments.mamba_ssm_cache_dtype or "float32"
+    )
     options: dict[str, Any] = {"enforce_eager": True} if arguments.eager else {}
     if not arguments.eager:
         graphs: dict[str, Any] = {"cudagraph_capture_sizes": graph_sizes(arguments)}
@@ -194,6 +198,7 @@ def engine(arguments: argparse.Namespace):
         options["compilation_config"] = graphs
     if is_student:
         options["async_scheduling"] = not arguments.sync
+        options["mamba_ssm_cache_dtype"] = arguments.mamba_ssm_cache_dtype or "auto"
     else:
         options["enable_prefix_caching"] = False
         if not arguments.computed:
@@ -274,20 +279,19 @@ def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[
 
     first, rest = decoding_cells()
     long = few[min(2, len(few) - 1)]
+    ours = arguments.who == "student"
+    alone = [cell("prompt", length, 1) for length in few]
     order = [
         *first,
-        *(cell("prompt", length, 1) for length in few),
+        *alone[:2],
+        *(cell("profile", None, n) for n in (256, 1, 64, 16) if ours and n <= room["blocks"]),
+        *([cell("profile", few[0], 1)] if ours else []),
+        *alone[2:],
         cell("served", few[0], 64),
         cell("served", long, 8),
         cell("prompt", few[0], 16),
         *rest,
-        *([cell("held", None, room["blocks"])] if arguments.who == "student" else []),
-        *(
-            cell("profile", None, n)
-            for n in (256, 1, 64)
-            if arguments.who == "student" and n <= room["blocks"]
-        ),
-        *([cell("profile", few[0], 16)] if arguments.who == "student" else []),
+        *([cell("profile", few[0], 16)] if ours else []),
         cell("prompt", few[min(1, len(few) - 1)], 16),
         cell("served", few[0], 256),
     ]

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 COMMAND = "python -m linmu.optimized.serving.benchmark"
-SHORT = 1  # token of a prompt that is no part of what is measured: prompts of one come in together
+SHORT = 128  # tokens of a prompt that is no part of what is measured: they fill the window
+
+
+VARIANTS = {  # options of the student's, and what is said of them
+    "quantization": ("fp8", "`--quantization fp8`: vLLM quantises the MLPs, the blocks stay as they are."),
+    "mamba_ssm_cache_dtype": (
+        "States in few bits",
+        "`--mamba-ssm-cache-dtype`: the scan's states rounded after each step, computed in float32.",
+    ),
+}
 
 
 def report(files: list[str], folder: Path) -> None:
@@ -15,14 +24,14 @@ def report(files: list[str], folder: Path) -> None:
     lines = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(lines, indent=1) + "\n")
-    plain = [line for line in lines if "quantization" not in line]
+    plain = [line for line in lines if not any(name in line for name in VARIANTS)]
     parts = [
         header(lines),
         held_table(plain),
         decoding_table(plain),
         prompt_table(plain),
         served_table(plain),
-        fp8_table(lines),
+        *(variant_table(lines, *variant) for variant in VARIANTS.items()),
         profile_table(plain),
     ]
     (folder / "README.md").write_text("\n\n".join(filter(None, parts)) + "\n")
@@ -49,7 +58,7 @@ vLLM's defaults (FlashAttention 3, torch.compile, CUDA graphs), with graphs of f
 caching. A step is the median time between the outputs of two steps in which all those requests had a token.
 The teacher's keys and values are constants where it decodes, each request's in memory of its own; they are
 computed where prompts are timed. A student's step does not depend on the length: it was measured after
-prompts of one token, and after longer ones below."""
+prompts of 128 tokens, which fill its window, and after longer ones below."""
 
 
 def of(lines: list[dict[str, Any]], who: str, cell: str) -> list[dict[str, Any]]:
@@ -192,16 +201,19 @@ def profile_table(lines: list[dict[str, Any]]) -> str:
     return "\n\n".join(["## Where the student's time goes", text, *parts])
 
 
-def fp8_table(lines: list[dict[str, Any]]) -> str:
-    """The student's steps with weights in fp8, if they were measured."""
-    rows = []
-    for line in of(lines, "student", "decoding"):
-        if line.get("quantization") == "fp8":
-            rows.append([line["requests"], line["ms_a_step"], f"{line['tokens_per_second']:,.0f}"])
+def variant_table(lines: list[dict[str, Any]], name: str, said: tuple[str, str]) -> str:
+    """The student's steps with weights or states in few bits, if they were measured."""
+    found = [line for line in lines if name in line]
+    rows = [
+        [line[name], line["requests"], line["ms_a_step"], f"{line['tokens_per_second']:,.0f}"]
+        for line in of(found, "student", "decoding")
+    ]
     if not rows:
         return ""
-    text = "`--quantization fp8`: vLLM quantises the MLPs; the blocks' weights stay as they are."
-    return f"## fp8\n\n{text}\n\n" + table(["at once", "student, ms a step", "tokens/s"], sorted(rows))
+    rooms = [f"In {line[name]} the memory holds {line['blocks']:,}." for line in of(found, "student", "pool")]
+    title, text = said
+    head = table(["", "at once", "student, ms a step", "tokens/s"], sorted(rows))
+    return f"## {title}\n\n{' '.join([text, *rooms])}\n\n{head}"
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:

@@ -8,6 +8,7 @@ torch_engine      blocks of tokens as matrix products; has the equations
 kernels           Triton: an online softmax over the keys of a tile of tokens
 kernels_backward  Triton: the gradients
 kernels_step      Triton: one token of decoding, the state shifted in its place
+kernels_ring      Triton: one token of decoding, the state in a ring among others
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ...reference.sliding_window_attention import WindowState, check_sliding_window
 from ..engine.once import once_a_forward
-from .operator import SlidingInputs, StepInputs, attend, attend_step
+from .operator import RingInputs, SlidingInputs, StepInputs, attend, attend_ring, attend_step
 from .spans import Spans, find_spans, spans_of_layer
 
 __all__ = [
@@ -33,22 +34,26 @@ __all__ = [
     "sliding_window_attention",
     "spans_of_layer",
     "step_in_place",
+    "step_in_ring",
 ]
 
 
 class PooledWindowState(NamedTuple):
-    """A window's state for one token of text without a gradient, its keys and values among those of others.
+    """A window's state for one token of text without a gradient, among those of others: rings, overwritten in
+    place, see `operator.RingInputs`.
 
     Args:
-        k, v: (R, W-1, G, N) and (R, W-1, G, P), each row contiguous: overwritten in place.
-        present: (B, W-1) bool.
+        k, v: (R, W, G, N) and (R, W, G, P), each row contiguous.
+        present: (R, at least W).
         rows: (B,) int64, which of them is each one's.
+        turn: (B,) int64, how many tokens each one has read.
     """
 
     k: Tensor
     v: Tensor
     present: Tensor
     rows: Tensor
+    turn: Tensor
 
 
 def sliding_window_attention(
@@ -123,7 +128,7 @@ def step_in_place(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: WindowState | PooledWindowState,
+    state: WindowState,
     *,
     asks: Tensor | None = None,
     valid: Tensor | None = None,
@@ -132,15 +137,29 @@ def step_in_place(
 ) -> tuple[Tensor, WindowState]:
     """`sliding_window_attention` of one token, without a gradient, that overwrites the state's k and v.
 
-    They must be contiguous, in a pool each row, and in the dtypes of k and v; the caller goes on with the
-    state that is returned.
+    They must be contiguous and in the dtypes of k and v; the caller goes on with the state that is returned.
     """
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     asks, valid = (None if mask is None else mask[:, 0] for mask in (asks, valid))
-    rows = getattr(state, "rows", None)
-    inputs = StepInputs(q[:, 0], k[:, 0], v[:, 0], *state[:3], asks, valid, scale, rows, engine)
+    inputs = StepInputs(q[:, 0], k[:, 0], v[:, 0], *state, asks, valid, scale, engine)
     o, present = attend_step(inputs)
     return o[:, None], WindowState(state.k, state.v, present)
+
+
+def step_in_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: tuple[Tensor, Tensor],
+    state: PooledWindowState,
+    *,
+    valid: Tensor | None = None,
+    engine: str | None = None,
+) -> Tensor:
+    """As `step_in_place`, before RoPE of q and k by angles (B, 1, N), in rings of a pool: (B, 1, H, P)."""
+    new, valid = (q[:, 0], k[:, 0], v[:, 0]), None if valid is None else valid[:, 0]
+    cos, sin = (angle[:, 0].expand(len(q), -1) for angle in angles)
+    return attend_ring(RingInputs(*new, cos, sin, *state, valid, q.shape[3] ** -0.5, engine))[:, None]
 
 
 def owned(tensor: Tensor, dtype: torch.dtype) -> Tensor:

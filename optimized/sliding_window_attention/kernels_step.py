@@ -1,13 +1,11 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernels for one token of decoding: attention over the window's state, which then moves up a place.
 
-Letters as in `torch_engine`. A program of the attention takes one head of one row; of many rows all heads of
-a group, whose state would be read from the L2 cache once for each. Its products are sums over
-a tile, not products of matrices: one query has too few rows for tensor cores, and what takes the time is
-reading the state. (With 64 places as the rows of a product, on four warps, triton 3.6 makes wgmma
-instructions that gave a wrong o or an illegal memory access on an H200.) A program of the move takes one
-group of one row, which nobody else touches. A ring would save the move, 260 KB a layer and row of a 7B model
-with a window of 128, and would have to be put in order for whatever reads more than one token.
+Letters as in `torch_engine`. A program of the attention takes one head of one row. Its products are sums over
+a tile, not products of matrices: what takes the time is reading the state. (With 64 places as the rows of a
+product, on four warps, triton 3.6 makes wgmma instructions that gave a wrong o or an illegal memory access on
+an H200.) A program of the move takes one group of one row, which nobody else touches. In a pool a ring saves
+the move, and one program takes all heads of a group: `kernels_ring`.
 """
 
 from __future__ import annotations
@@ -15,23 +13,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..engine.launch import as_bytes, contiguous, power_of_2, rows_of, tile_size
+from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
 from .operator import StepInputs, StepOutputs, step_outputs
 
 READ = {False: 128, True: 64}  # places that a program attends to at once, for head dims beyond 128 fewer
-MANY_ROWS = 32  # with as many, programs of a group each fill the GPU
-PRODUCTS = {False: 2**14, True: 2**13}  # of a group's queries and keys that a program makes at once, likewise
+WARPS = {True: 4, False: 8}  # for elements of two bytes, and of more
 MOVED = 32  # places that a program moves at once
 
 
 @triton.jit
 def attention_kernel(
-    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, PLACE, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
-    state_k_batch, state_v_batch, scale,
+    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
+    scale,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """Eq. (1) for one token a row."""
     row = tl.cast(tl.program_id(0) // (GROUPS * RATIO), tl.int64)
@@ -47,9 +44,8 @@ def attention_kernel(
     out = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0).to(tl.float32)
     largest = tl.sum(q * k, 0) * scale  # it sees itself
     total = tl.sum(tl.where(columns_n == 0, 1.0, 0.0), 0)
-    own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_batch + group * N
-    v_state = STATE_V + own * state_v_batch + group * P
+    k_state = STATE_K + row * (PLACES * GROUPS * N) + group * N
+    v_state = STATE_V + row * (PLACES * GROUPS * P) + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -72,60 +68,10 @@ def attention_kernel(
 
 
 @triton.jit
-def group_kernel(
-    Q, K, V, STATE_K, STATE_V, PRESENT, ASKS, VALID, PLACE, OUT, q_row, q_head, k_row, k_head, v_row, v_head,
-    state_k_batch, state_v_batch, scale,
-    PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_ASKS: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Eq. (1) for one token a row: all heads of a group, which read its keys and values once."""
-    row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
-    group = tl.cast(tl.program_id(0) % GROUPS, tl.int64)
-    valid = tl.load(VALID + row) != 0 if HAS_VALID else row >= 0
-    asking = valid & (tl.load(ASKS + row) != 0) if HAS_ASKS else valid
-    columns_n, columns_p, each = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P), tl.arange(0, HEADS)
-    real_n, real_p = columns_n < N, columns_p < P
-    new_n, new_p = columns_n < tl.where(asking, N, 0), columns_p < tl.where(asking, P, 0)
-    head = group * RATIO + each
-    q_at = Q + row * q_row + head[:, None] * q_head + columns_n[None, :]
-    q = tl.load(q_at, mask=(each < RATIO)[:, None] & new_n[None, :], other=0.0).to(tl.float32)
-    k = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0).to(tl.float32)
-    v = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0).to(tl.float32)
-    largest = tl.sum(q * k[None, :], 1) * scale  # each sees itself
-    total = tl.full([HEADS], 1.0, tl.float32)
-    out = tl.zeros([HEADS, BLOCK_P], tl.float32) + v[None, :]
-    own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_batch + group * N
-    v_state = STATE_V + own * state_v_batch + group * P
-    for start in range(0, PLACES, COLUMNS):
-        place = start + tl.arange(0, COLUMNS)
-        inside = place < PLACES
-        there = tl.load(PRESENT + row * PLACES + place, mask=inside, other=0) != 0
-        k_at = k_state + place[:, None] * (GROUPS * N) + columns_n[None, :]
-        v_at = v_state + place[:, None] * (GROUPS * P) + columns_p[None, :]
-        k_tile = tl.load(k_at, mask=inside[:, None] & real_n[None, :], other=0.0).to(tl.float32)
-        v_tile = tl.load(v_at, mask=inside[:, None] & real_p[None, :], other=0.0).to(tl.float32)
-        scores = tl.sum(q[:, None, :] * k_tile[None, :, :], 2) * scale
-        scores = tl.where(there[None, :], scores, -1e30)
-        v_tile = tl.where(there[:, None], v_tile, 0.0)
-        highest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - highest[:, None])
-        shrink = tl.exp2(largest - highest)
-        total = total * shrink + tl.sum(weights, 1)
-        out = out * shrink[:, None] + tl.sum(weights[:, :, None] * v_tile[None, :, :], 1)
-        largest = highest
-    out = tl.where(asking, out / total[:, None], 0.0)
-    o_at = (row * (GROUPS * RATIO) + head)[:, None] * P + columns_p[None, :]
-    tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(each < RATIO)[:, None] & real_p[None, :])
-
-
-@triton.jit
 def move_kernel(
-    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, PLACE, k_row, k_head, v_row, v_head, state_k_batch,
-    state_v_batch,
+    K, V, STATE_K, STATE_V, PRESENT, NEXT, VALID, k_row, k_head, v_row, v_head,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PLACE: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """The state after one token a row: each key and value a place further on, the new ones last."""
     row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
@@ -136,9 +82,8 @@ def move_kernel(
     new_n, new_p = columns_n < tl.where(valid, N, 0), columns_p < tl.where(valid, P, 0)  # none of no token
     k_new = tl.load(K + row * k_row + group * k_head + columns_n, mask=new_n, other=0.0)
     v_new = tl.load(V + row * v_row + group * v_head + columns_p, mask=new_p, other=0.0)
-    own = tl.load(PLACE + row) if HAS_PLACE else row
-    k_state = STATE_K + own * state_k_batch + group * N
-    v_state = STATE_V + own * state_v_batch + group * P
+    k_state = STATE_K + row * (PLACES * GROUPS * N) + group * N
+    v_state = STATE_V + row * (PLACES * GROUPS * P) + group * P
     for start in range(0, PLACES, COLUMNS):
         place = start + tl.arange(0, COLUMNS)
         inside = place < PLACES
@@ -168,8 +113,7 @@ def step(inputs: StepInputs) -> StepOutputs:
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     o, after = step_outputs(inputs)
     present, valid = as_bytes(inputs.present), as_bytes(inputs.valid)
-    states, rows = (inputs.state_k, inputs.state_v), contiguous(inputs.rows)
-    strides = (*k.stride()[:2], *v.stride()[:2], *(state.stride(0) for state in states))
+    states, strides = (inputs.state_k, inputs.state_v), (*k.stride()[:2], *v.stride()[:2])
     sizes = {
         "PLACES": after.shape[1],
         "GROUPS": groups,
@@ -178,7 +122,6 @@ def step(inputs: StepInputs) -> StepOutputs:
         "BLOCK_N": tile_size(size),
         "BLOCK_P": tile_size(value_size),
         "HAS_VALID": valid is not None,
-        "HAS_PLACE": rows is not None,
     }
     given = (
         q,
@@ -188,21 +131,19 @@ def step(inputs: StepInputs) -> StepOutputs:
         present,
         as_bytes(inputs.asks),
         valid,
-        rows,
         o,
         *q.stride()[:2],
         *strides,
         inputs.scale * LOG2_E,
     )
-    options = sizes | {"RATIO": heads // groups, "HAS_ASKS": inputs.asks is not None, "num_warps": 8}
-    if batch < MANY_ROWS or heads == groups:
-        columns = min(READ[max(size, value_size) > 128], tile_size(after.shape[1]))
-        attention_kernel[(batch * heads,)](*given, COLUMNS=columns, **options)
-    else:
-        shared = power_of_2(heads // groups)
-        products = PRODUCTS[max(size, value_size) > 128] // (shared * sizes["BLOCK_N"])
-        columns = max(min(products, tile_size(after.shape[1])), 1)
-        group_kernel[(batch * groups,)](*given, COLUMNS=columns, HEADS=shared, **options)
+    attention_kernel[(batch * heads,)](
+        *given,
+        COLUMNS=min(READ[max(size, value_size) > 128], tile_size(after.shape[1])),
+        RATIO=heads // groups,
+        HAS_ASKS=inputs.asks is not None,
+        num_warps=WARPS[q.dtype.itemsize == 2],
+        **sizes,
+    )
     move_kernel[(batch * groups,)](
         k,
         v,
@@ -210,7 +151,6 @@ def step(inputs: StepInputs) -> StepOutputs:
         present,
         as_bytes(after),
         valid,
-        rows,
         *strides,
         COLUMNS=MOVED,
         num_warps=4,

@@ -1,5 +1,5 @@
 """Sliding-window attention as registered operators: `linmu::sliding_window_attention` and, for one token of
-decoding, `linmu::sliding_window_step`.
+decoding, `linmu::sliding_window_step`, and `linmu::sliding_window_ring` with states among those of others.
 
 Letters: B batch, L tokens, M keys, W window, H query heads, G groups, N head dim of q and k, P head dim of v.
 The keys before the tokens are the state's, as in `spans`; `torch_engine` has the equations.
@@ -89,12 +89,10 @@ class StepInputs(NamedTuple):
     Args:
         q, k, v: (B, H, N), (B, G, N), (B, G, P).
         state_k, state_v: (B, W-1, G, N) and (B, W-1, G, P), contiguous, in the dtypes of k and v; they are
-            overwritten with the state after the token. With `rows` pools, (R, W-1, G, N) and (R, W-1, G, P),
-            each of whose rows is contiguous.
+            overwritten with the state after the token.
         present: (B, W-1) bool, what there is of the state; W > 1.
         asks, valid: (B,) bool; None = all.
         scale: factor on q·k.
-        rows: (B,) int64, which row of the pools is each one's; None = its own.
         engine: "triton" or "torch"; None = by the tensors.
     """
 
@@ -107,7 +105,6 @@ class StepInputs(NamedTuple):
     asks: Tensor | None
     valid: Tensor | None
     scale: float
-    rows: Tensor | None = None
     engine: str | None = None
 
 
@@ -133,4 +130,53 @@ attend_step = Operator(
     fake=step_outputs,
     head_dims=lambda inputs: (inputs.q.shape[2], inputs.v.shape[2]),
     overwrites=("state_k", "state_v"),
+)
+
+
+class RingInputs(NamedTuple):
+    """What one token a row reads whose keys and values stand in rings: the one after t others at t mod W, the
+    W - 1 before it in the other places. There is no gradient.
+
+    Args:
+        q, k, v: (B, H, N), (B, G, N), (B, G, P), before RoPE.
+        cos, sin: (B, N), of RoPE.
+        ring_k, ring_v: (R, W, G, N) and (R, W, G, P) in the dtypes of k and v, each row contiguous, W > 1:
+            the token's take their place there.
+        present: (R, at least W) of any dtype, 0 where there is none of ring_k: the token's turns to 1.
+        rows: (B,) int64, which row is each one's.
+        turn: (B,) int64, how many tokens each one has read before.
+        valid: (B,) bool; other rows keep their rings and give 0. None = all.
+        scale: factor on q·k.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    ring_k: Tensor
+    ring_v: Tensor
+    present: Tensor
+    rows: Tensor
+    turn: Tensor
+    valid: Tensor | None
+    scale: float
+    engine: str | None = None
+
+
+class RingOutputs(NamedTuple):
+    """o (B, H, P) in the dtype of q."""
+
+    o: Tensor
+
+
+attend_ring = Operator(
+    "sliding_window_ring",
+    RingInputs,
+    RingOutputs,
+    forward=Engines(lazy(f"{__package__}.torch_engine", "ring"), lazy(f"{__package__}.kernels_ring", "ring")),
+    fake=lambda inputs: inputs.q.new_empty(*inputs.q.shape[:2], inputs.v.shape[2]),
+    head_dims=lambda inputs: (inputs.q.shape[2], inputs.v.shape[2]),
+    overwrites=("ring_k", "ring_v", "present"),
 )

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from ...reference.numerics import accumulation_dtype
+from ..decoding.torch_engine import ring_slots
+from ..elementwise.operator import RotateInputs
+from ..elementwise.torch_engine import rotate
 from ..layout.tokens import gather_tokens
-from .operator import SlidingGrads, SlidingInputs, SlidingOutputs, StepInputs, StepOutputs
+from .operator import RingInputs, SlidingGrads, SlidingInputs, SlidingOutputs, StepInputs, StepOutputs
 
 BLOCK = 64  # tokens at most
 SLAB_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of the scores of the blocks that are taken at once
@@ -163,21 +166,34 @@ def masked_scores(queries: Tensor, keys: Tensor, block: Blocks, scale: float) ->
 
 def step(inputs: StepInputs) -> StepOutputs:
     """One token a row against the state and itself."""
-    q, k, v, state_k, state_v, present, asks, valid, scale, rows, _ = inputs
-    rows = slice(None) if rows is None else rows
+    q, k, v, state_k, state_v, present, asks, valid, scale, _ = inputs
     wide, groups = accumulation_dtype(q.dtype), k.shape[1]
     taken = torch.ones_like(present[:, :1]) if valid is None else valid[:, None]
     asking = taken[:, 0] if asks is None else asks & taken[:, 0]
     there = torch.cat([present, taken], dim=1)  # (B, W)
     keys, values = (
         torch.cat([state, new[:, None]], dim=1).masked_fill(~there[..., None, None], 0)
-        for state, new in ((state_k[rows], k), (state_v[rows], v))
+        for state, new in ((state_k, k), (state_v, v))
     )  # (B, W, G, ·)
     queries = q.masked_fill(~asking[:, None, None], 0).to(wide).unflatten(1, (groups, -1))  # (B, G, H/G, N)
     scores = (queries @ keys.to(wide).permute(0, 2, 3, 1)).mul_(scale)  # (B, G, H/G, W)
     scores.masked_fill_(~there[:, None, None], torch.finfo(wide).min)
     o = (scores.softmax(-1) @ values.to(wide).transpose(1, 2)).flatten(1, 2)  # (B, H, P)
-    state_k[rows] = torch.where(taken[..., None, None], keys[:, 1:], keys[:, :-1])
-    state_v[rows] = torch.where(taken[..., None, None], values[:, 1:], values[:, :-1])
+    state_k[:] = torch.where(taken[..., None, None], keys[:, 1:], keys[:, :-1])
+    state_v[:] = torch.where(taken[..., None, None], values[:, 1:], values[:, :-1])
     new_present = torch.where(taken, there[:, 1:], there[:, :-1])
     return StepOutputs(o.masked_fill(~asking[:, None, None], 0).to(q.dtype), new_present)
+
+
+def ring(inputs: RingInputs) -> Tensor:
+    """`step` on copies of the rows in their order; the token's key and value take their place."""
+    q, k, v, cos, sin, ring_k, ring_v, present, rows, turn, valid, scale, _ = inputs
+    angles = cos[:, None], sin[:, None]
+    q, k = (rotate(RotateInputs(each[:, None], *angles))[:, 0] for each in (q, k))
+    at = rows[:, None], ring_slots(turn, ring_k.shape[1])
+    o, _ = step(StepInputs(q, k, v, ring_k[at], ring_v[at], present[at] != 0, None, valid, scale))
+    own = rows, turn % ring_k.shape[1]
+    for pool, new in ((ring_k, k), (ring_v, v), (present, present.new_ones(len(rows)))):
+        kept = new if valid is None else torch.where(valid.view(-1, *[1] * (new.ndim - 1)), new, pool[own])
+        pool[own] = kept.to(pool.dtype)
+    return o

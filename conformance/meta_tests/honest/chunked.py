@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,8 +21,16 @@ def segment_sums(logs: Tensor) -> Tensor:
     return sums.masked_fill(~(below | torch.eye(length, dtype=torch.bool, device=logs.device)), -torch.inf)
 
 
-def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Inside chunks as a matrix, between chunks as a matrix over chunks."""
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    sums: Callable[[Tensor], Tensor] = segment_sums,
+) -> tuple[Tensor, Tensor]:
+    """Inside chunks as a matrix of these sums, between chunks as a matrix over chunks."""
     length = x.shape[1]
     pad = -length % CHUNK
     x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, pad)) for tensor in (x, B, C))
@@ -28,7 +38,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
     x, dt, B, C = (tensor.unflatten(1, (-1, CHUNK)) for tensor in (x, dt, B, C))  # (B, c, T, H, ·)
     logs = (dt * A).permute(0, 3, 1, 2)  # (B, H, c, T)
     written = dt[..., None] * x
-    within = segment_sums(logs).exp()
+    within = sums(logs).exp()
     y = torch.einsum("bcthn,bcshn,bhcts,bcshp->bcthp", C, B, within, written)
     chunk_states = torch.einsum("bcshn,bhcs,bcshp->bchnp", B, within[..., -1, :], written)
     between = segment_sums(F.pad(logs.sum(-1), (1, 0))).exp()  # (B, H, c + 1, c + 1)

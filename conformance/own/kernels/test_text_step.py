@@ -14,10 +14,7 @@ from torch import Tensor, nn
 
 from linmu import optimized, reference
 from linmu.optimized.engine.once import one_forward
-from linmu.optimized.flex_ma import PooledState
-from linmu.optimized.m_mate import PooledMMATEState
 from linmu.optimized.projections import join_weights
-from linmu.optimized.sliding_window_attention import PooledWindowState
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 from linmu.reference.student.cache import CACHE_NAME
@@ -27,6 +24,7 @@ from ...harness.layouts import Layout, Text
 from ...harness.module_cases import ModuleCase, RoundedCase, initial, module_cases, random_module
 from ...harness.operator_cases import DTYPES, property_of
 from ..student.tiny_checkpoint import build_teacher, every_kind, shake_mixers, words
+from .interpreter.pools import pools_of, state_in_pool, states_in
 from .test_kernels import interpreted
 
 flex = partial(property_of, "FlexMA")
@@ -88,43 +86,30 @@ def test_a_state_is_overwritten_only_if_it_is_lent(backend, case: ModuleCase):
         assert_exact(tensor, wanted[name], case, name)
 
 
+@pytest.mark.parametrize("window", [0, 1, 4])
+@pytest.mark.parametrize("taps", [0, 1, 4])
 @torch.no_grad()
-def test_a_state_in_a_pool_is_overwritten_there_and_no_other():
-    """As the plugin of vLLM keeps them; the kernel's turn is in trial_step.py."""
+def test_states_in_a_pool_are_overwritten_there_and_no_others(taps, window):
+    """As the plugin of vLLM keeps them; the kernels' turn is in trial_step.py."""
     torch.manual_seed(0)
-    config = optimized.LinMUConfig(width=8, heads=4, groups=2, head_dim=4)
-    module, u = optimized.FlexMA(config, 0), torch.randn(3, 1, 8)
-    state = FlexMAState(torch.randn(3, config.conv_kernel - 1, config.conv_channels), torch.randn(3, 4, 4, 4))
-    y, after = module(u, state=state)
-    rows, pool = torch.tensor([5, 1, 3]), torch.full((7, 2, 4, 4, 4), float("nan"))[:, 1]
-    pool[rows] = state.scan
-    found, pooled = module(u, state=PooledState(state.conv, pool, rows))
-    assert torch.equal(found, y) and torch.equal(pooled.conv, after.conv) and pooled.scan is pool
-    assert torch.equal(pool[rows], after.scan) and pool[::2].isnan().all()
-
-
-@pytest.mark.parametrize("window", [1, 4])
-@torch.no_grad()
-def test_a_block_steps_in_a_pool_of_windows_and_of_scans(window):
-    """As above, with the text window's keys and values; a window of the token alone has none."""
-    torch.manual_seed(0)
-    config = optimized.LinMUConfig(width=8, heads=4, groups=2, head_dim=4, text_window=window)
-    block, u = optimized.MMATE(config, 0), torch.randn(3, 6, 8)
-    angle = torch.randn(3, 6, 4)
-    before, last = ((angle[:, part].cos(), angle[:, part].sin()) for part in (slice(5), slice(5, 6)))
+    sizes = {"width": 8, "heads": 4, "groups": 2, "head_dim": 4}
+    config = optimized.LinMUConfig(**sizes, text_window=window, conv_kernel=taps)
+    block, u = optimized.MMATE(config, 0), torch.randn(3, 12, 8)
+    angle = torch.randn(3, 12, 4)
+    angles = angle.cos(), angle.sin()
     valid = torch.arange(5) >= torch.tensor([[0], [3], [4]])
-    _, state = block(u[:, :5], valid=valid, position_embeddings=before)
-    wanted, after = block(u[:, 5:], position_embeddings=last, state=state)
-    rows, pools = torch.tensor([5, 1, 3]), []
-    for tensor in (state.scan, *state.window[:2]):
-        pools.append(torch.full((7, 2, *tensor.shape[1:]), float("nan"))[:, 1])
-        pools[-1][rows] = tensor
-    near = PooledWindowState(*pools[1:], state.window.present, rows) if window > 1 else state.window
-    pooled = PooledMMATEState(state.conv, pools[0], rows, near)
-    found, pooled = block(u[:, 5:], position_embeddings=last, state=pooled)
-    assert torch.equal(found, wanted) and torch.equal(pooled.window.present, after.window.present)
-    for pool, tensor in zip(pools[: 1 if window == 1 else 3], (after.scan, *after.window[:2]), strict=False):
-        assert torch.equal(pool[rows], tensor) and pool[::2].isnan().all()
+    _, state = block(u[:, :5], valid=valid, position_embeddings=tuple(each[:, :5] for each in angles))
+    pooled = state_in_pool(state, taps, turn := torch.tensor([5, 2, 1]))
+    for step in range(5, 12):  # a ring comes round
+        now = tuple(each[:, step : step + 1] for each in angles)
+        wanted, state = block(u[:, step : step + 1], position_embeddings=now, state=state)
+        found, _ = block(u[:, step : step + 1], position_embeddings=now, state=pooled)
+        turn += 1
+        torch.testing.assert_close(found, wanted)
+    wanted = {"conv": state.conv, "scan": state.scan} | (state.window._asdict() if window else {})
+    for name, tensor in states_in(pooled, turn).items():
+        torch.testing.assert_close(tensor, wanted[name].to(tensor.dtype))
+        assert pools_of(pooled)[name][::2].isnan().all()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -139,11 +124,10 @@ def test_weights_laid_end_to_end_make_one_product_of_a_token_of_many_rows(bias, 
     angle = torch.randn(6, 4, 4)
     before, last = ((angle[:, part].cos(), angle[:, part].sin()) for part in (slice(3), slice(3, 4)))
     _, state = block(u[:, :3], position_embeddings=before)
-    groups = [[each.v_proj, each.k_proj, each.q_proj] for each in (block.flex_ma, block.local_swin)]
-    joined = {}
+    groups, joined = block.joined_linears(), {}
     with torch.inference_mode(), one_forward(joined):
-        join_weights(groups)
-    assert len(joined) == 2
+        join_weights([groups])
+    assert len(joined) == 1
     for linears in groups:
         assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
     block.flex_ma.k_proj.weight.data.copy_(torch.randn(8, 8))
@@ -154,7 +138,8 @@ def test_weights_laid_end_to_end_make_one_product_of_a_token_of_many_rows(bias, 
     )
     with one_forward(joined):
         found, afterwards = block(u[:, 3:], position_embeddings=last, state=state)
-    assert calls.count((32, 8)) == 2 and (16, 8) in calls  # v, k and q; the gate
+    assert (64, 8) in calls and (16, 8) in calls  # v, k and q of both branches; the gate
+    assert calls.count((8, 16)) == 2 and len(calls) == 6, calls  # output products; dt and mix in float32
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     for got, want in zip(afterwards.tensors, after.tensors, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)

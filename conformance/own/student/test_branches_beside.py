@@ -17,9 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from linmu import optimized
 from linmu.optimized import m_mate
+from linmu.optimized.engine.beside import branches_beside
+from linmu.optimized.engine.once import one_forward
 from linmu.optimized.graphs import decoder, install
+from linmu.optimized.projections import join_weights
 from linmu.reference.student.cache import CACHE_NAME
 
+from ..kernels.interpreter.pools import state_in_pool
 from .test_generation import PROMPTS
 from .tiny_checkpoint import batch, build_teacher, prompt, shake_mixers, words
 
@@ -85,11 +89,18 @@ def place(tensor: Tensor) -> int:
 
 
 @pytest.fixture
-def races(monkeypatch) -> Callable[[nn.Module], Races]:
-    """Lets a student run from graphs that are none, and says what it found."""
+def streams(monkeypatch) -> Stream:
+    """A second stream beside the current one."""
     Stream.current, second = Stream(), Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream.current)
     monkeypatch.setattr(torch.cuda, "stream", on)
+    return second
+
+
+@pytest.fixture
+def races(monkeypatch, streams) -> Callable[[nn.Module], Races]:
+    """Lets a student run from graphs that are none, and says what it found."""
+    second = streams
     monkeypatch.setattr(decoder, "second_stream", lambda device: second)
 
     def watched(student: nn.Module) -> Races:
@@ -136,6 +147,25 @@ def test_no_branch_reads_what_the_other_is_writing(student, races):
     run(student)
     assert len(found.streams) == 2
     assert not found.found
+
+
+@torch.no_grad()
+def test_a_token_among_pools_of_states_reads_nothing_too_early(streams):
+    """As the plugin of vLLM captures it: weights joined, states overwritten where they are."""
+    config = optimized.LinMUConfig(width=8, heads=4, groups=2, head_dim=4, text_window=3)
+    blocks, u, found = [optimized.MMATE(config, index) for index in range(4)], torch.randn(6, 4, 8), Races()
+    angles = torch.randn(6, 4, 4).cos(), torch.randn(6, 4, 4).sin()
+    before, last = (tuple(each[:, part] for each in angles) for part in (slice(3), slice(3, 4)))
+    states = [block(u[:, :3], position_embeddings=before)[1] for block in blocks]
+    pooled = [state_in_pool(state, 4, torch.full((6,), 3)) for state in states]
+    with one_forward():
+        join_weights([block.joined_linears() for block in blocks])
+        with found, branches_beside(streams):
+            y = u[:, 3:]
+            for block, state in zip(blocks, pooled, strict=True):
+                y, _ = block(y, position_embeddings=last, state=state)
+    assert len(found.streams) == 2 and not found.found
+    assert Stream.current.seen[streams] == streams.done
 
 
 def plant_no_join(monkeypatch) -> None:

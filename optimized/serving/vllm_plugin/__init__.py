@@ -7,6 +7,7 @@ metadata    which rows of a batch decode, which prefill, and where their states 
 positions   M-RoPE's positions with the coordinates of vision tokens in their high bits
 tensor_parallel    a block's heads over ranks
 layer       an M-MATE block on vLLM's rows of states
+prompt_graphs    a lone short prompt from a CUDA graph
 warm_up     compiles the Triton kernels of prompts at the start
 models      vLLM's models with that layer in the place of attention
 """

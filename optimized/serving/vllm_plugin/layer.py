@@ -2,12 +2,13 @@
 
 Letters: K taps, H heads, G groups, N = P head dim, W text window. A row of the pool holds of one layer
 
-    conv (K-1, channels), scan (H, N, P), present (W-1,)    float32
-    keys (W-1, G, N), values (W-1, G, P)                    the model's dtype
+    conv (K, channels), scan (H, N, P), present (W,)    float32; scan as `--mamba-ssm-cache-dtype` says
+    keys (W, G, N), values (W, G, P)                    the model's dtype
 
-`present` says which keys there are, 1 or 0; float32, because vLLM lays a row's tensors end to end and views
-each in its dtype. It is filled up to 64 bytes, so that all that is as long begins where a GPU loads 16 bytes
-at once. What is empty, K = 0 or W <= 1, is left out.
+All but scan are rings: what belongs to a request's t-th token stands at t mod K or t mod W, and a token that
+decodes writes where no other reads. `present` says which keys there are, 1 or 0; float32, because vLLM lays a
+row's tensors end to end and views each in its dtype. It is filled up to 64 bytes, so that all that is as long
+begins where a GPU loads 16 bytes at once. What is empty, K <= 1 or W <= 1, is left out.
 """
 
 from __future__ import annotations
@@ -30,34 +31,41 @@ from ....reference.m_mate import DonatedMMATEState, MMATEState
 from ....reference.sliding_window_attention import DonatedWindowState
 from ....reference.student.model import with_float32_parameters
 from ... import MMATE, VisionLayout
+from ...decoding.torch_engine import ring_slots
+from ...engine.beside import branches_beside
 from ...engine.once import one_forward
 from ...m_mate import PooledMMATEState, prepare_layers
-from ...projections import HeadProjections, join_weights
+from ...projections import join_weights
 from ...sliding_window_attention import PooledWindowState
 from .metadata import StateMetadata
 from .positions import check_whole
 
 ALIGNED = 16  # floats
-IN_PLACE = ("scan", "keys", "values")
 PADDING = 4096  # tokens in a batch of prompts; a GPU takes about as long for them as the host for a pass
 
 
 def state_shapes(config: LinMUConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a row's tensors by name, in order; what is empty is left out."""
-    keys = (config.text_window - 1, config.groups, config.head_dim)
+    taps, window = config.conv_kernel, config.text_window
+    keys = (window, config.groups, config.head_dim)
     shapes = {
-        "conv": (config.conv_kernel - 1, config.conv_channels),
+        "conv": (taps, config.conv_channels),
         "scan": (config.heads, config.head_dim, config.head_dim),
-        "present": (keys[0] + -keys[0] % ALIGNED,),
+        "present": (window + -window % ALIGNED,),
         "keys": keys,
         "values": keys,
     }
-    return {name: shape for name, shape in shapes.items() if shape[0] > 0}
+    left_out = {"conv"} if taps <= 1 else set()
+    left_out |= {"present", "keys", "values"} if window <= 1 else set()
+    return {name: shape for name, shape in shapes.items() if name not in left_out}
 
 
-def state_dtypes(config: LinMUConfig, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Return their dtypes, in the order of `state_shapes`; `dtype` is the model's."""
-    return tuple(dtype if name in ("keys", "values") else torch.float32 for name in state_shapes(config))
+def state_dtypes(
+    config: LinMUConfig, dtype: torch.dtype, scan: torch.dtype = torch.float32
+) -> tuple[torch.dtype, ...]:
+    """Return their dtypes, in the order of `state_shapes`; `dtype` is the model's, `scan` the scan's."""
+    kinds = {"scan": scan, "keys": dtype, "values": dtype}
+    return tuple(kinds.get(name, torch.float32) for name in state_shapes(config))
 
 
 class Step:
@@ -83,8 +91,11 @@ class Step:
         self.angles, self.coords, self.sizes, self.blocks = angles, coords, sizes, blocks
         self.prompts: list[Prompts] | None = None
         self.rows: dict[Hashable, Tensor] = {}
+        self.turns: Tensor | None = None
         self.prepared = {} if prepared is None else prepared
         self.of_decodes: dict[Hashable, Any] | None = None
+        self.lone: Prompts | None = None  # all there is, of `prompt_graphs`
+        self.stream: torch.cuda.Stream | None = None  # of second branches, where this is captured
 
     def rows_of(self, metadata: StateMetadata, prompts: Prompts | None = None) -> Tensor:
         """Return where the states of the tokens that decode are, or of these prompts, (B,) int64."""
@@ -96,6 +107,12 @@ class Step:
                 found = metadata.state_indices_tensor_p[prompts.which]
             self.rows[key] = found.long()
         return self.rows[key]
+
+    def turns_of(self, metadata: StateMetadata) -> Tensor:
+        """Return how many tokens each request has read that decodes, (B,) int64."""
+        if self.turns is None:
+            self.turns = metadata.seq_lens[: metadata.num_decode_tokens].long() - 1
+        return self.turns
 
     def shared_by_decodes(self) -> dict[Hashable, Any]:
         """Return what the layers have in common for the tokens that decode, for `one_forward`."""
@@ -110,13 +127,13 @@ class Step:
             ValueError: if one has a part of an image or a video.
         """
         if self.prompts is None:
-            starts, has_state = metadata.starts, metadata.has_state
+            starts, past = metadata.starts, metadata.past
             lengths = [end - start for start, end in itertools.pairwise(starts)]
-            groups = batches_of(lengths, has_state)
-            self.prompts = [self.prompts_of(group, starts, lengths, has_state[group[0]]) for group in groups]
+            groups = batches_of(lengths, [each > 0 for each in past])
+            self.prompts = [self.prompts_of(group, starts, lengths, past) for group in groups]
         return self.prompts
 
-    def prompts_of(self, which: list[int], starts: list[int], lengths: list[int], has_state: bool) -> Prompts:
+    def prompts_of(self, which: list[int], starts: list[int], lengths: list[int], past: list[int]) -> Prompts:
         """Return these prompts of the step's as one batch."""
         device, longest = self.angles[0].device, max(lengths[i] for i in which)
         end = torch.tensor([[starts[i + 1] for i in which]]).T
@@ -132,8 +149,10 @@ class Step:
         token = token.maximum(first).to(device)
         layout = self.layout([(starts[i], starts[i + 1]) for i in which], token, valid)
         angles = tuple(angle[0, token] for angle in self.angles)
-        shared, which = dict(self.prepare(layout)), torch.tensor(which, device=device)
-        return Prompts(which, token, run, at, where, valid, angles, layout, has_state, shared)
+        turns = torch.tensor([[past[i], past[i] + lengths[i]] for i in which]).to(device).unbind(1)
+        has_state, shared = past[which[0]] > 0, dict(self.prepare(layout))
+        which = torch.tensor(which, device=device)
+        return Prompts(which, token, run, at, where, valid, angles, layout, has_state, *turns, shared)
 
     def prepare(self, layout: VisionLayout | None) -> dict[Hashable, Any]:
         """Return what follows from all layers' weights, for `one_forward`."""
@@ -142,7 +161,7 @@ class Step:
             self.prepared[is_text] = prepared_of(self.blocks, is_text)
             if is_text:
                 with one_forward(self.prepared[is_text]):
-                    join_weights([linears_of(each) for block in self.blocks for each in branches_of(block)])
+                    join_weights([block.joined_linears() for block in self.blocks])
         return self.prepared[is_text]
 
     def layout(
@@ -181,16 +200,6 @@ def prepare_again(blocks: Sequence[MMATE], prepared: dict[bool, dict[Hashable, A
                 mine.copy_(fresh)
 
 
-def branches_of(block: MMATE) -> list[HeadProjections]:
-    """Return those that text takes part in."""
-    return [block.flex_ma, *([block.local_swin] if block.config.text_window else [])]
-
-
-def linears_of(branch: HeadProjections) -> list[nn.Linear]:
-    """Return what a token of text is multiplied with, in the order of `token_products`."""
-    return [branch.v_proj, branch.k_proj, branch.q_proj]
-
-
 class Prompts(NamedTuple):
     """Prompts of one step, or chunks of them, that one pass computes, padded in front.
 
@@ -204,6 +213,7 @@ class Prompts(NamedTuple):
         angles: cosines and sines of RoPE, (B, L, N) each.
         layout: of their pictures; None = text.
         has_state: whether they go on from states.
+        before, after: (B,) int64, how many tokens each one has read before this pass, and after it.
         shared: what the layers have in common, for `one_forward`.
     """
 
@@ -216,6 +226,8 @@ class Prompts(NamedTuple):
     angles: tuple[Tensor, Tensor]
     layout: VisionLayout | None
     has_state: bool
+    before: Tensor
+    after: Tensor
     shared: dict[Hashable, Any]
 
     def taken(self, tokens: Tensor) -> Tensor:
@@ -266,6 +278,7 @@ class StateLayer(MambaBase, nn.Module):
         self.block = with_float32_parameters(MMATE(config, index)).requires_grad_(False)
         self.config, self.name, self.dtype = config, name, vllm_config.model_config.dtype
         self.names = list(state_shapes(config))
+        self.scan_dtype = scan_dtype(vllm_config)
         self.step: Step | None = None
         self.kv_cache: tuple[Tensor, ...] = ()
         vllm_config.compilation_config.static_forward_context[name] = self
@@ -276,7 +289,7 @@ class StateLayer(MambaBase, nn.Module):
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         """In the order of `get_state_shape`."""
-        return state_dtypes(self.config, self.dtype)
+        return state_dtypes(self.config, self.dtype, self.scan_dtype)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -289,6 +302,9 @@ class StateLayer(MambaBase, nn.Module):
         Raises:
             ValueError: if a request has a part of an image or a video.
         """
+        if self.step.lone is not None:
+            y = self.compute(self.step.lone, self.step.lone.which, hidden_states)
+            return tensor_model_parallel_all_reduce(y[0])
         metadata = get_forward_context().attn_metadata
         cos, sin = self.step.angles
         if metadata is None:  # vLLM measures memory
@@ -298,66 +314,84 @@ class StateLayer(MambaBase, nn.Module):
         decodes, count = metadata.num_decode_tokens, len(hidden_states)
         output = torch.zeros_like(hidden_states) if decodes < count else None
         if decodes:
-            rows = self.step.rows_of(metadata)
-            angles = cos[0, :decodes, None], sin[0, :decodes, None]
-            tokens = hidden_states[:decodes, None]
-            before = self.read(rows, pooled=True)
-            with one_forward(self.step.shared_by_decodes()):
-                y, state = self.block(tokens, position_embeddings=angles, state=before)
-            self.write(rows, state, pooled=True)
+            rows, turn = self.step.rows_of(metadata), self.step.turns_of(metadata)
+            angles, state = (cos[0, :decodes, None], sin[0, :decodes, None]), self.pooled(rows, turn)
+            with one_forward(self.step.shared_by_decodes()), branches_beside(self.step.stream):
+                y, _ = self.block(hidden_states[:decodes, None], position_embeddings=angles, state=state)
             if output is None:
                 return tensor_model_parallel_all_reduce(y[:, 0])
             output[:decodes] = y[:, 0]
         for prompts in self.step.batches(metadata) if metadata.num_prefills else ():
-            rows = self.step.rows_of(metadata, prompts)
-            with one_forward(prompts.shared):
-                y, state = self.block(
-                    prompts.taken(hidden_states),
-                    prompts.layout,
-                    valid=prompts.valid,
-                    position_embeddings=prompts.angles,
-                    state=self.read(rows) if prompts.has_state else None,
-                )
-            prompts.put(output, y)
-            self.write(rows, state)
+            prompts.put(output, self.compute(prompts, self.step.rows_of(metadata, prompts), hidden_states))
         return tensor_model_parallel_all_reduce(output)
 
-    def read(self, rows: Tensor, pooled: bool = False) -> DonatedMMATEState | PooledMMATEState:
-        """Return copies of the states in these rows, which the block may overwrite.
+    def compute(self, prompts: Prompts, rows: Tensor, hidden_states: Tensor) -> Tensor:
+        """Mix the tokens of prompts, (n, D) of a step -> (B, L, D), and update their rows, (B,)."""
+        with one_forward(prompts.shared), branches_beside(self.step.stream):
+            y, state = self.block(
+                prompts.taken(hidden_states),
+                prompts.layout,
+                valid=prompts.valid,
+                position_embeddings=prompts.angles,
+                state=self.read(rows, prompts.before) if prompts.has_state else None,
+            )
+        self.write(rows, prompts.after, state)
+        return y
 
-        With `pooled` the scan's and the window's, of a row all but a few hundredths, stay where they are, and
-        one token of each request overwrites them there.
+    def pooled(self, rows: Tensor, turn: Tensor) -> PooledMMATEState:
+        """Return the states in these rows where they are; one token of each request overwrites them there.
+
+        Args:
+            rows: (B,) int64.
+            turn: (B,) int64, how many tokens each request has read.
         """
         pools = dict(zip(self.names, self.kv_cache, strict=True))
-        stay = IN_PLACE if pooled else ()
-        found = {name: pool if name in stay else pool[rows] for name, pool in pools.items()}
-        scan = found["scan"]
-        conv = found.get("conv", scan.new_zeros(len(rows), 0, self.config.conv_channels))
-        window, places = None, max(self.config.text_window - 1, 0)
-        if places:
-            keys, values, present = found["keys"], found["values"], found["present"][:, :places] > 0
-            if pooled:
-                window = PooledWindowState(keys, values, present, rows)
-            else:
-                window = DonatedWindowState(keys, values, present)
-        elif self.config.text_window:
-            none = scan.new_zeros(len(rows), 0, self.config.groups, self.config.head_dim).to(self.dtype)
-            window = DonatedWindowState(none, none, scan.new_zeros(len(rows), 0) > 0)
-        return PooledMMATEState(conv, scan, rows, window) if pooled else DonatedMMATEState(conv, scan, window)
+        window = self.no_window(rows)
+        if "keys" in pools:
+            window = PooledWindowState(pools["keys"], pools["values"], pools["present"], rows, turn)
+        return PooledMMATEState(pools.get("conv"), pools["scan"], rows, turn, window)
 
-    def write(self, rows: Tensor, state: MMATEState, pooled: bool = False) -> None:
-        """Put states into these rows of the pool, but for what is there."""
-        window = state.window
-        tensors = {"conv": state.conv, "scan": state.scan}
-        if window is not None:
-            tensors |= {"keys": window.k, "values": window.v, "present": window.present}
+    def read(self, rows: Tensor, turn: Tensor) -> DonatedMMATEState:
+        """Return copies of the states in these rows, which the block may overwrite; arguments as above."""
+        pools = dict(zip(self.names, self.kv_cache, strict=True))
+        scan = pools["scan"][rows].float()
+        conv = scan.new_zeros(len(rows), 0, self.config.conv_channels)
+        if "conv" in pools:
+            conv = pools["conv"][rows[:, None], ring_slots(turn, self.config.conv_kernel)]
+        window = self.no_window(rows)
+        if "keys" in pools:
+            at = rows[:, None], ring_slots(turn, self.config.text_window)
+            window = DonatedWindowState(pools["keys"][at], pools["values"][at], pools["present"][at] > 0)
+        return DonatedMMATEState(conv, scan, window)
+
+    def no_window(self, rows: Tensor) -> DonatedWindowState | None:
+        """Return the state of a window that holds its token alone; None = there is no window."""
+        if not self.config.text_window:
+            return None
+        shape = len(rows), 0, self.config.groups, self.config.head_dim
+        none = torch.zeros(shape, dtype=self.dtype, device=rows.device)
+        return DonatedWindowState(none, none, none[:, :, 0, 0] > 0)
+
+    def write(self, rows: Tensor, turn: Tensor, state: MMATEState) -> None:
+        """Put states after so many tokens into these rows of the pool."""
+        rings = {"conv": state.conv}
+        if state.window is not None:
+            rings |= {"keys": state.window.k, "values": state.window.v, "present": state.window.present}
+        slots = {}
         for name, pool in zip(self.names, self.kv_cache, strict=True):
-            if pooled and name in IN_PLACE:
+            if name == "scan":
+                pool[rows] = state.scan.to(pool.dtype)
                 continue
-            tensor = tensors[name].to(pool.dtype)
-            if name == "present":
-                pool = pool[:, : tensor.shape[1]]
-            pool[rows] = tensor
+            size = rings[name].shape[1] + 1
+            if size not in slots:
+                slots[size] = rows[:, None], ring_slots(turn, size)
+            pool[slots[size]] = rings[name].to(pool.dtype)
+
+
+def scan_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """Return the dtype of the scan's states in the pool: vLLM's `mamba_ssm_cache_dtype`, else float32."""
+    given = vllm_config.cache_config.mamba_ssm_cache_dtype
+    return torch.float32 if given == "auto" else getattr(torch, given)
 
 
 def check_decodes_are_text(step: Step, decodes: int) -> None:

@@ -15,15 +15,15 @@ from vllm.v1.attention.backends.mamba_attn import (
 
 @dataclass
 class StateMetadata(BaseMambaAttentionMetadata):
-    """vLLM's, and of the prefilled rows, on the CPU: where each begins, and whether it has a state.
+    """vLLM's, and of the prefilled rows, on the CPU: where each begins, and what was read of it before.
 
     Args:
         starts: positions in the batch, one more than rows.
-        has_state: one for each row.
+        past: tokens, one number for each row.
     """
 
     starts: list[int] | None = None
-    has_state: list[bool] | None = None
+    past: list[int] | None = None
 
 
 class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
@@ -44,7 +44,7 @@ class StateMetadataBuilder(BaseMambaAttentionMetadataBuilder[StateMetadata]):
             starts = common_attn_metadata.query_start_loc_cpu[-rows - 1 :]
             lengths = common_attn_metadata.seq_lens_cpu_upper_bound[requests - rows : requests]
             metadata.starts = starts.tolist()
-            metadata.has_state = (lengths > starts.diff()).tolist()
+            metadata.past = (lengths - starts.diff()).tolist()
         return metadata
 
     def all_decoding(self, common_attn_metadata):

@@ -28,8 +28,20 @@ from ....reference.student.families import FAMILIES
 from ....reference.student.generation import MODALITIES, rope_index
 from ....reference.student.model import LinMUModel, mixers
 from ...engine import engine_of_block
-from .layer import StateLayer, Step, check_decodes_are_text, prepare_again, state_dtypes, state_shapes
+from ...graphs.capture import CudaCapture
+from .layer import (
+    StateLayer,
+    Step,
+    check_decodes_are_text,
+    prepare_again,
+    scan_dtype,
+    state_dtypes,
+    state_shapes,
+)
+from .metadata import StateMetadata
 from .positions import pack, unpack
+from .prompt_graphs import LonePrompt, PromptGraphs
+from .settings import untried_options
 from .tensor_parallel import part_of_rank, sizes_of_rank
 from .warm_up import warm_up
 
@@ -47,7 +59,8 @@ def state_of(vllm_config: VllmConfig) -> tuple[tuple[tuple[int, ...], ...], tupl
     """Return the shapes and dtypes of a row of states, which all converted layers have alike."""
     config = next(iter(mixers(student_of(vllm_config.model_config.hf_config)).values())).config
     config = sizes_of_rank(config, vllm_config.parallel_config.tensor_parallel_size)
-    return tuple(state_shapes(config).values()), state_dtypes(config, vllm_config.model_config.dtype)
+    dtypes = state_dtypes(config, vllm_config.model_config.dtype, scan_dtype(vllm_config))
+    return tuple(state_shapes(config).values()), dtypes
 
 
 class StateModel:
@@ -76,10 +89,18 @@ class StateModel:
             layer = StateLayer(sizes, index, vllm_config, name.removesuffix(".attn"))
             layers[index].self_attn = self.states[index] = layer
         self.has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        untried = untried_options(vllm_config) if self.has_graphs else ()
+        self.stream = torch.cuda.Stream() if "branches_beside" in untried else None
+        self.prompt_graphs: PromptGraphs | None = None
         self.rank = get_tensor_model_parallel_rank()
         self.ranks = get_tensor_model_parallel_world_size()
         self.rotary = type(student.get_decoder().rotary_emb)(config.get_text_config())
         object.__setattr__(self, "student", student)  # no module of this one: it has no weights
+        adds = getattr(self, "use_deepstack", False)  # features of pictures between layers
+        whole = self.ranks == 1 and len(self.states) == len(layers) and not adds
+        if "prompt_graphs" in untried and whole:
+            given = self.angles, self.decode, self.step_of, self.stream
+            self.prompt_graphs = PromptGraphs(CudaCapture, list(self.states.values()), *given)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -106,19 +127,60 @@ class StateModel:
             # a captured step asks the host for nothing: that it holds no picture is the scheduler's care
             decodes = self.has_graphs and metadata is not None and metadata.num_prefills == 0
             coords = coords if not decodes and bool((coords >= 0).any()) else None
-        like = next(iter(self.states.values())).block.flex_ma.v_proj.weight
-        blocks = [layer.block for layer in self.states.values()]
-        step = Step(self.rotary(like, positions[..., None, :]), coords, sizes, blocks, self.prepared)
+        is_captured = self.has_graphs and torch.cuda.is_current_stream_capturing()
+        if self.prompt_graphs is not None and metadata is not None and not is_captured and coords is None:
+            graph = self.graph_for(metadata, positions)
+            if graph is not None:
+                embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+                return graph(embeds, positions, metadata.state_indices_tensor_p)
+        step = self.step_of(self.angles(positions), coords, sizes)
+        step.stream = self.stream if is_captured else None
         if metadata is None:  # vLLM measures memory; a step that is captured would do this each time
             prepared = step.prepare(None)
-            if self.is_cold and engine_of_block("linmu in vLLM", like, blocks[0].config.head_dim) == "triton":
-                warm_up(blocks[0], prepared)
+            if self.is_cold and self.engine() == "triton":
+                warm_up(step.blocks[0], prepared)
             self.is_cold = False
         for layer in self.states.values():
             layer.step = step
         if metadata is not None:
             check_decodes_are_text(step, metadata.num_decode_tokens)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def graph_for(self, metadata: StateMetadata, positions: Tensor) -> LonePrompt | None:
+        """Return the graph of a step's only prompt, of text from its first token on; None = there is none.
+
+        All are captured by the first step that decodes and is not replayed, as vLLM's are when it warms up at
+        its start, or else by the first such prompt.
+        """
+        graphs, tokens = self.prompt_graphs, positions.shape[-1]
+        is_alone = metadata.num_prefills == 1 and not metadata.num_decode_tokens and not metadata.past[0]
+        if (metadata.num_prefills == 0 or is_alone) and self.engine() == "triton":
+            graphs.capture(self.embeddings(), positions)
+        return graphs.find(tokens) if is_alone and metadata.num_prefill_tokens == tokens else None
+
+    def embeddings(self) -> Tensor:
+        """Return a tensor like embedded tokens, (0, D)."""
+        return next(iter(self.states.values())).block.flex_ma.v_proj.weight[:0]
+
+    def engine(self) -> str | None:
+        """Return the engine of the blocks."""
+        block = next(iter(self.states.values())).block
+        return engine_of_block("linmu in vLLM", block.flex_ma.v_proj.weight, block.config.head_dim)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of RoPE, (1, n, N) each, for positions (n,) or (3, n)."""
+        return self.rotary(self.embeddings(), positions[..., None, :])
+
+    def step_of(
+        self, angles: tuple[Tensor, Tensor], coords: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Step:
+        """Return what the layers of a forward share."""
+        blocks = [layer.block for layer in self.states.values()]
+        return Step(angles, coords, sizes, blocks, self.prepared)
+
+    def decode(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Return vLLM's decoder's hidden states, (n, D)."""
+        return self.decoder()(None, positions, None, embeds)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """As vLLM's, which gets what does not belong to a block."""

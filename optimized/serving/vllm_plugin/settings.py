@@ -12,6 +12,7 @@ from .tensor_parallel import require_groups_for_ranks
 
 WHERE = "linmu in vLLM"
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+UNTRIED = ("prompt_graphs", "branches_beside")  # names in `--additional-config '{"linmu": [...]}'`
 
 
 class StudentSettings(VerifyAndUpdateConfig):
@@ -61,6 +62,19 @@ def choose_graphs(vllm_config: VllmConfig) -> None:
         vllm_config.model_config.enforce_eager = True
 
 
+def untried_options(vllm_config: VllmConfig) -> list[str]:
+    """Return which of UNTRIED were asked for. Choice: off without that, as no GPU has run them to the end.
+
+    Raises:
+        ValueError: for another name.
+    """
+    asked = list((vllm_config.additional_config or {}).get("linmu", ()))
+    unknown = [name for name in asked if name not in UNTRIED]
+    must = f"additional_config['linmu'] must be a list of {', '.join(UNTRIED)}"
+    require(not unknown, WHERE, must, unknown)
+    return asked
+
+
 def converted_layers(vllm_config: VllmConfig) -> list[int]:
     """Return the indices of the layers that keep states."""
     return vllm_config.model_config.hf_config.linmu["layers"]
@@ -86,6 +100,12 @@ def check_settings(vllm_config: VllmConfig) -> None:
     require(size == 1, WHERE, "pipeline parallel size must be 1, others were not tested", size, hint)
     groups = model.hf_config.get_text_config().num_key_value_heads
     require_groups_for_ranks(groups, parallel.tensor_parallel_size)
+    given = vllm_config.cache_config.mamba_cache_dtype
+    must, hint = "mamba_cache_dtype must be auto", "--mamba-ssm-cache-dtype says in what scans are kept"
+    require(given == "auto", WHERE, must, given, hint)
+    untried_options(vllm_config)
+    rounding = getattr(getattr(vllm_config, "mamba_config", None), "enable_stochastic_rounding", False)
+    require(not rounding, WHERE, "stochastic rounding must be off: no kernel here rounds so", "it on")
     must, hint = "LoRA must be off", "merge the adapters into the student before it is saved"
     require(vllm_config.lora_config is None, WHERE, must, "it on", hint)
     must = f"{RUNNER} must be 0 or unset"

@@ -25,6 +25,7 @@ from linmu.optimized.scan.kernels import states as scan_states
 from linmu.optimized.scan.kernels import tiles as scan_tiles
 from linmu.optimized.sliding_window_attention import kernels as sliding
 from linmu.optimized.sliding_window_attention import kernels_backward as sliding_backward
+from linmu.optimized.sliding_window_attention import kernels_ring as sliding_ring
 from linmu.optimized.sliding_window_attention import kernels_step as sliding_step
 from linmu.optimized.window_attention import kernels as window_kernels
 from linmu.optimized.window_attention import kernels_backward as window_gradients
@@ -73,14 +74,14 @@ CONV = {
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK, "KEYS": 256}
 TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
-TOKEN |= {"HAS_VALID": True, "HAS_PLACE": False}
-POOLED_TOKEN = TOKEN | {"HAS_PLACE": True}
+TOKEN |= {"HAS_VALID": True, "IS_POOLED": False, "IS_RING": False, "programs": 28}
+POOLED_TOKEN = TOKEN | {"IS_POOLED": True, "IS_RING": True, "programs": 7168}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
 SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
-SLIDING_STEP |= {"HAS_PLACE": True}
+RING = SLIDING_STEP | {"PLACES": 128, "HEADS": 16}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
@@ -89,6 +90,7 @@ TOKEN_POINTERS = dict.fromkeys(("STATE", "NEXT", "RATE", "A_LOG", "WEIGHT", "BIA
 NORM = {"WIDTH": 3584, "BLOCK": 4096, "HAS_MORE": True}
 ERRORS = {"WIDTH": 3584, "BLOCK": 1024, "HAS_TAKEN": True}
 ERROR_POINTERS = {"TAKEN": "*u8", "ERROR": "*fp32", "SQUARES": "*fp32"}
+PARTS = dict.fromkeys(("PRODUCT", "BIAS", "OUT"), "*fp32")
 MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
 WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
@@ -202,17 +204,17 @@ KERNELS = {
         "sliding_window_attention.kernels_step",
         "attention_kernel",
         SLIDING_STEP,
-        8,
+        "window",
         3,
-        {"PRESENT": "*u8", "PLACE": "*i64"},
+        {"PRESENT": "*u8"},
     ),
-    "sliding_group": (
-        "sliding_window_attention.kernels_step",
-        "group_kernel",
-        SLIDING_STEP,
-        8,
-        3,
-        {"PRESENT": "*u8", "PLACE": "*i64"},
+    "sliding_ring": (
+        "sliding_window_attention.kernels_ring",
+        "ring_kernel",
+        RING,
+        "ring",
+        None,
+        dict.fromkeys(("PRESENT", "COS", "SIN"), "*fp32") | dict.fromkeys(("PLACE", "TURN"), "*i64"),
     ),
     "sliding_move": (
         "sliding_window_attention.kernels_step",
@@ -220,7 +222,7 @@ KERNELS = {
         SLIDING_STEP,
         4,
         2,
-        dict.fromkeys(("PRESENT", "NEXT"), "*u8") | {"PLACE": "*i64"},
+        dict.fromkeys(("PRESENT", "NEXT"), "*u8"),
     ),
     "conv_forward": ("causal_conv.kernels", "forward_kernel", CONV, 4, 3, {}),
     "conv_backward": ("causal_conv.kernels_backward", "backward_kernel", CONV, 4, 3, {}),
@@ -237,6 +239,7 @@ KERNELS = {
         3,
         {"COS": "*fp32", "SIN": "*fp32", "TOKEN": "*i64"},
     ),
+    "parts": ("elementwise.kernels", "parts_kernel", {"COLUMNS": 29, "PARTS": 32, "BLOCK": 32}, 1, 3, PARTS),
     "add_norm": ("elementwise.kernels_layer", "add_norm_kernel", NORM, 8, 3, {}),
     "norm_backward": ("elementwise.kernels_layer", "norm_backward_kernel", NORM, 8, 3, {}),
     "gate": ("elementwise.kernels_layer", "gate_kernel", {"BLOCK": 1024}, 4, 3, {}),
@@ -250,7 +253,7 @@ KERNELS = {
         POOLED_TOKEN,
         "step",
         3,
-        TOKEN_POINTERS | {"PLACE": "*i64"},
+        TOKEN_POINTERS | {"PLACE": "*i64", "TURN": "*i64"},
     ),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
@@ -289,10 +292,12 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     elif "PLACES" in chosen:
         moves = chosen["kernel"] == "move_kernel"
         known["COLUMNS"] = sliding_step.MOVED if moves else sliding_step.READ[size > 128]
-        if chosen["kernel"] == "group_kernel":
-            known |= {"HEADS": 8, "COLUMNS": sliding_step.PRODUCTS[size > 128] // (8 * size)}
+        if chosen["kernel"] == "ring_kernel":
+            known["COLUMNS"] = sliding_ring.tile_of_ring(size, 128)[0]
     elif chosen["kernel"] == "step_kernel":
         known["BLOCK_P"] = min(size, 32)
+    elif chosen["kernel"] == "text_step_kernel":
+        known["BLOCK_N"] = text_step_kernels.tile_of_step(chosen["programs"], size)[0]
     return {name: known[name] for name in names if name in known}
 
 
@@ -351,7 +356,11 @@ def compile_kernel(name: str, dtype: str, size: int) -> dict[str, int]:
     if warps is None:
         warps = 8 if size > 64 else 4
     elif warps == "step":
-        warps = text_step_kernels.WARPS[size > 64]
+        warps = text_step_kernels.tile_of_step(chosen["programs"], size)[1]
+    elif warps == "window":
+        warps = sliding_step.WARPS[DTYPES[dtype].itemsize == 2]
+    elif warps == "ring":
+        warps, stages = sliding_ring.tile_of_ring(size, 128)[1:]
     options = {"num_warps": warps, "num_stages": stages}
     if function == "output_kernel":
         options = scan_output.output_tiles(size, size, scan_tiles.token_dtype(DTYPES[dtype]), fixed["CHUNK"])[

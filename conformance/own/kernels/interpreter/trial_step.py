@@ -20,7 +20,6 @@ from linmu.optimized.elementwise.operator import AddNormInputs, GateInputs, add_
 from linmu.optimized.engine.operator import Operator
 from linmu.optimized.flex_ma import PooledState
 from linmu.optimized.m_mate import PooledMMATEState
-from linmu.optimized.sliding_window_attention import PooledWindowState
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 from linmu.reference.m_mate import DonatedMMATEState, MMATEState
@@ -30,6 +29,7 @@ from ....harness.compare import Results, assert_matches
 from ....harness.layouts import Layout, Text
 from ....harness.module_cases import WIDTH, ModuleCase, RoundedCase, initial, random_module
 from . import mend_bfloat16, mend_scalars, watch_memory
+from .pools import pools_of, state_in_pool, states_in
 from .trial import shrink_blocks
 
 SIZES = {"width": WIDTH, "heads": 4, "groups": 2, "head_dim": 6}
@@ -48,28 +48,30 @@ def step(module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: Flex
     return {"output": y, "conv state": state.conv, "scan state": state.scan}
 
 
-def in_pool(state: FlexMAState) -> PooledState:
-    """The state in a pool of strided rows, not in their order, the others NaN."""
-    rows = 2 * torch.arange(len(state.scan)).flip(0) + 1
-    shape = 2 * len(state.scan) + 1, 2, *state.scan.shape[1:]
-    pool = torch.full(shape, float("nan"), dtype=state.scan.dtype)[:, 1]
-    pool[rows] = state.scan
-    return PooledState(state.conv, pool, rows)
+def check_pools(
+    module: nn.Module, u: Tensor, valid: Tensor | None, angles, state: MMATEState, wanted: Results
+) -> None:
+    """As donated, in pools, whose other rows nobody touches; then with what a scan's pool keeps rounded."""
+    taps, turn = module.config.conv_kernel, torch.arange(len(u)) + 5
+    pooled = given_to(module, state_in_pool(state, taps, turn))
+    with watch_memory():
+        y, _ = module(u, valid=valid, position_embeddings=angles, state=pooled)
+    there = slice(None) if valid is None else valid[:, 0]
+    close = {"rtol": 1e-2, "atol": 1e-2} if y.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(y[there], wanted["output"][there], **close)
+    pooled = pooled if isinstance(pooled, PooledMMATEState) else PooledMMATEState(*pooled, None)
+    after = turn + (1 if valid is None else valid[:, 0].long())
+    for name, tensor in states_in(pooled, after).items():
+        torch.testing.assert_close(tensor, wanted[name].to(tensor.dtype), **close)
+        assert pools_of(pooled)[name][::2].isnan().all(), name
+    rounded = given_to(module, state_in_pool(state._replace(scan=state.scan.bfloat16()), taps, turn))
+    short, _ = module(u, valid=valid, position_embeddings=angles, state=rounded)
+    torch.testing.assert_close(short[there].float(), y[there].float(), rtol=3e-2, atol=3e-2)
 
 
-def block_in_pool(state: MMATEState) -> PooledMMATEState:
-    """As `in_pool`, the window's keys and values too."""
-    conv, scan, rows = in_pool(state.flex_ma)
-    pools = [in_pool(FlexMAState(conv, tensor)).scan for tensor in state.window[:2]]
-    return PooledMMATEState(conv, scan, rows, PooledWindowState(*pools, state.window.present, rows))
-
-
-def check_pool(found: Results, pooled: PooledState, wanted: Results) -> None:
-    """As donated, and of the pool the rows alone are written."""
-    assert found["scan state"] is pooled.scan
-    torch.testing.assert_close(found["output"], wanted["output"], rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(pooled.scan[pooled.rows], wanted["scan state"], rtol=0, atol=0)
-    assert pooled.scan[::2].isnan().all()
+def given_to(module: nn.Module, state: PooledMMATEState) -> PooledMMATEState | PooledState:
+    """What a module takes of a block's state."""
+    return state if hasattr(module, "flex_ma") else state.flex_ma
 
 
 def check_block(dtype: str) -> None:
@@ -97,16 +99,10 @@ def check_block(dtype: str) -> None:
         )
         optimized.set_engine("triton")
         spoilt = u.where(valid[..., None], float("nan"))
-        pooled = block_in_pool(state)
         with watch_memory():
             got = block_step(module, spoilt, valid, angles[0], donated)
-            found = block_step(module, spoilt, valid, angles[0], pooled)
+        check_pools(module, spoilt, valid, angles[0], state, got)
         optimized.set_engine(None)
-        for name, pool in {"scan": pooled.scan, "k": pooled.window.k, "v": pooled.window.v}.items():
-            assert found[name] is pool and pool[::2].isnan().all()
-            found[name] = pool[pooled.rows]
-        for name, tensor in found.items():
-            torch.testing.assert_close(tensor, got[name], rtol=0, atol=0, equal_nan=True)
         for results in (got, truth, wanted):
             results["output"] = results["output"].where(valid[..., None], 0)
         assert_matches(got, truth, wanted, case)
@@ -174,11 +170,10 @@ def main(dtype: str) -> None:
             with watch_memory():
                 donated = DonatedState(*(tensor.clone() for tensor in state))
                 got = step(module, u, valid, angles, donated)
-                pooled = in_pool(state)
-                among = step(module, u, valid, angles, pooled)
+            named = {"output": got["output"], "conv": got["conv state"], "scan": got["scan state"]}
+            check_pools(module, u, valid, angles, MMATEState(*state, None), named)
             optimized.set_engine(None)
             assert got["scan state"] is donated.scan
-            check_pool(among, pooled, got)
             if valid is not None:
                 for results in (got, truth, wanted):
                     results["output"] = results["output"].where(valid[..., None], 0)
