@@ -52,9 +52,9 @@ PRESETS = {
         watch=WatchSettings(eval_samples=64, save_every=4, log_every=2),
     ),
     # What brought SmolLM2-135M that sees to its teacher's accuracy (results/smollm2-135m-sees): stages, the
-    # weight of the layers' error, and rates, which are its own times 576 / 2,048, that width by Qwen2.5-VL-3B's,
-    # rounded: AdamW moves every output of a matrix by about rate times inputs (muP, arXiv 2203.03466). For
-    # another width, multiply by 2,048 / width. A teacher of this width, and 16 prompts a step, were not measured.
+    # weight of the layers' error, and rates times 576 / 2,048, its width by Qwen2.5-VL-3B's, rounded: AdamW
+    # moves every output of a matrix by about rate times inputs (muP, arXiv 2203.03466). For another width,
+    # multiply by 2,048 / width. Not measured: a teacher of this width, and 16 prompts a step.
     "vlm": replace(
         DEMO,
         preset="vlm",
