@@ -164,7 +164,7 @@ class Config:
 
     preset: Literal["demo", "smoke", "vlm", "text"] = "demo"
     """defaults of all other flags: the bundled teacher, the same in a minute, or a real teacher on a GPU,
-    one that sees (not measured) or a language model"""
+    one that sees or a language model"""
     settings: str = ""
     """a YAML or JSON file of settings, named like the flags, those after a dot nested; flags win"""
     teacher: str = "demo"
