@@ -39,7 +39,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        left_out = shutil.ignore_patterns("__pycache__", ".*")  # .hypothesis stands where pytest was started
+        shutil.copytree(ROOT / folder, tree / folder, ignore=left_out)
     return tree
 
 
