@@ -28,6 +28,7 @@ from .calibration import calibrate_norms
 from .commands.description import about_stage, about_student
 from .config import STAGES, Config
 from .data.conversations import InOrder, SharedBatches, skipped
+from .data.digest import digests
 from .data.open_data import batch_of, chat_collator, in_order, open_data
 from .evaluation.evaluation import evaluate
 from .evaluation.held_out import HeldOut
@@ -39,7 +40,7 @@ from .mlps import add_adapters, peft_settings
 from .parameter_groups import MIXER, belongs
 from .progress import Progress
 from .refusal import check
-from .run_folder import check_folder, claim_folder, taught_path
+from .run_folder import check_data, check_folder, claim_folder, taught_path
 from .safety.atomic_writes import whole_file, whole_folder, write_text
 from .safety.distributed_means import weights_on_every_process
 from .safety.guards import refuse_infinite_weights
@@ -74,7 +75,7 @@ class Run:
         """Open teacher and data, claim the folder, and measure the student before any training."""
         self.open()
         if self.process.is_main_process:
-            claim_folder(self.config)
+            claim_folder(self.config, self.digests)
         self.process.wait_for_everyone()
         if (self.folder / "results.json").is_file():
             self.results = json.loads((self.folder / "results.json").read_text())
@@ -100,6 +101,9 @@ class Run:
         self.collator = PackingCollator(self.encoder, row_tokens) if row_tokens else self.encoder
         self.broken = self.folder / "broken.jsonl"
         self.training, held_out = open_data(self.config, self.encoder, self.broken, self.batches_at_once)
+        self.digests = digests(self.training, held_out)
+        if self.process.is_main_process:
+            check_data(self.config, self.digests)
         self.held_out = HeldOut(held_out, self.encoder, self.config)
         with refused_as_teacher(self.teacher):
             self.student = self.convert(self.teacher)

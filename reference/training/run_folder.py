@@ -17,10 +17,11 @@ from .safety.atomic_writes import PART, write_text
 FREE = ("preset", "output", "stages", "allow_missing_stage", "workers", "report")
 STAGE_FOLDERS = tuple(f"stage_{stage}" for stage in STAGES)
 SETTINGS = "config.json"
+DIGESTS = "digests.json"
 # all that a run writes; its settings come first and are deleted last, so that they tell a run's folder
 WRITTEN = (
     *STAGE_FOLDERS, "student", "metrics.jsonl", "results.json", "broken.jsonl", "loss.png", "layers.png",
-    "example.png", SETTINGS,
+    "example.png", DIGESTS, SETTINGS,
 )  # fmt: skip
 
 
@@ -66,6 +67,24 @@ def check_settings_of(folder: Path, config: Config) -> None:
     check(not changed, must, f"other values of {changed}", hint)
 
 
+def check_data(config: Config, found: dict[str, str]) -> None:
+    """Refuse to go on with other data than those that the run in the folder began with.
+
+    Args:
+        config: the settings.
+        found: a digest of each data set, by its name, as of `data.digest`.
+    Raises:
+        RefusedError: if one has another digest than then.
+    """
+    path = Path(config.output) / DIGESTS
+    if config.overwrite or not path.is_file():  # nothing is there, or a run that had no samples yet
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(name for name in found.keys() & before.keys() if found[name] != before[name])
+    hint = "put them back as they were, or name another --output"
+    check(not changed, "a run must go on with the data it began with", f"other rows in {changed}", hint)
+
+
 def check_stages(config: Config) -> None:
     """Refuse a stage that would find no result of the one before it."""
     for before, stage in pairwise(STAGES):
@@ -77,13 +96,17 @@ def check_stages(config: Config) -> None:
         check(done, f"stage {stage} must start from stage {before}", f"no {path}", hint)
 
 
-def claim_folder(config: Config) -> None:
-    """Start a folder, or go on in one whose run had the same settings.
+def claim_folder(config: Config, data: dict[str, str]) -> None:
+    """Start a folder, or go on in one whose run had the same settings and data.
 
+    Args:
+        config: the settings.
+        data: as of `check_data`.
     Raises:
-        RefusedError: as of `check_folder`.
+        RefusedError: as of `check_folder` and `check_data`.
     """
     check_folder(config)
+    check_data(config, data)
     folder = Path(config.output)
     if config.overwrite:
         for name in WRITTEN:
@@ -91,6 +114,7 @@ def claim_folder(config: Config) -> None:
             remove(folder / f"{name}{PART}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SETTINGS, json.dumps(settings_of(config), indent=1))
+    write_text(folder / DIGESTS, json.dumps(data, indent=1))
 
 
 def remove(path: Path) -> None:

@@ -146,6 +146,43 @@ def test_a_run_with_other_settings_is_refused_and_named(begun, done):
     assert "--output must be a folder without a run" in said
 
 
+@pytest.mark.parametrize(
+    "what", ["a letter", "a row more", "a row less", "two rows change places", "held out"]
+)
+def test_other_data_under_the_same_name_are_refused(tmp_path, what):
+    rows = [row(answer=f"{index:02}") for index in range(30)]
+    data = write(tmp_path, "d.jsonl", rows)
+    held_out = write(tmp_path, "h.jsonl", rows[:4]) if what == "held out" else None
+    arguments = [*flags(data, tmp_path / "run"), "--stages", "i"]
+    arguments += ["--eval_data", str(held_out)] if held_out else []
+    main(arguments)
+    if what == "a letter":
+        rows[7] = row(answer="x7")
+    elif what == "a row more":
+        rows.append(row())
+    elif what == "a row less":
+        rows.pop()
+    elif what == "two rows change places":
+        rows[3], rows[4] = rows[4], rows[3]
+    else:
+        write(tmp_path, "h.jsonl", rows[1:5])
+    write(tmp_path, "d.jsonl", rows)
+    before = contents(tmp_path)
+    said = refused(*arguments, "--resume")
+    name = held_out or data
+    assert f"a run must go on with the data it began with, got other rows in ['{name}']" in said
+    assert contents(tmp_path) == before
+    main([*arguments, "--overwrite"])
+
+
+def test_a_copy_of_the_data_is_taken_for_them(begun, done, tmp_path):
+    """No times of files count."""
+    text = (begun / "d.jsonl").read_bytes()
+    (begun / "d.jsonl").unlink()
+    (begun / "d.jsonl").write_bytes(text)
+    main(["--resume", str(done)])
+
+
 def test_resume_of_no_run_is_refused(tmp_path):
     with pytest.raises(RefusedError, match="--resume must be followed by a run's folder"):
         main(["--resume", str(tmp_path)])

@@ -289,7 +289,7 @@ def test_what_other_settings_reached_is_not_taken_over(tmp_path):
 
     def run(config):
         ran.append(config)
-        claim_folder(config)
+        claim_folder(config, {})
         row = {"accuracy": 0.5, "perplexity": 11.0, "kl": 0.1, "agreement": 0.9}
         results = {"rows": {"teacher": {"perplexity": 10.0}, "stage iii": row}}
         (Path(config.output) / "results.json").write_text(json.dumps(results))
