@@ -51,8 +51,8 @@ class LocalSwin(reference.LocalSwin):
         """`linmu.reference.LocalSwin.forward`: arguments, results and errors are the same."""
         engine = engine_of_block("LocalSwin", hidden_states, self.config.head_dim)
         given = (valid, position_embeddings, state, sequence, engine)
-        output, row, state = self.attend(hidden_states, layout, *given)
-        return local_rows(output, row) * (row >= 0)[..., None], state
+        heads, row, state = self.attend(hidden_states, layout, *given)
+        return local_rows(self.o_proj(heads), row) * (row >= 0)[..., None], state
 
     def attend(
         self,
@@ -65,8 +65,8 @@ class LocalSwin(reference.LocalSwin):
         engine: str | None,
         vkq: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, WindowState | None]:
-        """Eqs. (1) to (3) of those tokens that have a part in it, (..., D); `row` (B, L) int64, where each
-        token stands among them, -1 = nowhere; and the state.
+        """Eqs. (1) to (3) without W_o, of those tokens that have a part in it, (..., H·P); `row`, where each
+        token stands among them, (B, L) int64, -1 = nowhere; and the state.
 
         `vkq` is what `project_token` gives, where the caller has it.
         """
@@ -80,7 +80,7 @@ class LocalSwin(reference.LocalSwin):
             q, k, v = self.project_heads(tokens.gather(hidden_states))
             q, k = (rotated(each, angles, tokens.token, engine) for each in (q, k))
             output = planned_attention(q, k, v, tokens.window_id, tokens.plan, engine=engine)
-            return self.o_proj(output.flatten(2)), tokens.row, None
+            return output.flatten(2), tokens.row, None
         groups, is_pooled = self.config.groups, isinstance(state, PooledWindowState)
         if vkq is None:
             q, k, v = self.project_heads(hidden_states)
@@ -102,7 +102,7 @@ class LocalSwin(reference.LocalSwin):
             of_vision = planned_attention(q, k, v, ids, plan, engine=engine)
             output = output + of_vision  # each is 0 where the other is not
         row = once_a_forward("rows", lambda: rows_where(valid, output))
-        return self.o_proj(output.flatten(2)), row, state
+        return output.flatten(2), row, state
 
     def project_token(
         self, u: Tensor, narrow: nn.Module, state: WindowState | None, engine: str | None

@@ -21,7 +21,15 @@ from .engine.torch_state import has_no_hooks
 from .flex_ma import FlexMA, PooledState, prepare_decay_rates
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
-from .projections import are_plain, narrow_columns, narrow_products, prepare_narrow, token_products
+from .projections import (
+    are_plain,
+    narrow_columns,
+    narrow_products,
+    prepare_narrow,
+    takes_token_output,
+    token_output,
+    token_products,
+)
 from .sliding_window_attention import PooledWindowState
 
 __all__ = ["MMATE", "MMATEState", "PooledMMATEState"]
@@ -61,7 +69,8 @@ class MMATE(reference.MMATE):
         """`linmu.reference.MMATE.forward`: arguments, result and errors are the same.
 
         Both branches' outputs are mixed in one pass. One output product over both branches' heads, scaled
-        before it, would read and write as many bytes per token, and could not be adapted by branch.
+        before it, would read and write as many bytes per token, and could not be adapted by branch; for one
+        token of text, which waits for weights alone, it is made where modules are plain.
         """
         flex_ma, local_swin, angles = self.flex_ma, getattr(self, "local_swin", None), position_embeddings
         before, window = (None, None) if state is None else (state.flex_ma, state.window)
@@ -69,14 +78,18 @@ class MMATE(reference.MMATE):
             given = {"valid": valid, "position_embeddings": angles, "sequence": sequence}
             has_local = layout is not None or self.config.text_window > 0
             products = self.token_products(hidden_states, layout, state)
+            at_once = self.makes_output_at_once(hidden_states, layout, state)
             fork = Fork(has_local and self.may_fork())
-            if products is None:
+            if products is None and not at_once:
                 y, after = flex_ma(hidden_states, layout, state=before, **given)
             else:
-                of_flex, of_local = products
                 engine = engine_of_block("FlexMA", hidden_states, self.config.head_dim)
-                y, after = flex_ma.text_step(hidden_states, valid, angles, before, engine, of_flex)
-                y = flex_ma.o_proj(y)
+                if products is None:
+                    y, after = flex_ma.heads(hidden_states, layout, valid, angles, before, sequence, engine)
+                else:
+                    of_flex, of_local = products
+                    y, after = flex_ma.text_step(hidden_states, valid, angles, before, engine, of_flex)
+                y = y if at_once else flex_ma.o_proj(y)
             if not has_local:
                 return y, MMATEState(*after, window)
             if is_own(local_swin, LocalSwin):
@@ -89,12 +102,16 @@ class MMATE(reference.MMATE):
                         vkq, mix = local_swin.project_token(hidden_states, self.mix_proj, window, engine)
                     rest = (layout, valid, angles, window, sequence, engine, vkq)
                     local, row, window = local_swin.attend(hidden_states, *rest)
+                    local = local if at_once else local_swin.o_proj(local)
             else:
                 local, window = local_swin(hidden_states, layout, state=window, **given)
                 engine, row, mix = None, self.mixed_rows(y, layout, valid), None
             if mix is None:
                 (mix,) = narrow_products(hidden_states, [self.mix_proj])
             fork.join()
+            if at_once:
+                y = token_output(y, local, mix, row, self.output_linears(), engine)
+                return y, MMATEState(*after, window)
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
@@ -104,6 +121,7 @@ class MMATE(reference.MMATE):
             y = flex_ma.o_proj(y)
             with fork.second():
                 local, row, window = local_swin.attend(*given, window, sequence, engine)
+                local = local_swin.o_proj(local)
             fork.join()
         return mix_branches(MixInputs(y, local, mix, row, engine)), MMATEState(*after, window)
 
@@ -114,12 +132,7 @@ class MMATE(reference.MMATE):
         `join_weights` has joined their weights: [x, B, C] (B, channels) and dt before its softplus (B, H);
         v, k and q, and the mix before its sigmoid (B, 1, n). None = elsewhere.
         """
-        if layout is not None or state is None or u.shape[1] != 1 or not self.config.text_window:
-            return None
-        if torch.is_grad_enabled() or self.config.qk_norm:
-            return None
-        flex_ma, local_swin = self.flex_ma, self.local_swin
-        if not (is_own(flex_ma, FlexMA) and is_own(local_swin, LocalSwin)):
+        if self.config.qk_norm or not self.is_token_of_text(u, layout, state):
             return None
         engine = engine_of_block("MMATE", u, self.config.head_dim)
         products = token_products(u, *self.joined_linears(), None, engine)
@@ -129,11 +142,31 @@ class MMATE(reference.MMATE):
         (of_flex, of_local), heads = product.chunk(2, dim=1), self.config.heads
         return (of_flex, rates[:, :heads]), (of_local, rates[:, None, heads:])
 
+    def makes_output_at_once(self, u: Tensor, layout: VisionLayout | None, state: MMATEState | None) -> bool:
+        """Whether `token_output` makes what both branches' output projections would, and mixes it."""
+        if not self.is_token_of_text(u, layout, state):
+            return False
+        return takes_token_output(u, self.output_linears())
+
+    def is_token_of_text(self, u: Tensor, layout: VisionLayout | None, state: MMATEState | None) -> bool:
+        """Whether this is one token of text after others for both branches, whose parts may be called apart,
+        without a gradient.
+        """
+        if layout is not None or state is None or u.shape[1] != 1 or not self.config.text_window:
+            return False
+        return not torch.is_grad_enabled() and (
+            is_own(self.flex_ma, FlexMA) and is_own(self.local_swin, LocalSwin)
+        )
+
     def joined_linears(self) -> tuple[list[nn.Linear], list[nn.Linear]]:
         """What a token of text is multiplied with, for `join_weights`: linears, and narrow ones."""
         branches = [self.flex_ma, *([self.local_swin] if self.config.text_window else [])]
         linears = [getattr(each, name) for each in branches for name in ("v_proj", "k_proj", "q_proj")]
         return linears, [self.flex_ma.dt_proj, *([self.mix_proj] if self.config.text_window else [])]
+
+    def output_linears(self) -> list[nn.Linear]:
+        """Both branches' output projections, for `join_columns`; none without a text window."""
+        return [self.flex_ma.o_proj, self.local_swin.o_proj] if self.config.text_window else []
 
     def may_fork(self) -> bool:
         """Whether the branches share nothing that is made on the way: what layers have in common, the first

@@ -16,9 +16,22 @@ from ..reference.checks import FLOAT_DTYPES
 from ..reference.numerics import accumulation_dtype, full_precision_linear
 from ..reference.projections import HeadProjections, checked_angles, split_heads
 from ..reference.projections import apply_rope as apply_rope_to_angles_with_gradients
-from .decoding.operator import ProjectionInputs, ProjectionOutputs, text_projection
+from .decoding.operator import (
+    OutputInputs,
+    ProjectionInputs,
+    ProjectionOutputs,
+    text_output,
+    text_projection,
+)
 from .elementwise import narrow_product as in_bfloat16_parts
-from .elementwise.operator import NarrowInputs, RotateInputs, narrow_product, rotate
+from .elementwise.operator import (
+    HeadsInputs,
+    NarrowInputs,
+    RotateInputs,
+    narrow_product,
+    rotate,
+    scale_heads,
+)
 from .elementwise.torch_engine import angles_of
 from .engine.beside import Fork
 from .engine.once import once_a_forward
@@ -28,11 +41,14 @@ __all__ = [
     "HeadProjections",
     "apply_rope",
     "are_plain",
+    "join_columns",
     "join_weights",
     "narrow_columns",
     "narrow_products",
     "prepare_narrow",
     "split_heads",
+    "takes_token_output",
+    "token_output",
     "token_products",
 ]
 
@@ -167,6 +183,38 @@ def token_columns(u: Tensor, narrow: list[nn.Module], engine: str | None) -> Ten
     return sum_parts(in_bfloat16_parts.summed_wide(u[:, 0], parts.T), bias)
 
 
+def takes_token_output(u: Tensor, linears: list[nn.Module]) -> bool:
+    """Whether `token_output` takes these two for a token u (B, 1, D): plain ones, in a small batch, or joined
+    by `join_columns`.
+    """
+    few = u.shape[0] <= MOST_ROWS or once_a_forward(side_key(linears), lambda: None) is not None
+    return few and are_plain(linears, u.dtype, strided=True) and not torch.is_autocast_enabled(u.device.type)
+
+
+def token_output(
+    flex: Tensor, local: Tensor, mix: Tensor, row: Tensor, linears: list[nn.Linear], engine: str | None
+) -> Tensor:
+    """Both branches' output projections of one token, mixed; m is one number a token, so that
+
+        m W_f f + (1 - m) W_l l = [W_f W_l] [m f; (1 - m) l]
+
+    Args:
+        flex, local: f and l, (B, 1, H·P).
+        mix: (B, 1, 1), before its sigmoid.
+        row: (B, 1) int64, -1 where only Flex-MA has a say.
+        linears: of W_f and W_l, which `takes_token_output` takes.
+        engine: "triton" or "torch".
+    Returns:
+        (B, 1, D).
+    """
+    flex, local, mix, row = flex[:, 0], local[:, 0], mix[:, 0], row[:, 0]
+    weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
+    if len(flex) <= MOST_ROWS:
+        return text_output(OutputInputs(flex, local, mix, row, weights, biases, engine))[:, None]
+    joined = once_a_forward(side_key(linears), lambda: None)
+    return F.linear(scale_heads(HeadsInputs(flex, local, mix, row, engine)), joined)[:, None]
+
+
 class Joined(NamedTuple):
     """Weights laid end to end, (rows, D), and biases (rows,) or None; those of narrow linears likewise."""
 
@@ -204,30 +252,55 @@ def lay_end_to_end(parameters: list[nn.Parameter]) -> Tensor:
     return joined
 
 
+@torch.no_grad()
+def join_columns(pairs: list[list[nn.Linear]]) -> None:
+    """Lay the weights of both of each pair side by side, (rows, both widths), where they stay, for
+    `token_output`. It holds within `one_forward`; what is not plain or has a bias is left out.
+    """
+    for linears in pairs:
+        first, second = linears
+        plain = are_plain(linears, first.weight.dtype, strided=True)
+        if not plain or first.bias is not None or second.bias is not None:
+            continue
+        joined = torch.cat([first.weight, second.weight], dim=1)
+        first.weight.data, second.weight.data = joined.split([first.in_features, second.in_features], dim=1)
+        once_a_forward(side_key(linears), lambda joined=joined: joined)
+
+
+def side_key(linears: list[nn.Module]) -> tuple:
+    """What `join_columns` makes of these is found by it."""
+    return ("side by side", *map(id, linears))
+
+
 def joined_key(linears: list[nn.Module]) -> tuple:
     """What `join_weights` makes of these is found by it."""
     return ("joined", *map(id, linears))
 
 
-def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None) -> bool:
+def are_plain(linears: list[nn.Module], dtype: torch.dtype | None = None, *, strided: bool = False) -> bool:
     """True if every module is an unmodified nn.Linear whose weight and bias a kernel may read directly.
     Adapted, quantised, sharded or offloaded ones must be called instead.
 
     Args:
         linears: the modules.
         dtype: what weights must have; None = any float dtype.
+        strided: whether rows of weights may be further apart than they are long.
     """
     kinds = FLOAT_DTYPES if dtype is None else (dtype,)
     for linear in linears:
         if type(linear) is not nn.Linear or not has_no_hooks(linear):
             return False
         bias = linear.bias
-        if not is_readable(linear.weight, kinds) or (bias is not None and not is_readable(bias, kinds)):
+        weight_fits = is_readable(linear.weight, kinds, strided)
+        if not weight_fits or (bias is not None and not is_readable(bias, kinds)):
             return False
     return True
 
 
-def is_readable(tensor: Tensor, kinds: tuple[torch.dtype, ...]) -> bool:
-    """Whether it is a tensor and no subclass, on a device, contiguous, and of one of these dtypes."""
-    own = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
-    return own and tensor.is_contiguous() and tensor.dtype in kinds
+def is_readable(tensor: Tensor, kinds: tuple[torch.dtype, ...], strided: bool = False) -> bool:
+    """Whether it is a tensor and no subclass, on a device, contiguous, or its rows, and of one of these
+    dtypes.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.dtype not in kinds:
+        return False
+    return tensor.is_contiguous() or (strided and tensor.stride(-1) == 1)

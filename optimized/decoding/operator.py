@@ -1,8 +1,8 @@
-"""The operators of one token of text: `linmu::scan_step`, `linmu::text_projection`, `linmu::text_step`, and
-`linmu::pooled_text_step`, whose states are among those of others.
+"""The operators of one token of text: `linmu::scan_step`, `linmu::text_projection`, `linmu::text_step`,
+`linmu::pooled_text_step`, whose states are among those of others, and `linmu::text_output`.
 
 Letters: B batch, D width, H query heads, G groups, N state size, P head dim, K conv taps, R rows of a pool.
-The last three have no gradient: `FlexMA` takes them where none is asked for. What they overwrite they say.
+The last four have no gradient: they are taken where none is asked for. What they overwrite they say.
 """
 
 from __future__ import annotations
@@ -123,6 +123,44 @@ text_projection = Operator(
         lazy(f"{__package__}.torch_engine", "project"), lazy(f"{__package__}.kernels.text_step", "project")
     ),
     fake=projection_outputs,
+)
+
+
+class OutputInputs(NamedTuple):
+    """One token of both branches before their output projections, and these.
+
+    Args:
+        flex, local: (B, n), Flex-MA's heads and Local-Swin's.
+        logit: (B, 1), the mix before its sigmoid.
+        row: (B,) int64, -1 where only Flex-MA has a say.
+        weights: of Flex-MA and Local-Swin, (D, n) each in the dtype of `flex`, rows of any stride.
+        biases: theirs, (D,); None = none.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    flex: Tensor
+    local: Tensor
+    logit: Tensor
+    row: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    engine: str | None = None
+
+
+class OutputOutputs(NamedTuple):
+    """y: the block's output, (B, D) in the dtype of `flex`."""
+
+    y: Tensor
+
+
+text_output = Operator(
+    "text_output",
+    OutputInputs,
+    OutputOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "output"), lazy(f"{__package__}.kernels.text_step", "output")
+    ),
+    fake=lambda inputs: inputs.flex.new_empty(len(inputs.flex), len(inputs.weights[0])),
 )
 
 

@@ -7,7 +7,8 @@ of y, and so on.
     Ḡ = S̄' + C ⊗ ȳ        S̄ = e^{dt A} Ḡ        C̄ = S' ȳ        B̄ = dt Ḡ x     x̄ = dt Ḡᵀ B + D ȳ      (2)
 
 `text_step` is eqs. (1) to (5) of `reference/flex_ma.py` for L = 1, without the matrix products and the q/k
-norms and rope that follow them. `project` is those products, in the order of the convolution's channels.
+norms and rope that follow them. `project` is those products, in the order of the convolution's channels;
+`output` is eq. (5)'s, the local branch's, and the mix of `reference/m_mate.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch import Tensor
 from ...reference.numerics import accumulation_dtype, rms_norm_per_head
 from ..causal_conv import torch_engine as conv
 from ..causal_conv.operator import ConvInputs
+from ..elementwise.operator import MixInputs
+from ..elementwise.torch_engine import mix
 from .operator import (
+    OutputInputs,
     PooledTextStepInputs,
     ProjectionInputs,
     ProjectionOutputs,
@@ -97,6 +101,13 @@ def project(inputs: ProjectionInputs) -> ProjectionOutputs:
     rate = F.linear(wide, dt_weight.to(wide.dtype), dt_bias.to(wide.dtype))
     z = projection_outputs(inputs).z if z_weight is None else F.linear(u, z_weight, z_bias)
     return ProjectionOutputs(xBC, rate, z)
+
+
+def output(inputs: OutputInputs) -> Tensor:
+    """Both output projections, mixed."""
+    flex, local, logit, row, weights, biases, _ = inputs
+    flex, local = map(F.linear, (flex, local), weights, biases)
+    return mix(MixInputs(flex[:, None], local, logit[:, None], row[:, None]))[:, 0]
 
 
 def text_step(inputs: TextStepInputs) -> TextStepOutputs:

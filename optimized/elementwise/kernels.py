@@ -12,8 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..engine.launch import power_of_2, rows_of
-from .operator import MixGrads, MixInputs, MixOutputs, RotateGrads, RotateInputs, RotateOutputs
+from ..engine.launch import ceil_div, power_of_2, rows_of
+from .operator import (
+    HeadsInputs,
+    MixGrads,
+    MixInputs,
+    MixOutputs,
+    RotateGrads,
+    RotateInputs,
+    RotateOutputs,
+)
 
 BLOCK = 1024
 
@@ -127,6 +135,28 @@ def mix_kernel(
 
 
 @triton.jit
+def heads_kernel(
+    FLEX, LOCAL, LOGIT, ROW, OUT, flex_batch, local_batch, logit_batch,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`torch_engine.scale_heads` for some columns of one token's branch."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    token = tl.cast(tl.program_id(0) // (2 * blocks), tl.int64)
+    branch = tl.program_id(0) // blocks % 2
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    is_mixed = tl.load(ROW + token) >= 0
+    mix = tl.where(is_mixed, tl.sigmoid(tl.load(LOGIT + token * logit_batch).to(tl.float32)), 1.0)
+    if branch == 0:
+        heads = tl.load(FLEX + token * flex_batch + column, mask=column < WIDTH, other=0.0)
+    else:  # elsewhere it may hold anything
+        seen = column < tl.where(is_mixed, WIDTH, 0)
+        heads = tl.load(LOCAL + token * local_batch + column, mask=seen, other=0.0)
+        mix = 1.0 - mix
+    out = (mix * heads.to(tl.float32)).to(OUT.dtype.element_ty)
+    tl.store(OUT + (2 * token + branch) * WIDTH + column, out, mask=column < WIDTH)
+
+
+@triton.jit
 def mix_gradient_kernel(
     GRAD, FLEX, LOCAL, LOGIT, ROW, FLEX_GRAD, LOCAL_GRAD, LOGIT_GRAD,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -164,6 +194,26 @@ def mix(inputs: MixInputs) -> Tensor:
     logit, out, width = inputs.logit.reshape(-1), torch.empty_like(flex), flex.shape[-1]
     sizes = {"WIDTH": width, "BLOCK": block_of(width)}
     mix_kernel[(row.numel(),)](flex, local, logit, row, out, logit.stride(0), **sizes, num_warps=4)
+    return out
+
+
+def scale_heads(inputs: HeadsInputs) -> Tensor:
+    """The operator on a Triton kernel."""
+    flex, local, width = rows_of(inputs.flex), rows_of(inputs.local), inputs.flex.shape[1]
+    out, block = flex.new_empty(len(flex), 2 * width), block_of(width)
+    heads_kernel[(2 * len(flex) * ceil_div(width, block),)](
+        flex,
+        local,
+        inputs.logit,
+        inputs.row.contiguous(),
+        out,
+        flex.stride(0),
+        local.stride(0),
+        inputs.logit.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
+    )
     return out
 
 

@@ -1,5 +1,6 @@
-"""The operators around a block's scan: `linmu::rotate`, `linmu::mix_branches`, `linmu::narrow_product`; and
-around the block itself `linmu::frozen_norm`, `linmu::gate_product`, and without gradients `linmu::add_norm`.
+"""The operators around a block's scan: `linmu::rotate`, `linmu::mix_branches`, `linmu::narrow_product`, and
+without gradients `linmu::scale_heads`; and around the block itself `linmu::frozen_norm`,
+`linmu::gate_product`, and without gradients `linmu::add_norm`.
 
 Letters: B batch, L tokens, D width, N head dim, n columns.
 """
@@ -97,6 +98,40 @@ mix_branches.has_gradient(
     Engines(
         lazy(f"{__package__}.torch_engine", "mix_backward"), lazy(f"{__package__}.kernels", "mix_backward")
     ),
+)
+
+
+class HeadsInputs(NamedTuple):
+    """One token of both branches before their output projections. There is no gradient.
+
+    Args:
+        flex, local: (B, n), Flex-MA's heads and Local-Swin's.
+        logit: (B, 1), the mix before its sigmoid.
+        row: (B,) int64, -1 where only Flex-MA has a say.
+        engine: "triton" or "torch"; None = by the tensors.
+    """
+
+    flex: Tensor
+    local: Tensor
+    logit: Tensor
+    row: Tensor
+    engine: str | None = None
+
+
+class HeadsOutputs(NamedTuple):
+    """heads: [m f, (1 - m) l], (B, 2n) in the dtype of f; [f, 0] where only Flex-MA has a say."""
+
+    heads: Tensor
+
+
+scale_heads = Operator(
+    "scale_heads",
+    HeadsInputs,
+    HeadsOutputs,
+    forward=Engines(
+        lazy(f"{__package__}.torch_engine", "scale_heads"), lazy(f"{__package__}.kernels", "scale_heads")
+    ),
+    fake=lambda inputs: inputs.flex.new_empty(len(inputs.flex), 2 * inputs.flex.shape[1]),
 )
 
 

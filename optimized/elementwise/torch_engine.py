@@ -26,6 +26,7 @@ from .operator import (
     GateGrads,
     GateInputs,
     GateOutputs,
+    HeadsInputs,
     MixGrads,
     MixInputs,
     MixOutputs,
@@ -67,6 +68,14 @@ def mix(inputs: MixInputs) -> Tensor:
     share = torch.sigmoid(logit)
     mixed = share * flex + (1 - share) * local_rows(local, row)
     return torch.where(row[..., None] >= 0, mixed.to(flex.dtype), flex)
+
+
+def scale_heads(inputs: HeadsInputs) -> Tensor:
+    """[m f, (1 - m) l]."""
+    flex, local, logit, row, _ = inputs
+    seen, share = row[:, None] >= 0, torch.sigmoid(logit)
+    parts = torch.where(seen, share * flex, flex), torch.where(seen, (1 - share) * local, 0)
+    return torch.cat(parts, dim=1).to(flex.dtype)
 
 
 def mix_backward(inputs: MixInputs, outputs: MixOutputs, grads: MixOutputs) -> MixGrads:

@@ -80,6 +80,7 @@ def main() -> None:
     common = {"who": arguments.who, "quantization": arguments.quantization, "size": arguments.size}
     options = ("sync", "eager", "computed", "mamba_ssm_cache_dtype")
     common |= {name: getattr(arguments, name) or None for name in options}
+    common["options"] = ", ".join(arguments.options) or None
     signal.signal(signal.SIGALRM, out_of_time)
     signal.signal(signal.SIGTERM, out_of_time)
     signal.alarm(arguments.budget)
@@ -126,6 +127,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--most", type=int, help="requests in a step; vLLM's max_num_seqs")
     parser.add_argument("--quantization", choices=("fp8",), help="of the weights, by vLLM")
     parser.add_argument("--mamba-ssm-cache-dtype", choices=("bfloat16", "float16"), help="vLLM's: of states")
+    names = ("prompt_graphs", "branches_beside")
+    parser.add_argument("--options", nargs="+", choices=names, default=(), help="additional_config's")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU that vLLM may use")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs; a CPU has none")
     parser.add_argument("--computed", action="store_true", help="the teacher's keys and values, not written")
@@ -199,6 +202,7 @@ def engine(arguments: argparse.Namespace):
     if is_student:
         options["async_scheduling"] = not arguments.sync
         options["mamba_ssm_cache_dtype"] = arguments.mamba_ssm_cache_dtype or "auto"
+        options["additional_config"] = {"linmu": list(arguments.options)}
     else:
         options["enable_prefix_caching"] = False
         if not arguments.computed:

@@ -16,6 +16,7 @@ VARIANTS = {  # options of the student's, and what is said of them
         "States in few bits",
         "`--mamba-ssm-cache-dtype`: the scan's states rounded after each step, computed in float32.",
     ),
+    "options": ("Options of the student's", "`--additional-config`: what is off unless asked for."),
 }
 
 
@@ -202,15 +203,20 @@ def profile_table(lines: list[dict[str, Any]]) -> str:
 
 
 def variant_table(lines: list[dict[str, Any]], name: str, said: tuple[str, str]) -> str:
-    """The student's steps with weights or states in few bits, if they were measured."""
-    found = [line for line in lines if name in line]
+    """The student's steps with this variant as the first, if they were measured."""
+    found = [line for line in lines if name in line and next(filter(line.get, VARIANTS)) == name]
+
+    def named(line: dict[str, Any]) -> str:
+        return ", ".join(line[each] for each in VARIANTS if each in line)
+
     rows = [
-        [line[name], line["requests"], line["ms_a_step"], f"{line['tokens_per_second']:,.0f}"]
+        [named(line), line["requests"], line["ms_a_step"], f"{line['tokens_per_second']:,.0f}"]
         for line in of(found, "student", "decoding")
     ]
     if not rows:
         return ""
-    rooms = [f"In {line[name]} the memory holds {line['blocks']:,}." for line in of(found, "student", "pool")]
+    pools = of(found, "student", "pool")
+    rooms = [f"With {named(line)} the memory holds {line['blocks']:,}." for line in pools]
     title, text = said
     head = table(["", "at once", "student, ms a step", "tokens/s"], sorted(rows))
     return f"## {title}\n\n{' '.join([text, *rooms])}\n\n{head}"

@@ -59,6 +59,9 @@ PRODUCTS = {
     "text_step_pooled": 0,
     "project_one": 0,
     "project_four": 0,
+    "output_one": 0,
+    "output_four": 0,
+    "heads": 0,
     "link": 0,
     "norm_gradient": 0,
 }  # products of tiles, each at least one tensor-core instruction
@@ -79,6 +82,7 @@ OF_ROWS = (
     "divergence_gradient",
     "mix",
     "parts",
+    "heads",
     "mix_gradient",
     "add_norm",
     "norm_backward",

@@ -75,6 +75,7 @@ def engine(monkeypatch) -> Engine:
     return Engine(monkeypatch)
 
 
+TWO = {"mamba_ssm_cache_dtype": "bfloat16", "options": "branches_beside"}
 DECODING = {"cell": "decoding", "length": None, "requests": 3}
 STUDENT = SimpleNamespace(size="tiny", who="student", computed=False)
 
@@ -151,6 +152,7 @@ def test_the_report_compares_what_was_measured_and_says_what_was_not(tmp_path):
         both | {"who": "student", "ms_a_step": 5.0, "tokens_per_second": 3200.0},
         {"who": "student", "cell": "decoding", "requests": 64, "skipped": "no time"},
         both | {"who": "student", "quantization": "fp8", "ms_a_step": 2.0, "tokens_per_second": 8000.0},
+        both | {"who": "student", "ms_a_step": 1.0, "tokens_per_second": 16000.0} | TWO,
         *({"who": who, "cell": "served", "length": 2048, "requests": 64} | SERVED for who in speeds),
         {"who": "student", "cell": "profile", "requests": 64} | WATCHED,
     ]
@@ -160,7 +162,9 @@ def test_the_report_compares_what_was_measured_and_says_what_was_not(tmp_path):
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| 2,048 | 50 | 150 | 3.00× | 4,000 (16 at once) | 3,200 (16 at once) | 0.80× |" in text
     assert "| 32,768 | 3 | 150 | 50× | not measured |  |  |" in text
-    assert "| 2,048 | 16 | 4.0 | 4,000 | 5.0 | 3,200 | 0.80× |" in text and "| 16 | 2.0 | 8,000 |" in text
+    assert "| 2,048 | 16 | 4.0 | 4,000 | 5.0 | 3,200 | 0.80× |" in text
+    assert "| fp8 | 16 | 2.0 | 8,000 |" in text
+    assert text.count("| bfloat16, branches_beside | 16 | 1.0 | 16,000 |") == 1
     assert "| 2,048 | 64 | 8.0 | 8.0 | 1,024.0 | 1,024.0 | 1.00× | 300.0 | 300.0 | 9.0 | 9.0 |" in text
     assert "**64 requests, 4 steps**: 5.00 ms by the clock, 4.00 in kernels, 3 of them." in text
     assert "| `gemm` | 2.0 | 3.0 |" in text

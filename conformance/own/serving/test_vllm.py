@@ -301,15 +301,18 @@ def test_new_weights_reach_what_was_prepared_of_the_old_ones():
     blocks, prepared, zeros = [MMATE(config, index) for index in range(2)], {}, torch.zeros(1, 4, 4)
     with torch.inference_mode():
         found = Step((zeros, zeros), None, None, blocks, prepared).prepare(None)
-    assert prepared == {True: found} and len(found) == 2 * 2  # A, and what a token is multiplied with
+    assert prepared == {True: found} and len(found) == 2 * 3  # A, and what a token is multiplied with
     flex_ma = blocks[1].flex_ma
     linears, narrow = blocks[1].joined_linears()
     rate, joined = found["A", id(flex_ma)], found["joined", *map(id, linears)]
+    outputs = blocks[1].output_linears()
+    beside = found["side by side", *map(id, outputs)]
     for parameter in blocks[1].parameters():
         parameter.data.copy_(torch.randn_like(parameter))
     prepare_again(blocks, prepared)
     assert torch.equal(rate, -flex_ma.A_log.exp()) and rate is found["A", id(flex_ma)]
     assert torch.equal(joined.weight, torch.cat([linear.weight for linear in linears]))
+    assert torch.equal(beside, torch.cat([linear.weight for linear in outputs], dim=1))
     assert torch.equal(joined.narrow_bias, torch.cat([linear.bias for linear in narrow]))
 
 

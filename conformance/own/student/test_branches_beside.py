@@ -20,7 +20,7 @@ from linmu.optimized import m_mate
 from linmu.optimized.engine.beside import branches_beside
 from linmu.optimized.engine.once import one_forward
 from linmu.optimized.graphs import decoder, install
-from linmu.optimized.projections import join_weights
+from linmu.optimized.projections import join_columns, join_weights
 from linmu.reference.student.cache import CACHE_NAME
 
 from ..kernels.interpreter.pools import state_in_pool
@@ -160,6 +160,7 @@ def test_a_token_among_pools_of_states_reads_nothing_too_early(streams):
     pooled = [state_in_pool(state, 4, torch.full((6,), 3)) for state in states]
     with one_forward():
         join_weights([block.joined_linears() for block in blocks])
+        join_columns([block.output_linears() for block in blocks])
         with found, branches_beside(streams):
             y = u[:, 3:]
             for block, state in zip(blocks, pooled, strict=True):

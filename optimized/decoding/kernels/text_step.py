@@ -1,6 +1,6 @@
 # ruff: noqa: N803  Triton's habit: pointers and compile-time constants in capitals
 """Triton kernels for one token of text: the products with its hidden states in one launch, all that lies
-between them and the output projection in another.
+between them and the output projection in another, and for few rows this with the other branch's in a third.
 
 Letters as in `torch_engine`. The products read every weight once and share nothing, so each program takes a
 few rows of one matrix and walks along the width. A step's program takes one head: its state is read once and
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...engine.launch import as_bytes, ceil_div, contiguous, power_of_2, rows_of
 from ..operator import (
+    OutputInputs,
     PooledTextStepInputs,
     ProjectionInputs,
     ProjectionOutputs,
@@ -26,22 +27,23 @@ from ..operator import (
 
 ELEMENTS = {1: 4096, 2: 4096, 4: 8192}  # rows of the batch -> of a program's sums
 OUTPUTS = {1: 4, 2: 4, 4: 8}  # rows of the batch -> rows of the weight that a program takes
+OUTPUTS_AT_ONCE = 4  # of both branches' output weights, which have fewer rows than others but longer ones
 FEW_HEADS = 128  # of all requests: with more, programs of few rows at a time keep the memory busier
 STATE_ROWS = {True: 64, False: 32}  # of a state at a time, for few heads and for many
 SERIES = tl.constexpr(0.1)  # below, log(1 + e) would lose the last bits of a small e
 
 
 @triton.jit
-def rows_product(
-    U, WEIGHT, BIAS, OUT, block, size, batch, u_batch, out_batch,
+def rows_sum(
+    U, WEIGHT, BIAS, block, size, batch, u_batch, weight_batch,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """OUT = U WEIGHTᵀ + BIAS for one block of WEIGHT's rows, summed in float32."""
+    """U WEIGHTᵀ + BIAS for one block of WEIGHT's rows, in float32."""
     row = tl.arange(0, ROWS)
     output = block * OUTPUTS + tl.arange(0, OUTPUTS)
     there, inside = row < batch, output < size
-    weights = WEIGHT + tl.cast(output, tl.int64)[None, :, None] * WIDTH
+    weights = WEIGHT + tl.cast(output, tl.int64)[None, :, None] * weight_batch
     tokens = U + tl.cast(row, tl.int64)[:, None, None] * u_batch
     total = tl.zeros([ROWS, OUTPUTS, STEP], tl.float32)
     for start in range(0, WIDTH, STEP):
@@ -58,6 +60,20 @@ def rows_product(
     out = tl.sum(total, 2)
     if HAS_BIAS:
         out += tl.load(BIAS + output, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return out
+
+
+@triton.jit
+def rows_product(
+    U, WEIGHT, BIAS, OUT, block, size, batch, u_batch, out_batch,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """OUT = U WEIGHTᵀ + BIAS for one block of WEIGHT's rows, which lie end to end."""
+    row = tl.arange(0, ROWS)
+    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    there, inside = row < batch, output < size
+    out = rows_sum(U, WEIGHT, BIAS, block, size, batch, u_batch, WIDTH, WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS)
     place = tl.cast(row, tl.int64)[:, None] * out_batch + output[None, :]
     tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
@@ -100,6 +116,32 @@ def project_kernel(
             U, Z, Z_BIAS, GATED, block - 2 * grouped - inner - heads, INNER, batch, u_batch, INNER,
             WIDTH, ROWS, OUTPUTS, STEP, True,
         )  # fmt: skip
+
+
+@triton.jit
+def text_output_kernel(
+    FLEX, LOCAL, FLEX_WEIGHT, LOCAL_WEIGHT, FLEX_BIAS, LOCAL_BIAS, LOGIT, ROW, OUT, batch, size,
+    flex_batch, local_batch, flex_weight_batch, local_weight_batch, logit_batch,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """`torch_engine.output` for one block of the weights' rows."""
+    block, row = tl.program_id(0), tl.arange(0, ROWS)
+    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    flex = rows_sum(
+        FLEX, FLEX_WEIGHT, FLEX_BIAS, block, size, batch, flex_batch, flex_weight_batch,
+        WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
+    )  # fmt: skip
+    local = rows_sum(
+        LOCAL, LOCAL_WEIGHT, LOCAL_BIAS, block, size, batch, local_batch, local_weight_batch,
+        WIDTH, ROWS, OUTPUTS, STEP, HAS_BIAS,
+    )  # fmt: skip
+    there = row < batch
+    is_mixed = (tl.load(ROW + row, mask=there, other=-1) >= 0)[:, None]
+    mix = tl.sigmoid(tl.load(LOGIT + row * logit_batch, mask=there, other=0.0).to(tl.float32))[:, None]
+    y = tl.where(is_mixed, mix * flex + (1.0 - mix) * local, flex)
+    place = tl.cast(row, tl.int64)[:, None] * size + output[None, :]
+    tl.store(OUT + place, y.to(OUT.dtype.element_ty), mask=there[:, None] & (output < size)[None, :])
 
 
 @triton.jit
@@ -260,6 +302,37 @@ def project(inputs: ProjectionInputs) -> ProjectionOutputs:
         num_warps=4,
     )
     return outputs
+
+
+def output(inputs: OutputInputs) -> Tensor:
+    """`text_output` on a Triton kernel; there are four rows at most."""
+    flex, local = rows_of(inputs.flex), rows_of(inputs.local)
+    (batch, width), (of_flex, of_local) = flex.shape, inputs.weights
+    out, rows = flex.new_empty(batch, len(of_flex)), power_of_2(batch)
+    text_output_kernel[(ceil_div(len(of_flex), OUTPUTS_AT_ONCE),)](
+        flex,
+        local,
+        of_flex,
+        of_local,
+        *inputs.biases,
+        inputs.logit,
+        inputs.row.contiguous(),
+        out,
+        batch,
+        len(of_flex),
+        flex.stride(0),
+        local.stride(0),
+        of_flex.stride(0),
+        of_local.stride(0),
+        inputs.logit.stride(0),
+        WIDTH=width,
+        ROWS=rows,
+        OUTPUTS=OUTPUTS_AT_ONCE,
+        STEP=min(ELEMENTS[rows] // (rows * OUTPUTS_AT_ONCE), power_of_2(width)),
+        HAS_BIAS=inputs.biases[0] is not None,
+        num_warps=4,
+    )
+    return out
 
 
 def text_step(inputs: TextStepInputs) -> TextStepOutputs:

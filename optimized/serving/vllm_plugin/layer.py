@@ -35,7 +35,7 @@ from ...decoding.torch_engine import ring_slots
 from ...engine.beside import branches_beside
 from ...engine.once import one_forward
 from ...m_mate import PooledMMATEState, prepare_layers
-from ...projections import join_weights
+from ...projections import join_columns, join_weights
 from ...sliding_window_attention import PooledWindowState
 from .metadata import StateMetadata
 from .positions import check_whole
@@ -162,6 +162,7 @@ class Step:
             if is_text:
                 with one_forward(self.prepared[is_text]):
                     join_weights([block.joined_linears() for block in self.blocks])
+                    join_columns([outputs for block in self.blocks if (outputs := block.output_linears())])
         return self.prepared[is_text]
 
     def layout(

@@ -127,7 +127,8 @@ class StateModel:
             # a captured step asks the host for nothing: that it holds no picture is the scheduler's care
             decodes = self.has_graphs and metadata is not None and metadata.num_prefills == 0
             coords = coords if not decodes and bool((coords >= 0).any()) else None
-        is_captured = self.has_graphs and torch.cuda.is_current_stream_capturing()
+        can_capture = self.has_graphs and torch.cuda.is_available()  # without CUDA torch cannot be asked
+        is_captured = can_capture and torch.cuda.is_current_stream_capturing()
         if self.prompt_graphs is not None and metadata is not None and not is_captured and coords is None:
             graph = self.graph_for(metadata, positions)
             if graph is not None:

@@ -77,6 +77,7 @@ TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_N
 TOKEN |= {"HAS_VALID": True, "IS_POOLED": False, "IS_RING": False, "programs": 28}
 POOLED_TOKEN = TOKEN | {"IS_POOLED": True, "IS_RING": True, "programs": 7168}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
+OUTPUT = {"WIDTH": 3584, "HAS_BIAS": True, "OUTPUTS": text_step_kernels.OUTPUTS_AT_ONCE}
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
@@ -92,6 +93,7 @@ ERRORS = {"WIDTH": 3584, "BLOCK": 1024, "HAS_TAKEN": True}
 ERROR_POINTERS = {"TAKEN": "*u8", "ERROR": "*fp32", "SQUARES": "*fp32"}
 PARTS = dict.fromkeys(("PRODUCT", "BIAS", "OUT"), "*fp32")
 MIX_POINTERS = dict.fromkeys(("LOGIT", "LOGIT_GRAD"), "*fp32")
+LOGIT = {"LOGIT": "*fp32"}
 WIDE_DT = dict.fromkeys(("DT_BIAS", "RATE"), "*fp32")
 
 # name -> module, kernel, constants, warps or tiles by dtype, stages, pointers of another type than elsewhere
@@ -256,6 +258,9 @@ KERNELS = {
         TOKEN_POINTERS | {"PLACE": "*i64", "TURN": "*i64"},
     ),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
+    "output_one": ("decoding.kernels.text_step", "text_output_kernel", OUTPUT | {"rows": 1}, 4, 3, LOGIT),
+    "output_four": ("decoding.kernels.text_step", "text_output_kernel", OUTPUT | {"rows": 4}, 4, 3, LOGIT),
+    "heads": ("elementwise.kernels", "heads_kernel", MIX, 4, 3, LOGIT),
     "project_four": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 4}, 4, 3, WIDE_DT),
 }
 KERNELS |= {
@@ -279,7 +284,8 @@ def constants(size: int, dtype: str, chosen: dict, names: list[str]) -> dict:
     known |= {"FINE": dtype != "fp32"}
     known |= {"HALF": size // 2, "BLOCK_HALF": size // 2}
     if "rows" in chosen:  # the sizes of a projection are its own
-        rows, outputs = chosen["rows"], text_step_kernels.OUTPUTS[chosen["rows"]]
+        rows = chosen["rows"]
+        outputs = chosen.get("OUTPUTS", text_step_kernels.OUTPUTS[rows])
         step = text_step_kernels.ELEMENTS[rows] // (rows * outputs)
         known |= {"ROWS": rows, "OUTPUTS": outputs, "STEP": step}
     if "tiles" in chosen:

@@ -15,11 +15,22 @@ from torch import Tensor, nn
 
 from linmu import optimized, reference
 from linmu.optimized.decoding.kernels import text_step as text_step_kernels
+from linmu.optimized.decoding.operator import OutputInputs, text_output
+from linmu.optimized.elementwise import kernels as elementwise_kernels
 from linmu.optimized.elementwise import kernels_layer as layer_kernels
-from linmu.optimized.elementwise.operator import AddNormInputs, GateInputs, add_norm, gate_product
+from linmu.optimized.elementwise.operator import (
+    AddNormInputs,
+    GateInputs,
+    HeadsInputs,
+    add_norm,
+    gate_product,
+    scale_heads,
+)
+from linmu.optimized.engine.once import one_forward
 from linmu.optimized.engine.operator import Operator
 from linmu.optimized.flex_ma import PooledState
 from linmu.optimized.m_mate import PooledMMATEState
+from linmu.optimized.projections import join_columns, join_weights
 from linmu.reference import FlexMAState
 from linmu.reference.flex_ma import DonatedState
 from linmu.reference.m_mate import DonatedMMATEState, MMATEState
@@ -99,9 +110,13 @@ def check_block(dtype: str) -> None:
         )
         optimized.set_engine("triton")
         spoilt = u.where(valid[..., None], float("nan"))
-        with watch_memory():
+        with watch_memory(), one_forward():
+            join_columns([module.output_linears()])  # of five rows both outputs are one product
             got = block_step(module, spoilt, valid, angles[0], donated)
-        check_pools(module, spoilt, valid, angles[0], state, got)
+        with one_forward():  # as the plugin of vLLM has them
+            join_weights([module.joined_linears()])
+            join_columns([module.output_linears()])
+            check_pools(module, spoilt, valid, angles[0], state, got)
         optimized.set_engine(None)
         for results in (got, truth, wanted):
             results["output"] = results["output"].where(valid[..., None], 0)
@@ -123,6 +138,36 @@ def check_layer_kernels(dtype: torch.dtype) -> None:
         compare_engines(add_norm, AddNormInputs(x, None, weight, 1e-2))
 
 
+def check_output(dtype: torch.dtype) -> None:
+    """Both output projections and the mix, by the two kernels: rows of weights further apart than they are
+    long, values that nobody may read on a row that is not mixed; in bfloat16 as near to the truth as both
+    products apart.
+    """
+    for batch, size, width in ((1, 7, 300), (2, 8, 64), (3, 5, 6), (4, 9, 128)):
+        flex, local = torch.randn(2, batch, 2 * width).to(dtype)[..., ::2]
+        weights = [torch.randn(size, 3 * width).to(dtype)[:, width : 2 * width] for _ in range(2)]
+        biases = [None, None] if batch % 2 else list(torch.randn(2, size).to(dtype))
+        logit, row = torch.randn(batch, 3)[:, 1:2], torch.arange(batch)
+        row[1:2] = -1
+        spoilt = local.where(row[:, None] >= 0, float("nan"))
+        given = OutputInputs(flex, local, logit, row, weights, biases)
+        exact = given._replace(
+            flex=flex.double(),
+            local=local.double(),
+            weights=[weight.double() for weight in weights],
+            biases=[bias if bias is None else bias.double() for bias in biases],
+            engine="torch",
+        )
+        truth, apart = text_output(exact), text_output(given._replace(engine="torch"))
+        with watch_memory():
+            found = text_output(given._replace(local=spoilt, engine="triton"))
+            heads = scale_heads(HeadsInputs(flex, spoilt, logit, row, "triton"))
+        wanted = scale_heads(HeadsInputs(flex, local, logit, row, "torch"))
+        torch.testing.assert_close(heads, wanted)
+        rounding = 1.5 * (apart - truth).norm() + 1e-6 * truth.norm()
+        assert found.dtype == dtype and (found - truth).norm() < rounding, (batch, size, width)
+
+
 def compare_engines(operator: Operator, inputs: NamedTuple) -> None:
     with watch_memory():
         found = operator(inputs._replace(engine="triton"))
@@ -136,9 +181,10 @@ def main(dtype: str) -> None:
     mend_bfloat16()
     mend_scalars()
     shrink_blocks()
-    layer_kernels.BLOCK = 64
+    layer_kernels.BLOCK = elementwise_kernels.BLOCK = 64
     if dtype != "mixed":
         check_layer_kernels(getattr(torch, dtype))
+        check_output(getattr(torch, dtype))
     for rows, outputs in text_step_kernels.OUTPUTS.items():
         text_step_kernels.ELEMENTS[rows] = 2 * rows * outputs  # three steps along the width
     check_block(dtype)
