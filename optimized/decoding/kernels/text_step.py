@@ -204,7 +204,7 @@ def state_tile(STATE, start, p, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N:
 @triton.jit
 def text_step_kernel(
     STATE, PLACE, TURN, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, LOGIT, Y,
-    state_batch, start_batch, x_batch, b_batch, c_batch, rate_batch, logit_batch, y_batch, scale, eps,
+    state_batch, start_batch, x_batch, b_batch, c_batch, rate_batch, logit_batch, y_gap, scale, eps,
     HEADS: tl.constexpr, RATIO: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     TAPS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_VALID: tl.constexpr, HAS_LOGIT: tl.constexpr, IS_POOLED: tl.constexpr,
@@ -271,7 +271,8 @@ def text_step_kernel(
     if HAS_LOGIT:
         y *= tl.sigmoid(tl.load(LOGIT + batch * logit_batch).to(tl.float32))
     y = tl.where(valid, y, 0.0)
-    tl.store(Y + batch * y_batch + head * P + p, y.to(Y.dtype.element_ty), mask=real)
+    place = at * P + batch * y_gap  # batch times a stride and head times P took a third more registers
+    tl.store(Y + place + p, y.to(Y.dtype.element_ty), mask=real)
 
 
 def project(inputs: ProjectionInputs) -> ProjectionOutputs:
@@ -403,7 +404,7 @@ def launch_step(
         C.stride(0),
         rate.stride(0),
         0 if logit is None else logit.stride(0),
-        y.stride(0),
+        y.stride(0) - heads * size,
         inputs.scale,
         inputs.eps,
         HEADS=heads,

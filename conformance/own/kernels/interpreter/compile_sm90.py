@@ -51,7 +51,7 @@ INT32 = {"SEGMENT", "BEGIN", "BEGINS", "AGE"}
 MASKS = {"VALID", "MASK", "ASKS"}
 LINEAR = re.compile(r"tensor<(\d+)x(\d+)x[a-z0-9]+, #linear")  # tiles, not scalars of tokens
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
-STRIDES = ("batch", "token", "head")
+STRIDES = ("batch", "token", "head", "gap")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
