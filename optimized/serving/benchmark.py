@@ -288,7 +288,11 @@ def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[
     order = [
         *first,
         *alone[:2],
-        *(cell("profile", None, n) for n in (256, 1, 64, 16) if ours and n <= room["blocks"]),
+        *(
+            cell("profile", None, n)
+            for n in (256, 1, 64, 16)
+            if ours and n <= min(room["blocks"], arguments.most)
+        ),
         *([cell("profile", few[0], 1)] if ours else []),
         *alone[2:],
         cell("served", few[0], 64),
