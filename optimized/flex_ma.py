@@ -173,11 +173,13 @@ class FlexMA(reference.FlexMA):
         state: FlexMAState | PooledState,
         engine: str | None,
         products: tuple[Tensor, Tensor] | None = None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, FlexMAState]:
         """Eqs. (1) to (5) without W_o, one token of text without a gradient: (B, 1, H·P), and the state.
 
         A donated or pooled state is overwritten; any other is left as it was. `products`: [x, B, C] (B,
-        channels) and dt before its softplus (B, H), where the caller has them.
+        channels) and dt before its softplus (B, H), where the caller has them. `into`, for a pooled state:
+        `PooledTextStepInputs`'s logit and out, if it is to be scaled and to stand there.
         """
         x, B, C, rate, z = self.project_token(hidden_states, angles, engine, products)
         has_taps, has_norm = self.config.conv_kernel > 0, self.config.head_norm
@@ -198,7 +200,12 @@ class FlexMA(reference.FlexMA):
             engine,
         )
         if isinstance(state, PooledState):
-            y = pooled_text_step(PooledTextStepInputs(state.scan, state.conv, state.rows, state.turn, *rest))
+            inputs = PooledTextStepInputs(state.scan, state.conv, state.rows, state.turn, *rest)
+            if into is None:
+                y = pooled_text_step(inputs)
+            else:
+                logit, y = into
+                pooled_text_step(inputs._replace(logit=logit, out=y))
             return y[:, None], FlexMAState(state.conv, state.scan)
         scan_state = state.scan
         if not (isinstance(state, DonatedState) and may_be_overwritten(scan_state, rate.dtype)):

@@ -64,11 +64,13 @@ class LocalSwin(reference.LocalSwin):
         sequence: Tensor | None,
         engine: str | None,
         vkq: Tensor | None = None,
+        into: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, WindowState | None]:
         """Eqs. (1) to (3) without W_o, of those tokens that have a part in it, (..., H·P); `row`, where each
         token stands among them, (B, L) int64, -1 = nowhere; and the state.
 
-        `vkq` is what `project_token` gives, where the caller has it.
+        `vkq` is what `project_token` gives, where the caller has it; `into`, for a pooled state, as in
+        `step_in_ring`.
         """
         self.check_inputs(hidden_states, layout, valid, sequence)
         layout = fast(layout)
@@ -88,7 +90,7 @@ class LocalSwin(reference.LocalSwin):
             heads = vkq.unflatten(1, (-1, self.config.head_dim))[:, None]  # (B, 1, G + G + H, N)
             v, k, q = heads.tensor_split([groups, 2 * groups], dim=2)
         if is_pooled:
-            output = step_in_ring(q, k, v, angles, state, valid=valid, engine=engine)
+            output = step_in_ring(q, k, v, angles, state, valid=valid, engine=engine, into=into)
         else:
             if vkq is None:
                 q, k = (rotated(each, angles, engine=engine) for each in (q, k))

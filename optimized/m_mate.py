@@ -22,10 +22,12 @@ from .flex_ma import FlexMA, PooledState, prepare_decay_rates
 from .layout import VisionLayout, fast, rows_where
 from .local_swin import LocalSwin
 from .projections import (
+    MOST_ROWS,
     are_plain,
     narrow_columns,
     narrow_products,
     prepare_narrow,
+    scaled_output,
     takes_token_output,
     token_output,
     token_products,
@@ -78,18 +80,16 @@ class MMATE(reference.MMATE):
             given = {"valid": valid, "position_embeddings": angles, "sequence": sequence}
             has_local = layout is not None or self.config.text_window > 0
             products = self.token_products(hidden_states, layout, state)
-            at_once = self.makes_output_at_once(hidden_states, layout, state)
+            if self.makes_output_at_once(hidden_states, layout, state):
+                return self.step_at_once(hidden_states, valid, angles, state, sequence, products)
             fork = Fork(has_local and self.may_fork())
-            if products is None and not at_once:
+            if products is None:
                 y, after = flex_ma(hidden_states, layout, state=before, **given)
             else:
+                of_flex, of_local = products
                 engine = engine_of_block("FlexMA", hidden_states, self.config.head_dim)
-                if products is None:
-                    y, after = flex_ma.heads(hidden_states, layout, valid, angles, before, sequence, engine)
-                else:
-                    of_flex, of_local = products
-                    y, after = flex_ma.text_step(hidden_states, valid, angles, before, engine, of_flex)
-                y = y if at_once else flex_ma.o_proj(y)
+                y, after = flex_ma.text_step(hidden_states, valid, angles, before, engine, of_flex)
+                y = flex_ma.o_proj(y)
             if not has_local:
                 return y, MMATEState(*after, window)
             if is_own(local_swin, LocalSwin):
@@ -102,16 +102,13 @@ class MMATE(reference.MMATE):
                         vkq, mix = local_swin.project_token(hidden_states, self.mix_proj, window, engine)
                     rest = (layout, valid, angles, window, sequence, engine, vkq)
                     local, row, window = local_swin.attend(hidden_states, *rest)
-                    local = local if at_once else local_swin.o_proj(local)
+                    local = local_swin.o_proj(local)
             else:
                 local, window = local_swin(hidden_states, layout, state=window, **given)
                 engine, row, mix = None, self.mixed_rows(y, layout, valid), None
             if mix is None:
                 (mix,) = narrow_products(hidden_states, [self.mix_proj])
             fork.join()
-            if at_once:
-                y = token_output(y, local, mix, row, self.output_linears(), engine)
-                return y, MMATEState(*after, window)
         else:
             engine = engine_of_block("MMATE", hidden_states, self.config.head_dim)
             linears = [flex_ma.dt_proj, flex_ma.scan_gate_proj, self.mix_proj]
@@ -124,6 +121,41 @@ class MMATE(reference.MMATE):
                 local = local_swin.o_proj(local)
             fork.join()
         return mix_branches(MixInputs(y, local, mix, row, engine)), MMATEState(*after, window)
+
+    def step_at_once(
+        self,
+        u: Tensor,
+        valid: Tensor | None,
+        angles: tuple[Tensor, Tensor] | None,
+        state: MMATEState,
+        sequence: Tensor | None,
+        products: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+    ) -> tuple[Tensor, MMATEState]:
+        """`forward` of one token of text whose output is one product; `products` are `token_products`."""
+        flex_ma, local_swin, window = self.flex_ma, self.local_swin, state.window
+        flex_ma.check_inputs(u, None, valid, sequence)
+        engine = engine_of_block("MMATE", u, self.config.head_dim)
+        of_flex, (vkq, mix) = products or (None, (None, None))
+        heads, (into_flex, into_local) = None, (None, None)
+        if products is not None and len(u) > MOST_ROWS and isinstance(window, PooledWindowState):
+            # the kernels scale what they write, and write it side by side
+            heads = u.new_empty(len(u), 2, self.config.heads * self.config.head_dim)
+            into_flex, into_local = ((mix[:, 0], each) for each in heads.unbind(1))
+        fork = Fork(self.may_fork())
+        y, after = flex_ma.text_step(u, valid, angles, state.flex_ma, engine, of_flex, into_flex)
+        with fork.second():
+            if vkq is None:
+                vkq, mix = local_swin.project_token(u, self.mix_proj, window, engine)
+            rest = (None, valid, angles, window, sequence, engine, vkq, into_local)
+            local, row, window = local_swin.attend(u, *rest)
+        if mix is None:
+            (mix,) = narrow_products(u, [self.mix_proj])
+        fork.join()
+        if heads is None:
+            y = token_output(y, local, mix, row, self.output_linears(), engine)
+        else:
+            y = scaled_output(heads, self.output_linears())
+        return y, MMATEState(*after, window)
 
     def token_products(
         self, u: Tensor, layout: VisionLayout | None, state: MMATEState | None

@@ -46,6 +46,7 @@ __all__ = [
     "narrow_columns",
     "narrow_products",
     "prepare_narrow",
+    "scaled_output",
     "split_heads",
     "takes_token_output",
     "token_output",
@@ -211,8 +212,13 @@ def token_output(
     weights, biases = ([getattr(linear, name) for linear in linears] for name in ("weight", "bias"))
     if len(flex) <= MOST_ROWS:
         return text_output(OutputInputs(flex, local, mix, row, weights, biases, engine))[:, None]
+    return scaled_output(scale_heads(HeadsInputs(flex, local, mix, row, engine)), linears)
+
+
+def scaled_output(heads: Tensor, linears: list[nn.Linear]) -> Tensor:
+    """`token_output` of heads (B, 2, H·P), or flat, that were scaled before, by what was joined."""
     joined = once_a_forward(side_key(linears), lambda: None)
-    return F.linear(scale_heads(HeadsInputs(flex, local, mix, row, engine)), joined)[:, None]
+    return F.linear(heads.flatten(1), joined)[:, None]
 
 
 class Joined(NamedTuple):

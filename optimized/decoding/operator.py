@@ -241,6 +241,8 @@ class PooledTextStepInputs(NamedTuple):
             overwritten. None = no convolution, or one of a single tap.
         rows: (B,) int64, which row is each one's.
         turn: (B,) int64, how many tokens each one has read before.
+        logit: (B, 1), y is multiplied with its sigmoid; None = with 1.
+        out: (B, H·P), rows of any stride, in the dtype of x: overwritten with y, and nothing is returned.
     """
 
     scan_pool: Tensor
@@ -261,12 +263,20 @@ class PooledTextStepInputs(NamedTuple):
     scale: float
     eps: float
     engine: str | None = None
+    logit: Tensor | None = None
+    out: Tensor | None = None
 
 
 class PooledTextStepOutputs(NamedTuple):
-    """y (B, H·P) in the dtype of x."""
+    """y (B, H·P) in the dtype of x; (0,) if it went elsewhere."""
 
     y: Tensor
+
+
+def pooled_output(inputs: PooledTextStepInputs) -> Tensor:
+    """What is returned, without values."""
+    size = 0 if inputs.out is not None else (len(inputs.x), inputs.C.shape[1] * inputs.x.shape[2])
+    return inputs.x.new_empty(size)
 
 
 pooled_text_step = Operator(
@@ -277,7 +287,7 @@ pooled_text_step = Operator(
         lazy(f"{__package__}.torch_engine", "pooled_text_step"),
         lazy(f"{__package__}.kernels.text_step", "pooled_text_step"),
     ),
-    fake=lambda inputs: inputs.x.new_empty(len(inputs.x), inputs.C.shape[1] * inputs.x.shape[2]),
+    fake=pooled_output,
     head_dims=lambda inputs: (inputs.x.shape[2],),
-    overwrites=("scan_pool", "conv_pool"),
+    overwrites=("scan_pool", "conv_pool", "out"),
 )

@@ -133,7 +133,7 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
 
 def pooled_text_step(inputs: PooledTextStepInputs) -> Tensor:
     """`text_step` on copies of the rows, which are put back."""
-    scan_pool, conv_pool, rows, turn, *rest = inputs
+    scan_pool, conv_pool, rows, turn, *rest, logit, out = inputs
     scan_state = scan_pool[rows].to(accumulation_dtype(inputs.x.dtype))
     conv_state = None
     if inputs.conv_weight is not None:
@@ -148,7 +148,9 @@ def pooled_text_step(inputs: PooledTextStepInputs) -> Tensor:
         if inputs.valid is not None:
             newest = torch.where(inputs.valid[:, None], newest, conv_pool[rows, slot])
         conv_pool[rows, slot] = newest
-    return y
+    if logit is not None:  # a row at rest may have any
+        y = torch.where(y == 0, y, y * torch.sigmoid(logit)).to(y.dtype)
+    return y if out is None else out.copy_(y).new_empty(0)
 
 
 def ring_slots(turn: Tensor, slots: int) -> Tensor:

@@ -85,7 +85,9 @@ class Operator:
         self.forward, self.head_dims = forward, head_dims
         self.overwritten = [inputs._fields.index(each) for each in overwrites]
         written = {field: f"Tensor({letter}!)" for field, letter in zip(overwrites, "abcdef", strict=False)}
-        arguments = [f"{written.get(field, kind)} {field}" for field, kind in schema_of(inputs).items()]
+        kinds = schema_of(inputs)
+        written = {field: kind + "?" * kinds[field].endswith("?") for field, kind in written.items()}
+        arguments = [f"{written.get(field, kind)} {field}" for field, kind in kinds.items()]
         returns = ", ".join(schema_of(outputs).values())
         returns = f"({returns})" if len(outputs._fields) > 1 else returns
         self.registered = torch.library.custom_op(

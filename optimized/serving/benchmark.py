@@ -283,12 +283,12 @@ def cells(arguments: argparse.Namespace, room: dict[str, Any]) -> Iterator[dict[
 
     first, rest = decoding_cells()
     long = few[min(2, len(few) - 1)]
-    ours = arguments.who == "student"
+    ours, at_once = arguments.who == "student", min(room["blocks"], arguments.most)
     alone = [cell("prompt", length, 1) for length in few]
     order = [
         *first,
         *alone[:2],
-        *(cell("profile", None, n) for n in (256, 1, 64, 16) if ours and n <= room["blocks"]),
+        *(cell("profile", None, n) for n in (256, 1, 64, 16) if ours and n <= at_once),
         *([cell("profile", few[0], 1)] if ours else []),
         *alone[2:],
         cell("served", few[0], 64),

@@ -155,11 +155,19 @@ def step_in_ring(
     *,
     valid: Tensor | None = None,
     engine: str | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As `step_in_place`, before RoPE of q and k by angles (B, 1, N), in rings of a pool: (B, 1, H, P)."""
+    """As `step_in_place`, before RoPE of q and k by angles (B, 1, N), in rings of a pool: (B, 1, H, P).
+
+    `into`: `RingInputs`'s logit and out, if it is to be scaled and to stand there.
+    """
     new, valid = (q[:, 0], k[:, 0], v[:, 0]), None if valid is None else valid[:, 0]
     cos, sin = (angle[:, 0].expand(len(q), -1) for angle in angles)
-    return attend_ring(RingInputs(*new, cos, sin, *state, valid, q.shape[3] ** -0.5, engine))[:, None]
+    inputs = RingInputs(*new, cos, sin, *state, valid, q.shape[3] ** -0.5, engine)
+    if into is None:
+        return attend_ring(inputs)[:, None]
+    attend_ring(inputs._replace(logit=into[0], out=into[1]))
+    return into[1].unflatten(1, (q.shape[2], -1))[:, None]
 
 
 def owned(tensor: Tensor, dtype: torch.dtype) -> Tensor:

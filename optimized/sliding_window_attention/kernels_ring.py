@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engine.launch import as_bytes, rows_of, tile_size
 from .kernels import LOG2_E
-from .operator import RingInputs
+from .operator import RingInputs, ring_output
 
 
 @triton.jit
@@ -32,11 +32,12 @@ def turned(X, COS, SIN, columns, real, N: tl.constexpr):
 
 @triton.jit
 def ring_kernel(
-    Q, K, V, COS, SIN, RING_K, RING_V, PRESENT, VALID, PLACE, TURN, OUT,
-    q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row, ring_k_row, ring_v_row, present_row, scale,
+    Q, K, V, COS, SIN, RING_K, RING_V, PRESENT, VALID, PLACE, TURN, LOGIT, OUT,
+    q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row, ring_k_row, ring_v_row, present_row,
+    logit_row, out_row, scale,
     PLACES: tl.constexpr, GROUPS: tl.constexpr, RATIO: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_LOGIT: tl.constexpr,
 ):  # fmt: skip
     """Eq. (1) for one token a row, HEADS heads of a group."""
     row = tl.cast(tl.program_id(0) // GROUPS, tl.int64)
@@ -79,8 +80,11 @@ def ring_kernel(
         added = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         out = out * shrink[:, None] + added
         largest = highest
-    out = tl.where(valid, out / total[:, None], 0.0)
-    o_at = (row * (GROUPS * RATIO) + head)[:, None] * P + columns_p[None, :]
+    out = out / total[:, None]
+    if HAS_LOGIT:
+        out *= 1.0 - tl.sigmoid(tl.load(LOGIT + row * logit_row).to(tl.float32))
+    out = tl.where(valid, out, 0.0)
+    o_at = row * out_row + head[:, None] * P + columns_p[None, :]
     tl.store(OUT + o_at, out.to(OUT.dtype.element_ty), mask=(each < RATIO)[:, None] & real_p[None, :])
     to_k = ring_k + oldest * (GROUPS * N) + tl.arange(0, 1)[:, None] + columns_n[None, :]
     tl.store(to_k, k.to(RING_K.dtype.element_ty), mask=new_k)
@@ -94,7 +98,8 @@ def ring(inputs: RingInputs) -> Tensor:
     q, k, v, cos, sin = (rows_of(tensor) for tensor in inputs[:5])
     (batch, heads, size), (_, groups, value_size) = q.shape, v.shape
     rings, places, ratio = (inputs.ring_k, inputs.ring_v), inputs.ring_k.shape[1], heads // groups
-    o = q.new_empty(batch, heads, value_size)
+    o, logit = ring_output(inputs), inputs.logit
+    out = o if inputs.out is None else inputs.out
     columns, warps, stages = tile_of_ring(max(size, value_size), places)
     ring_kernel[(batch * groups,)](
         q,
@@ -107,13 +112,16 @@ def ring(inputs: RingInputs) -> Tensor:
         as_bytes(inputs.valid),
         inputs.rows.contiguous(),
         inputs.turn.contiguous(),
-        o,
+        logit,
+        out,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
         cos.stride(0),
         sin.stride(0),
         *(each.stride(0) for each in (*rings, inputs.present)),
+        0 if logit is None else logit.stride(0),
+        out.stride(0),
         inputs.scale * LOG2_E,
         PLACES=places,
         GROUPS=groups,
@@ -125,6 +133,7 @@ def ring(inputs: RingInputs) -> Tensor:
         COLUMNS=columns,
         HEADS=tile_size(ratio),
         HAS_VALID=inputs.valid is not None,
+        HAS_LOGIT=logit is not None,
         num_warps=warps,
         num_stages=stages,
     )

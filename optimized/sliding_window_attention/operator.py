@@ -148,6 +148,8 @@ class RingInputs(NamedTuple):
         valid: (B,) bool; other rows keep their rings and give 0. None = all.
         scale: factor on q·k.
         engine: "triton" or "torch"; None = by the tensors.
+        logit: (B, 1), o is multiplied with one less its sigmoid; None = with 1.
+        out: (B, H·P), rows of any stride, in the dtype of q: overwritten with o, and nothing is returned.
     """
 
     q: Tensor
@@ -163,12 +165,20 @@ class RingInputs(NamedTuple):
     valid: Tensor | None
     scale: float
     engine: str | None = None
+    logit: Tensor | None = None
+    out: Tensor | None = None
 
 
 class RingOutputs(NamedTuple):
-    """o (B, H, P) in the dtype of q."""
+    """o (B, H, P) in the dtype of q; (0,) if it went elsewhere."""
 
     o: Tensor
+
+
+def ring_output(inputs: RingInputs) -> Tensor:
+    """What is returned, without values."""
+    size = 0 if inputs.out is not None else (*inputs.q.shape[:2], inputs.v.shape[2])
+    return inputs.q.new_empty(size)
 
 
 attend_ring = Operator(
@@ -176,7 +186,7 @@ attend_ring = Operator(
     RingInputs,
     RingOutputs,
     forward=Engines(lazy(f"{__package__}.torch_engine", "ring"), lazy(f"{__package__}.kernels_ring", "ring")),
-    fake=lambda inputs: inputs.q.new_empty(*inputs.q.shape[:2], inputs.v.shape[2]),
+    fake=ring_output,
     head_dims=lambda inputs: (inputs.q.shape[2], inputs.v.shape[2]),
-    overwrites=("ring_k", "ring_v", "present"),
+    overwrites=("ring_k", "ring_v", "present", "out"),
 )

@@ -187,7 +187,7 @@ def step(inputs: StepInputs) -> StepOutputs:
 
 def ring(inputs: RingInputs) -> Tensor:
     """`step` on copies of the rows in their order; the token's key and value take their place."""
-    q, k, v, cos, sin, ring_k, ring_v, present, rows, turn, valid, scale, _ = inputs
+    q, k, v, cos, sin, ring_k, ring_v, present, rows, turn, valid, scale, _, logit, out = inputs
     angles = cos[:, None], sin[:, None]
     q, k = (rotate(RotateInputs(each[:, None], *angles))[:, 0] for each in (q, k))
     at = rows[:, None], ring_slots(turn, ring_k.shape[1])
@@ -196,4 +196,6 @@ def ring(inputs: RingInputs) -> Tensor:
     for pool, new in ((ring_k, k), (ring_v, v), (present, present.new_ones(len(rows)))):
         kept = new if valid is None else torch.where(valid.view(-1, *[1] * (new.ndim - 1)), new, pool[own])
         pool[own] = kept.to(pool.dtype)
-    return o
+    if logit is not None:  # a row at rest may have any
+        o = torch.where(o == 0, o, o * torch.sigmoid(-logit)[..., None]).to(o.dtype)
+    return o if out is None else out.copy_(o.flatten(1)).new_empty(0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linmu import optimized, reference
+from linmu.optimized.decoding.operator import pooled_text_step
 from linmu.optimized.elementwise.operator import MixInputs, mix_branches
 from linmu.optimized.engine.once import one_forward
 from linmu.optimized.projections import join_columns, join_weights, token_output
@@ -111,6 +112,11 @@ def test_states_in_a_pool_are_overwritten_there_and_no_others(taps, window):
     for name, tensor in states_in(pooled, turn).items():
         torch.testing.assert_close(tensor, wanted[name].to(tensor.dtype))
         assert pools_of(pooled)[name][::2].isnan().all()
+
+
+def test_a_compiler_is_told_that_what_an_operator_overwrites_may_be_absent():
+    schema = str(pooled_text_step.registered._opoverload._schema)
+    assert "Tensor(a!) scan_pool, Tensor(b!)? conv_pool" in schema and "Tensor(c!)? out" in schema
 
 
 @pytest.mark.parametrize("bias", [True, False])

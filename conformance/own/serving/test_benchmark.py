@@ -19,9 +19,9 @@ SERVED = {"seconds": 8.0, "tokens_per_second": 1024.0, "ms_to_first_token": 300.
 WATCHED = {"wall_ms": 20.0, "busy_ms": 16.0, "launches": 12, "steps": 4, "kernels": [["gemm", 8, 12.0]]}
 
 
-def cells_of(who: str) -> list[tuple]:
+def cells_of(who: str, most: int = 1024) -> list[tuple]:
     lengths, counts = (32768, 2048, 131072), (256, 1)
-    arguments = SimpleNamespace(who=who, lengths=lengths, counts=counts, most=1024, kinds=benchmark.KINDS)
+    arguments = SimpleNamespace(who=who, lengths=lengths, counts=counts, most=most, kinds=benchmark.KINDS)
     return [tuple(cell.values()) for cell in benchmark.cells(arguments, ROOM)]
 
 
@@ -32,6 +32,8 @@ def test_a_teacher_decodes_as_many_as_its_memory_holds_and_a_student_up_to_its_o
     assert teacher == [(32768, 20), (2048, 300), (2048, 256), (32768, 1), (2048, 1)]
     assert student == [(None, 256), (None, 1024), (None, 1)]
     prompts = [cell for cell in cells_of("teacher") if cell[0] == "prompt"]
+    watched = [cell[2] for cell in cells_of("student", most=64) if cell[:2] == ("profile", None)]
+    assert watched == [1, 64, 16], "so many at once"
     assert prompts[:3] == [("prompt", length, 1) for length in (2048, 32768, 131072)]
 
 

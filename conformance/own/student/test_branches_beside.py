@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,12 +54,31 @@ def on(stream: Stream) -> Iterator[None]:
         Stream.current = before
 
 
+class Columns(NamedTuple):
+    """Which columns of rows of so many elements a tensor has; all, if its rows lie end to end."""
+
+    row: int
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Columns:
+        if tensor.ndim < 2 or not tensor.numel():
+            return cls(0, 0, 0)
+        row, rest = tensor.stride(0), zip(tensor.shape[1:], tensor.stride()[1:], strict=True)
+        size = 1 + sum((n - 1) * stride for n, stride in rest)
+        return cls(row, low := tensor.storage_offset() % row, low + size) if size < row else cls(0, 0, 0)
+
+    def meet(self, other: Columns) -> bool:
+        return self.row != other.row or not self.row or (self.low < other.high and other.low < self.high)
+
+
 class Races(TorchDispatchMode):
     """Notes operations on memory that another stream has written, and that theirs has not waited for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.written: dict[int, tuple[Stream, int]] = {}
+        self.written: dict[int, dict[Columns, tuple[Stream, int]]] = {}
         self.kept: list[Any] = []  # no memory is handed out twice
         self.found: list[str] = []
         self.streams: set[Stream] = set()
@@ -69,14 +88,16 @@ class Races(TorchDispatchMode):
         stream.done += 1
         self.streams.add(stream)
         self.kept.append((args, kwargs, result))
-        read = {place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for memory in read & self.written.keys():
-            if not stream.has_waited_for(*self.written[memory]):
-                self.found.append(str(function))
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for leaf in read:
+            for columns, when in self.written.get(place(leaf), {}).items():
+                if columns.meet(Columns.of(leaf)) and not stream.has_waited_for(*when):
+                    self.found.append(str(function))
+        old = {place(leaf) for leaf in read}
         changed = [each for each, kind in zip(args, function._schema.arguments, strict=False) if writes(kind)]
         for leaf in tree_leaves((changed, result)):
-            if isinstance(leaf, Tensor) and (place(leaf) not in read or changed):
-                self.written[place(leaf)] = stream, stream.done
+            if isinstance(leaf, Tensor) and (place(leaf) not in old or changed):
+                self.written.setdefault(place(leaf), {})[Columns.of(leaf)] = stream, stream.done
         return result
 
 
@@ -149,9 +170,22 @@ def test_no_branch_reads_what_the_other_is_writing(student, races):
     assert not found.found
 
 
-@torch.no_grad()
 def test_a_token_among_pools_of_states_reads_nothing_too_early(streams):
-    """As the plugin of vLLM captures it: weights joined, states overwritten where they are."""
+    found = races_among_pools(streams)
+    assert len(found.streams) == 2 and not found.found
+    assert Stream.current.seen[streams] == streams.done
+
+
+def test_an_output_that_does_not_wait_for_the_second_branch_is_noticed(streams, monkeypatch):
+    plant_no_join(monkeypatch)
+    assert any("linear" in each or "mm" in each for each in races_among_pools(streams).found)
+
+
+@torch.no_grad()
+def races_among_pools(streams: Stream) -> Races:
+    """Of a token as the plugin of vLLM captures it: weights joined, states overwritten where they are, both
+    branches' heads side by side.
+    """
     config = optimized.LinMUConfig(width=8, heads=4, groups=2, head_dim=4, text_window=3)
     blocks, u, found = [optimized.MMATE(config, index) for index in range(4)], torch.randn(6, 4, 8), Races()
     angles = torch.randn(6, 4, 4).cos(), torch.randn(6, 4, 4).sin()
@@ -165,8 +199,7 @@ def test_a_token_among_pools_of_states_reads_nothing_too_early(streams):
             y = u[:, 3:]
             for block, state in zip(blocks, pooled, strict=True):
                 y, _ = block(y, position_embeddings=last, state=state)
-    assert len(found.streams) == 2 and not found.found
-    assert Stream.current.seen[streams] == streams.done
+    return found
 
 
 def plant_no_join(monkeypatch) -> None:

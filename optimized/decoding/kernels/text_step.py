@@ -21,6 +21,7 @@ from ..operator import (
     ProjectionOutputs,
     TextStepInputs,
     TextStepOutputs,
+    pooled_output,
     projection_outputs,
     text_step_outputs,
 )
@@ -202,11 +203,12 @@ def state_tile(STATE, start, p, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def text_step_kernel(
-    STATE, PLACE, TURN, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, Y,
-    state_batch, start_batch, x_batch, b_batch, c_batch, rate_batch, scale, eps,
+    STATE, PLACE, TURN, START, NEXT, X, B, C, RATE, A_LOG, D, WEIGHT, BIAS, NORM, Z, VALID, LOGIT, Y,
+    state_batch, start_batch, x_batch, b_batch, c_batch, rate_batch, logit_batch, y_gap, scale, eps,
     HEADS: tl.constexpr, RATIO: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     TAPS: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_VALID: tl.constexpr, IS_POOLED: tl.constexpr, IS_RING: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_VALID: tl.constexpr, HAS_LOGIT: tl.constexpr, IS_POOLED: tl.constexpr,
+    IS_RING: tl.constexpr,
 ):  # fmt: skip
     """`torch_engine.text_step` for one head, N = P, or `pooled_text_step`; STATE is overwritten."""
     head = tl.program_id(0) % HEADS
@@ -266,8 +268,11 @@ def text_step_kernel(
     if HAS_Z:
         z = tl.load(Z + at * P + p, mask=real, other=0.0).to(tl.float32)
         y = y * z / (1.0 + tl.exp(-z))
+    if HAS_LOGIT:
+        y *= tl.sigmoid(tl.load(LOGIT + batch * logit_batch).to(tl.float32))
     y = tl.where(valid, y, 0.0)
-    tl.store(Y + at * P + p, y.to(Y.dtype.element_ty), mask=real)
+    place = at * P + batch * y_gap  # batch times a stride and head times P took a third more registers
+    tl.store(Y + place + p, y.to(Y.dtype.element_ty), mask=real)
 
 
 def project(inputs: ProjectionInputs) -> ProjectionOutputs:
@@ -345,8 +350,9 @@ def text_step(inputs: TextStepInputs) -> TextStepOutputs:
 
 def pooled_text_step(inputs: PooledTextStepInputs) -> Tensor:
     """The operator on a Triton kernel."""
-    y = inputs.x.new_empty(len(inputs.x), inputs.C.shape[1] * inputs.x.shape[2])
-    launch_step(inputs, inputs.scan_pool, inputs.conv_pool, inputs.conv_pool, y, inputs.rows, inputs.turn)
+    y, pools = pooled_output(inputs), (inputs.scan_pool, inputs.conv_pool, inputs.conv_pool)
+    out = y if inputs.out is None else inputs.out
+    launch_step(inputs, *pools, out, inputs.rows, inputs.turn, inputs.logit)
     return y
 
 
@@ -358,6 +364,7 @@ def launch_step(
     y: Tensor,
     rows: Tensor | None = None,
     turn: Tensor | None = None,
+    logit: Tensor | None = None,
 ) -> None:
     """Launch the kernel on states, or on pools of them."""
     heads, size, groups, conv_weight = (
@@ -388,6 +395,7 @@ def launch_step(
         contiguous(inputs.norm_weight),
         contiguous(inputs.z),
         as_bytes(inputs.valid),
+        logit,
         y,
         states.stride(0),
         none.stride(0) if start is not None else 0,
@@ -395,6 +403,8 @@ def launch_step(
         B.stride(0),
         C.stride(0),
         rate.stride(0),
+        0 if logit is None else logit.stride(0),
+        y.stride(0) - heads * size,
         inputs.scale,
         inputs.eps,
         HEADS=heads,
@@ -408,6 +418,7 @@ def launch_step(
         HAS_NORM=inputs.norm_weight is not None,
         HAS_Z=inputs.z is not None,
         HAS_VALID=inputs.valid is not None,
+        HAS_LOGIT=logit is not None,
         IS_POOLED=rows is not None,
         IS_RING=turn is not None and taps > 1,
         num_warps=warps,

@@ -51,7 +51,7 @@ INT32 = {"SEGMENT", "BEGIN", "BEGINS", "AGE"}
 MASKS = {"VALID", "MASK", "ASKS"}
 LINEAR = re.compile(r"tensor<(\d+)x(\d+)x[a-z0-9]+, #linear")  # tiles, not scalars of tokens
 FLOATS = {"scale", "natural_scale", "inverse", "eps"}
-STRIDES = ("batch", "token", "head")
+STRIDES = ("batch", "token", "head", "gap")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCAN = {"HEADS": 28, "RATIO": 7, "HAS_VALID": True, "HAS_VISION": True, "HAS_SKIP": True}
@@ -74,15 +74,15 @@ CONV = {
 }
 WINDOW = {"HEADS": 28, "RATIO": 7, "FLAT": True, "BLOCK": window_plan.BLOCK, "KEYS": 256}
 TOKEN = {"HEADS": 28, "RATIO": 7, "TAPS": 4, "ROWS": 4, "HAS_BIAS": True, "HAS_NORM": True, "HAS_Z": True}
-TOKEN |= {"HAS_VALID": True, "IS_POOLED": False, "IS_RING": False, "programs": 28}
-POOLED_TOKEN = TOKEN | {"IS_POOLED": True, "IS_RING": True, "programs": 7168}
+TOKEN |= {"HAS_VALID": True, "IS_POOLED": False, "IS_RING": False, "HAS_LOGIT": False, "programs": 28}
+POOLED_TOKEN = TOKEN | {"IS_POOLED": True, "IS_RING": True, "HAS_LOGIT": True, "programs": 7168}
 PROJECT = {"WIDTH": 3584, "HEADS": 28, "GROUPED": 512, "INNER": 3584, "HAS_BIAS": True, "HAS_Z": True}
 OUTPUT = {"WIDTH": 3584, "HAS_BIAS": True, "OUTPUTS": text_step_kernels.OUTPUTS_AT_ONCE}
 MIX = {"WIDTH": 3584, "BLOCK": 1024}
 ROPE = {"HEADS": 28, "BLOCK_HEADS": 32, "BACKWARD": True, "TAKES": True}
 SLIDING = {"HEADS": 28, "RATIO": 7, "HAS_ASKS": True, "HAS_VALID": True, "HAS_LOW": True}
 SLIDING_STEP = {"GROUPS": 4, "RATIO": 7, "PLACES": 127, "HAS_ASKS": True, "HAS_VALID": True}
-RING = SLIDING_STEP | {"PLACES": 128, "HEADS": 16}
+RING = SLIDING_STEP | {"PLACES": 128, "HEADS": 16, "HAS_LOGIT": True}
 PLAN = dict.fromkeys(("TOKEN", "WINDOW", "BLOCKS"), "*i32")
 SPANS = dict.fromkeys(("LOW", "HIGH"), "*i32")
 LOSS = {"SIZE": 151_936, "BLOCK": 2048, "HAS_MASK": True}
@@ -216,7 +216,7 @@ KERNELS = {
         RING,
         "ring",
         None,
-        dict.fromkeys(("PRESENT", "COS", "SIN"), "*fp32") | dict.fromkeys(("PLACE", "TURN"), "*i64"),
+        LOGIT | dict.fromkeys(("PRESENT", "COS", "SIN"), "*fp32") | dict.fromkeys(("PLACE", "TURN"), "*i64"),
     ),
     "sliding_move": (
         "sliding_window_attention.kernels_step",
@@ -255,7 +255,7 @@ KERNELS = {
         POOLED_TOKEN,
         "step",
         3,
-        TOKEN_POINTERS | {"PLACE": "*i64", "TURN": "*i64"},
+        TOKEN_POINTERS | LOGIT | {"PLACE": "*i64", "TURN": "*i64"},
     ),
     "project_one": ("decoding.kernels.text_step", "project_kernel", PROJECT | {"rows": 1}, 4, 3, WIDE_DT),
     "output_one": ("decoding.kernels.text_step", "text_output_kernel", OUTPUT | {"rows": 1}, 4, 3, LOGIT),
