@@ -127,8 +127,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--most", type=int, help="requests in a step; vLLM's max_num_seqs")
     parser.add_argument("--quantization", choices=("fp8",), help="of the weights, by vLLM")
     parser.add_argument("--mamba-ssm-cache-dtype", choices=("bfloat16", "float16"), help="vLLM's: of states")
-    names = ("prompt_graphs", "branches_beside")
-    parser.add_argument("--options", nargs="+", choices=names, default=(), help="additional_config's")
+    parser.add_argument(
+        "--options", nargs="+", choices=("prompt_graphs",), default=(), help="additional_config's"
+    )
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU that vLLM may use")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs; a CPU has none")
     parser.add_argument("--computed", action="store_true", help="the teacher's keys and values, not written")

@@ -77,7 +77,7 @@ def engine(monkeypatch) -> Engine:
     return Engine(monkeypatch)
 
 
-TWO = {"mamba_ssm_cache_dtype": "bfloat16", "options": "branches_beside"}
+TWO = {"mamba_ssm_cache_dtype": "bfloat16", "options": "prompt_graphs"}
 DECODING = {"cell": "decoding", "length": None, "requests": 3}
 STUDENT = SimpleNamespace(size="tiny", who="student", computed=False)
 
@@ -166,7 +166,7 @@ def test_the_report_compares_what_was_measured_and_says_what_was_not(tmp_path):
     assert "| 32,768 | 3 | 150 | 50× | not measured |  |  |" in text
     assert "| 2,048 | 16 | 4.0 | 4,000 | 5.0 | 3,200 | 0.80× |" in text
     assert "| fp8 | 16 | 2.0 | 8,000 |" in text
-    assert text.count("| bfloat16, branches_beside | 16 | 1.0 | 16,000 |") == 1
+    assert text.count("| bfloat16, prompt_graphs | 16 | 1.0 | 16,000 |") == 1
     assert "| 2,048 | 64 | 8.0 | 8.0 | 1,024.0 | 1,024.0 | 1.00× | 300.0 | 300.0 | 9.0 | 9.0 |" in text
     assert "**64 requests, 4 steps**: 5.00 ms by the clock, 4.00 in kernels, 3 of them." in text
     assert "| `gemm` | 2.0 | 3.0 |" in text

@@ -344,7 +344,7 @@ def test_a_cut_picture_is_refused_by_the_layer():
         ({"pipeline_parallel_size": 2}, "pipeline parallel size must be 1"),
         ({"enable_lora": True}, "LoRA must be off"),
         ({"mamba_cache_dtype": "bfloat16"}, "mamba_cache_dtype must be auto"),
-        ({"additional_config": {"linmu": ["graphs"]}}, "must be a list of prompt_graphs, branches_beside"),
+        ({"additional_config": {"linmu": ["graphs"]}}, "must be a list of prompt_graphs"),
         ({"max_num_batched_tokens": 64}, "Please increase max_num_batched_tokens"),
     ],
 )

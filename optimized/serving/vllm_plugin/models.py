@@ -90,7 +90,7 @@ class StateModel:
             layers[index].self_attn = self.states[index] = layer
         self.has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
         untried = untried_options(vllm_config) if self.has_graphs else ()
-        self.stream = torch.cuda.Stream() if "branches_beside" in untried else None
+        self.stream = torch.cuda.Stream() if self.has_graphs and torch.cuda.is_available() else None
         self.prompt_graphs: PromptGraphs | None = None
         self.rank = get_tensor_model_parallel_rank()
         self.ranks = get_tensor_model_parallel_world_size()

@@ -12,7 +12,7 @@ from .tensor_parallel import require_groups_for_ranks
 
 WHERE = "linmu in vLLM"
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-UNTRIED = ("prompt_graphs", "branches_beside")  # names in `--additional-config '{"linmu": [...]}'`
+UNTRIED = ("prompt_graphs",)  # names in `--additional-config '{"linmu": [...]}'`
 
 
 class StudentSettings(VerifyAndUpdateConfig):
