@@ -109,6 +109,25 @@ def assert_zero(got: Tensor, case: Any, what: str) -> None:
     assert_exact(got, torch.zeros_like(got), case, what)
 
 
+def assert_negligible(got: Tensor, beside: Tensor, case: Any, what: str) -> None:
+    """Zero, but for what rounding leaves where a right backend subtracts two equal sums.
+
+    Args:
+        got: what must be zero.
+        beside: numbers of the same kind that need not, whose size counts if it is above 1.
+        case: as of `assert_matches`.
+        what: says what `got` is.
+    """
+    size = max(1.0, maximum(beside.detach().double()) if beside.numel() else 0.0)
+    bound = 10 * ABSOLUTE * FLOORS[got.dtype] * size
+    found = got.detach().double().abs()
+    if found.numel() and not maximum(found) <= bound:
+        index = tuple(int(i) for i in torch.unravel_index(found.argmax(), found.shape))
+        raise AssertionError(
+            report(f"{what}: must be 0 within {bound:.1e}, at {index} got {got[index].item()!r}", case)
+        )
+
+
 def check_form(name: str, got: Tensor, want: Tensor, case: Any, finite: bool = True) -> None:
     """Shape, dtype and finiteness."""
     shapes, kinds = (tuple(got.shape), tuple(want.shape)), (got.dtype, want.dtype)

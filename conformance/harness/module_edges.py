@@ -56,7 +56,7 @@ def check_steps_at_both_ends(backend: Any, name: str, case: ModuleCase) -> None:
             flex.D.zero_()
             for parameter in (*scaled.parameters(), *flex.v_proj.parameters()):
                 parameter.mul_(step**-0.5 * (SMALL if narrow else 1))
-        check_module(module, reference, name, case)
+        check_module(module, reference, name, case, strong=step > 20)
         word = replace(case, layout=ONE_WORD)
         check_module(module, reference, name, word, layout=None, state=random_state(name, word))
 

@@ -51,6 +51,55 @@ def test_a_window_that_just_fills_a_block_is_tried(size):
         )
 
 
+BETWEEN = [
+    ("selective_scan", "B"),
+    ("selective_scan", "x"),
+    ("bidirectional_scan", "B"),
+    ("scan_step", "state"),
+    ("window_attention", "k"),
+    ("window_attention", "v"),
+    ("sliding_window_attention", "k"),
+]
+
+
+@pytest.mark.parametrize(("low", "high"), ((16, 32), (32, 64), (64, 96), (96, 128)))
+@pytest.mark.parametrize(("operator", "name"), BETWEEN)
+def test_head_dims_between_powers_of_two_are_tried(operator, name, low, high):
+    """The last number of a head is lost for head dims above the one and below the other."""
+
+    def compute(**given):
+        whole = given[name]
+        if low < whole.shape[-1] < high:
+            given |= {name: torch.cat([whole[..., :-1], 0 * whole[..., -1:]], -1)}
+        return right(operator, given)
+
+    backend = SimpleNamespace(**{operator: compute})
+    tried = [case for key, case in LARGE[operator].items() if key.startswith("N=P=")]
+    with pytest.raises(AssertionError):
+        for case in tried:
+            check_large(backend, case)
+
+
+@pytest.mark.parametrize(
+    "operator", ("selective_scan", "bidirectional_scan", "sliding_window_attention", "causal_conv")
+)
+def test_a_look_back_over_a_thousand_masked_tokens_is_tried(operator):
+    """What lies before a gap of 2,048 tokens is lost."""
+    mask = {"bidirectional_scan": "valid", "sliding_window_attention": "valid"}.get(operator, "mask")
+
+    def compute(**given):
+        there = given[mask]
+        gaps = there is not None and there.shape[1] > 2100 and not there[:, 100:2148].any()
+        if gaps:
+            given |= {mask: there & (torch.arange(there.shape[1]) > 2148)}
+        return right(operator, given)
+
+    with pytest.raises(AssertionError):
+        for key, case in LARGE[operator].items():
+            if "gap of 2,300" in key:
+                check_large(SimpleNamespace(**{operator: compute}), case)
+
+
 def scale_left_out(operator, given):
     """Of rows of more than 32 tokens."""
     return right(operator, given | {"scale": None} if given["q"].shape[1] > 32 else given)

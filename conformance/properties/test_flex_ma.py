@@ -12,7 +12,7 @@ from linmu import reference
 from linmu.reference import LinMUConfig, VisionLayout
 
 from ..harness import second_formulation_modules
-from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, report
+from ..harness.compare import assert_close, assert_exact, assert_negligible, assert_same, assert_zero, report
 from ..harness.layouts import Layout, Pad, Text, Vision
 from ..harness.module_cases import (
     WIDTH,
@@ -269,7 +269,7 @@ def test_steps_may_have_any_size(backend, case: ModuleCase):
     for bias in (-12.0, 200.0):
         with torch.no_grad():
             module.dt_proj.bias.fill_(bias)
-        check_module(module, reference, NAME, case)
+        check_module(module, reference, NAME, case, strong=bias > 20)
 
 
 @flex(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=False), share=0.1)
@@ -387,7 +387,7 @@ def test_without_reverse_scan_in_raster_order_all_is_causal(backend, case: Modul
     output = run(module, NAME, case, u)["output"]
     for t in range(0, u.shape[1], 4):
         (found,) = torch.autograd.grad(output[:, t].sum(), u, retain_graph=True)
-        assert_zero(found[:, t + 1 :], case, f"gradient from token {t} to later ones")
+        assert_negligible(found[:, t + 1 :], found, case, f"gradient from token {t} to later ones")
 
 
 @flex(cases=module_cases(["float64"], reverse_scan=True, conv_kernel=0, layout=PROMPT))
