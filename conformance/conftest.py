@@ -240,8 +240,22 @@ def fixed_arguments(item: pytest.Item) -> dict[str, tuple[Any, int]] | None:
     callspec = getattr(item, "callspec", None)
     if callspec is None or set(item.fixturenames) - {"request"} != set(callspec.params):
         return None
-    given = callspec.params.items()
-    return {name: (value, callspec.indices[name]) for name, value in given if name != "backend"}
+    given, named = callspec.params.items(), names_of_rows(item)
+    return {
+        name: (value, named.get(name, callspec.indices[name])) for name, value in given if name != "backend"
+    }
+
+
+def names_of_rows(item: pytest.Item) -> dict[str, str]:
+    """The names of the rows that a test's parameters stand in, where `pytest.param` gave them one."""
+    found: dict[str, str] = {}
+    for mark in item.iter_markers("parametrize"):
+        names, table = mark.args
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        row = list(table)[item.callspec.indices[names[0]]]
+        if isinstance(getattr(row, "id", None), str):
+            found |= dict.fromkeys(names, row.id)
+    return found
 
 
 def needed_names(item: pytest.Item) -> list[str]:
