@@ -240,21 +240,21 @@ def fixed_arguments(item: pytest.Item) -> dict[str, tuple[Any, int]] | None:
     callspec = getattr(item, "callspec", None)
     if callspec is None or set(item.fixturenames) - {"request"} != set(callspec.params):
         return None
-    given, named = callspec.params.items(), names_of_rows(item)
-    return {
-        name: (value, named.get(name, callspec.indices[name])) for name, value in given if name != "backend"
-    }
+    given, rows = callspec.params, rows_of_parameters(item)
+    return {name: (value, rows[name]) for name, value in given.items() if name in rows}
 
 
-def names_of_rows(item: pytest.Item) -> dict[str, str]:
-    """The names of the rows that a test's parameters stand in, where `pytest.param` gave them one."""
-    found: dict[str, str] = {}
+def rows_of_parameters(item: pytest.Item) -> dict[str, int | str]:
+    """Where each parameter of a test stands in the tables of its marks: the name of the row, or its place."""
+    given, found = item.callspec.params, {}
     for mark in item.iter_markers("parametrize"):
         names, table = mark.args
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-        row = list(table)[item.callspec.indices[names[0]]]
-        if isinstance(getattr(row, "id", None), str):
-            found |= dict.fromkeys(names, row.id)
+        for place, row in enumerate(table):
+            values = row.values if hasattr(row, "marks") else row if len(names) > 1 else (row,)
+            if all(value is given[name] for name, value in zip(names, values, strict=True)):
+                name = getattr(row, "id", None)
+                found |= dict.fromkeys(names, name if isinstance(name, str) else place)
     return found
 
 

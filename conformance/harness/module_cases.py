@@ -55,7 +55,9 @@ class ModuleCase:
 
     def hidden_states(self, draw: int = 0) -> Tensor:
         """(B, L, D); another `draw` gives other numbers."""
-        return Numbers(self.seed + 7919 * draw).normal(*self.layout.shape, WIDTH, dtype=self.torch_dtype)
+        return Numbers(self.seed + 7919 * draw).normal(
+            *self.layout.shape, self.config.width, dtype=self.torch_dtype
+        )
 
     def position_embeddings(self) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B, L, N), of random angles, float32 or better as Hugging Face computes them."""
@@ -116,6 +118,12 @@ def random_module(backend: Any, name: str, case: ModuleCase) -> nn.Module:
             centre, spread = (1.0, 0.3) if "norm" in key else (-2.0, 1.0) if "A_log" in key else (0.0, 0.5)
             parameter.copy_(centre + spread * numbers.normal(*parameter.shape))
     return module
+
+
+def branches_of(module: nn.Module) -> list[nn.Module]:
+    """The branches of a block, or the module itself."""
+    found = [getattr(module, name) for name in ("flex_ma", "local_swin") if hasattr(module, name)]
+    return found or [module]
 
 
 def run(

@@ -14,6 +14,7 @@ from linmu.reference import LinMUConfig, VisionLayout
 from ..harness import second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, report
 from ..harness.layouts import Layout, Pad, Text, Vision
+from ..harness.module_autocast import WITH_AND_WITHOUT_AUTOCAST, check_autocast
 from ..harness.module_cases import (
     WIDTH,
     ModuleCase,
@@ -128,6 +129,12 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@flex(cases=module_cases(("float32", "mixed"), qk_norm=False, qkv_bias=True), share=0.2)
+def test_autocast_rounds_projections_and_nothing_else(backend, case: ModuleCase):
+    """q, k, v, z and the output, as it does in the reference; values, states and gradients."""
+    check_autocast(backend, NAME, case)
 
 
 @pytest.mark.needs(NAME)
@@ -255,11 +262,13 @@ def test_steps_are_projected_in_float32(backend, case: ModuleCase):
     state = reference.FlexMAState(torch.zeros(2, 0, channels), scan)
     truth, u = initial(reference, NAME, case), case.hidden_states()
     truth.load_state_dict(module.state_dict())
-    wanted = run(truth.float(), NAME, case, u.float(), layout=None, state=state)
-    found = run(module, NAME, case, layout=None, state=state)
-    bound = 2e-3 * wanted["scan state"].abs().max()
-    error = (found["scan state"] - wanted["scan state"]).abs().max()
-    assert error < bound, f"scan state: must be that of steps in float32, off by {error:.3e}: {case!r}"
+    wanted = run(truth.float(), NAME, case, u.float(), layout=None, state=state)["scan state"]
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            found = run(module, NAME, case, layout=None, state=state)["scan state"]
+        error, size = (found - wanted).abs().max(), wanted.abs().max()
+        line = f"scan state: must be that of steps in float32, off by {error:.3e} of {size:.3e}"
+        assert error < 2e-3 * size, report(f"{line}, {context.__name__}", case)
 
 
 @flex(cases=module_cases(["float64"]), share=0.1)
@@ -318,10 +327,12 @@ def test_the_scan_gate_is_projected_in_float32(backend, case: ModuleCase):
     truth = initial(reference, NAME, case)
     truth.load_state_dict(module.state_dict())
     wanted = run(truth.float(), NAME, case, u.float())["output"][:, 0]
-    found = run(module, NAME, case, u)["output"][:, 0]
-    error, size = (found - wanted).abs().max(), wanted.abs().max()
-    line = f"output: must be that of a gate in float32, off by {error:.3e} of {size:.3e}"
-    assert error < 0.05 * size, report(line, case)
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            found = run(module, NAME, case, u)["output"][:, 0]
+        error, size = (found - wanted).abs().max(), wanted.abs().max()
+        line = f"output: must be that of a gate in float32, off by {error:.3e} of {size:.3e}"
+        assert error < 0.05 * size, report(f"{line}, {context.__name__}", case)
 
 
 @flex(cases=module_cases(("mixed",), layout=TEXT_ONLY, **{**BARE, "head_norm": True}), share=0.3)
@@ -337,10 +348,12 @@ def test_the_norm_of_a_head_is_taken_in_float32(backend, case: ModuleCase):
             parameter.copy_(torch.eye(*parameter.shape) if name == "weight" else torch.zeros_like(parameter))
         module.D.abs_()
         module.norm_weight.fill_(1.0)
-    output = run(module, NAME, case, case.hidden_states().abs() + 1)["output"]
-    ones = output[..., : min(output.shape[-1], case.config.heads * dim)]
-    error = (ones - 1).abs().max()
-    assert error < 2**-10, report(f"output: a norm in float32 must give 1, off by {error:.3e}", case)
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            output = run(module, NAME, case, case.hidden_states().abs() + 1)["output"]
+        error = (output[..., : min(output.shape[-1], case.config.heads * dim)] - 1).abs().max()
+        line = f"output: a norm in float32 must give 1, off by {error:.3e}, {context.__name__}"
+        assert error < 2**-10, report(line, case)
 
 
 @flex(cases=module_cases(("float32", "bfloat16")))

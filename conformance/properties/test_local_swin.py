@@ -14,6 +14,7 @@ from linmu import reference
 from ..harness import second_formulation, second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero
 from ..harness.layouts import Layout, Pad, Text, Vision
+from ..harness.module_autocast import check_autocast
 from ..harness.module_cases import (
     ModuleCase,
     check_module,
@@ -89,6 +90,12 @@ def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@swin(cases=module_cases(("float32", "mixed"), text_window=3, qk_norm=False, qkv_bias=True), share=0.2)
+def test_autocast_rounds_projections_and_nothing_else(backend, case: ModuleCase):
+    """q, k, v, z and the output, as it does in the reference; values, states and gradients."""
+    check_autocast(backend, NAME, case)
 
 
 @swin(cases=module_cases(output_bias=True, text_window=0))

@@ -13,6 +13,7 @@ from linmu import reference
 from ..harness import second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, quarters, report
 from ..harness.layouts import Layout, Pad, Text, Vision
+from ..harness.module_autocast import WITH_AND_WITHOUT_AUTOCAST, check_autocast
 from ..harness.module_cases import (
     WIDTH,
     ModuleCase,
@@ -159,12 +160,14 @@ def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
         module.local_swin.o_proj.bias.copy_(-module.flex_ma.o_proj.bias)
         module.mix_proj.weight.fill_(4.0)
         module.mix_proj.bias.fill_(0.004 - 4 * WIDTH)
-    output = run(module, NAME, case, torch.ones_like(case.hidden_states()))["output"]
     half = module.flex_ma.o_proj.bias.float()
     wanted = (2 * torch.sigmoid(torch.tensor(0.004)) - 1) * half
-    error = ((output - wanted)[:, case.layout.segment[0] >= 0]).abs().max()
-    line = f"output: must be that of a mix in float32, off by {error:.3e} of {wanted.abs().max():.3e}"
-    assert error < 0.01 * wanted.abs().max(), report(line, case)
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            output = run(module, NAME, case, torch.ones_like(case.hidden_states()))["output"]
+        error, size = (output - wanted)[:, case.layout.segment[0] >= 0].abs().max(), wanted.abs().max()
+        line = f"output: must be that of a mix in float32, off by {error:.3e} of {size:.3e}"
+        assert error < 0.01 * size, report(f"{line}, {context.__name__}", case)
 
 
 @mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=False), share=0.05)
@@ -222,6 +225,12 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@mate(cases=module_cases(("float32", "mixed"), text_window=3, qk_norm=False, qkv_bias=True), share=0.2)
+def test_autocast_rounds_projections_and_nothing_else(backend, case: ModuleCase):
+    """q, k, v, z and the output, as it does in the reference; values, states and gradients."""
+    check_autocast(backend, NAME, case)
 
 
 @mate(cases=module_cases(layout=ONE_CELL), share=0.2)
