@@ -43,6 +43,7 @@ from ..harness.module_edges import (
     check_layers_share_a_layout,
     check_norms_at_both_ends,
 )
+from ..harness.module_memory import REMEMBERED, check_nothing_is_remembered
 from ..harness.operator_cases import DTYPES, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 from ..harness.second_sliding_window import pairs_and_rest
@@ -90,6 +91,12 @@ def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@swin(cases=module_cases(layout=REMEMBERED, text_window=3), share=0.05)
+def test_nothing_is_remembered_between_calls(backend, case: ModuleCase):
+    """Parameters, however they change, layouts, masks, angles and states; results stay as they were."""
+    check_nothing_is_remembered(backend, NAME, case)
 
 
 @swin(cases=module_cases(("float32", "mixed"), text_window=3, qk_norm=False, qkv_bias=True), share=0.2)

@@ -52,6 +52,7 @@ from ..harness.module_edges import (
     check_norms_at_both_ends,
     check_steps_at_both_ends,
 )
+from ..harness.module_memory import REMEMBERED, check_nothing_is_remembered
 from ..harness.operator_cases import DTYPES, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 
@@ -225,6 +226,12 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@mate(cases=module_cases(layout=REMEMBERED, text_window=3), share=0.05)
+def test_nothing_is_remembered_between_calls(backend, case: ModuleCase):
+    """Parameters, however they change, layouts, masks, angles and states; results stay as they were."""
+    check_nothing_is_remembered(backend, NAME, case)
 
 
 @mate(cases=module_cases(("float32", "mixed"), text_window=3, qk_norm=False, qkv_bias=True), share=0.2)
