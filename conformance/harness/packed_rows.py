@@ -11,14 +11,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linmu import reference
 from linmu.reference import VisionLayout
 
-from .compare import Results, assert_same, cotangent
+from .compare import Results, assert_same
 from .layouts import Layout, Text
-from .module_cases import ModuleCase, named, random_module, sizes
+from .module_cases import ModuleCase, named, random_module, sizes, with_gradients
 from .operator_cases import DTYPES, EXACT, Case, ChangedCase, Numbers, fed, operator_of, property_of, run
 from .operator_checks import (
     check_matches_the_reference,
@@ -279,21 +279,6 @@ def check_module_equals_samples_alone(
     of_sums = partial(sizes, reference, name, case, module.state_dict(), **as_packed)
     found, wanted = (with_gradients(module, case, function) for function in (packed, alone))
     assert_same(found, wanted, PackedModuleCase(case, sequence), sizes=of_sums, source=ALONE)
-
-
-def with_gradients(module: nn.Module, case: ModuleCase, function: Callable) -> Results:
-    """What a function of the hidden states gives, and the gradients of these and of the parameters."""
-    u, parameters = case.hidden_states().requires_grad_(), dict(module.named_parameters())
-    results = function(u)
-    asked = [(i, output) for i, output in enumerate(results.values()) if output.requires_grad]
-    cotangents = [cotangent(output, i) for i, output in asked]
-    leaves = {"hidden_states": u, **parameters}
-    found = torch.autograd.grad([o for _, o in asked], list(leaves.values()), cotangents, allow_unused=True)
-    grads = {
-        f"grad {key}": torch.zeros_like(leaf) if grad is None else grad
-        for (key, leaf), grad in zip(leaves.items(), found, strict=True)
-    }
-    return {name: result.detach() for name, result in results.items()} | grads
 
 
 def packed_properties(operator: str, cases: Callable, long: Callable | None = None) -> dict[str, Callable]:

@@ -26,11 +26,13 @@ from ..harness.module_cases import (
     run_with_gradients,
 )
 from ..harness.module_checks import (
+    A_WORD,
     TWO_ROWS,
     check_angles_of_one_row,
     check_batch_mates_change_nothing,
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
+    check_step_behind_a_full_window,
     check_steps_equal_prefill,
     large_cases_of,
 )
@@ -91,6 +93,12 @@ def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@swin(cases=module_cases(layout=A_WORD, text_window=1030), share=0.1)
+def test_a_step_reads_a_window_of_more_than_a_thousand_tokens(backend, case: ModuleCase):
+    """All that are there, with gradients and without."""
+    check_step_behind_a_full_window(backend, NAME, case)
 
 
 @swin(cases=module_cases(layout=REMEMBERED, text_window=3), share=0.05)

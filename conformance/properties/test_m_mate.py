@@ -27,6 +27,7 @@ from ..harness.module_cases import (
     sizes,
 )
 from ..harness.module_checks import (
+    A_WORD,
     ONE_CELL,
     TWO_ROWS,
     check_angles_of_one_row,
@@ -35,6 +36,7 @@ from ..harness.module_checks import (
     check_one_vision_token_behind_a_state,
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
+    check_step_behind_a_full_window,
     check_steps_equal_prefill,
     check_the_state_is_left,
     large_cases_of,
@@ -226,6 +228,12 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@mate(cases=module_cases(layout=A_WORD, text_window=1030), share=0.1)
+def test_a_step_reads_a_window_of_more_than_a_thousand_tokens(backend, case: ModuleCase):
+    """All that are there, with gradients and without."""
+    check_step_behind_a_full_window(backend, NAME, case)
 
 
 @mate(cases=module_cases(layout=REMEMBERED, text_window=3), share=0.05)
