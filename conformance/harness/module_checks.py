@@ -14,7 +14,7 @@ from linmu import reference
 from linmu.reference import VisionLayout
 
 from .compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
-from .layouts import Layout, Text, Vision
+from .layouts import Layout, Pad, Text, Vision
 from .module_cases import (
     ModuleCase,
     check_module,
@@ -30,6 +30,8 @@ from .operator_cases import Numbers
 
 STATES = ("conv state", "scan state")
 ONE_CELL = Layout(((Text(3), Vision(0, (1, 1, 1)), Text(2)), (Text(3), Vision(4, (1, 1, 1)), Text(2))))
+WITHOUT_A_GAP = Layout(((Text(3), Vision(0, (1, 2, 4)), Text(2)), (Text(13),)))
+LONG_GAP, GAP_OF_A_LOOP = 2200, 50  # tokens
 A_WORD = Layout(((Text(1),),))
 TWO_ROWS = Layout(((Vision(0, (2, 2, 2)), Text(2)), (Text(1), Vision(0, (1, 3, 3)))))
 
@@ -177,11 +179,17 @@ def check_step_behind_a_full_window(backend: Any, name: str, case: ModuleCase) -
         assert_same(run(module, name, case, **given), wanted, case)
 
 
-def check_a_gap_is_as_if_absent(backend: Any, name: str, case: ModuleCase, wide: Layout) -> None:
-    """The layout `wide` is that of the case with padding in between: the reference never sees that."""
-    module, cut = random_module(backend, name, case), wide.valid.nonzero()[:, 1].view(case.layout.shape)
-    if type(module) is getattr(reference, name):
-        return  # what it is held against here
+def around_a_gap(tokens: int) -> Layout:
+    """`WITHOUT_A_GAP`, with so much padding in the picture of one row and in the text of the other."""
+    picture = Vision(0, (1, 2, 4), "row", Pad(tokens))
+    return Layout(((Text(3), picture, Text(2)), (Text(6), Pad(tokens), Text(7))))
+
+
+def check_a_gap_is_as_if_absent(backend: Any, name: str, case: ModuleCase) -> None:
+    """Padding of thousands of tokens, of fewer where the reference is on trial, which is a loop."""
+    module = random_module(backend, name, case)
+    wide = around_a_gap(LONG_GAP if type(module) is not getattr(reference, name) else GAP_OF_A_LOOP)
+    cut = wide.valid.nonzero()[:, 1].view(case.layout.shape)
     numbers = Numbers(case.seed + 17)
 
     def spread(tensor: Tensor) -> Tensor:

@@ -510,3 +510,59 @@ def projections_do_not_heed_autocast(reference):
                 return super().forward(*given, **named)
 
     return Broken
+
+
+@planted("LocalSwin", swin.test_a_step_reads_a_window_of_more_than_a_thousand_tokens)
+def a_step_reads_a_thousand_keys_at_most(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            if state is not None and hidden_states.shape[1] == 1:
+                near = torch.arange(state.present.shape[1], 0, -1) < 1024
+                state = state._replace(present=state.present & near)
+            return super().forward(hidden_states, layout, state=state, **rest)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_a_step_reads_a_window_of_more_than_a_thousand_tokens)
+def the_window_of_a_block_ends_at_1024_without_gradients(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            if state is not None and state.window is not None and not torch.is_grad_enabled():
+                near = torch.arange(state.window.present.shape[1], 0, -1) < 1024
+                present = state.window.present & near
+                state = state._replace(window=state.window._replace(present=present))
+            return super().forward(hidden_states, layout, state=state, **rest)
+
+    return Broken
+
+
+def behind_gaps(valid):
+    """(B, L) int64, one more behind each run of 2,048 invalid tokens."""
+    place = torch.arange(valid.shape[1]).expand(valid.shape)
+    last = torch.where(valid, place, -1).cummax(1).values  # the valid token before, or -1
+    far = torch.nn.functional.pad(place[:, 1:] - last[:, :-1], (1, 0)) > 2048
+    return (far & valid).cumsum(1)
+
+
+def forgotten_behind_gaps(part):
+    """The convolution, or the scan, begins anew."""
+
+    def broken(reference):
+        class Broken(reference):
+            pass
+
+        def begin_anew(self, *given):
+            *given, valid, state, sequence = given
+            sequence = sequence if valid is None else behind_gaps(valid)
+            return getattr(reference, part)(self, *given, valid, state, sequence)
+
+        setattr(Broken, part, begin_anew)
+        return Broken
+
+    return broken
+
+
+for part in ("convolve", "scan"):
+    caught_by = (flex.test_thousands_of_masked_tokens_are_as_if_absent,)
+    BUGS.append(Bug(f"long_gaps_are_not_crossed_in_{part}", "FlexMA", forgotten_behind_gaps(part), caught_by))
