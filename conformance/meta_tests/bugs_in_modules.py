@@ -438,6 +438,16 @@ def autocast_rounds_steps(reference):
     return Broken
 
 
+@planted("FlexMA", flex.test_steps_are_projected_in_float32)
+def steps_are_kept_from_autocast_beside_half_precision_alone(reference):
+    class Broken(reference):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            return xBC, F.softplus(self.dt_proj(u)).float() if u.dtype == torch.float32 else dt, gate
+
+    return Broken
+
+
 @planted("FlexMA", flex.test_the_scan_gate_is_projected_in_float32)
 def autocast_rounds_the_gate(reference):
     class Broken(reference):

@@ -152,7 +152,7 @@ def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase)
         assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
 
 
-@mate(cases=module_cases(("mixed",), layout=PROMPT, output_bias=True), share=0.3)
+@mate(cases=module_cases(("mixed", "float32"), layout=PROMPT, output_bias=True), share=0.3)
 def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
     """Branches that are each other's negative, and a mix of little more than a half: neither it, nor what it
     is projected from, nor a product with it is rounded."""
@@ -160,6 +160,7 @@ def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
     with torch.no_grad():
         for branch in (module.flex_ma, module.local_swin):
             branch.o_proj.weight.zero_()
+        module.flex_ma.o_proj.bias.copy_(module.flex_ma.o_proj.bias.bfloat16())
         module.local_swin.o_proj.bias.copy_(-module.flex_ma.o_proj.bias)
         module.mix_proj.weight.fill_(4.0)
         module.mix_proj.bias.fill_(0.004 - 4 * WIDTH)
