@@ -234,7 +234,7 @@ def backend_of(item: pytest.Item) -> Backend | None:
     return backend if isinstance(backend, Backend) else None
 
 
-def fixed_arguments(item: pytest.Item) -> dict[str, tuple[Any, int]] | None:
+def fixed_arguments(item: pytest.Item) -> dict[str, tuple[Any, int | str]] | None:
     """What a test takes besides a backend, each with its place in the table of parameters; None if it takes
     fixtures, which no call outside of pytest can give it."""
     callspec = getattr(item, "callspec", None)
