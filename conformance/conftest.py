@@ -234,14 +234,28 @@ def backend_of(item: pytest.Item) -> Backend | None:
     return backend if isinstance(backend, Backend) else None
 
 
-def fixed_arguments(item: pytest.Item) -> dict[str, tuple[Any, int]] | None:
+def fixed_arguments(item: pytest.Item) -> dict[str, tuple[Any, int | str]] | None:
     """What a test takes besides a backend, each with its place in the table of parameters; None if it takes
     fixtures, which no call outside of pytest can give it."""
     callspec = getattr(item, "callspec", None)
     if callspec is None or set(item.fixturenames) - {"request"} != set(callspec.params):
         return None
-    given = callspec.params.items()
-    return {name: (value, callspec.indices[name]) for name, value in given if name != "backend"}
+    given, rows = callspec.params, rows_of_parameters(item)
+    return {name: (value, rows[name]) for name, value in given.items() if name in rows}
+
+
+def rows_of_parameters(item: pytest.Item) -> dict[str, int | str]:
+    """Where each parameter of a test stands in the tables of its marks: the name of the row, or its place."""
+    given, found = item.callspec.params, {}
+    for mark in item.iter_markers("parametrize"):
+        names, table = mark.args
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        for place, row in enumerate(table):
+            values = row.values if hasattr(row, "marks") else row if len(names) > 1 else (row,)
+            if all(value is given[name] for name, value in zip(names, values, strict=True)):
+                name = getattr(row, "id", None)
+                found |= dict.fromkeys(names, name if isinstance(name, str) else place)
+    return found
 
 
 def needed_names(item: pytest.Item) -> list[str]:

@@ -26,6 +26,7 @@ from torch import Tensor
 FLOORS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 MAXIMUM_OVER_RMS = 4.0
 ABSOLUTE = 1e-3  # of the floor, whatever the size of the truth
+READABLE = 2400  # characters of a case in a message
 PER_TOKEN = {"x", "dt", "B", "C", "gate", "u", "q", "k", "v", "student", "teacher", "hidden_states"}
 
 Results = Mapping[str, Tensor]
@@ -255,14 +256,20 @@ def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def report(line: str, case: Any) -> str:
     """The finding, the case, and a command that runs this case alone, where it is known which test runs."""
     command = f"\n  reproduce: {reproduction(RUNNING[-1], case)}" if RUNNING else ""
-    return f"{line}\n  case: {case!r}{command}"
+    return f"{line}\n  case: {shortened(repr(case))}{command}"
+
+
+def shortened(text: str) -> str:
+    """A text without its middle where it is too long to read: a layout of hundreds of images."""
+    return text if len(text) <= READABLE else f"{text[: READABLE // 2]} ... {text[-READABLE // 2 :]}"
 
 
 @dataclass(frozen=True)
 class RunningTest:
     """The test that runs: its module below `linmu.conformance`, its name, its parameters, its backend.
 
-    Its arguments are known if a call can give them all: each with its place in the table of parameters.
+    Its arguments are known if a call can give them all: each with its place in the table of parameters, or
+    with its name there.
     """
 
     module: str
@@ -270,7 +277,7 @@ class RunningTest:
     parameters: str
     backend: str
     drawn: bool
-    arguments: Mapping[str, tuple[Any, int]] | None = None
+    arguments: Mapping[str, tuple[Any, int | str]] | None = None
 
 
 RUNNING: list[RunningTest] = []  # conftest.py puts it there
@@ -297,22 +304,28 @@ def reproduction(test: RunningTest, case: Any) -> str:
 
 
 def written(test: RunningTest) -> list[str]:
-    """The arguments of a test as code: each as it is, or all by their rows, where there are tensors."""
+    """The arguments of a test as code: each as it is, or all by their rows, where these have names or there
+    are tensors."""
     values = {name: repr(value) for name, (value, _) in test.arguments.items()}
-    if not any("tensor(" in value for value in values.values()):
+    named = any(isinstance(row, str) for _, row in test.arguments.values())
+    if not named and not any("tensor(" in value for value in values.values()):
         return [f"{name}={value}" for name, value in values.items()]
-    rows = ", ".join(f"{name}={row}" for name, (_, row) in test.arguments.items())
+    rows = ", ".join(f"{name}={row!r}" for name, (_, row) in test.arguments.items())
     return [f"**rows_of({test.name}, {rows})"]
 
 
-def rows_of(test: Callable, **rows: int) -> dict[str, Any]:
-    """The arguments of a test that stand in these rows of its tables of parameters."""
+def rows_of(test: Callable, **rows: int | str) -> dict[str, Any]:
+    """The arguments of a test that stand in these rows of its tables, given by place or name."""
     found: dict[str, Any] = {}
     for mark in test.pytestmark:
         if mark.name == "parametrize":
             names, table = mark.args
             names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-            row = list(table)[rows[names[0]]]
+            wanted = rows[names[0]]
+            if isinstance(wanted, str):
+                (row,) = (row for row in table if getattr(row, "id", None) == wanted)
+            else:
+                row = list(table)[wanted]
             values = row.values if hasattr(row, "marks") else row if len(names) > 1 else (row,)
             found |= zip(names, values, strict=True)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +55,9 @@ class ModuleCase:
 
     def hidden_states(self, draw: int = 0) -> Tensor:
         """(B, L, D); another `draw` gives other numbers."""
-        return Numbers(self.seed + 7919 * draw).normal(*self.layout.shape, WIDTH, dtype=self.torch_dtype)
+        return Numbers(self.seed + 7919 * draw).normal(
+            *self.layout.shape, self.config.width, dtype=self.torch_dtype
+        )
 
     def position_embeddings(self) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B, L, N), of random angles, float32 or better as Hugging Face computes them."""
@@ -75,8 +77,14 @@ class ModuleCase:
         return replace(self, config=replace(self.config, **options))
 
 
-def large_cases() -> dict[str, ModuleCase]:
-    """Heads of the sizes that people run, and an image longer than a chunk, with all options on."""
+HEAD_DIMS = (32, 40, 64, 66, 72, 80, 96, 112, 256)
+HEADS_OF_A_GROUP = (5, 7, 9, 12, 16)
+LONG_WINDOW = 1030
+
+
+def large_cases(name: str) -> dict[str, ModuleCase]:
+    """Sizes that people run, of heads, groups, width and windows, and an image longer than a chunk, with all
+    options on."""
     prompt = Layout(
         (
             (Text(9), Vision(1, (1, 4, 6), "row"), Text(2), Vision(0, (2, 3, 4), "frame"), Text(11)),
@@ -84,14 +92,35 @@ def large_cases() -> dict[str, ModuleCase]:
         )
     )
     image = Layout(((Text(5), Vision(0, (1, 17, 19)), Text(30)),))
-    options = {"qkv_bias": True, "qk_norm": True, "scan_rope": True, "output_gate": True, "conv_kernel": 4}
-    wide = LinMUConfig(width=WIDTH, heads=4, groups=2, head_dim=128, **options)
-    narrow = LinMUConfig(width=WIDTH, heads=2, groups=1, head_dim=4, **options)
-    return {
-        "N=P=128": ModuleCase(prompt.only(0), wide, 1, "float32", 3),
-        "N=P=128, mixed": ModuleCase(prompt.only(1), wide, 2, "mixed", 4),
-        "an image of 323 tokens": ModuleCase(image, narrow, 3, "float32", 5),
+    small = Layout(((Text(3), Vision(0, (1, 2, 2)), Text(1)),))
+
+    def sized(layout: Layout, heads: int, groups: int, head_dim: int, seed: int, **fixed: Any) -> ModuleCase:
+        options = {
+            "qkv_bias": True,
+            "qk_norm": True,
+            "scan_rope": True,
+            "output_gate": True,
+            "conv_kernel": 4,
+        }
+        options |= {"width": WIDTH, "heads": heads, "groups": groups, "head_dim": head_dim, **fixed}
+        dtype = options.pop("dtype", "float32")
+        return ModuleCase(layout, LinMUConfig(**options), seed % 4, dtype, seed)
+
+    cases = {
+        "N=P=128": sized(prompt.only(0), 4, 2, 128, 5),
+        "N=P=128, mixed": sized(prompt.only(1), 4, 2, 128, 6, dtype="mixed"),
+        "an image of 323 tokens": sized(image, 2, 1, 4, 7),
+        "width 5,120": sized(small, 1, 1, 8, 8, width=5120),
     }
+    cases |= {f"N=P={size}": sized(small, 2, 1, size, size) for size in HEAD_DIMS}
+    cases |= {
+        f"{2 * ratio} heads, {ratio} to a group": sized(small, 2 * ratio, 2, 4, ratio)
+        for ratio in HEADS_OF_A_GROUP
+    }
+    if name == "LocalSwin":  # the others walk through a text token by token
+        text = Layout(((Text(LONG_WINDOW + 4),),))
+        cases["a text longer than its window of 1,030"] = sized(text, 1, 1, 2, 9, text_window=LONG_WINDOW)
+    return cases
 
 
 def initial(backend: Any, name: str, case: ModuleCase) -> nn.Module:
@@ -118,6 +147,12 @@ def random_module(backend: Any, name: str, case: ModuleCase) -> nn.Module:
     return module
 
 
+def branches_of(module: nn.Module) -> list[nn.Module]:
+    """The branches of a block, or the module itself."""
+    found = [getattr(module, name) for name in ("flex_ma", "local_swin") if hasattr(module, name)]
+    return found or [module]
+
+
 def run(
     module: nn.Module, name: str, case: ModuleCase, hidden_states: Tensor | None = None, **changes: Any
 ) -> Results:
@@ -138,12 +173,19 @@ def run_with_gradients(
     module: nn.Module, name: str, case: ModuleCase, draw: int | None = None, **changes: Any
 ) -> Results:
     """Outputs, and the gradients of the hidden states and of every parameter; `draw` as in `evaluate`."""
+    return with_gradients(module, case, lambda u: run(module, name, case, u, **changes), draw)
+
+
+def with_gradients(
+    module: nn.Module, case: ModuleCase, function: Callable[[Tensor], Results], draw: int | None = None
+) -> Results:
+    """What a function of the hidden states gives, and the gradients of these and of the parameters."""
     hidden_states = case.hidden_states().requires_grad_()
-    results = run(module, name, case, hidden_states, **changes)
-    asked = {key: result for key, result in results.items() if result.requires_grad}
+    results = function(hidden_states)
+    asked = [result for result in results.values() if result.requires_grad]
     leaves = {"hidden_states": hidden_states, **dict(module.named_parameters())}
-    cotangents = [cotangent(result, i, draw) for i, result in enumerate(asked.values())]
-    found = torch.autograd.grad(list(asked.values()), list(leaves.values()), cotangents, allow_unused=True)
+    cotangents = [cotangent(result, i, draw) for i, result in enumerate(asked)]
+    found = torch.autograd.grad(asked, list(leaves.values()), cotangents, allow_unused=True)
     gradients = {
         f"grad {key}": torch.zeros_like(leaf) if gradient is None else gradient
         for (key, leaf), gradient in zip(leaves.items(), found, strict=True)

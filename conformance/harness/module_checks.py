@@ -13,12 +13,32 @@ from torch import Tensor, nn
 from linmu import reference
 from linmu.reference import VisionLayout
 
+<<<<<<< HEAD
 from .compare import assert_exact, assert_negligible, assert_same, assert_zero, quarters
 from .layouts import Layout, Text, Vision
 from .module_cases import ModuleCase, check_module, large_cases, named, random_module, run, sizes
+=======
+from .compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
+from .layouts import Layout, Pad, Text, Vision
+from .module_cases import (
+    ModuleCase,
+    check_module,
+    large_cases,
+    named,
+    random_module,
+    run,
+    sizes,
+    truth_and_reference,
+    with_gradients,
+)
+from .operator_cases import Numbers
+>>>>>>> w-suite
 
 STATES = ("conv state", "scan state")
 ONE_CELL = Layout(((Text(3), Vision(0, (1, 1, 1)), Text(2)), (Text(3), Vision(4, (1, 1, 1)), Text(2))))
+WITHOUT_A_GAP = Layout(((Text(3), Vision(0, (1, 2, 4)), Text(2)), (Text(13),)))
+LONG_GAP, GAP_OF_A_LOOP = 2200, 50  # tokens
+A_WORD = Layout(((Text(1),),))
 TWO_ROWS = Layout(((Vision(0, (2, 2, 2)), Text(2)), (Text(1), Vision(0, (1, 3, 3)))))
 
 
@@ -145,8 +165,55 @@ def large_cases_of(name: str) -> Callable:
     def check(backend: Any, case: ModuleCase) -> None:
         check_module(random_module(backend, name, case), reference, name, case)
 
-    cases = [pytest.param(case, id=key) for key, case in large_cases().items()]
+    cases = [pytest.param(case, id=key) for key, case in large_cases(name).items()]
     return pytest.mark.needs(name)(pytest.mark.parametrize("case", cases)(check))
+
+
+def check_step_behind_a_full_window(backend: Any, name: str, case: ModuleCase) -> None:
+    """One token behind a window of which nothing is missing: with gradients, and without."""
+    module, before = random_module(backend, name, case), case.config.text_window - 1
+    numbers, size = Numbers(case.seed + 13), (len(case.layout.rows), before, case.config.groups)
+    k, v = (numbers.normal(*size, case.config.head_dim, dtype=case.torch_dtype) for _ in range(2))
+    state = reference.WindowState(k, v, torch.ones(size[:2], dtype=torch.bool))
+    if name == "MMATE":
+        _, of_flex = module.flex_ma(
+            case.hidden_states(draw=1), position_embeddings=case.position_embeddings()
+        )
+        state = reference.MMATEState(*(part.detach() for part in of_flex), state)
+    given = {"layout": None, "state": state}
+    check_module(module, reference, name, case, **given)
+    wanted = run(module, name, case, **given)
+    with torch.no_grad():
+        assert_same(run(module, name, case, **given), wanted, case)
+
+
+def around_a_gap(tokens: int) -> Layout:
+    """`WITHOUT_A_GAP`, with so much padding in the picture of one row and in the text of the other."""
+    picture = Vision(0, (1, 2, 4), "row", Pad(tokens))
+    return Layout(((Text(3), picture, Text(2)), (Text(6), Pad(tokens), Text(7))))
+
+
+def check_a_gap_is_as_if_absent(backend: Any, name: str, case: ModuleCase) -> None:
+    """Padding of thousands of tokens, of fewer where the reference is on trial, which is a loop."""
+    module = random_module(backend, name, case)
+    wide = around_a_gap(LONG_GAP if type(module) is not getattr(reference, name) else GAP_OF_A_LOOP)
+    cut = wide.valid.nonzero()[:, 1].view(case.layout.shape)
+    numbers = Numbers(case.seed + 17)
+
+    def spread(tensor: Tensor) -> Tensor:
+        noise = numbers.normal(*wide.shape, tensor.shape[2], dtype=tensor.dtype)
+        return noise.scatter(1, cut[..., None].expand_as(tensor), tensor)
+
+    def run_wide(u: Tensor) -> dict[str, Tensor]:
+        angles = tuple(spread(angle) for angle in case.position_embeddings())
+        given = {"layout": VisionLayout(wide.coords), "valid": wide.valid, "position_embeddings": angles}
+        output, state = module(spread(u), **given)
+        return named(output.gather(1, cut[..., None].expand_as(u)), state)
+
+    parameters = module.state_dict()
+    truth, in_own_dtypes = truth_and_reference(reference, name, case, parameters)
+    of_sums = partial(sizes, reference, name, case, parameters)
+    assert_matches(with_gradients(module, case, run_wide), truth, in_own_dtypes, case, of_sums)
 
 
 def check_the_state_is_left(module: nn.Module, name: str, case: ModuleCase) -> None:

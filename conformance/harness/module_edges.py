@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from linmu import reference
 
 from .compare import assert_same
 from .layouts import Layout, Text, Vision
-from .module_cases import ModuleCase, check_module, random_module, run, run_with_gradients, sizes
+from .module_cases import ModuleCase, branches_of, check_module, random_module, run, run_with_gradients, sizes
 from .module_checks import check_steps_equal_prefill
 from .operator_cases import Numbers
 
@@ -35,12 +35,6 @@ SMALL = 0.125  # of B and x in float16, whose range ends soon
 END = 100.0  # e^100 is no float32
 SHUT = -12.0  # silu is -7e-5 there; e^12 is no float16
 LARGE = 512.0  # its square is no float16, that of its inverse is there without digits
-
-
-def branches_of(module: nn.Module) -> list[nn.Module]:
-    """The branches of a block, or the module itself."""
-    found = [getattr(module, name) for name in ("flex_ma", "local_swin") if hasattr(module, name)]
-    return found or [module]
 
 
 def check_steps_at_both_ends(backend: Any, name: str, case: ModuleCase) -> None:

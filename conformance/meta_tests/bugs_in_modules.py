@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linmu.reference import VisionLayout, m_mate
+from linmu.reference import VisionLayout, local_swin, m_mate, window_attention
+from linmu.reference.numerics import repeat_groups
 
 from ..properties import test_flex_ma as flex
 from ..properties import test_local_swin as swin
@@ -418,3 +419,160 @@ def the_mix_has_the_dtype_of_the_model(reference):
                 return super().forward(hidden_states, layout, **rest)
 
     return Broken
+
+
+def rounded_by_autocast(u, linear):
+    """A projection that autocast sees."""
+    return F.linear(u.float(), linear.weight.float(), linear.bias.float()).float()
+
+
+@planted("FlexMA", flex.test_steps_are_projected_in_float32)
+def autocast_rounds_steps(reference):
+    class Broken(reference):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            if torch.is_autocast_enabled("cpu"):
+                dt = F.softplus(rounded_by_autocast(u, self.dt_proj))
+            return xBC, dt, gate
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_steps_are_projected_in_float32)
+def steps_are_kept_from_autocast_beside_half_precision_alone(reference):
+    class Broken(reference):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            return xBC, F.softplus(self.dt_proj(u)).float() if u.dtype == torch.float32 else dt, gate
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_the_scan_gate_is_projected_in_float32)
+def autocast_rounds_the_gate(reference):
+    class Broken(reference):
+        def project(self, u, position_embeddings):
+            xBC, dt, gate = super().project(u, position_embeddings)
+            if torch.is_autocast_enabled("cpu"):
+                gate = torch.sigmoid(rounded_by_autocast(u, self.scan_gate_proj))
+            return xBC, dt, gate
+
+    return Broken
+
+
+@planted("FlexMA", flex.test_the_norm_of_a_head_is_taken_in_float32)
+def autocast_rounds_the_norm(reference):
+    class Broken(reference):
+        def project_out(self, y, u):
+            if not torch.is_autocast_enabled("cpu") or not self.config.head_norm:
+                return super().project_out(y, u)
+            mean = torch.full((y.shape[-1], 1), 1 / y.shape[-1])
+            factor = torch.rsqrt((y.float().square() @ mean).float() + self.config.norm_eps)
+            y = y * factor.to(y.dtype) * self.norm_weight.view(y.shape[2:]).to(y.dtype)
+            y = y.flatten(2) * (F.silu(self.z_proj(u)) if self.config.output_gate else 1)
+            return self.o_proj(y)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_the_branches_are_mixed_in_float32)
+def autocast_rounds_the_mix(reference):
+    class Broken(reference):
+        def forward(self, *given, **named):
+            wide = m_mate.full_precision_linear
+            narrow = rounded_by_autocast if torch.is_autocast_enabled("cpu") else wide
+            with mock.patch.object(m_mate, "full_precision_linear", narrow):
+                return super().forward(*given, **named)
+
+    return Broken
+
+
+def attends_under_autocast(reference):
+    """Scores are products that autocast rounds."""
+
+    class Broken(reference):
+        def forward(self, *given, **named):
+            def attention(q, k, v, window_id):
+                if not torch.is_autocast_enabled("cpu"):
+                    return window_attention(q, k, v, window_id)
+                mates = (window_id[:, :, None] == window_id[:, None, :]) & (window_id >= 0)[:, :, None]
+                k, v = repeat_groups(k, q.shape[2]), repeat_groups(v, q.shape[2])
+                scores = torch.einsum("bihn,bjhn->bhij", q, k).float() * q.shape[3] ** -0.5
+                share = scores.masked_fill(~mates[:, None], -torch.inf).softmax(-1).nan_to_num()
+                return torch.einsum("bhij,bjhp->bihp", share, v).to(q.dtype)
+
+            with mock.patch.object(local_swin, "window_attention", attention):
+                return super().forward(*given, **named)
+
+    return Broken
+
+
+for name, of in (("LocalSwin", swin), ("MMATE", mate)):
+    caught_by = (of.test_autocast_rounds_projections_and_nothing_else,)
+    BUGS.append(Bug(f"autocast_rounds_the_scores_of_{name}", name, attends_under_autocast, caught_by))
+
+
+@planted("FlexMA", flex.test_autocast_rounds_projections_and_nothing_else)
+def projections_do_not_heed_autocast(reference):
+    class Broken(reference):
+        def forward(self, *given, **named):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(*given, **named)
+
+    return Broken
+
+
+@planted("LocalSwin", swin.test_a_step_reads_a_window_of_more_than_a_thousand_tokens)
+def a_step_reads_a_thousand_keys_at_most(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            if state is not None and hidden_states.shape[1] == 1:
+                near = torch.arange(state.present.shape[1], 0, -1) < 1024
+                state = state._replace(present=state.present & near)
+            return super().forward(hidden_states, layout, state=state, **rest)
+
+    return Broken
+
+
+@planted("MMATE", mate.test_a_step_reads_a_window_of_more_than_a_thousand_tokens)
+def the_window_of_a_block_ends_at_1024_without_gradients(reference):
+    class Broken(reference):
+        def forward(self, hidden_states, layout=None, *, state=None, **rest):
+            if state is not None and state.window is not None and not torch.is_grad_enabled():
+                near = torch.arange(state.window.present.shape[1], 0, -1) < 1024
+                present = state.window.present & near
+                state = state._replace(window=state.window._replace(present=present))
+            return super().forward(hidden_states, layout, state=state, **rest)
+
+    return Broken
+
+
+def behind_gaps(valid):
+    """(B, L) int64, one more behind each run of 2,048 invalid tokens."""
+    place = torch.arange(valid.shape[1]).expand(valid.shape)
+    last = torch.where(valid, place, -1).cummax(1).values  # the valid token before, or -1
+    far = torch.nn.functional.pad(place[:, 1:] - last[:, :-1], (1, 0)) > 2048
+    return (far & valid).cumsum(1)
+
+
+def forgotten_behind_gaps(part):
+    """The convolution, or the scan, begins anew."""
+
+    def broken(reference):
+        class Broken(reference):
+            pass
+
+        def begin_anew(self, *given):
+            *given, valid, state, sequence = given
+            sequence = sequence if valid is None else behind_gaps(valid)
+            return getattr(reference, part)(self, *given, valid, state, sequence)
+
+        setattr(Broken, part, begin_anew)
+        return Broken
+
+    return broken
+
+
+for part in ("convolve", "scan"):
+    caught_by = (flex.test_thousands_of_masked_tokens_are_as_if_absent,)
+    BUGS.append(Bug(f"long_gaps_are_not_crossed_in_{part}", "FlexMA", forgotten_behind_gaps(part), caught_by))

@@ -6,15 +6,25 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from linmu import reference
+from linmu.reference import LinMUConfig
+
 from ..conftest import mark_expected_failures, read_expected_failures
-from ..harness.compare import RunningTest, reproduction, rows_of
+from ..harness import compare
+from ..harness.backends import Backend
+from ..harness.compare import READABLE, RunningTest, reproduction, rows_of
+from ..harness.large_cases import LARGE
+from ..harness.layouts import Layout, Text
+from ..harness.module_cases import ModuleCase
 from ..harness.operator_cases import ScanCase
-from ..properties import test_errors
+from ..harness.packed_rows import PackedCase, check_module_equals_samples_alone
+from ..properties import test_bidirectional_scan, test_errors
 
 CONFORMANCE = Path(__file__).parents[1]
 FILE = "conformance/properties/test_layout.py"
@@ -29,6 +39,13 @@ def scan_order(coords, layer_index):
 
 def causal_conv(u, weight, bias=None, *, mask=None, initial_state=None):
     raise RuntimeError("not today")
+"""
+LOUD = """
+from linmu import reference
+
+def bidirectional_scan(*given, **named):
+    y, state = reference.bidirectional_scan(*given, **named)
+    return 2 * y, state
 """
 EXPECTED = f"""# raster order only
 
@@ -136,6 +153,56 @@ def test_arguments_with_tensors_are_named_by_their_rows():
     call = f"{test}(load('mine'), **rows_of({test}, operator=2, changes=2, words=2))"
     assert f"; {call}" in reproduction(running, None)
     assert rows_of(getattr(test_errors, test), operator=row, changes=row, words=row) == wanted
+
+
+def test_a_large_case_is_told_by_its_name(monkeypatch):
+    """A layout of hundreds of images is no line to read or to paste."""
+    name, large = "300 images", LARGE["bidirectional_scan"]["300 images"]
+    test = "test_sizes_that_people_run"
+    module = "properties.test_bidirectional_scan"
+    given = {"case": (large, name)}
+    running = RunningTest(module, test, f"[mine-{name}]", "linmu.reference", drawn=False, arguments=given)
+    monkeypatch.setattr(compare, "RUNNING", [running])
+    told = compare.report("y: wrong", large)
+    assert f"{test}(load('linmu.reference'), **rows_of({test}, case='{name}'))" in told
+    assert len(told) < 2 * READABLE < len(repr(large))
+    function = getattr(test_bidirectional_scan, test)
+    assert rows_of(function, case=name) == {"case": large}
+
+
+def test_a_large_case_is_reproduced_as_pasted(tmp_path):
+    """By pytest's own ids of cases, from any folder."""
+    (tmp_path / "loud_kernels.py").write_text(LOUD)
+    options = ["-p", "no:cacheprovider", "-q", "--backend", "loud_kernels", "-k", "300 and images"]
+    test = "linmu.conformance.properties.test_bidirectional_scan"
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    done = run([sys.executable, "-m", "pytest", "--pyargs", test, *options])
+    message = re.search(r"y: RMS error .*", done.stdout)[0]
+    again = run(re.search(r"reproduce: (.*)", done.stdout)[1], shell=True)
+    assert again.returncode == 1 and message in again.stderr, again.stderr
+
+
+def test_a_packed_row_is_told_with_its_first_ids():
+    """Of a module too, whose results have names there."""
+    deaf = Backend("mine", reference, LocalSwin=samples_meet(reference.LocalSwin))
+    case = ModuleCase(Layout(((Text(140),),)), LinMUConfig(6, 1, 1, 2, text_window=3), 0, "float64", 2)
+    with pytest.raises(AssertionError) as error:
+        check_module_equals_samples_alone(deaf, "LocalSwin", case, has_layout=False)
+    assert re.match(
+        r"output: .*\n  case: ModuleCase\(.*\) with sequence = \[\[-?\d+, .*, \.\.\.\]\]", str(error.value)
+    )
+    scan = PackedCase(ScanCase(1, 140, 1, 1, 3, 4, "none", False, False, "float32", 0))
+    assert re.search(r"with other sequence = \[\[0, .*, \.\.\.]]$", repr(scan))
+
+
+def samples_meet(kind):
+    """The module, told of no sample."""
+
+    class Deaf(kind):
+        def forward(self, hidden_states, layout=None, *, sequence=None, **rest):
+            return super().forward(hidden_states, layout, **rest)
+
+    return Deaf
 
 
 def test_a_test_with_fixtures_is_reproduced_by_pytest():

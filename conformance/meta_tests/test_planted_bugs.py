@@ -11,6 +11,7 @@ from . import (
     bugs_in_calls,  # noqa: F401
     bugs_in_groups,  # noqa: F401
     bugs_in_long_rows,  # noqa: F401
+    bugs_in_module_memory,  # noqa: F401
     bugs_in_modules,  # noqa: F401
     bugs_in_operators,  # noqa: F401
     bugs_in_packed_rows,  # noqa: F401

@@ -14,6 +14,7 @@ from linmu.reference import LinMUConfig, VisionLayout
 from ..harness import second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_negligible, assert_same, assert_zero, report
 from ..harness.layouts import Layout, Pad, Text, Vision
+from ..harness.module_autocast import WITH_AND_WITHOUT_AUTOCAST, check_autocast
 from ..harness.module_cases import (
     WIDTH,
     ModuleCase,
@@ -27,6 +28,8 @@ from ..harness.module_cases import (
 from ..harness.module_checks import (
     ONE_CELL,
     TWO_ROWS,
+    WITHOUT_A_GAP,
+    check_a_gap_is_as_if_absent,
     check_angles_of_one_row,
     check_batch_mates_change_nothing,
     check_causality,
@@ -51,6 +54,7 @@ from ..harness.module_edges import (
     check_norms_at_both_ends,
     check_steps_at_both_ends,
 )
+from ..harness.module_memory import REMEMBERED, check_nothing_is_remembered
 from ..harness.operator_cases import DTYPES, Numbers, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 
@@ -130,6 +134,18 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 test_sizes_that_people_run = large_cases_of(NAME)
 
 
+@flex(cases=module_cases(layout=REMEMBERED, conv_kernel=4), share=0.05)
+def test_nothing_is_remembered_between_calls(backend, case: ModuleCase):
+    """Parameters, however they change, layouts, masks, angles and states; results stay as they were."""
+    check_nothing_is_remembered(backend, NAME, case)
+
+
+@flex(cases=module_cases(("float32", "mixed"), qk_norm=False, qkv_bias=True), share=0.2)
+def test_autocast_rounds_projections_and_nothing_else(backend, case: ModuleCase):
+    """q, k, v, z and the output, as it does in the reference; values, states and gradients."""
+    check_autocast(backend, NAME, case)
+
+
 @pytest.mark.needs(NAME)
 @pytest.mark.parametrize("packed", (False, True))
 def test_gaps_longer_than_a_chunk_are_crossed(backend, packed):
@@ -139,6 +155,12 @@ def test_gaps_longer_than_a_chunk_are_crossed(backend, packed):
     numbers = (torch.arange(case.layout.shape[1]) >= 2).long().expand(case.layout.shape)
     layout = VisionLayout(case.layout.coords, numbers if packed else None)
     check_module(random_module(backend, NAME, case), reference, NAME, case, layout=layout)
+
+
+@flex(cases=module_cases(("float32",), layout=WITHOUT_A_GAP, conv_kernel=4), share=0.05)
+def test_thousands_of_masked_tokens_are_as_if_absent(backend, case: ModuleCase):
+    """In a picture and in text: states and taps reach over them."""
+    check_a_gap_is_as_if_absent(backend, NAME, case)
 
 
 @flex(cases=module_cases(layout=ONE_CELL), share=0.2)
@@ -240,7 +262,10 @@ def test_flex_ma_starts_from_attention(backend, case: ModuleCase):
     )  # the half-lives are stored in float32 first
 
 
-@flex(cases=module_cases(("mixed", "bfloat16"), layout=ONE_WORD, qk_norm=True, conv_kernel=0), share=0.3)
+@flex(
+    cases=module_cases(("mixed", "float32", "bfloat16"), layout=ONE_WORD, qk_norm=True, conv_kernel=0),
+    share=0.3,
+)
 def test_steps_are_projected_in_float32(backend, case: ModuleCase):
     """One token after which e^-16 of a state is left: a step that is rounded to the dtype of the model is an
     error of some per cent."""
@@ -255,11 +280,13 @@ def test_steps_are_projected_in_float32(backend, case: ModuleCase):
     state = reference.FlexMAState(torch.zeros(2, 0, channels), scan)
     truth, u = initial(reference, NAME, case), case.hidden_states()
     truth.load_state_dict(module.state_dict())
-    wanted = run(truth.float(), NAME, case, u.float(), layout=None, state=state)
-    found = run(module, NAME, case, layout=None, state=state)
-    bound = 2e-3 * wanted["scan state"].abs().max()
-    error = (found["scan state"] - wanted["scan state"]).abs().max()
-    assert error < bound, f"scan state: must be that of steps in float32, off by {error:.3e}: {case!r}"
+    wanted = run(truth.float(), NAME, case, u.float(), layout=None, state=state)["scan state"]
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            found = run(module, NAME, case, layout=None, state=state)["scan state"]
+        error, size = (found - wanted).abs().max(), wanted.abs().max()
+        line = f"scan state: must be that of steps in float32, off by {error:.3e} of {size:.3e}"
+        assert error < 2e-3 * size, report(f"{line}, {context.__name__}", case)
 
 
 @flex(cases=module_cases(["float64"]), share=0.1)
@@ -302,7 +329,7 @@ def test_what_is_normed_may_have_any_size(backend, case: ModuleCase):
     check_norms_at_both_ends(backend, NAME, case)
 
 
-@flex(cases=module_cases(("mixed",), layout=TWO_CELLS, reverse_scan=True, **BARE), share=0.3)
+@flex(cases=module_cases(("mixed", "float32"), layout=TWO_CELLS, reverse_scan=True, **BARE), share=0.5)
 def test_the_scan_gate_is_projected_in_float32(backend, case: ModuleCase):
     """A gate that all but shuts out a reverse scan thousands of times as large: what is left of it shows each
     rounding, of the gate and of a projection whose terms cancel."""
@@ -318,13 +345,15 @@ def test_the_scan_gate_is_projected_in_float32(backend, case: ModuleCase):
     truth = initial(reference, NAME, case)
     truth.load_state_dict(module.state_dict())
     wanted = run(truth.float(), NAME, case, u.float())["output"][:, 0]
-    found = run(module, NAME, case, u)["output"][:, 0]
-    error, size = (found - wanted).abs().max(), wanted.abs().max()
-    line = f"output: must be that of a gate in float32, off by {error:.3e} of {size:.3e}"
-    assert error < 0.05 * size, report(line, case)
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            found = run(module, NAME, case, u)["output"][:, 0]
+        error, size = (found - wanted).abs().max(), wanted.abs().max()
+        line = f"output: must be that of a gate in float32, off by {error:.3e} of {size:.3e}"
+        assert error < 0.05 * size, report(f"{line}, {context.__name__}", case)
 
 
-@flex(cases=module_cases(("mixed",), layout=TEXT_ONLY, **{**BARE, "head_norm": True}), share=0.3)
+@flex(cases=module_cases(("mixed", "float32"), layout=TEXT_ONLY, **{**BARE, "head_norm": True}), share=0.3)
 def test_the_norm_of_a_head_is_taken_in_float32(backend, case: ModuleCase):
     """A head whose numbers are equal comes out as ones, to the last bit of half precision."""
     module, dim = random_module(backend, NAME, case), case.config.head_dim
@@ -337,10 +366,12 @@ def test_the_norm_of_a_head_is_taken_in_float32(backend, case: ModuleCase):
             parameter.copy_(torch.eye(*parameter.shape) if name == "weight" else torch.zeros_like(parameter))
         module.D.abs_()
         module.norm_weight.fill_(1.0)
-    output = run(module, NAME, case, case.hidden_states().abs() + 1)["output"]
-    ones = output[..., : min(output.shape[-1], case.config.heads * dim)]
-    error = (ones - 1).abs().max()
-    assert error < 2**-10, report(f"output: a norm in float32 must give 1, off by {error:.3e}", case)
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            output = run(module, NAME, case, case.hidden_states().abs() + 1)["output"]
+        error = (output[..., : min(output.shape[-1], case.config.heads * dim)] - 1).abs().max()
+        line = f"output: a norm in float32 must give 1, off by {error:.3e}, {context.__name__}"
+        assert error < 2**-10, report(line, case)
 
 
 @flex(cases=module_cases(("float32", "bfloat16")))

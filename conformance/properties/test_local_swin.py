@@ -14,6 +14,7 @@ from linmu import reference
 from ..harness import second_formulation, second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero
 from ..harness.layouts import Layout, Pad, Text, Vision
+from ..harness.module_autocast import check_autocast
 from ..harness.module_cases import (
     ModuleCase,
     check_module,
@@ -25,11 +26,13 @@ from ..harness.module_cases import (
     run_with_gradients,
 )
 from ..harness.module_checks import (
+    A_WORD,
     TWO_ROWS,
     check_angles_of_one_row,
     check_batch_mates_change_nothing,
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
+    check_step_behind_a_full_window,
     check_steps_equal_prefill,
     large_cases_of,
 )
@@ -42,6 +45,7 @@ from ..harness.module_edges import (
     check_layers_share_a_layout,
     check_norms_at_both_ends,
 )
+from ..harness.module_memory import REMEMBERED, check_nothing_is_remembered
 from ..harness.operator_cases import DTYPES, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 from ..harness.second_sliding_window import pairs_and_rest
@@ -89,6 +93,24 @@ def test_local_swin_equals_its_second_formulation(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@swin(cases=module_cases(layout=A_WORD, text_window=1030), share=0.1)
+def test_a_step_reads_a_window_of_more_than_a_thousand_tokens(backend, case: ModuleCase):
+    """All that are there, with gradients and without."""
+    check_step_behind_a_full_window(backend, NAME, case)
+
+
+@swin(cases=module_cases(layout=REMEMBERED, text_window=3), share=0.05)
+def test_nothing_is_remembered_between_calls(backend, case: ModuleCase):
+    """Parameters, however they change, layouts, masks, angles and states; results stay as they were."""
+    check_nothing_is_remembered(backend, NAME, case)
+
+
+@swin(cases=module_cases(("float32", "mixed"), text_window=3, qk_norm=False, qkv_bias=True), share=0.2)
+def test_autocast_rounds_projections_and_nothing_else(backend, case: ModuleCase):
+    """q, k, v, z and the output, as it does in the reference; values, states and gradients."""
+    check_autocast(backend, NAME, case)
 
 
 @swin(cases=module_cases(output_bias=True, text_window=0))

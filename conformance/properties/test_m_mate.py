@@ -13,6 +13,7 @@ from linmu import reference
 from ..harness import second_formulation_modules
 from ..harness.compare import assert_close, assert_exact, assert_same, assert_zero, quarters, report
 from ..harness.layouts import Layout, Pad, Text, Vision
+from ..harness.module_autocast import WITH_AND_WITHOUT_AUTOCAST, check_autocast
 from ..harness.module_cases import (
     WIDTH,
     ModuleCase,
@@ -26,6 +27,7 @@ from ..harness.module_cases import (
     sizes,
 )
 from ..harness.module_checks import (
+    A_WORD,
     ONE_CELL,
     TWO_ROWS,
     check_angles_of_one_row,
@@ -34,6 +36,7 @@ from ..harness.module_checks import (
     check_one_vision_token_behind_a_state,
     check_padding_changes_nothing,
     check_splitting_changes_nothing,
+    check_step_behind_a_full_window,
     check_steps_equal_prefill,
     check_the_state_is_left,
     large_cases_of,
@@ -51,6 +54,7 @@ from ..harness.module_edges import (
     check_norms_at_both_ends,
     check_steps_at_both_ends,
 )
+from ..harness.module_memory import REMEMBERED, check_nothing_is_remembered
 from ..harness.operator_cases import DTYPES, property_of
 from ..harness.packed_rows import check_module_equals_samples_alone
 
@@ -148,7 +152,7 @@ def test_the_mix_reaches_from_one_branch_to_the_other(backend, case: ModuleCase)
         assert_same({"output": run(module, NAME, case)["output"]}, {"output": wanted}, case)
 
 
-@mate(cases=module_cases(("mixed",), layout=PROMPT, output_bias=True), share=0.3)
+@mate(cases=module_cases(("mixed", "float32"), layout=PROMPT, output_bias=True), share=0.3)
 def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
     """Branches that are each other's negative, and a mix of little more than a half: neither it, nor what it
     is projected from, nor a product with it is rounded."""
@@ -156,15 +160,18 @@ def test_the_branches_are_mixed_in_float32(backend, case: ModuleCase):
     with torch.no_grad():
         for branch in (module.flex_ma, module.local_swin):
             branch.o_proj.weight.zero_()
+        module.flex_ma.o_proj.bias.copy_(module.flex_ma.o_proj.bias.bfloat16())
         module.local_swin.o_proj.bias.copy_(-module.flex_ma.o_proj.bias)
         module.mix_proj.weight.fill_(4.0)
         module.mix_proj.bias.fill_(0.004 - 4 * WIDTH)
-    output = run(module, NAME, case, torch.ones_like(case.hidden_states()))["output"]
     half = module.flex_ma.o_proj.bias.float()
     wanted = (2 * torch.sigmoid(torch.tensor(0.004)) - 1) * half
-    error = ((output - wanted)[:, case.layout.segment[0] >= 0]).abs().max()
-    line = f"output: must be that of a mix in float32, off by {error:.3e} of {wanted.abs().max():.3e}"
-    assert error < 0.01 * wanted.abs().max(), report(line, case)
+    for context in WITH_AND_WITHOUT_AUTOCAST:
+        with context():
+            output = run(module, NAME, case, torch.ones_like(case.hidden_states()))["output"]
+        error, size = (output - wanted)[:, case.layout.segment[0] >= 0].abs().max(), wanted.abs().max()
+        line = f"output: must be that of a mix in float32, off by {error:.3e} of {size:.3e}"
+        assert error < 0.01 * size, report(f"{line}, {context.__name__}", case)
 
 
 @mate(cases=module_cases(WIDE_AND_HALF, layout=SMALL_PROMPT, head_norm=False), share=0.05)
@@ -222,6 +229,24 @@ def test_splitting_outside_blocks_changes_nothing(backend, case: ModuleCase):
 
 
 test_sizes_that_people_run = large_cases_of(NAME)
+
+
+@mate(cases=module_cases(layout=A_WORD, text_window=1030), share=0.1)
+def test_a_step_reads_a_window_of_more_than_a_thousand_tokens(backend, case: ModuleCase):
+    """All that are there, with gradients and without."""
+    check_step_behind_a_full_window(backend, NAME, case)
+
+
+@mate(cases=module_cases(layout=REMEMBERED, text_window=3), share=0.05)
+def test_nothing_is_remembered_between_calls(backend, case: ModuleCase):
+    """Parameters, however they change, layouts, masks, angles and states; results stay as they were."""
+    check_nothing_is_remembered(backend, NAME, case)
+
+
+@mate(cases=module_cases(("float32", "mixed"), text_window=3, qk_norm=False, qkv_bias=True), share=0.2)
+def test_autocast_rounds_projections_and_nothing_else(backend, case: ModuleCase):
+    """q, k, v, z and the output, as it does in the reference; values, states and gradients."""
+    check_autocast(backend, NAME, case)
 
 
 @mate(cases=module_cases(layout=ONE_CELL), share=0.2)
