@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from linmu import reference
 from linmu.reference import VisionLayout
 
-<<<<<<< HEAD
-from .compare import assert_exact, assert_negligible, assert_same, assert_zero, quarters
-from .layouts import Layout, Text, Vision
-from .module_cases import ModuleCase, check_module, large_cases, named, random_module, run, sizes
-=======
-from .compare import assert_exact, assert_matches, assert_same, assert_zero, quarters
+from .compare import assert_exact, assert_matches, assert_negligible, assert_same, assert_zero, quarters
 from .layouts import Layout, Pad, Text, Vision
 from .module_cases import (
     ModuleCase,
@@ -32,7 +27,6 @@ from .module_cases import (
     with_gradients,
 )
 from .operator_cases import Numbers
->>>>>>> w-suite
 
 STATES = ("conv state", "scan state")
 ONE_CELL = Layout(((Text(3), Vision(0, (1, 1, 1)), Text(2)), (Text(3), Vision(4, (1, 1, 1)), Text(2))))
