@@ -406,7 +406,8 @@ def check_backward_passes(backend: Any, case: Case) -> None:
             gradient = torch.zeros_like(leaf) if gradient is None else gradient
             key = f"grad {name}, {time}"
             assert_same({key: gradient}, {key: wanted[which][f"grad {name}"]}, case)
-        names = (*outputs, *(f"the gradient handed to result {i}" for i in range(len(cotangents))))
+        handed = (f"the gradient of {name} handed in" for name in outputs if outputs[name].requires_grad)
+        names = (*outputs, *handed)
         for name, tensor, copy in zip(names, (*outputs.values(), *cotangents), copies, strict=True):
             assert_exact(tensor.detach(), copy, case, f"{name} after a backward pass")
 
