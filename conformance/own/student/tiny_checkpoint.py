@@ -183,6 +183,15 @@ def every_kind(side: str = "left") -> dict[str, Tensor]:
     return batch([image, prompt(words(6, 4)), video], side)
 
 
+def in_fresh_memory(model: nn.Module) -> nn.Module:
+    """The same model, its tensors copied to where torch puts new ones. What is opened lies where the file has
+    it, and some CPUs add up products in another order there.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 @torch.no_grad()
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """One forward, (B, L, vocabulary)."""
