@@ -373,7 +373,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "66,000 tokens, float16": HiddenLossCase(3, 22_000, 2, "none", 1.0, "float16", 6),
         "2,300 tokens, the last third masked": HiddenLossCase(1, 2300, 7, "tail", 1.0, "float32", 4),
         "66,000 channels": HiddenLossCase(1, 3, 66_000, "some", 1.0, "float32", 7),
-        "17 million numbers": HiddenLossCase(1, 66_001, 257, "none", 1.0, "float32", 8),
+        "66,000 tokens": HiddenLossCase(1, 66_000, 5, "some", 1.0, "float32", 8),
     },
     "logit_loss": {
         "a vocabulary of 151,000": LogitLossCase(1, 3, 151_000, "some", 2.0, "float32", 1),

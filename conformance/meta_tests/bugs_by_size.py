@@ -119,7 +119,7 @@ TABLE: tuple[tuple[str, str, str, tuple[int, ...], tuple[str, ...]], ...] = (
     ("causal_conv", "out", "elements", (65536,), ("lost",)),
     ("causal_conv", "final_state", "W", (256, 2048), ("lost", "without gradient")),
     ("hidden_loss", "student", "W", (16, 256, 2048), ("lost", "without gradient")),
-    ("hidden_loss", "student", "elements", (65536, 2**24), ("without gradient",)),
+    ("hidden_loss", "student", "elements", (65536,), ("without gradient",)),
     ("hidden_loss", "teacher", "L", (256, 2048), ("lost",)),
     ("hidden_loss", "valid", "L", (256, 2048), ("ignored",)),
     ("hidden_loss", "valid", "B", (256,), ("ignored",)),
