@@ -232,8 +232,18 @@ def of_head_dims(make: Callable[..., Case]) -> dict[str, Case]:
     return {f"N=P={n}": make(n, dtype=kinds[i % 2]) for i, n in enumerate(HEAD_DIMS)}
 
 
+# Around the tiles of kernels: the last one holds a single token, or all of them but one.
+AROUND_TILES = (15, 17, 31, 33, 63, 65, 127, 129, 255, 257)
+
+
+def of_lengths(make: Callable[[int], Case]) -> dict[str, Case]:
+    """Rows, or windows, of each of these lengths."""
+    return {f"{length} tokens": make(length) for length in AROUND_TILES}
+
+
 LARGE: dict[str, dict[str, Case]] = {
     "selective_scan": {
+        **of_lengths(lambda length: scan(length, 1, 1, 2, 3)),
         **of_head_dims(lambda n, dtype: scan(9, 2, 1, n, n, dtype=dtype)),
         "N=P=128": scan(70, 4, 2, 128, 128, batch=2),
         "N=136 P=144, reverse": scan(33, 2, 1, 136, 144, reverse=True),
@@ -263,6 +273,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "66,000 rows of heads": scan(2, 30, 15, 1, 2, batch=2200),
     },
     "bidirectional_scan": {
+        **of_lengths(lambda length: both(((Vision(0, (1, 1, length)), Text(2)),), 1, 1, 2, 3)),
         **of_head_dims(lambda n, dtype: both(((Text(3), Vision(0, (1, 2, 2))),), 2, 1, n, n, dtype=dtype)),
         "N=P=128": both(MODEL_PROMPT, 4, 2, 128, 128),
         "N=136 P=144": both((MODEL_PROMPT[0],), 2, 1, 136, 144),
@@ -282,6 +293,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "48 heads, 16 to a group": both(((Text(2), Vision(0, (1, 1, 3))),), 48, 3, 3, 2),
         "33,000 tokens of text, slow decay": both(VERY_LONG_TEXT, 1, 1, 1, 2, decay=-1e-4),
         "a gap of 2,300 tokens": both(WIDE_GAP, 2, 1, 3, 2, decay=-1e-3),
+        "20,164 tokens in an image": both(((Vision(0, (1, 142, 142)),),), 1, 1, 1, 2, decay=-1e-4),
         "300 rows": both(((Text(1), Vision(0, (1, 1, 3))),) * 300, 2, 1, 2, 3),
     },
     "scan_step": {
@@ -299,6 +311,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "66,000 rows of heads": StepCase(2200, 30, 15, 2, 1, True, True, "float32", 11),
     },
     "window_attention": {
+        **of_lengths(lambda length: windows(length, 1, 1, 3, 1, everywhere=True)),
         **of_head_dims(lambda n, dtype: windows(9, 2, 1, n, 2, dtype=dtype)),
         "windows of 256 and more, N=P=128": windows(640, 2, 1, 128, 2, everywhere=True),
         "N=P=144": windows(60, 4, 2, 144, 3, batch=2, scale=0.1),
@@ -323,6 +336,7 @@ LARGE: dict[str, dict[str, Case]] = {
         "520 rows of 128 tokens": windows(128, 1, 1, 3, 2, batch=520),
     },
     "sliding_window_attention": {
+        **of_lengths(lambda length: sliding(length + 2, 1, 1, 3, length)),
         **of_head_dims(lambda n, dtype: sliding(9, 2, 1, n, 4, dtype=dtype)),
         "window of 129, N=P=144": sliding(300, 4, 2, 144, 129, scale=0.1),
         "N=P=128, bfloat16": sliding(260, 4, 2, 128, 128, dtype="bfloat16", asks="some"),
@@ -340,12 +354,14 @@ LARGE: dict[str, dict[str, Case]] = {
         "48 heads, 16 to a group": sliding(20, 48, 3, 3, 5),
         "66,000 rows of heads": sliding(3, 30, 15, 1, 2, batch=2200),
         "one token behind a window of 2,100": sliding(1, 1, 1, 3, 2100),
+        "seven tokens behind a window of 1,024": sliding(7, 1, 1, 3, 1024),
         "8,300 tokens": sliding(8300, 1, 1, 1, 2),
         "a gap of 2,300 tokens": without(sliding(2320, 2, 1, 3, 5), "valid", 9, 2309),
         "2,300 tokens of padding behind a state": without(sliding(2305, 1, 1, 3, 5), "valid", 0, 2300),
         "520 rows of 128 tokens": sliding(128, 1, 1, 3, 3, batch=520, valid="left"),
     },
     "causal_conv": {
+        **of_lengths(lambda length: ConvCase(1, length, 3, 4, True, "none", True, "float32", length)),
         "5,003 channels": ConvCase(2, 9, 5003, 4, True, "some", True, "float32", 1),
         "4,200 tokens": ConvCase(1, 4200, 20, 4, True, "none", True, "float32", 2),
         "2,200 tokens, masks": ConvCase(2, 2200, 3, 4, True, "some", True, "float32", 3),

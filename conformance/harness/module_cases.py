@@ -162,11 +162,14 @@ def run(
 
 
 def named(output: Tensor, state: Any) -> Results:
-    """The output of a module and the tensors of its state, of a branch or of both, by name."""
+    """The output of a module and the tensors of its state, of a branch or of both, by name; what holds no
+    number, as the state of a convolution of one tap, is left out.
+    """
     window = state if isinstance(state, WindowState) else getattr(state, "window", None)
     parts = {part: getattr(state, part, None) for part in ("conv", "scan")}
     parts |= {} if window is None else {f"window's {part}": getattr(window, part) for part in window._fields}
-    return {"output": output} | {f"{n} state": part for n, part in parts.items() if part is not None}
+    there = {n: part for n, part in parts.items() if part is not None and part.numel()}
+    return {"output": output} | {f"{n} state": part for n, part in there.items()}
 
 
 def run_with_gradients(

@@ -131,26 +131,33 @@ def check_angles_of_one_row(backend: Any, name: str, case: ModuleCase) -> None:
 
 
 def check_steps_equal_prefill(module: nn.Module, name: str, case: ModuleCase) -> None:
-    """Prefill of three tokens, then one by one without a layout; the last row ends on the way."""
-    u, (cos, sin) = case.hidden_states(), case.position_embeddings()
+    """Prefill of three tokens, then one by one without a layout; the last row ends on the way. The gradient
+    goes back through the states that steps hand on.
+    """
+    u, (cos, sin) = case.hidden_states().requires_grad_(), case.position_embeddings()
     length = u.shape[1]
     valid = torch.ones(u.shape[:2], dtype=torch.bool)
     valid[-1, 6:] = False
     whole = run(module, name, case, u, valid=valid)
     first, state = module(u[:, :3], position_embeddings=(cos[:, :3], sin[:, :3]))
-    outputs, sizes = [first], {shapes_of(state)}
+    outputs, shapes = [first], {shapes_of(state)}
     for t in range(3, length):
         now = slice(t, t + 1)
         angles = (cos[:, now], sin[:, now])
         output, state = module(u[:, now], valid=valid[:, now], position_embeddings=angles, state=state)
         outputs.append(output)
-        sizes.add(shapes_of(state))
-    assert len(sizes) == 1, f"the state must not grow, got sizes {sizes}: {case!r}"
+        shapes.add(shapes_of(state))
+    assert len(shapes) == 1, f"the state must not grow, got shapes {shapes}: {case!r}"
     found = named(torch.cat(outputs, dim=1), state)
-    kept = valid[..., None]
+    kept, grads = valid[..., None], []
     for results in (found, whole):
         results["output"] = results["output"] * kept
+        asked = results["output"][:, 3:]
+        (grad,) = torch.autograd.grad(asked, u, quarters(asked, case.seed), retain_graph=True)
+        grads.append({"grad hidden_states": grad})
     assert_same(found, whole, case, factor=2)
+    of_sums = partial(sizes, reference, name, case, module.state_dict())
+    assert_same(grads[0], grads[1], case, 10, of_sums, "the same backend in one piece")
 
 
 def large_cases_of(name: str) -> Callable:
