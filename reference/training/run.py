@@ -101,8 +101,8 @@ class Run:
         self.collator = PackingCollator(self.encoder, row_tokens) if row_tokens else self.encoder
         self.broken = self.folder / "broken.jsonl"
         self.training, held_out = open_data(self.config, self.encoder, self.broken, self.batches_at_once)
-        self.digests = digests(self.training, held_out)
         if self.process.is_main_process:
+            self.digests = digests(self.training, held_out)
             check_data(self.config, self.digests)
         self.held_out = HeldOut(held_out, self.encoder, self.config)
         with refused_as_teacher(self.teacher):
