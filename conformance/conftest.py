@@ -248,13 +248,9 @@ def rows_of_parameters(item: pytest.Item) -> dict[str, int | str]:
     """Where each parameter of a test stands in the tables of its marks: the name of the row, or its place."""
     given, found = item.callspec.params, {}
     for mark in item.iter_markers("parametrize"):
-        names, table = mark.args
-        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-        for place, row in enumerate(table):
-            values = row.values if hasattr(row, "marks") else row if len(names) > 1 else (row,)
-            if all(value is given[name] for name, value in zip(names, values, strict=True)):
-                name = getattr(row, "id", None)
-                found |= dict.fromkeys(names, name if isinstance(name, str) else place)
+        for place, (row, values) in enumerate(compare.table_of(mark)):
+            if all(value is given[name] for name, value in values.items()):
+                found |= dict.fromkeys(values, place if row is None else row)
     return found
 
 

@@ -14,7 +14,7 @@ that of the maximum.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -319,16 +319,24 @@ def rows_of(test: Callable, **rows: int | str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for mark in test.pytestmark:
         if mark.name == "parametrize":
-            names, table = mark.args
-            names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-            wanted = rows[names[0]]
+            table = list(table_of(mark))
+            wanted = rows[next(iter(table[0][1]))]
             if isinstance(wanted, str):
-                (row,) = (row for row in table if getattr(row, "id", None) == wanted)
+                (values,) = (values for name, values in table if name == wanted)
             else:
-                row = list(table)[wanted]
-            values = row.values if hasattr(row, "marks") else row if len(names) > 1 else (row,)
-            found |= zip(names, values, strict=True)
+                _, values = table[wanted]
+            found |= values
     return found
+
+
+def table_of(mark: Any) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Each row of a mark `parametrize`: its name, None = it has none, and its values by argument."""
+    names, table = mark.args
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    for row in table:
+        name = getattr(row, "id", None)
+        values = row.values if hasattr(row, "marks") else row if len(names) > 1 else (row,)
+        yield name if isinstance(name, str) else None, dict(zip(names, values, strict=True))
 
 
 def shell_quoted(code: str) -> str:
